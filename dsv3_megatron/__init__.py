@@ -1,0 +1,1 @@
+"""The DeepSeek-V3 model, its data, training regime and trainer, on megatron-core."""

@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, sources, order of samples."""

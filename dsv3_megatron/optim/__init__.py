@@ -1,0 +1,1 @@
+"""The training regime (phases over tokens consumed) and the optimizer."""

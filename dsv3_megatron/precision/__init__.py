@@ -1,0 +1,1 @@
+"""Number formats: which tensor is held and multiplied in which."""

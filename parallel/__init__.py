@@ -1,0 +1,1 @@
+"""Ranks, tensors and time: layouts, process groups and pipeline schedules. Knows nothing of models."""

@@ -1,0 +1,54 @@
+"""What a user can cause. The lowest package holds these so that every other can raise them."""
+
+
+class UserError(Exception):
+    """A mistake a user can mend. The message is one line: field and value, why it cannot be, what to do."""
+
+    kind = "error"
+    exit_code = 2
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {super().__str__()}"
+
+
+class RecipeError(UserError):
+    """A recipe holds an unknown key, a value out of range, or values that contradict each other."""
+
+    kind = "recipe"
+
+
+class LayoutError(UserError):
+    """The degrees of parallelism do not fit the world or the model."""
+
+    kind = "layout"
+
+
+class PackageError(UserError):
+    """A package that the recipe needs is missing or too old."""
+
+    kind = "package"
+
+
+class DataError(UserError):
+    """Input data is missing or damaged."""
+
+    kind = "data"
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or of another model."""
+
+    kind = "checkpoint"
+
+
+class ScheduleError(UserError):
+    """A pipeline schedule cannot be made or breaks a rule."""
+
+    kind = "schedule"
+
+
+class DoesNotFitError(UserError):
+    """The job cannot run on the hardware named (exit code 3)."""
+
+    kind = "plan"
+    exit_code = 3
