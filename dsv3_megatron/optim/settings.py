@@ -1,0 +1,69 @@
+"""The ``optim`` section of a recipe: batch, optimizer, and everything that changes over the run, as phases."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+
+from parallel.units import parse_count
+
+
+class Phase(BaseModel):
+    """One piece of a curve over tokens consumed.
+
+    A phase starts where the one before it ended, in tokens and in value (the first starts at 0 tokens and value 0),
+    unless ``at`` names its own value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    until: str | int | float = Field(description="end of the phase: tokens ('10T') or steps ('2000 steps')")
+    shape: Literal["linear", "cosine", "constant"] = "constant"
+    to: NonNegativeFloat | None = Field(None, description="value at the end of a linear or cosine phase")
+    at: NonNegativeFloat | None = Field(None, description="value at the start, where it is not the last phase's end")
+
+    @field_validator("until")
+    @classmethod
+    def _readable(cls, until: str | int | float) -> str | int | float:
+        parse_count(until.removesuffix("steps") if isinstance(until, str) else until)
+        return until
+
+    @property
+    def in_steps(self) -> bool:
+        """True when ``until`` counts optimizer steps, as the paper counts the warmup."""
+        return isinstance(self.until, str) and self.until.endswith("steps")
+
+    @property
+    def end(self) -> int:
+        """``until`` as a number, in tokens or in steps."""
+        return parse_count(self.until.removesuffix("steps") if isinstance(self.until, str) else self.until)
+
+
+Curve = Annotated[
+    NonNegativeFloat | tuple[Phase, ...], Field(union_mode="left_to_right", description="a number, or a list of phases")
+]
+BatchCurve = Annotated[
+    PositiveInt | tuple[Phase, ...], Field(union_mode="left_to_right", description="a number, or a list of phases")
+]
+
+
+class OptimSettings(BaseModel):
+    """AdamW and the regime (arXiv 2412.19437 section 4.2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    micro_batch: PositiveInt = Field(1, description="sequences of one microbatch on one data-parallel rank")
+    global_batch: BatchCurve = Field(16, description="sequences of one optimizer step")
+    batch_multiple: PositiveInt = Field(1, description="a ramping global batch is rounded down to a multiple of this")
+    learning_rate: Curve = 2.2e-4
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[float, Field(ge=0, lt=1)],
+    ] = (0.9, 0.95)
+    epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
+    clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
+    mtp_weight: Curve = Field(0.3, description="weight of the multi-token-prediction loss (lambda)")
+    bias_speed: Curve = Field(0.001, description="router-bias update speed per step (gamma)")
+    balance_weight: Curve = Field(0.0001, description="weight of the sequence-wise balance loss (alpha)")

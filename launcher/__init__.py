@@ -1,0 +1,1 @@
+"""What a user types: compose a recipe, call the packages below, report."""

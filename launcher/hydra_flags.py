@@ -1,0 +1,125 @@
+"""The flags Hydra users know: --help, --cfg job, --multirun, --info."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from launcher.compose import GROUPS, compose, compose_config, options
+from launcher.recipe import Recipe
+from parallel.errors import RecipeError
+
+FLAGS = ("--help", "-h", "--cfg", "-c", "--multirun", "-m", "--resolve", "--package", "-p")
+
+
+def run_flags(main: Callable[[Recipe], int | None], arguments: Sequence[str], description: str) -> int:
+    """Run a command line that holds flags; return the exit code. Raises RecipeError for an unknown flag."""
+    overrides, flags, package = _split(arguments)
+    if {"--help", "-h"} & flags:
+        print(help_text(description))
+        return 0
+    if "--cfg" in flags:
+        return _print_config(overrides, "--resolve" in flags, package)
+    if "--multirun" in flags:
+        return run_many(main, overrides)
+    return main(compose(overrides)) or 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], set[str], str | None]:
+    overrides, flags, package = [], set(), None
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        name, _, value = argument.partition("=")
+        name = {"-c": "--cfg", "-m": "--multirun", "-p": "--package"}.get(name, name)
+        if name not in FLAGS:
+            raise RecipeError(f"{argument} is not a flag of this command; there are: --help, --cfg job, --multirun, --resolve")
+        if name == "--cfg":
+            value = value or next(rest, "")
+            if value not in ("job", "hydra", "all"):
+                raise RecipeError(f"--cfg = {value or 'nothing'}; write --cfg job, which prints the composed recipe")
+        if name == "--package":
+            package = value or next(rest, None)
+        flags.add(name)
+    return overrides, flags, package
+
+
+def _print_config(overrides: Sequence[str], resolve: bool, package: str | None) -> int:
+    config = compose_config(overrides)
+    if package:
+        config = OmegaConf.select(config, package)
+        if config is None:
+            raise RecipeError(f"--package = {package} is not a section of the recipe; there are: {', '.join(GROUPS)}")
+    print(OmegaConf.to_yaml(config, resolve=resolve), end="")
+    return 0
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return one list of overrides for every combination of the swept values (``a=1,2``)."""
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise RecipeError(f"{str(error).splitlines()[0]}; write key=value or key=value1,value2") from None
+    choices = []
+    for override in parsed:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line])
+    return [list(point) for point in itertools.product(*choices)]
+
+
+def run_many(main: Callable[[Recipe], int | None], overrides: Sequence[str]) -> int:
+    """Run every combination, one after another, each in a run directory of its own; stop at the first failure."""
+    points = sweep(overrides)
+    varying = [i for i in range(len(points[0]))] if points else []
+    varying = [i for i in varying if len({point[i] for point in points}) > 1]
+    recipes = []
+    for point in points:  # all are checked before the first starts
+        recipe = compose(point)
+        suffix = ",".join(point[i] for i in varying).replace("/", "_")
+        if suffix and not any(o.startswith("run.directory=") for o in point):
+            run = recipe.run.model_copy(
+                update={"name": f"{recipe.run.name}-{suffix}", "directory": f"{recipe.run.directory}-{suffix}"}
+            )
+            recipe = recipe.model_copy(update={"run": run})
+        recipes.append(recipe)
+    for number, recipe in enumerate(recipes):
+        print(f"[{number + 1}/{len(recipes)}] {recipe.run.name}", file=sys.stderr)
+        if code := main(recipe) or 0:
+            return code
+    return 0
+
+
+def help_text(description: str) -> str:
+    """Return what ``--help`` prints: what the command does, the groups with their options, the keys with help."""
+    lines = [description.strip(), "", "Groups (choose one of each: group=option)"]
+    lines += [f"  {group:<10} {', '.join(options(group))}" for group in GROUPS]
+    lines += ["", "Keys (set any: key=value)"]
+    lines += list(_key_lines(Recipe, ""))
+    lines += [
+        "",
+        "Flags: --cfg job prints the composed recipe, --multirun (-m) runs every combination of key=a,b",
+    ]
+    return "\n".join(lines)
+
+
+def _key_lines(section: type, prefix: str):
+    from launcher.compose import _fields_of
+
+    for name, field in section.model_fields.items():
+        inner = _fields_of(field.annotation)
+        if inner is not None and field.annotation.__class__ is type(section) and prefix == "":
+            yield from _key_lines(field.annotation, f"{name}.")
+            continue
+        default = "" if field.is_required() else f" [{field.get_default(call_default_factory=True)}]"
+        yield f"  {prefix + name:<34} {field.description or ''}{default}"

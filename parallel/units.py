@@ -1,0 +1,58 @@
+"""Quantities as people write them in recipes: ``10T`` tokens, ``80GiB``, ``2000 steps``."""
+
+from __future__ import annotations
+
+import re
+
+DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_count(text: str | int | float) -> int:
+    """Return a count such as ``469B`` or ``14.8T`` as an integer. Raises ValueError when it is none."""
+    if isinstance(text, bool):
+        raise ValueError(f"{text} is not a count")
+    if isinstance(text, (int, float)):
+        if text < 0 or text != int(text):
+            raise ValueError(f"{text} is not a whole number of zero or more")
+        return int(text)
+    match = _QUANTITY.fullmatch(text)
+    if not match or match[2] not in DECIMAL:
+        raise ValueError(f"{text!r} is not a count; write a number with an optional K, M, B or T, such as 469B")
+    return round(float(match[1]) * DECIMAL[match[2]])
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Return a size such as ``80GiB`` in bytes. Raises ValueError when it is none."""
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        return int(text)
+    match = _QUANTITY.fullmatch(str(text))
+    if not match or match[2] not in BINARY:
+        raise ValueError(f"{text!r} is not a size; write a number with KiB, MiB, GiB or TiB, such as 80GiB")
+    return round(float(match[1]) * BINARY[match[2]])
+
+
+def show_count(count: int | float) -> str:
+    """Return a count in the shortest of the units above: ``12.6B``."""
+    for suffix, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if abs(count) >= scale:
+            return f"{count / scale:.4g}{suffix}"
+    return f"{count:.4g}"
+
+
+def show_bytes(size: int | float) -> str:
+    """Return a size in the binary unit that reads best: ``71.3 GiB``."""
+    for suffix in ("TiB", "GiB", "MiB", "KiB"):
+        if abs(size) >= BINARY[suffix]:
+            return f"{size / BINARY[suffix]:.1f} {suffix}"
+    return f"{size:.0f} B"
+
+
+def show_duration(seconds: float) -> str:
+    """Return a duration as people say it: ``3m 20s``, ``2d 4h``."""
+    whole = round(seconds)
+    for (big, big_size), (small, small_size) in ((("d", 86400), ("h", 3600)), (("h", 3600), ("m", 60)), (("m", 60), ("s", 1))):
+        if whole >= big_size:
+            return f"{whole // big_size}{big} {whole % big_size // small_size}{small}"
+    return f"{seconds:.1f}s"
