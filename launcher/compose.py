@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from launcher.recipe import Recipe
+from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from launcher.compose import GROUPS, compose, compose_config, options
-from launcher.recipe import Recipe
+from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
 
 FLAGS = ("--help", "-h", "--cfg", "-c", "--multirun", "-m", "--resolve", "--package", "-p")

@@ -1,0 +1,269 @@
+"""What megatron-core needs to run without CUDA, and the few mends it needs everywhere.
+
+megatron-core 0.16.1 assumes a CUDA device in some forty places. Each adaptation below answers one such question from
+outside; none changes a number. ``adapt_host`` must run before the first megatron import and is called by every module
+of ours that needs it. For each entry: why, and how one sees that it can go (all: seen with megatron-core 0.16.1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import types
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+_CPU = torch.device("cpu")
+_state: dict[str, object] = {"device": _CPU, "adapted": False}
+
+
+def adapt_host() -> None:
+    """Make megatron-core importable and correct on this machine. Idempotent; does the least where a GPU is present."""
+    if _state["adapted"]:
+        return
+    _state["adapted"] = True
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    if not torch.cuda.is_available():
+        _leave_functions_uncompiled()
+        _answer_cuda_questions()
+        _answer_cuda_random_state()
+        _redirect_cuda_factories()
+        _redirect_cuda_moves()
+        _mend_cpu_split_sizes()
+        _fork_checkpoint_writers()
+    _mend_without_transformer_engine()
+    _score_groups_by_their_two_best()
+    _mend_recompute_without_fp8()
+
+
+@contextlib.contextmanager
+def virtual_device(device: torch.device) -> Iterator[None]:
+    """Let "the current CUDA device" be ``device`` inside: ``meta`` builds a true-size model without memory."""
+    before = _state["device"]
+    _state["device"] = device
+    current = torch.cuda.current_device
+    torch.cuda.current_device = _current_device
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        _state["device"] = before
+        torch.cuda.current_device = current
+
+
+def _current_device() -> torch.device:
+    return _state["device"]
+
+
+# -- without CUDA ------------------------------------------------------------------------------------------------------
+
+
+def _leave_functions_uncompiled() -> None:
+    """Why: megatron decorates small functions with torch.compile at import, which costs 3 s of inductor import and
+    some 6 s of C++ compilation in the first step on a CPU. Can go when megatron decorates lazily."""
+    torch.compile = lambda function=None, *a, **k: function if function is not None else (lambda inner: inner)
+
+
+class _Event:
+    """A CUDA event of a device that finishes everything at once."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def _nothing(self, *args: object) -> None:
+        pass
+
+    record = wait = synchronize = _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 0.0
+
+
+class _Stream(torch.cpu.Stream):
+    """The one stream of a device without streams."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Stream:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def _nothing(self, *args: object) -> None:
+        pass
+
+    wait_event = wait_stream = synchronize = _nothing
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+
+def _answer_cuda_questions() -> None:
+    """Why: streams, events, device and memory queries are called without asking whether CUDA is there. Can go when a
+    model trains on a CPU after commenting this out; the traceback names the first that cannot."""
+    cuda, stream = torch.cuda, _Stream()
+    nothing: Callable[..., None] = lambda *a, **k: None
+    cuda.Event, cuda.Stream = _Event, _Stream
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda s: contextlib.nullcontext()
+    cuda.current_device = _current_device
+    cuda.set_device = cuda.synchronize = cuda.empty_cache = nothing
+    cuda.device_count = lambda: 1
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda *a, **k: 0)
+    cuda.memory_stats = lambda *a, **k: {}
+    cuda.nvtx = types.SimpleNamespace(
+        range_push=nothing, range_pop=nothing, range=lambda *a, **k: contextlib.nullcontext()
+    )
+    torch.Tensor.record_stream = lambda self, s: None
+
+
+def _answer_cuda_random_state() -> None:
+    """Why: the model-parallel random tracker stores and restores CUDA generators. Here the default CPU generator
+    plays that part. Can go when megatron's tracker takes a device."""
+    cuda, generator = torch.cuda, torch.random.default_generator
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: generator.manual_seed(seed) and None
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *a, **k: generator.get_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *a, **k: generator.set_state(state)
+    import megatron.core.tensor_parallel.random as tracker
+
+    tracker._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: generator.get_state()
+    tracker._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: generator.set_state(state)
+    # It warns when the CPU state changes under it, which is now its normal way of working.
+    logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _redirect_cuda_factories() -> None:
+    """Why: ``device="cuda"`` and ``pin_memory=True`` stand as literals in schedules, clipping and the optimizer. Can go
+    when megatron takes its device from a tensor. torch's own list of constructors is filled first: it must hold the
+    originals, or ``with torch.device("meta")`` silently stops working."""
+    import torch.utils._device
+
+    torch.utils._device._device_constructors()
+
+    def redirected(factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def make(*args: object, **kwargs: object) -> object:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = _current_device()
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return factory(*args, **kwargs)
+
+        return make
+
+    names = "tensor zeros ones empty full arange rand randn randint zeros_like ones_like empty_like full_like as_tensor"
+    for name in names.split():
+        setattr(torch, name, redirected(getattr(torch, name)))
+
+
+def _redirect_cuda_moves() -> None:
+    """Why: ``.cuda()``, ``.to("cuda")`` and ``.pin_memory()`` are called on tensors, and the optimizer recognises
+    float32 by ``tensor.type() == "torch.cuda.FloatTensor"``. Can go with the entry above."""
+    tensor = torch.Tensor
+    tensor.pin_memory = tensor.cuda = lambda self, *a, **k: self
+    torch.nn.Module.cuda = lambda self, *a, **k: self
+    to, type_name = tensor.to, tensor.type
+
+    def move(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_current_device(), *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _current_device()
+        return to(self, *args, **kwargs)
+
+    def cuda_type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+        name = type_name(self, *args, **kwargs)
+        if args or kwargs or self.device.type != "cpu":
+            return name
+        return name.replace("torch.", "torch.cuda.", 1)
+
+    tensor.to, tensor.type = move, cuda_type
+
+
+def _mend_cpu_split_sizes() -> None:
+    """Why: the all-to-all dispatcher turns split sizes into lists only when they are CUDA tensors, and
+    ``all_to_all_single`` refuses tensors. Can go when maybe_move_tensor_to_cpu stops asking ``is_cuda``."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
+
+
+def _fork_checkpoint_writers() -> None:
+    """Why: the first save starts a Manager by spawn, which imports the main program anew: 5 s, and a crash where that
+    has no main guard. A fork costs 0.1 s. Can go when the manager is made with the caller's context."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
+
+    def queue() -> object:
+        if writers._results_queue is None:
+            writers._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        return writers._results_queue
+
+    writers._get_write_results_queue = queue
+
+
+# -- on every machine --------------------------------------------------------------------------------------------------
+
+
+def _mend_without_transformer_engine() -> None:
+    """Why: multi_latent_attention.HAVE_TE is True although TE is absent, and moe_utils.te_general_gemm is undefined
+    then. Can go when importing the two without TE leaves False and None."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as attention
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        attention.HAVE_TE = False
+
+
+def _score_groups_by_their_two_best() -> None:
+    """Why: megatron scores a group by its topk/topk_group best experts; DeepSeek-V3's code by its two best, always
+    (arXiv 2412.19437's K_r/M = 2). The same for 8 experts of 4 groups, not for other sizes. Can go when
+    test_logits_equal_transformers passes for top-2 of 2 groups without it."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    def group_limited_topk(
+        scores: torch.Tensor, topk: int, num_tokens: int, num_experts: int, num_groups: int, group_topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values and indices [T, topk] of the best experts inside the best ``group_topk`` groups."""
+        grouped = scores.view(num_tokens, num_groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(group_topk, dim=-1, sorted=False).indices
+        closed = torch.ones(num_tokens, num_groups, dtype=torch.bool, device=scores.device).scatter_(1, best, False)
+        open_scores = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts)
+        return torch.topk(open_scores, k=topk, dim=-1)
+
+    moe_utils.group_limited_topk = group_limited_topk
+
+
+def _mend_recompute_without_fp8() -> None:
+    """Why: CheckpointWithoutOutput does ``self.fp8 = fp8 is not None`` and callers pass False, so recompute asks for
+    TE's FP8 state without FP8. Can go when recompute of the norms works without this line and without TE."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    original = CheckpointWithoutOutput.__init__
+
+    @functools.wraps(original)
+    def init(self: object, fp8: object = None) -> None:
+        original(self, fp8=fp8 or None)
+
+    CheckpointWithoutOutput.__init__ = init

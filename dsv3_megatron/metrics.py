@@ -1,0 +1,137 @@
+"""What a step reports, and where it is written: metrics.jsonl always, W&B unless disabled."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from parallel.errors import PackageError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Losses are means over the tokens of the whole global batch, in nats.
+
+    ``loss`` is the training objective (lm + weighted MTP + weighted balance), ``mtp_loss`` the unweighted mean over
+    MTP depths, ``balance_loss`` the weighted sum over layers. ``bubble_fraction`` is the measured share of the step
+    that ranks waited for their pipeline neighbours, mean over ranks; ``mfu`` is null where the device's peak is not in
+    the cluster file. ``max_violation`` is MaxVio, mean over layers. ``skipped`` counts steps skipped so far.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lm_loss: float
+    mtp_loss: float | None
+    balance_loss: float
+    learning_rate: float
+    grad_norm: float
+    global_batch: int
+    step_seconds: float
+    tokens_per_second: float
+    tflops_per_device: float
+    mfu: float | None
+    bubble_fraction: float | None
+    memory_peak_bytes: int
+    max_violation: float | None
+    skipped: int
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the largest memory this process has held: on the GPU where there is one, else resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class MetricsWriter(Protocol):
+    """Something that keeps metrics."""
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Keep one step."""
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Keep values that are no step: an evaluation, the summary."""
+
+    def close(self) -> None:
+        """Flush what is kept."""
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a step, flushed at once. A resumed run drops the steps it will do again."""
+
+    def __init__(self, path: Path, first_step: int):
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one step. NaN and infinity become null: they are not JSON."""
+        self._file.write(json.dumps({k: _json_number(v) for k, v in asdict(metrics).items()}) + "\n")
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Nothing: evaluations and the summary have files of their own."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Return the lines that parse: a kill may have torn the last."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        lines.append(line)
+    return lines
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class WandbRun:
+    """A Weights & Biases run, offline unless asked otherwise; the files go to <run directory>/wandb."""
+
+    def __init__(self, directory: Path, mode: str, project: str, name: str, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise PackageError(
+                "logging.wandb needs the wandb package; pip install wandb, or set logging.wandb=disabled"
+            ) from None
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=120)
+        try:
+            self._run = wandb.init(
+                project=project, name=name, config=config, mode=mode, dir=str(directory), settings=settings
+            )
+        except wandb.errors.Error as error:
+            raise PackageError(
+                f"logging.wandb = {mode} failed ({str(error).splitlines()[0]}); log in, or set logging.wandb=offline"
+            ) from None
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Log one step under the names of metrics.jsonl."""
+        values = {k: v for k, v in asdict(metrics).items() if v is not None}
+        self._run.log(values, step=metrics.step)
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Put values into the run's summary, under ``name``."""
+        self._run.summary.update({f"{name}_{key}": value for key, value in values.items()})
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish(quiet=True)

@@ -1,0 +1,119 @@
+"""Which leaf modules the model is made of: Transformer Engine's on GPUs, pure PyTorch ones everywhere else.
+
+A backend answers megatron-core's ``BackendSpecProvider`` protocol, plus ``duplicated_linear``: the layer whose whole
+weight every TP rank holds. Everything above the leaves is the same code on both.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
+
+from parallel.errors import PackageError
+
+
+class TorchBackend(BackendSpecProvider):
+    """Pure PyTorch leaf modules: a CPU with gloo, or a GPU without Transformer Engine."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import megatron.core.transformer.multi_latent_attention as attention
+
+        from dsv3_megatron.model.linear import DuplicatedLinear
+
+        # MLA knows a duplicated layer only by the name TELinear (megatron-core 0.16.1); can go when it asks the spec.
+        attention.TELinear = DuplicatedLinear
+
+    def column_parallel_linear(self) -> type:
+        """Linear with its output dimension over TP."""
+        from dsv3_megatron.model.linear import ColumnParallelLinear
+
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Linear with its input dimension over TP."""
+        from dsv3_megatron.model.linear import RowParallelLinear
+
+        return RowParallelLinear
+
+    def duplicated_linear(self) -> type:
+        """Linear that every TP rank holds whole."""
+        from dsv3_megatron.model.linear import DuplicatedLinear
+
+        return DuplicatedLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norm and the linear after it are two modules."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> None:
+        """There is no fused one."""
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
+        """RMSNorm."""
+        from dsv3_megatron.model.norm import RMSNorm
+
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """Softmax attention without its projections."""
+        from dsv3_megatron.model.attention import CoreAttention
+
+        return CoreAttention
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
+    ) -> tuple[type, MLPSubmodules]:
+        """The routed experts and their two layers."""
+        from dsv3_megatron.model.experts import DownLinear, GateUpLinear, GroupedExperts
+
+        return GroupedExperts, MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear)
+
+    def activation_func(self) -> None:
+        """SwiGLU is megatron-core's own."""
+
+
+def make_te_backend() -> BackendSpecProvider:
+    """Return Transformer Engine's leaf modules. Raises PackageError where TE is not installed."""
+    if find_spec("transformer_engine") is None:
+        raise PackageError(
+            "backend = te needs transformer-engine, not installed here; pip install -e '.[gpu]', or set backend=torch"
+        )
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    class TEBackend(TESpecProvider):
+        """megatron-core's own provider, with the one question it lacks."""
+
+        name = "te"
+
+        def duplicated_linear(self) -> type:
+            """TELinear, which MLA builds with ``parallel_mode="duplicated"``."""
+            return self.linear()
+
+        def grouped_mlp_modules(
+            self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
+        ) -> tuple[type, MLPSubmodules]:
+            """TE's grouped layers."""
+            return super().grouped_mlp_modules(moe_use_grouped_gemm, moe_use_legacy_grouped_gemm)
+
+        def activation_func(self) -> None:
+            """SwiGLU is megatron-core's own, so that its input can be what is kept for backward."""
+
+    return TEBackend()
+
+
+def choose_backend(wanted: Literal["auto", "te", "torch"], device: torch.device) -> BackendSpecProvider:
+    """Return the backend of a recipe's ``backend``. ``auto`` is te where TE and a GPU are, else torch.
+
+    Raises: PackageError: ``te`` was asked for where it cannot run.
+    """
+    if wanted == "te" and device.type != "cuda":
+        raise PackageError("backend = te needs a GPU, and there is none here; set backend=torch")
+    if wanted == "te" or (wanted == "auto" and device.type == "cuda" and find_spec("transformer_engine")):
+        return make_te_backend()
+    return TorchBackend()

@@ -1,0 +1,99 @@
+"""Exact parameters and floating-point operations of a model, from its settings alone: no tensor is made.
+
+Checked against the modules themselves by tests. Conventions: a product of [m, k] and [k, n] is 2mkn operations; the
+backward of a product costs twice its forward. Sources: arXiv 2412.19437 section 4.2; arXiv 2505.09343 tables 2 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_megatron.model.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by kind. Router biases are buffers, not parameters."""
+
+    embedding: int
+    head: int
+    attention: int
+    dense_layer: int
+    moe_layer: int
+    routed_expert: int
+    gate: int
+    main: int
+    mtp: int
+    activated_per_token: int
+
+
+def attention_parameters(model: ModelSettings) -> int:
+    """Return the parameters of one MLA block, its two latent norms included."""
+    d, heads = model.hidden_size, model.num_attention_heads
+    query_width = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    if model.q_lora_rank is None:
+        query = d * query_width
+    else:
+        query = d * model.q_lora_rank + model.q_lora_rank + model.q_lora_rank * query_width
+    key_value = d * (model.kv_lora_rank + model.qk_rope_head_dim) + model.kv_lora_rank
+    key_value += model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    return query + key_value + heads * model.v_head_dim * d
+
+
+def count_parameters(model: ModelSettings) -> Parameters:
+    """Return the exact parameters of the model.
+
+    ``main`` is the model without MTP; ``mtp`` what the MTP modules add (embedding and head are shared);
+    ``activated_per_token`` multiplies the head and looks the embedding up, the published 36.6B convention.
+    """
+    d = model.hidden_size
+    attention, norms = attention_parameters(model), 2 * d
+    dense = 3 * d * model.intermediate_size
+    expert = 3 * d * model.moe_intermediate_size
+    gate = model.n_routed_experts * d
+    moe_layer = attention + norms + gate + (model.n_routed_experts + model.n_shared_experts) * expert
+    dense_layer = attention + norms + dense
+    embedding = model.vocab_size * d
+    dense_layers = model.first_k_dense_replace
+    main = 2 * embedding + d + dense_layers * dense_layer + model.num_moe_layers * moe_layer
+    block = moe_layer if model.num_moe_layers else dense_layer
+    mtp = model.num_nextn_predict_layers * (block + 2 * d * d + 3 * d)
+    idle = model.n_routed_experts - model.num_experts_per_tok
+    activated = main - embedding - model.num_moe_layers * idle * expert
+    return Parameters(embedding, embedding, attention, dense_layer, moe_layer, expert, gate, main, mtp, activated)
+
+
+@dataclass(frozen=True)
+class Multiplied:
+    """Matrix parameters that one token multiplies, in one layer (a MoE layer where there are any), the head, an MTP
+    module without its share of the head."""
+
+    layer: int
+    head: int
+    mtp_module: int
+
+
+def multiplied_parameters(model: ModelSettings) -> Multiplied:
+    """Return what balances stages: the parameters that one token is multiplied with."""
+    d = model.hidden_size
+    active = (model.num_experts_per_tok + model.n_shared_experts) * 3 * d * model.moe_intermediate_size
+    feed_forward = active + model.n_routed_experts * d if model.num_moe_layers else 3 * d * model.intermediate_size
+    layer = attention_parameters(model) + feed_forward
+    return Multiplied(layer, model.vocab_size * d, layer + 2 * d * d)
+
+
+def training_flops_per_token(model: ModelSettings, sequence_length: int, *, causal: bool = True) -> float:
+    """Return floating-point operations of forward and backward per token, MTP included.
+
+    Six per parameter a token is multiplied with, plus attention's two products over the sequence; ``causal`` counts
+    only the pairs at or below the diagonal (half of them), the convention of the 385 TFLOP/s in arXiv 2505.09343.
+    Recomputed operations are not counted.
+    """
+    counted = count_parameters(model)
+    depths = model.num_nextn_predict_layers
+    per_module = multiplied_parameters(model)
+    multiplied = counted.activated_per_token + depths * (per_module.mtp_module + per_module.head)
+    head_width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    pairs = sequence_length / 2 if causal else sequence_length
+    attention = 2 * (model.num_hidden_layers + depths) * model.num_attention_heads * head_width * pairs
+    return 6 * multiplied + 3 * attention

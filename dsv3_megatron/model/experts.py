@@ -1,0 +1,186 @@
+"""Routed experts of the torch backend: all local experts in one grouped product.
+
+Legend: T tokens sent to this rank's experts, sorted by expert; E local experts; I, O input and output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from torch import Tensor
+
+from dsv3_megatron.model.linear import WeightGradients
+
+
+class GroupedExperts(TEGroupedMLP):
+    """megatron-core's grouped experts (dispatch, SwiGLU, recompute are its own) over our grouped linear layers."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, object]:
+        """Return both weights under the keys, and in the global shapes, that TE's grouped layers use.
+
+        A checkpoint therefore loads on either backend and at any EP.
+        """
+        found = {}
+        for name in ("linear_fc1", "linear_fc2"):
+            key = f"{prefix}experts.{name}.weight"
+            found[f"{prefix}{name}.weight"] = getattr(self, name).sharded_weight(key, sharded_offsets)
+        return found
+
+
+class GroupedLinear(torch.nn.Module):
+    """E linear layers as one parameter [E, O, I] and one product.
+
+    Stacked, because grouped_mm wants its operands in one block of memory, and stacking E parameters in each forward
+    would copy every expert for every microbatch.
+    """
+
+    tensor_parallel_dim: int  # the dimension of [E, O, I] that expert-TP ranks share
+    gated = False  # True where O is two matrices [gate; up], each of which is sharded over expert-TP
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: object,
+        init_method: Callable[[Tensor], None],
+        pg_collection: object,
+        **unused: object,
+    ):
+        super().__init__()
+        self.config = config
+        self.expert_group, self.tp_group = pg_collection.ep, pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        sizes = [num_gemms, output_size, input_size]
+        sizes[self.tensor_parallel_dim] //= self.tp_group.size()
+        self.weight = torch.nn.Parameter(
+            torch.empty(sizes, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        if config.perform_initialization:
+            for expert in self.weight.unbind():
+                init_method(expert)
+        # Experts are reduced over the expert-data-parallel group at every EP, also at EP 1. megatron-core marks them
+        # only above EP 1, and then TP ranks that saw different tokens never sum their gradients.
+        self.weight.allreduce = False
+        # Ranks of the expert-data-parallel group hold different shards of the gradient, so each counts in its norm.
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = self.tensor_parallel_dim
+        self.weight.partition_stride = 1
+        self.weight_gradients = WeightGradients()
+
+    def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
+        """Return ([T, O], no bias) from [T, I]; the first ``tokens_per_expert[0]`` rows belong to expert 0."""
+        if self.config.delay_wgrad_compute and torch.is_grad_enabled():
+            return _SeparableGroupedProduct.apply(x, self.weight, tokens_per_expert, self.weight_gradients), None
+        return _GroupedProduct.apply(x, self.weight, tokens_per_expert), None
+
+    def backward_dw(self) -> None:
+        """Compute the oldest weight gradient owed, if there is one."""
+        if self.weight_gradients:
+            self.weight_gradients.pay_one()
+
+    def sharded_weight(self, key: str, sharded_offsets: tuple) -> ShardedTensor | ShardedTensorFactory:
+        """Return the weight as this rank's box of the global [all experts, O, I]."""
+        axes = len(sharded_offsets)
+        expert = (axes, self.expert_group.rank(), self.expert_group.size())
+        size, rank = self.tp_group.size(), self.tp_group.rank()
+        axis = axes + self.tensor_parallel_dim
+        # Last number 0 on one rank of the expert-data-parallel group: that one saves.
+        replica = (0, 0, self.dp_group.rank())
+
+        def box(data: Tensor, part: int, parts: int, replica_id: ReplicaId) -> ShardedTensor:
+            offsets = (*sharded_offsets, expert, (axis, part, parts))
+            return ShardedTensor.from_rank_offsets(key, data, *offsets, replica_id=replica_id, prepend_axis_num=axes)
+
+        if not self.gated:
+            return box(self.weight, rank, size, replica)
+
+        def split(name: str, data: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+            halves = data.chunk(2, dim=self.tensor_parallel_dim)
+            boxes = [box(half, rank + i * size, 2 * size, replica_id) for i, half in enumerate(halves)]
+            for part in boxes:  # the optimizer asks for its states under names of its own
+                part.key = name
+            return boxes
+
+        def join(halves: list[Tensor]) -> Tensor:
+            with torch.no_grad():
+                return torch.cat(halves, dim=self.tensor_parallel_dim)
+
+        return ShardedTensorFactory(key, self.weight, split, join, replica)
+
+
+class GateUpLinear(GroupedLinear):
+    """First layer of the experts: [T, D] -> [T, gate | up]."""
+
+    tensor_parallel_dim = 1
+    gated = True
+
+
+class DownLinear(GroupedLinear):
+    """Second layer of the experts: [T, I] -> [T, D]. Above expert-TP 1 the output is a partial sum, which the token
+    dispatcher reduces."""
+
+    tensor_parallel_dim = 2
+
+
+def _ends(tokens_per_expert: list[int], device: torch.device) -> Tensor:
+    """Return where each expert's rows end: [E] int32, as grouped_mm wants it."""
+    return torch.tensor(tokens_per_expert, device=device).cumsum(0).to(torch.int32)
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Return [T, O] from x [T, I] and weight [E, I, O]; ``ends`` [E] are the experts' last rows, exclusive."""
+    if x.shape[0] == 0:
+        return x.new_zeros((0, weight.shape[-1]))
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+def grouped_weight_gradient(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """Return [E, O, I] from x [T, I] and the output's gradient [T, O]: one outer product per expert."""
+    if x.shape[0] == 0:
+        return x.new_zeros((ends.numel(), grad.shape[-1], x.shape[-1]))
+    return F.grouped_mm(grad.t(), x, offs=ends)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The grouped product with its two gradients, each one grouped product as well."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor, tokens_per_expert: list[int]) -> Tensor:
+        ends = _ends(tokens_per_expert, x.device)
+        ctx.save_for_backward(x, weight, ends)
+        return grouped_product(x, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()  # grouped_mm refuses the zero strides of an expanded gradient
+        return grouped_product(grad, weight, ends), grouped_weight_gradient(x, grad, ends), None
+
+
+class _SeparableGroupedProduct(torch.autograd.Function):
+    """The same, with the weight gradient queued instead of returned."""
+
+    @staticmethod
+    def forward(
+        ctx: object, x: Tensor, weight: Tensor, tokens_per_expert: list[int], owed: WeightGradients
+    ) -> Tensor:
+        ends = _ends(tokens_per_expert, x.device)
+        ctx.save_for_backward(x, weight, ends)
+        ctx.owed = owed
+        return grouped_product(x, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        ctx.owed.owe(weight, lambda: grouped_weight_gradient(x, grad, ends))
+        return grouped_product(grad, weight, ends), None, None, None

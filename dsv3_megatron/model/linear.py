@@ -1,0 +1,162 @@
+"""Linear layers of the torch backend, whose weight gradient can be computed apart from the input gradient.
+
+With ``config.delay_wgrad_compute`` the backward of a layer computes the input gradient and queues what the weight
+gradient needs; ``backward_dw()`` takes the oldest entry and adds to the weight's gradient. That split is what zero-
+bubble schedules and DualPipe live on (arXiv 2401.10241, arXiv 2412.19437 section 3.2.1).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear as MegatronColumnParallelLinear
+from megatron.core.tensor_parallel.layers import RowParallelLinear as MegatronRowParallelLinear
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+
+class WeightGradients:
+    """The weight gradients a module still owes: a queue, oldest microbatch first."""
+
+    def __init__(self) -> None:
+        self._owed: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._owed)
+
+    def owe(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
+        """Queue a weight gradient; ``compute`` returns it in the weight's shape."""
+        self._owed.append((weight, compute))
+
+    @torch.no_grad()
+    def pay_one(self) -> None:
+        """Compute the oldest gradient and add it where the optimizer looks: ``main_grad`` under DDP, else ``grad``."""
+        weight, compute = self._owed.popleft()
+        gradient = compute()
+        if getattr(weight, "main_grad", None) is not None:
+            weight.main_grad.add_(gradient)
+        elif weight.grad is None:
+            weight.grad = gradient
+        else:
+            weight.grad.add_(gradient)
+
+
+class _SeparableProduct(torch.autograd.Function):
+    """x W^T whose backward returns the input gradient and queues the weight gradient.
+
+    Under sequence parallelism x is a rank's share of the sequence: it is gathered for the product, and the input
+    gradient is reduce-scattered. ``reduce`` sums the input gradient over TP instead (no sequence parallelism).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: object,
+        x: Tensor,
+        weight: Tensor,
+        owed: WeightGradients,
+        group: dist.ProcessGroup | None,
+        gather: bool,
+        reduce: bool,
+    ) -> Tensor:
+        whole = _gather_sequence(x, group) if gather else x
+        ctx.save_for_backward(whole, weight)
+        ctx.owed, ctx.group, ctx.gather, ctx.reduce = owed, group, gather, reduce
+        return torch.matmul(whole, weight.t())
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.owed.owe(weight, lambda: grad.flatten(0, -2).t().mm(x.flatten(0, -2)))
+        grad_x = grad.matmul(weight)
+        if ctx.gather:
+            share = grad_x.new_empty((grad_x.shape[0] // ctx.group.size(), *grad_x.shape[1:]))
+            dist.reduce_scatter_tensor(share, grad_x.contiguous(), group=ctx.group)
+            grad_x = share
+        elif ctx.reduce:
+            dist.all_reduce(grad_x, group=ctx.group)
+        return grad_x, None, None, None, None, None
+
+
+def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
+class _Separable:
+    """What column- and row-parallel layers share: the choice of product, and ``backward_dw``."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if not self.config.delay_wgrad_compute or not torch.is_grad_enabled() or not weight.requires_grad:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        if not hasattr(self, "weight_gradients"):
+            self.weight_gradients = WeightGradients()
+        gather, reduce = kwargs.get("sequence_parallel", False), kwargs.get("allreduce_dgrad", False)
+        return _SeparableProduct.apply(input, weight, self.weight_gradients, self.tp_group, gather, reduce)
+
+    def backward_dw(self) -> None:
+        """Compute the oldest weight gradient owed, if there is one."""
+        if getattr(self, "weight_gradients", None):
+            self.weight_gradients.pay_one()
+
+
+class ColumnParallelLinear(_Separable, MegatronColumnParallelLinear):
+    """Y = X W^T with the rows of W over TP ranks."""
+
+
+class RowParallelLinear(_Separable, MegatronRowParallelLinear):
+    """Y = X W^T with the columns of W over TP ranks."""
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """Y = X W^T with the whole W on every TP rank, each working on its share of the sequence.
+
+    MLA's down-projections: their output is a latent shared by all heads, so splitting it over TP would need it
+    gathered again. (megatron-core's spec without TE splits and gathers them, and the gradient of the shared RoPE key
+    is then wrong above TP 1; this is what TE's ``parallel_mode="duplicated"`` does.)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: object,
+        init_method: Callable[[Tensor], None],
+        **unused: object,
+    ):
+        super().__init__()
+        self.config = config
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        if config.perform_initialization:
+            init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over TP
+        self.weight_gradients = WeightGradients()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return ([..., output_size], no bias) from [..., input_size]."""
+        if self.config.delay_wgrad_compute and torch.is_grad_enabled():
+            return _SeparableProduct.apply(x, self.weight, self.weight_gradients, None, False, False), None
+        return torch.nn.functional.linear(x, self.weight), None
+
+    def backward_dw(self) -> None:
+        """Compute the oldest weight gradient owed, if there is one."""
+        if self.weight_gradients:
+            self.weight_gradients.pay_one()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, object]:
+        """Return the weight as one tensor that every TP rank holds whole."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )

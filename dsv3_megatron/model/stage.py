@@ -1,0 +1,97 @@
+"""Stage number -> module, and how layers are spread over stages."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor
+
+from dsv3_megatron.model.settings import ModelSettings
+from dsv3_megatron.model.specs import decoder_spec, mtp_spec
+
+
+def build_stage(
+    config: MLATransformerConfig,
+    model: ModelSettings,
+    backend: BackendSpecProvider,
+    *,
+    stage: int,
+    layers_of_stages: tuple[int, ...],
+    sequence_length: int,
+    groups: ProcessGroupCollection | None = None,
+) -> GPTModel:
+    """Return stage ``stage`` of the model: its decoder layers, on the first stage the embedding, on the last the MTP
+    modules and the output head."""
+    first, last = stage == 0, stage == len(layers_of_stages) - 1
+    start = sum(layers_of_stages[:stage])
+    module = GPTModel(
+        config,
+        decoder_spec(backend, model, start, layers_of_stages[stage]),
+        vocab_size=model.vocab_size,
+        max_sequence_length=sequence_length,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        mtp_block_spec=mtp_spec(backend, model) if last else None,
+        pg_collection=groups,
+    )
+    for name, parameter in module.named_parameters():
+        if is_routed_expert(name):
+            parameter.allreduce = False  # as in GroupedLinear; TE's layers need the same at EP 1
+    keep_bias_in_float32(module)
+    return module
+
+
+def is_routed_expert(parameter_name: str) -> bool:
+    """Return whether a parameter belongs to routed (not shared) experts, by its name in the module."""
+    return ".experts." in parameter_name and ".shared_experts." not in parameter_name
+
+
+def keep_bias_in_float32(module: torch.nn.Module) -> None:
+    """Keep the routers' biases in float32 where the module was cast to BF16: an update of 0.001 would be lost."""
+    for part in module.modules():
+        if hasattr(part, "_maintain_float32_expert_bias"):
+            part._maintain_float32_expert_bias()
+
+
+def balanced_stages(model: ModelSettings, stages: int) -> tuple[int, ...]:
+    """Return how many decoder layers each stage gets so that the costliest stage is as cheap as possible.
+
+    Counts what a token multiplies: a layer, the output head (last stage), an MTP module with its share of the head
+    (last stage). Of equally good splits the one whose leading stages are fuller is taken.
+    """
+    from dsv3_megatron.model.costs import multiplied_parameters
+
+    cost = multiplied_parameters(model)
+    layer = cost.layer or 1
+    tail = (cost.head + model.num_nextn_predict_layers * (cost.mtp_module + cost.head)) / layer
+    layers = model.num_hidden_layers
+    assert layers >= stages
+    last_may_hold = max(1, round((layers + tail) / stages - tail))
+    last = min(last_may_hold, layers - (stages - 1)) if stages > 1 else layers
+    others = layers - last
+    base, extra = divmod(others, max(stages - 1, 1))
+    return (*(base + (i < extra) for i in range(stages - 1)), last)
+
+
+@torch.no_grad()
+def forward_logits(module: GPTModel, tokens: Tensor) -> Tensor:
+    """Return logits [B, S, vocabulary on this TP rank] of a whole model (first and last stage in one).
+
+    megatron-core's GPTModel with MTP cannot return logits (it clones labels that are not there), so its MTP part is
+    set aside for the call (0.16.1).
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    mtp, depth, training = module.mtp_process, module.config.mtp_num_layers, module.training
+    module.mtp_process, module.config.mtp_num_layers = False, None
+    module.eval()
+    try:
+        return module(tokens, positions, None)
+    finally:
+        module.mtp_process, module.config.mtp_num_layers = mtp, depth
+        module.train(training)

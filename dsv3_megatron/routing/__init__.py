@@ -1,0 +1,1 @@
+"""Router load: its balance, its measure, and what steers it."""

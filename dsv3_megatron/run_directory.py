@@ -1,0 +1,103 @@
+"""The files of a run: recipe.yaml, environment.json, metrics.jsonl, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import RecipeError
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "hydra-core", "wandb", "tokenizers", "numpy")
+
+
+class RunDirectory:
+    """Where a run keeps what it writes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of complete checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        """What the run ended with."""
+        return self.path / "summary.json"
+
+    def create(self) -> None:
+        """Make the folders. Raises RecipeError when the place cannot be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RecipeError(
+                f"run.directory = {self.path} cannot be written ({error.strerror}); name another directory"
+            ) from None
+
+    def write_start(self, resolved_recipe: str, world: dict[str, Any]) -> None:
+        """Write recipe.yaml and environment.json."""
+        _write_atomically(self.recipe, resolved_recipe)
+        _write_atomically(self.path / "environment.json", json.dumps(environment(world), indent=2) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        _write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the steps written so far."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def environment(world: dict[str, Any]) -> dict[str, Any]:
+    """Return versions, git commit, host and world: what one needs to repeat a run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "world": world,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # not a checkout, or no git: nothing to record
+    return done.stdout.strip()

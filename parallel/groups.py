@@ -1,0 +1,95 @@
+"""Layout -> process groups. The only file that starts a process group or creates one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from parallel.errors import LayoutError
+from parallel.layout import GROUPS, Layout
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+# The group of each name of parallel.layout.GROUPS in megatron-core's collection.
+_FIELD = {"tp_cp": None, "tp_ep": None, "expert_tp": "expt_tp", "expert_dp": "expt_dp"}
+
+
+@dataclass(frozen=True)
+class World:
+    """What torchrun told this process about itself."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Return rank 0 of 1 where no launcher set anything. Raises LayoutError when the variables make no sense."""
+        try:
+            world = cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        except ValueError as error:
+            raise LayoutError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
+        if not 0 <= world.rank < world.size:
+            raise LayoutError(f"RANK = {world.rank} is not in WORLD_SIZE = {world.size}; start with torchrun")
+        return world
+
+
+def start_processes(world: World, device: torch.device, timeout_seconds: float = 600) -> None:
+    """Join the world's default process group: gloo on CPUs, NCCL on GPUs.
+
+    One process needs no launcher: it gets a store of its own. A collective that takes longer than the timeout raises.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+
+
+def build_groups(layout: Layout) -> ProcessGroupCollection:
+    """Create every group of the layout and return megatron-core's collection of those this rank is in.
+
+    They are also registered as megatron-core's global state, which some of its modules still read.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    assert layout.world_size == dist.get_world_size(), (layout, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        order="tp-cp-ep-dp-pp",
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    _check_members(groups, layout)
+    return groups
+
+
+def _check_members(groups: ProcessGroupCollection, layout: Layout) -> None:
+    """Assert that the groups made are the groups planned: the layout is what plans and tests reason about."""
+    rank = dist.get_rank()
+    for name in GROUPS:
+        field = _FIELD.get(name, name)
+        if field is None or not hasattr(groups, field):
+            continue
+        made = tuple(dist.get_process_group_ranks(getattr(groups, field)))
+        assert made == layout.group(name, rank), (name, made, layout.group(name, rank))
+
+
+def stop_processes() -> None:
+    """Leave all groups. Always called at the end: gloo aborts a process that exits inside its default group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
