@@ -111,18 +111,23 @@ def _answer_cuda_questions() -> None:
     """Why: streams, events, device and memory queries are called without asking whether CUDA is there. Can go when a
     model trains on a CPU after commenting this out; the traceback names the first that cannot."""
     cuda, stream = torch.cuda, _Stream()
-    nothing: Callable[..., None] = lambda *a, **k: None
+
+    def nothing() -> Callable[..., None]:
+        return lambda *a, **k: None  # one function for each name: torch._dynamo refuses one that stands for two
+
     cuda.Event, cuda.Stream = _Event, _Stream
-    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.current_stream = lambda device=None: stream
+    cuda.default_stream = lambda device=None: stream
     cuda.stream = lambda s: contextlib.nullcontext()
     cuda.current_device = _current_device
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = nothing
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, nothing())
     cuda.device_count = lambda: 1
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda *a, **k: 0)
     cuda.memory_stats = lambda *a, **k: {}
     cuda.nvtx = types.SimpleNamespace(
-        range_push=nothing, range_pop=nothing, range=lambda *a, **k: contextlib.nullcontext()
+        range_push=nothing(), range_pop=nothing(), range=lambda *a, **k: contextlib.nullcontext()
     )
     torch.Tensor.record_stream = lambda self, s: None
 
@@ -131,9 +136,11 @@ def _answer_cuda_random_state() -> None:
     """Why: the model-parallel random tracker stores and restores CUDA generators. Here the default CPU generator
     plays that part. Can go when megatron's tracker takes a device."""
     cuda, generator = torch.cuda, torch.random.default_generator
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: generator.manual_seed(seed) and None
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *a, **k: generator.get_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *a, **k: generator.set_state(state)
+    cuda.manual_seed = lambda seed: generator.manual_seed(seed) and None
+    cuda.manual_seed_all = lambda seed: generator.manual_seed(seed) and None
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *a, **k: generator.get_state()
+        module.set_rng_state = lambda state, *a, **k: generator.set_state(state)
     import megatron.core.tensor_parallel.random as tracker
 
     tracker._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: generator.get_state()
@@ -176,7 +183,8 @@ def _redirect_cuda_moves() -> None:
     """Why: ``.cuda()``, ``.to("cuda")`` and ``.pin_memory()`` are called on tensors, and the optimizer recognises
     float32 by ``tensor.type() == "torch.cuda.FloatTensor"``. Can go with the entry above."""
     tensor = torch.Tensor
-    tensor.pin_memory = tensor.cuda = lambda self, *a, **k: self
+    tensor.pin_memory = lambda self, *a, **k: self
+    tensor.cuda = lambda self, *a, **k: self
     torch.nn.Module.cuda = lambda self, *a, **k: self
     to, type_name = tensor.to, tensor.type
 

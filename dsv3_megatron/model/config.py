@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
@@ -44,8 +42,9 @@ def transformer_config(
         **_rope(model),
         mtp_num_layers=model.num_nextn_predict_layers or None,
         mtp_loss_scaling_factor=mtp_weight,
-        init_method=normal(model.initializer_range),
-        output_layer_init_method=normal(model.initializer_range),  # every parameter alike (4.2)
+        # Modules allocate; initialise.py draws, so that weights do not depend on the layout.
+        init_method=_leave,
+        output_layer_init_method=_leave,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -67,9 +66,8 @@ def transformer_config(
     return config
 
 
-def normal(std: float) -> Callable[[Tensor], Tensor]:
-    """Return an initialiser: normal, mean 0."""
-    return lambda weight: torch.nn.init.normal_(weight, mean=0.0, std=std)
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _shape(model: ModelSettings) -> dict[str, object]:

@@ -1,0 +1,80 @@
+"""The first weights: every parameter drawn from a generator of its own, so that they do not depend on the layout.
+
+A parameter's generator is seeded by the run's seed and the parameter's name in the whole model; an expert's also by
+its number. A rank that holds a share of it draws the whole and keeps its share. One process and 2,048 ranks therefore
+start from the same model, and a change of layout is no change of experiment.
+Source of the distribution: arXiv 2412.19437 section 4.2 (standard deviation 0.006); norm gains are ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from dsv3_megatron.model.stage import is_routed_expert
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_GATE_UP = re.compile(r"(mlp|shared_experts|experts)\.linear_fc1\.weight$")
+
+
+@torch.no_grad()
+def initialise(
+    module: torch.nn.Module, *, first_layer: int, std: float, seed: int, groups: ProcessGroupCollection
+) -> None:
+    """Draw the weights of a stage whose first decoder layer is number ``first_layer`` (from 0) of the model."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        for key, share, group, dim in _matrices(global_name(name, first_layer), parameter, groups):
+            _draw(share, key, std=std, seed=seed, group=group, dim=dim, gated=bool(_GATE_UP.search(name)))
+
+
+def global_name(name: str, first_layer: int) -> str:
+    """Return a parameter's name in the whole model: decoder layers are numbered from the first stage on."""
+    return _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
+
+
+def _matrices(
+    name: str, parameter: Tensor, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, Tensor, torch.distributed.ProcessGroup, int | None]]:
+    """Yield (key, matrix, TP group, sharded dimension or None) of a parameter; experts one by one."""
+    if not is_routed_expert(name):
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        yield name, parameter, groups.tp, parameter.partition_dim if sharded else None
+        return
+    local = parameter.shape[0]
+    for index, matrix in enumerate(parameter.unbind()):
+        number = groups.ep.rank() * local + index
+        yield f"{name}.{number}", matrix, groups.expt_tp, parameter.partition_dim - 1
+
+
+def _draw(
+    share: Tensor,
+    key: str,
+    *,
+    std: float,
+    seed: int,
+    group: torch.distributed.ProcessGroup,
+    dim: int | None,
+    gated: bool,
+) -> None:
+    """Fill a rank's share [o, i] of the matrix called ``key``."""
+    size, rank = (1, 0) if dim is None else (group.size(), group.rank())
+    shape = list(share.shape)
+    if dim is not None:
+        shape[dim] *= size
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator(share.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    whole = torch.empty(shape, dtype=torch.float32, device=share.device).normal_(0.0, std, generator=generator)
+    if size == 1:
+        share.copy_(whole)
+    elif gated:  # gate and up are each sharded: a rank holds [gate share; up share]
+        share.copy_(torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim))
+    else:
+        share.copy_(whole.chunk(size, dim)[rank])

@@ -1,0 +1,85 @@
+"""DeepSeek-V3's router: group-limited top-k of sigmoid affinities, and the sequence-wise balance loss.
+
+megatron-core's TopKRouter does the gating and the selection. The balance loss is ours, because its own (0.16.1), with
+losses summed over tokens as we train, scales the gradient down by the sequences of a microbatch and by the TP x CP
+ranks, and counts a top-k of its own without bias and groups instead of the experts that tokens are sent to.
+
+Legend: S sequence on this rank, B microbatch, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class SequenceBalancedRouter(TopKRouter):
+    """Top-k router whose balance loss follows arXiv 2412.19437 Eq. 17 to 20.
+
+    ``balance_sum`` adds up, microbatch by microbatch, this rank's share of the loss before its weight (mean over the
+    microbatch's sequences); the trainer reads and clears it once a step.
+    """
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.register_buffer(
+            "balance_sum", torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device()), persistent=False
+        )
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return weights and choices of the experts, both [S * B, E], from logits [S, B, E]."""
+        assert padding_mask is None, "sequences are packed full: nothing is padded"
+        flat = logits.reshape(-1, logits.shape[-1])
+        weights, chosen = topk_routing_with_score_function(
+            flat,
+            self.topk,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+        )
+        weight = self.config.moe_aux_loss_coeff
+        if weight and self.training and torch.is_grad_enabled():
+            weights = self._attach_balance_loss(weights, logits, chosen, weight)
+        self._apply_expert_bias(chosen)  # counts the tokens of each expert
+        return weights, chosen
+
+    def _attach_balance_loss(self, weights: Tensor, logits: Tensor, chosen: Tensor, weight: float) -> Tensor:
+        """Return ``weights`` unchanged, with the balance loss's gradient hung onto them."""
+        ranks = self.tp_cp_group.size()
+        counts = chosen.view(logits.shape).sum(0, dtype=torch.float32)  # [B, E]
+        if ranks > 1:
+            dist.all_reduce(counts, group=self.tp_cp_group)
+        affinity = balance_affinity(logits, self.score_function).sum(0)  # [B, E], this rank's tokens
+        tokens = logits.shape[0] * ranks  # of one whole sequence
+        per_sequence = sequence_balance(counts, affinity, tokens, self.topk)
+        self.balance_sum += per_sequence.detach().mean()
+        # Gradients are divided by the tokens of the whole step at its end; a mean over sequences therefore enters as
+        # a sum over sequences, times the tokens of one.
+        return MoEAuxLossAutoScaler.apply(weights, weight * tokens * per_sequence.sum())
+
+
+def balance_affinity(logits: Tensor, score_function: str) -> Tensor:
+    """Return the affinities [..., E] normalised to a sum of 1 over all experts (Eq. 19)."""
+    if score_function == "softmax":
+        return logits.float().softmax(-1)
+    affinity = logits.float().sigmoid()
+    return affinity / (affinity.sum(-1, keepdim=True) + 1e-20)
+
+
+def sequence_balance(counts: Tensor, affinity_sum: Tensor, tokens: int, topk: int) -> Tensor:
+    """Return sum_i f_i P_i of each sequence [B]; 1 when the load is even.
+
+    Args:
+        counts: [B, E] tokens of the whole sequence sent to each expert.
+        affinity_sum: [B, E] normalised affinities summed over tokens (of this rank: the results add up over ranks).
+        tokens: length of the whole sequence.
+        topk: experts a token is sent to.
+    """
+    experts = counts.shape[-1]
+    fraction = counts * (experts / (topk * tokens))
+    return (fraction * affinity_sum / tokens).sum(-1)
