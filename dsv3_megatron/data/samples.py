@@ -1,0 +1,114 @@
+"""The order of samples: a pure function of the seed and of how many sequences were consumed.
+
+Nothing is remembered between steps. Sample number i of a run is always the same sequence, so a resumed run, a run on
+other ranks and a run with another microbatch see the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SampleSource(Protocol):
+    """An endless, numbered supply of sequences."""
+
+    def sample(self, number: int) -> np.ndarray:
+        """Return sequence ``number`` as [sequence_length + 1] int64 ids."""
+
+
+class TokenWindows:
+    """Sequences cut from one long array of tokens, each token a target once an epoch, shuffled anew every epoch."""
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, seed: int, *, shuffle: bool = True):
+        self.tokens, self.sequence_length, self.seed, self.shuffle = tokens, sequence_length, seed, shuffle
+        self.count = (len(tokens) - 1) // sequence_length
+        assert self.count > 0, (len(tokens), sequence_length)
+
+    def sample(self, number: int) -> np.ndarray:
+        """Return sequence ``number`` as [sequence_length + 1] int64 ids."""
+        epoch, index = divmod(number, self.count)
+        if self.shuffle:
+            index = permuted(index, self.count, f"{self.seed}/{epoch}")
+        start = index * self.sequence_length
+        return np.asarray(self.tokens[start : start + self.sequence_length + 1], dtype=np.int64)
+
+
+def permuted(index: int, count: int, key: str) -> int:
+    """Return where ``index`` goes in a pseudo-random permutation of ``range(count)`` named by ``key``.
+
+    A four-round Feistel network over the next power of four, walked until it lands inside the range: no table, so an
+    epoch of any length costs nothing to start.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=32).digest(), dtype=np.uint64)
+    while True:
+        left, right = index >> half, index & mask
+        for round_key in keys:
+            mixed = (right * 0x9E3779B97F4A7C15 + int(round_key)) & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((mixed >> 32) & mask)
+        index = (left << half) | right
+        if index < count:
+            return index
+
+
+class Synthetic:
+    """Sequences that follow a rule a model can learn: counting in steps, each with its own start and step."""
+
+    def __init__(self, vocab_size: int, sequence_length: int, seed: int):
+        self.vocab_size, self.sequence_length, self.seed = vocab_size, sequence_length, seed
+
+    def sample(self, number: int) -> np.ndarray:
+        """Return sequence ``number`` as [sequence_length + 1] int64 ids."""
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=number << 64))
+        start, step = random.integers(self.vocab_size), 1 + random.integers(4)
+        return (start + step * np.arange(self.sequence_length + 1)) % self.vocab_size
+
+
+def make_batch(samples: list[np.ndarray], masks: list[float] | None = None) -> dict[str, Tensor]:
+    """Return samples as a batch: tokens, labels, position_ids [B, S] int64 and loss_mask [B, S] float32.
+
+    ``masks`` weighs whole samples; 0.0 leaves one out of the loss.
+    """
+    ids = torch.from_numpy(np.stack(samples))
+    rows, columns = ids.shape[0], ids.shape[1] - 1
+    weights = torch.ones(rows) if masks is None else torch.tensor(masks)
+    return {
+        "tokens": ids[:, :-1].contiguous(),
+        "labels": ids[:, 1:].contiguous(),
+        "position_ids": torch.arange(columns).expand(rows, -1).contiguous(),
+        "loss_mask": weights.unsqueeze(1).expand(-1, columns).contiguous(),
+    }
+
+
+def step_batches(
+    source: SampleSource, *, first: int, global_batch: int, micro_batch: int, dp_rank: int, dp: int
+) -> list[dict[str, Tensor]]:
+    """Return one data-parallel rank's microbatches of a step.
+
+    The step's samples are ``first`` to ``first + global_batch - 1``; rank d takes the d-th of ``dp`` equal runs.
+    """
+    share = global_batch // dp
+    mine = range(first + dp_rank * share, first + (dp_rank + 1) * share)
+    return [
+        make_batch([source.sample(n) for n in mine[i : i + micro_batch]]) for i in range(0, share, micro_batch)
+    ]
+
+
+def evaluation_batches(
+    source: SampleSource, *, count: int, micro_batch: int, dp_rank: int, dp: int
+) -> list[dict[str, Tensor]]:
+    """Return one data-parallel rank's microbatches of the first ``count`` samples; what fills the last is masked."""
+    share = -(-count // (dp * micro_batch)) * micro_batch
+    batches = []
+    for start in range(dp_rank * share, (dp_rank + 1) * share, micro_batch):
+        numbers = range(start, start + micro_batch)
+        samples = [source.sample(min(n, count - 1)) for n in numbers]
+        batches.append(make_batch(samples, [float(n < count) for n in numbers]))
+    return batches
