@@ -27,6 +27,8 @@ def adapt_host() -> None:
         return
     _state["adapted"] = True
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    # torch 2.13 renames three collectives that megatron-core and torch 2.11 know by the old names only.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if not torch.cuda.is_available():
         _leave_functions_uncompiled()
         _answer_cuda_questions()

@@ -134,4 +134,4 @@ class WandbRun:
 
     def close(self) -> None:
         """End the run."""
-        self._run.finish(quiet=True)
+        self._run.finish()

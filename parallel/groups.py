@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from parallel.errors import LayoutError
 from parallel.layout import GROUPS, Layout
+from parallel.world import World
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 # The group of each name of parallel.layout.GROUPS in megatron-core's collection.
 _FIELD = {"tp_cp": None, "tp_ep": None, "expert_tp": "expt_tp", "expert_dp": "expt_dp"}
-
-
-@dataclass(frozen=True)
-class World:
-    """What torchrun told this process about itself."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """Return rank 0 of 1 where no launcher set anything. Raises LayoutError when the variables make no sense."""
-        try:
-            world = cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-        except ValueError as error:
-            raise LayoutError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
-        if not 0 <= world.rank < world.size:
-            raise LayoutError(f"RANK = {world.rank} is not in WORLD_SIZE = {world.size}; start with torchrun")
-        return world
 
 
 def start_processes(world: World, device: torch.device, timeout_seconds: float = 600) -> None:

@@ -123,7 +123,7 @@ class Layout:
         """Return the degrees in one line: ``PP 2 x DP 2 (EP 2, expert DP 1)``."""
         dense = [f"{axis.upper()} {getattr(self, axis)}" for axis in DENSE_AXES if getattr(self, axis) > 1]
         expert = f"EP {self.ep}" + (f", expert TP {self.expert_tp}" if self.expert_tp > 1 else "")
-        return f"{' x '.join(dense) or 'one rank'} ({expert}, expert DP {self.expert_dp})"
+        return f"{' x '.join(dense) or 'no split'} ({expert}, expert DP {self.expert_dp})"
 
 
 def _product(numbers: tuple[int, ...]) -> int:

@@ -1,0 +1,55 @@
+"""A trained model of a run directory, whole, in this one process, whatever layout wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_megatron.build import Parts, build_parts, choose_device
+from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
+from dsv3_megatron.checkpoint.save import load_checkpoint
+from dsv3_megatron.data.build import Data
+from dsv3_megatron.data.build import build as build_data
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.trainer import processes
+from parallel.errors import CheckpointError
+from parallel.settings import ParallelSettings
+from parallel.world import World
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run has learned."""
+
+    parts: Parts
+    data: Data
+    checkpoint: Path
+    progress: dict[str, Any]
+
+
+@contextmanager
+def trained_model(recipe: Recipe, directory: str | Path) -> Iterator[TrainedModel]:
+    """Load the newest valid checkpoint of a run for as long as the block lasts.
+
+    Raises: CheckpointError: there is none, or none is valid.
+    """
+    folder = RunDirectory(directory).checkpoints
+    path, wrong = newest_valid(folder)
+    if path is None:
+        raise CheckpointError(
+            wrong[0] if wrong else f"{folder} holds no checkpoint; train first, or name another run directory"
+        )
+    alone = recipe.model_copy(update={"parallel": ParallelSettings()})
+    world = World(0, 1, 0)
+    device = choose_device(recipe.run.device, world)
+    data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
+    with processes(world, device), torch.random.fork_rng(devices=[]):
+        parts = build_parts(alone, alone.layout(1), device)
+        load_checkpoint(path, module=parts.module, optimizer=None, groups=parts.groups)
+        yield TrainedModel(parts, data, path, read_manifest(path))

@@ -1,0 +1,292 @@
+"""The run: batch -> step -> metrics -> checkpoint, until the steps or tokens of the recipe are consumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from dsv3_megatron.build import Parts, build_parts, choose_device
+from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
+from dsv3_megatron.checkpoint.save import load_checkpoint, save_checkpoint
+from dsv3_megatron.data.build import Data
+from dsv3_megatron.data.build import build as build_data
+from dsv3_megatron.data.samples import evaluation_batches, step_batches
+from dsv3_megatron.fits import check_world
+from dsv3_megatron.health import StopSignals
+from dsv3_megatron.metrics import JsonLines, MetricsWriter, StepMetrics, WandbRun, peak_memory_bytes
+from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
+from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.step import StepValues, evaluate_batches, train_step
+from parallel.errors import CheckpointError
+from parallel.groups import start_processes, stop_processes
+from parallel.world import World
+
+
+class Reporter(Protocol):
+    """Who tells a person what happens. Called on rank 0 only."""
+
+    def start(self, facts: dict[str, str]) -> None:
+        """The run is built and about to train."""
+
+    def step(self, metrics: StepMetrics, last_step: int | None) -> None:
+        """A step is done."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """The held-out loss was measured."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know: resumed, saved, skipped."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all a resumed run needs beside weights and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, recipe: Recipe, parts: Parts, data: Data, reporter: Reporter, resolved_recipe: str):
+        self.recipe, self.parts, self.data = recipe, parts, data
+        self.regime = Regime(recipe.optim, recipe.data.sequence_length)
+        self.directory = RunDirectory(recipe.run.directory)
+        self.progress = Progress()
+        self.is_first = dist.get_rank() == 0
+        self.reporter = reporter
+        self._resolved_recipe = resolved_recipe
+        self._writers: list[MetricsWriter] = []
+        self._flops_per_token = training_flops_per_token(recipe.model, recipe.data.sequence_length)
+        self._bytes_per_token = data.bytes_per_token() if self.is_first else None
+        self._saved_step: int | None = None
+
+    # -- before the first step -----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Make the run directory, load the newest valid checkpoint if there is one, open the metrics."""
+        if self.is_first:
+            self.directory.create()
+        dist.barrier()
+        self._resume()
+        if self.is_first:
+            layout = self.parts.layout
+            self.directory.write_start(self._resolved_recipe, {"size": layout.world_size, "layout": asdict(layout)})
+            self._writers = [JsonLines(self.directory.metrics, self.progress.step)]
+            logging = self.recipe.logging
+            if logging.wandb != "disabled":
+                name, config = self.recipe.run.name, self.recipe.model_dump(mode="json")
+                self._writers.append(
+                    WandbRun(self.directory.path, logging.wandb, logging.wandb_project, name, config)
+                )
+            self.reporter.start(self._facts())
+
+    def _resume(self) -> None:
+        """Every rank must decide alike, so rank 0 checks the files and tells the others."""
+        decision: list[Any] = [None, None]
+        if self.is_first:
+            path, wrong = newest_valid(self.directory.checkpoints)
+            for message in wrong:
+                self.reporter.note(message)
+            decision = [str(path) if path else None, read_manifest(path) if path else None]
+        dist.broadcast_object_list(decision, src=0)
+        path, progress = decision
+        mode = self.recipe.run.resume
+        if mode == "never" and path:
+            raise CheckpointError(
+                f"run.resume = never, but {path} exists; name another run.name, or set run.resume=auto to go on from it"
+            )
+        if mode == "required" and not path:
+            raise CheckpointError(
+                f"run.resume = required, but {self.directory.checkpoints} holds no valid checkpoint; set run.resume=auto"
+            )
+        if path:
+            load_checkpoint(
+                Path(path), module=self.parts.module, optimizer=self.parts.optimizer, groups=self.parts.groups
+            )
+            self.progress = Progress(**progress)
+            self._saved_step = self.progress.step
+            if self.is_first:
+                self.reporter.note(f"resumed from {path} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
+
+    def _facts(self) -> dict[str, str]:
+        counted = count_parameters(self.recipe.model)
+        precision = self.recipe.precision
+        return {
+            "run": str(self.directory.path),
+            "model": f"{counted.main:,} parameters, {counted.activated_per_token:,} active per token"
+            + (f", MTP {counted.mtp:,} more" if counted.mtp else ""),
+            "layout": f"{self.parts.layout.world_size} {'rank' if self.parts.layout.world_size == 1 else 'ranks'}: {self.parts.layout.describe()}; "
+            f"layers of stages {list(self.parts.layers_of_stages)}",
+            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}",
+        }
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has consumed its steps or tokens."""
+        run = self.recipe.run
+        by_steps = run.steps is not None and self.progress.step >= run.steps
+        return by_steps or (run.tokens is not None and self.progress.tokens >= run.tokens)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, or until a signal asks to stop; return the summary. Saves in both cases."""
+        start = time.perf_counter()
+        before = self.evaluate() if not self.finished else None
+        with StopSignals() as signals:
+            while not self.finished and not signals.agreed(self.parts.device):
+                self._one_step()
+                self._between_steps()
+            stopped = not self.finished
+        if self._saved_step != self.progress.step:
+            self.save()
+        after = self.evaluate() if not stopped else None
+        return self._summarise(before, after, time.perf_counter() - start, stopped)
+
+    def _one_step(self) -> None:
+        recipe, progress, regime = self.recipe, self.progress, self.regime
+        start = time.perf_counter()
+        batch = regime.global_batch(progress.tokens)
+        values = StepValues(
+            learning_rate=regime.learning_rate(progress.tokens),
+            mtp_weight=regime.mtp_weight(progress.tokens),
+            bias_speed=regime.bias_speed(progress.tokens),
+            balance_weight=regime.balance_weight(progress.tokens),
+        )
+        batches = step_batches(
+            self.data.train,
+            first=progress.samples,
+            global_batch=batch,
+            micro_batch=recipe.optim.micro_batch,
+            dp_rank=self.parts.groups.dp.rank(),
+            dp=self.parts.layout.dp,
+        )
+        result = train_step(self.parts, batches, values)
+        seconds = time.perf_counter() - start
+        tokens = batch * recipe.data.sequence_length
+        progress.step += 1
+        progress.samples += batch
+        progress.tokens += tokens
+        progress.skipped += result.skipped
+        if not self.is_first:
+            return
+        world = self.parts.layout.world_size
+        tflops = tokens * self._flops_per_token / seconds / world / 1e12
+        peak = recipe.cluster.peak_tflops.get("bf16") if self.parts.device.type == "cuda" else None
+        metrics = StepMetrics(
+            step=progress.step,
+            tokens=progress.tokens,
+            loss=result.objective(values, recipe.data.sequence_length, recipe.model.num_nextn_predict_layers),
+            lm_loss=result.lm_loss,
+            mtp_loss=result.mtp_loss,
+            balance_loss=result.balance_loss,
+            learning_rate=values.learning_rate,
+            grad_norm=result.grad_norm,
+            global_batch=batch,
+            step_seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            tflops_per_device=tflops,
+            mfu=tflops / peak if peak else None,
+            bubble_fraction=result.bubble_fraction,
+            memory_peak_bytes=peak_memory_bytes(self.parts.device),
+            max_violation=result.max_violation,
+            skipped=progress.skipped,
+        )
+        for writer in self._writers:
+            writer.write(metrics)
+        self.reporter.step(metrics, recipe.run.steps)
+
+    def _between_steps(self) -> None:
+        step, run = self.progress.step, self.recipe.run
+        if run.evaluate_every_steps and step % run.evaluate_every_steps == 0 and not self.finished:
+            self.evaluate()
+        every = self.recipe.checkpoint.every_steps
+        if every and step % every == 0 and not self.finished:
+            self.save()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the held-out loss, in nats per token, and bits per byte where the data is text."""
+        batches = evaluation_batches(
+            self.data.held_out,
+            count=self.data.held_out_count,
+            micro_batch=self.recipe.optim.micro_batch,
+            dp_rank=self.parts.groups.dp.rank(),
+            dp=self.parts.layout.dp,
+        )
+        values = {"held_out_loss": evaluate_batches(self.parts, batches)}
+        if self._bytes_per_token:
+            values["bits_per_byte"] = values["held_out_loss"] / math.log(2) / self._bytes_per_token
+        if self.is_first:
+            for writer in self._writers:
+                writer.event("held_out", {**values, "step": self.progress.step})
+            self.reporter.evaluation(self.progress.step, values)
+        return values
+
+    def save(self) -> Path:
+        """Save a checkpoint of the step just done."""
+        start = time.perf_counter()
+        path = save_checkpoint(
+            self.directory.checkpoints,
+            self.progress.step,
+            module=self.parts.module,
+            optimizer=self.parts.optimizer,
+            groups=self.parts.groups,
+            progress=asdict(self.progress),
+            keep=self.recipe.checkpoint.keep,
+        )
+        self._saved_step = self.progress.step
+        if self.is_first:
+            self.reporter.note(f"saved {path} in {time.perf_counter() - start:.1f}s")
+        return path
+
+    def _summarise(self, before: Any, after: Any, seconds: float, stopped: bool) -> dict[str, Any]:
+        summary = {
+            **asdict(self.progress),
+            "seconds": seconds,
+            "stopped_by_signal": stopped,
+            "before": before,
+            "after": after,
+        }
+        if self.is_first:
+            if before or not self.directory.summary.exists():
+                self.directory.write_summary(summary)
+            for writer in self._writers:
+                writer.close()
+        return summary
+
+
+@contextmanager
+def processes(world: World, device: torch.device):
+    """The default process group, for as long as the block lasts."""
+    start_processes(world, device)
+    try:
+        yield
+    finally:
+        stop_processes()
+
+
+def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) -> dict[str, Any]:
+    """Train a recipe on this rank of a world; return the summary.
+
+    Raises: UserError: what a user can mend, before any process group or data exists where that is possible.
+    """
+    layout = check_world(recipe, world)
+    device = choose_device(recipe.run.device, world)
+    data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
+    with processes(world, device):
+        trainer = Trainer(recipe, build_parts(recipe, layout, device), data, reporter, resolved_recipe)
+        trainer.prepare()
+        return trainer.train()

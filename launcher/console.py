@@ -1,0 +1,132 @@
+"""What a person sees: progress, tables, one-line errors, exit codes. Nobody else prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from parallel.errors import UserError
+from parallel.units import show_bytes, show_count, show_duration
+
+if TYPE_CHECKING:
+    from dsv3_megatron.metrics import StepMetrics
+
+
+def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> int:
+    """Run a command on the arguments given; return its exit code. What a user can mend becomes one line on stderr.
+
+    ``speaks``: False on all ranks but the first, so that a mistake is told once.
+    """
+    try:
+        return command(sys.argv[1:])
+    except UserError as error:
+        if speaks:
+            print(str(error).replace("\n", " "), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if speaks:
+            print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+        sys.stderr.close()
+        return 0
+
+
+class SilentReporter:
+    """The reporter of every rank but the first."""
+
+    def start(self, facts: dict[str, str]) -> None:
+        """Say nothing."""
+
+    def step(self, metrics: StepMetrics, last_step: int | None) -> None:
+        """Say nothing."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+
+class ConsoleReporter:
+    """A line per step; on a terminal one line that is rewritten, and a kept one every so often."""
+
+    def __init__(self, every_steps: int = 1):
+        self._every = every_steps
+        self._live = sys.stdout.isatty()
+        self._recent: list[float] = []
+        self._kept_at = 0.0
+
+    def start(self, facts: dict[str, str]) -> None:
+        """Print what the run is made of."""
+        for name, text in facts.items():
+            print(f"{name:>8}  {text}", flush=True)
+
+    def step(self, metrics: StepMetrics, last_step: int | None) -> None:
+        """Print one step."""
+        self._recent = [*self._recent[-19:], metrics.step_seconds]
+        line = step_line(metrics, last_step, sum(self._recent) / len(self._recent))
+        is_last = metrics.step == last_step
+        if not self._live:
+            if metrics.step % self._every == 0 or is_last:
+                print(line, flush=True)
+            return
+        keep = is_last or time.monotonic() - self._kept_at > 15
+        self._kept_at = time.monotonic() if keep else self._kept_at
+        print(f"\r\x1b[2K{line}", end="\n" if keep else "", flush=True)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Print a held-out loss."""
+        text = f"held-out loss {values['held_out_loss']:.4f}"
+        if "bits_per_byte" in values:
+            text += f" = {values['bits_per_byte']:.4f} bits per byte"
+        self._line(f"step {step}: {text}")
+
+    def note(self, text: str) -> None:
+        """Print a remark."""
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        print(f"\r\x1b[2K{text}" if self._live else text, flush=True)
+
+
+def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float) -> str:
+    """Return everything one watches, in one line."""
+    of = f"/{last_step}" if last_step else ""
+    parts = [
+        f"step {metrics.step}{of}",
+        f"loss {metrics.lm_loss:.4f}",
+    ]
+    if metrics.mtp_loss is not None:
+        parts.append(f"mtp {metrics.mtp_loss:.3f}")
+    parts += [f"lr {metrics.learning_rate:.2e}", f"norm {metrics.grad_norm:.2f}"]
+    if metrics.max_violation is not None:
+        parts.append(f"maxvio {metrics.max_violation:.2f}")
+    parts += [f"{show_count(metrics.tokens_per_second)} tok/s", show_bytes(metrics.memory_peak_bytes)]
+    if metrics.bubble_fraction is not None:
+        parts.append(f"bubble {metrics.bubble_fraction:.0%}")
+    if metrics.skipped:
+        parts.append(f"skipped {metrics.skipped}")
+    if last_step:
+        parts.append(f"left {show_duration((last_step - metrics.step) * recent_seconds)}")
+    return "  ".join(parts)
+
+
+def text_plot(values: Sequence[float], *, title: str, width: int = 72, height: int = 12) -> str:
+    """Return a curve for a terminal: one column per run of points (their mean), half-block resolution."""
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    scale = (2 * height - 1) / ((high - low) or 1.0)
+    levels = [round((mean - low) * scale) for mean in means]
+    lines = [title]
+    for row in range(height - 1, -1, -1):
+        marks = "".join({2 * row: "▄", 2 * row + 1: "▀"}.get(level, " ") for level in levels)
+        label = f"{low + (2 * row + 0.5) / scale:8.3f}" if row % 3 == 2 or row == 0 else " " * 8
+        lines.append(f"{label} │{marks}".rstrip())
+    lines.append(" " * 9 + "└" + "─" * columns)
+    lines.append(f"{'':10}1{len(values):>{columns - 1}}")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""The end of `make demo`: what a run learned, where it lies, what to try next.
+
+python launcher/demo.py run=RUN_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dsv3_megatron.run_directory import RunDirectory
+from launcher.arguments import arguments_help, parse_arguments
+from launcher.console import guarded, text_plot
+from parallel.errors import DataError
+from parallel.units import show_count, show_duration
+
+
+class DemoArguments(BaseModel):
+    """The keys of this command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str = Field(description="run directory to tell about")
+    prompt: str = Field("def read(self, ", description="text for the model to continue")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the story of a finished run; return the exit code."""
+    if {"--help", "-h"} & set(arguments):
+        print(arguments_help(__doc__, DemoArguments))
+        return 0
+    given = parse_arguments(DemoArguments, arguments)
+    directory = RunDirectory(given.run)
+    steps = directory.read_metrics()
+    if not steps or not directory.summary.exists():
+        raise DataError(f"run = {given.run} holds no finished run; train one with launcher/pretrain.py")
+    summary = json.loads(directory.summary.read_text())
+    plot = save_plot(directory, steps)
+    print("\n" + text_plot([s["lm_loss"] for s in steps], title="training loss (nats per token) by step"))
+    tell_result(steps, summary)
+    tell_sample(given)
+    checkpoint = max(directory.checkpoints.glob("step_*"))
+    print(f"\nrun directory  {directory.path}\ncheckpoint     {checkpoint}\nplot           {plot}")
+    print(f"metrics        {directory.metrics} (and {directory.path}/wandb: `wandb sync` uploads it)")
+    print(
+        "\nTry next\n"
+        f"  python launcher/generate.py run={given.run} prompt='import ' tokens=60 temperature=0.7\n"
+        f"  python launcher/evaluate.py run={given.run}\n"
+        "  torchrun --nproc-per-node 2 launcher/pretrain.py recipe=dsv3_tiny run.name=mine run.steps=100 parallel.expert=2\n"
+        "  python launcher/pretrain.py --help"
+    )
+    return 0
+
+
+def tell_result(steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Print what was learned and how fast."""
+    before, after = summary["before"], summary["after"]
+    if before and after and "bits_per_byte" in after:
+        print(f"\nheld-out bits per byte: {before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after")
+    rates = sorted(s["tokens_per_second"] for s in steps)
+    print(
+        f"{summary['step']} steps, {show_count(summary['tokens'])} tokens in {show_duration(summary['seconds'])}, "
+        f"median {show_count(rates[len(rates) // 2])} tokens/s"
+    )
+
+
+def tell_sample(given: DemoArguments) -> None:
+    """Print a continuation of the prompt."""
+    from launcher import generate
+
+    print("\nThe model continues:\n" + "-" * 72)
+    generate.main([f"run={given.run}", f"prompt={given.prompt}", "tokens=80", "temperature=0.6"])
+    print("-" * 72)
+
+
+def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
+    """Write loss.svg into the run directory: main and MTP loss by tokens, and MaxVio below."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, balance) = plt.subplots(2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True)
+    tokens = [s["tokens"] for s in steps]
+    losses.plot(tokens, [s["lm_loss"] for s in steps], color="black", label="next token")
+    if steps[0]["mtp_loss"] is not None:
+        losses.plot(tokens, [s["mtp_loss"] for s in steps], color="gray", linestyle="--", label="MTP")
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend(frameon=False)
+    balance.plot(tokens, [s["max_violation"] or 0.0 for s in steps], color="black")
+    balance.set_ylabel("MaxVio")
+    balance.set_xlabel("tokens")
+    for axes in (losses, balance):
+        axes.grid(alpha=0.3)
+    path = directory.path / "loss.svg"
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

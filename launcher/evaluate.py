@@ -1,0 +1,55 @@
+"""Held-out loss of a run: python launcher/evaluate.py run=RUN_DIRECTORY
+
+Prints loss in nats per token and, for text, bits per byte. Loads the newest valid checkpoint into one process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from launcher.arguments import arguments_help, parse_arguments
+from launcher.compose import load_resolved
+from launcher.console import guarded
+from launcher.pretrain import prepare_threads
+
+
+class EvaluateArguments(BaseModel):
+    """The keys of this command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str = Field(description="run directory to load the model from")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the held-out loss as one JSON object; return the exit code."""
+    if {"--help", "-h"} & set(arguments):
+        print(arguments_help(__doc__, EvaluateArguments))
+        return 0
+    given = parse_arguments(EvaluateArguments, arguments)
+    recipe = load_resolved(Path(given.run) / "recipe.yaml")
+    prepare_threads(1)
+    from dsv3_megatron.data.samples import evaluation_batches
+    from dsv3_megatron.load import trained_model
+    from dsv3_megatron.step import evaluate_batches
+
+    with trained_model(recipe, given.run) as model:
+        micro, count = recipe.optim.micro_batch, model.data.held_out_count
+        batches = evaluation_batches(model.data.held_out, count=count, micro_batch=micro, dp_rank=0, dp=1)
+        values = {"step": model.progress["step"], "held_out_loss": evaluate_batches(model.parts, batches)}
+        if bytes_per_token := model.data.bytes_per_token():
+            values["bits_per_byte"] = values["held_out_loss"] / math.log(2) / bytes_per_token
+    print(json.dumps(values))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,65 @@
+"""Continue a text: python launcher/generate.py run=RUN_DIRECTORY prompt=TEXT tokens=N temperature=T
+
+The model is loaded into this one process from the run's newest valid checkpoint, whatever layout wrote it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from launcher.arguments import arguments_help, parse_arguments
+from launcher.compose import load_resolved
+from launcher.console import guarded
+from launcher.pretrain import prepare_threads
+from parallel.errors import DataError
+
+
+class GenerateArguments(BaseModel):
+    """The keys of this command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str = Field(description="run directory to load the model from")
+    prompt: str = Field(min_length=1, description="text to go on from")
+    tokens: PositiveInt = Field(100, description="tokens to add at most")
+    temperature: NonNegativeFloat = Field(0.8, description="0 = always the likeliest token")
+    seed: NonNegativeInt = Field(0, description="of the sampling")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the prompt and its continuation; return the exit code."""
+    if {"--help", "-h"} & set(arguments):
+        print(arguments_help(__doc__, GenerateArguments))
+        return 0
+    given = parse_arguments(GenerateArguments, arguments)
+    recipe = load_resolved(Path(given.run) / "recipe.yaml")
+    prepare_threads(1)
+    from dsv3_megatron.generate import continue_tokens
+    from dsv3_megatron.load import trained_model
+
+    with trained_model(recipe, given.run) as model:
+        tokenizer = model.data.tokenizer
+        if tokenizer is None:
+            raise DataError(f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib")
+        prompt = [int(t) for t in tokenizer.encode(given.prompt)]
+        found = continue_tokens(
+            model.parts.module,
+            prompt,
+            count=given.tokens,
+            temperature=given.temperature,
+            seed=given.seed,
+            window=recipe.data.sequence_length,
+            end=tokenizer.end,
+        )
+        print(tokenizer.decode([*prompt, *found]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

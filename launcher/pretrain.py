@@ -1,0 +1,54 @@
+"""Train a recipe: torchrun --nproc-per-node N launcher/pretrain.py recipe=NAME key=value ...
+
+Goes on by itself from the newest valid checkpoint of the run directory. One process needs no torchrun:
+python launcher/pretrain.py recipe=dsv3_tiny
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from dsv3_megatron.fits import check_world
+from dsv3_megatron.recipe import Recipe
+from launcher.compose import resolved_yaml, run_command
+from launcher.console import ConsoleReporter, SilentReporter, guarded
+from parallel.world import World
+
+
+def train(recipe: Recipe) -> int:
+    """Train on this rank of the world that torchrun started; return the exit code."""
+    world = World.from_environment()
+    check_world(recipe, world)  # before torch is imported: a wrong world is told in a second
+    prepare_threads(world.size)
+    from dsv3_megatron.trainer import run
+
+    first = world.rank == 0
+    reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
+    summary = run(recipe, world, reporter, resolved_yaml(recipe))
+    if first and not summary["stopped_by_signal"]:
+        reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
+    return 0
+
+
+def prepare_threads(world_size: int) -> None:
+    """Share the cores among this machine's ranks, unless the user decided (torchrun sets OMP_NUM_THREADS=1)."""
+    import torch
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "OMP_NUM_THREADS" not in os.environ or ranks > 1:
+        torch.set_num_threads(max(1, cores // ranks))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Return the exit code: 0 trained, 2 bad input, 3 does not fit."""
+    return run_command(train, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, speaks=os.environ.get("RANK", "0") == "0"))

@@ -1,0 +1,28 @@
+"""What torchrun told this process about itself. No torch import: mistakes are told before anything long starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from parallel.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, size and rank on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Return rank 0 of 1 where no launcher set anything. Raises LayoutError when the variables make no sense."""
+        try:
+            world = cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        except ValueError as error:
+            raise LayoutError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
+        if not 0 <= world.rank < world.size:
+            raise LayoutError(f"RANK = {world.rank} is not in WORLD_SIZE = {world.size}; start with torchrun")
+        return world
