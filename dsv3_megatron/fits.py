@@ -21,8 +21,8 @@ def check_world(recipe: Recipe, world: World) -> Layout:
         raise DoesNotFitError(
             f"recipe={recipe.recipe} is made for {needed:,} GPUs (cluster={recipe.cluster.name}) and needs at least "
             f"{smallest:,} ranks (PP {recipe.parallel.pipeline} x EP {recipe.parallel.expert}), but there "
-            f"{'is 1 process' if world.size == 1 else f'are {world.size} processes'}; see what it would take with launcher/plan.py recipe={recipe.recipe}, "
-            "or train recipe=dsv3_tiny here"
+            f"{'is 1 process' if world.size == 1 else f'are {world.size} processes'}; start it on such a cluster, or "
+            "train recipe=dsv3_tiny here"
         )
     layout = recipe.layout(world.size)
     if recipe.parallel.schedule not in ("1f1b",) and recipe.parallel.pipeline > 1:

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
+from dsv3_megatron.build import Parts
 from dsv3_megatron.model.stage import forward_logits
 
 
 def continue_tokens(
-    module: GPTModel, prompt: list[int], *, count: int, temperature: float, seed: int, window: int, end: int | None
+    parts: Parts, prompt: list[int], *, count: int, temperature: float, seed: int, window: int, end: int | None
 ) -> Iterator[int]:
     """Yield up to ``count`` tokens after ``prompt``.
 
     Args:
-        module: a whole model (all stages in one).
+        parts: a whole model (all stages in one).
         temperature: 0.0 takes the likeliest token; above, sampling with a generator of its own.
         window: tokens of context the model was trained with; older ones are dropped.
         end: stop after this token, if given.
@@ -25,12 +25,12 @@ def continue_tokens(
     random = np.random.Generator(np.random.Philox(key=seed))
     tokens = list(prompt)
     for _ in range(count):
-        context = torch.tensor([tokens[-window:]])
-        logits = forward_logits(module, context)[0, -1].double()
+        context = torch.tensor([tokens[-window:]], device=parts.device)
+        logits = forward_logits(parts.module, context)[0, -1].double()
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            chances = (logits / temperature).softmax(-1).numpy()
+            chances = (logits / temperature).softmax(-1).cpu().numpy()
             token = int(random.choice(len(chances), p=chances / chances.sum()))
         tokens.append(token)
         yield token

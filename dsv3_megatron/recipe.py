@@ -109,7 +109,9 @@ class Recipe(BaseModel):
         model, parallel = self.model, self.parallel
         for field in ("expert", "expert_tensor"):
             of_what = {"expert": "n_routed_experts", "expert_tensor": "moe_intermediate_size"}[field]
-            self._must_divide(f"parallel.{field}", getattr(parallel, field), f"model.{of_what}", getattr(model, of_what))
+            self._must_divide(
+                f"parallel.{field}", getattr(parallel, field), f"model.{of_what}", getattr(model, of_what)
+            )
         for of_what in ("num_attention_heads", "vocab_size", "intermediate_size"):
             self._must_divide("parallel.tensor", parallel.tensor, f"model.{of_what}", getattr(model, of_what))
         # Zigzag context parallelism gives every rank two pieces of the sequence; sequence parallelism shards each

@@ -94,9 +94,7 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
 
 def _forward(batches: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, partial]:
     batch = next(batches)
-    out = module(
-        batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
-    )
+    out = module(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return out, partial(_loss, batch["loss_mask"])
 
 
@@ -175,7 +173,11 @@ def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
 
 
 def _finalize(
-    parts: Parts, model: list[torch.nn.Module], num_tokens: Tensor | None, pg_collection: object = None, **unused: object
+    parts: Parts,
+    model: list[torch.nn.Module],
+    num_tokens: Tensor | None,
+    pg_collection: object = None,
+    **unused: object,
 ) -> None:
     """Reduce gradients over all groups and divide them by the tokens of the step.
 

@@ -88,9 +88,7 @@ class Trainer:
             logging = self.recipe.logging
             if logging.wandb != "disabled":
                 name, config = self.recipe.run.name, self.recipe.model_dump(mode="json")
-                self._writers.append(
-                    WandbRun(self.directory.path, logging.wandb, logging.wandb_project, name, config)
-                )
+                self._writers.append(WandbRun(self.directory.path, logging.wandb, logging.wandb_project, name, config))
             self.reporter.start(self._facts())
 
     def _resume(self) -> None:
@@ -110,7 +108,8 @@ class Trainer:
             )
         if mode == "required" and not path:
             raise CheckpointError(
-                f"run.resume = required, but {self.directory.checkpoints} holds no valid checkpoint; set run.resume=auto"
+                f"run.resume = required, but {self.directory.checkpoints} holds no valid checkpoint; "
+                "set run.resume=auto"
             )
         if path:
             load_checkpoint(
@@ -123,12 +122,13 @@ class Trainer:
 
     def _facts(self) -> dict[str, str]:
         counted = count_parameters(self.recipe.model)
+        layout = self.parts.layout
         precision = self.recipe.precision
         return {
             "run": str(self.directory.path),
             "model": f"{counted.main:,} parameters, {counted.activated_per_token:,} active per token"
             + (f", MTP {counted.mtp:,} more" if counted.mtp else ""),
-            "layout": f"{self.parts.layout.world_size} {'rank' if self.parts.layout.world_size == 1 else 'ranks'}: {self.parts.layout.describe()}; "
+            "layout": f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'}: {layout.describe()}; "
             f"layers of stages {list(self.parts.layers_of_stages)}",
             "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}",
         }

@@ -76,7 +76,9 @@ def load_resolved(path: Path) -> Recipe:
     Raises: RecipeError: there is none, or it does not validate.
     """
     if not path.is_file():
-        raise RecipeError(f"{path} does not exist; name the directory of a run that was started by launcher/pretrain.py")
+        raise RecipeError(
+            f"{path} does not exist; name the directory of a run that was started by launcher/pretrain.py"
+        )
     try:
         return build(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError) as error:
@@ -166,7 +168,9 @@ def _hydra_error(error: Exception) -> RecipeError:
     if cause is not None and str(cause).strip() and not isinstance(cause, RecipeError):
         lines.append(_first_line(cause))
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
-    what = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "See http", "To append")))
+    what = " ".join(
+        line for line in lines if not line.startswith(("full_key:", "object_type=", "See http", "To append"))
+    )
     return RecipeError(f"{key + ': ' if key else ''}{what}; write key=value with a key of the recipe (see --help)")
 
 

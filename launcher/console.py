@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from parallel.errors import UserError
@@ -118,7 +119,7 @@ def text_plot(values: Sequence[float], *, title: str, width: int = 72, height: i
     """Return a curve for a terminal: one column per run of points (their mean), half-block resolution."""
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (2 * height - 1) / ((high - low) or 1.0)
     levels = [round((mean - low) * scale) for mean in means]

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         "\nTry next\n"
         f"  python launcher/generate.py run={given.run} prompt='import ' tokens=60 temperature=0.7\n"
         f"  python launcher/evaluate.py run={given.run}\n"
-        "  torchrun --nproc-per-node 2 launcher/pretrain.py recipe=dsv3_tiny run.name=mine run.steps=100 parallel.expert=2\n"
+        "  torchrun --nproc-per-node 2 launcher/pretrain.py recipe=dsv3_tiny run.name=mine parallel.expert=2\n"
         "  python launcher/pretrain.py --help"
     )
     return 0

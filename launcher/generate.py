@@ -46,10 +46,12 @@ def main(arguments: Sequence[str]) -> int:
     with trained_model(recipe, given.run) as model:
         tokenizer = model.data.tokenizer
         if tokenizer is None:
-            raise DataError(f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib")
+            raise DataError(
+                f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"
+            )
         prompt = [int(t) for t in tokenizer.encode(given.prompt)]
         found = continue_tokens(
-            model.parts.module,
+            model.parts,
             prompt,
             count=given.tokens,
             temperature=given.temperature,

@@ -11,8 +11,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from launcher.compose import GROUPS, compose, compose_config, options
 from dsv3_megatron.recipe import Recipe
+from launcher.compose import GROUPS, compose, compose_config, options
 from parallel.errors import RecipeError
 
 FLAGS = ("--help", "-h", "--cfg", "-c", "--multirun", "-m", "--resolve", "--package", "-p")
@@ -41,7 +41,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], set[str], str | None]:
         name, _, value = argument.partition("=")
         name = {"-c": "--cfg", "-m": "--multirun", "-p": "--package"}.get(name, name)
         if name not in FLAGS:
-            raise RecipeError(f"{argument} is not a flag of this command; there are: --help, --cfg job, --multirun, --resolve")
+            raise RecipeError(
+                f"{argument} is not a flag of this command; there are: --help, --cfg job, --multirun, --resolve"
+            )
         if name == "--cfg":
             value = value or next(rest, "")
             if value not in ("job", "hydra", "all"):

@@ -68,7 +68,10 @@ class Layout:
         """
         tp, cp, pp = parallel.tensor, parallel.context, parallel.pipeline
         ep, expert_tp = parallel.expert, parallel.expert_tensor
-        for what, degrees in (("dense", {"tp": tp, "cp": cp, "pp": pp}), ("expert", {"ep": ep, "expert_tp": expert_tp, "pp": pp})):
+        for what, degrees in (
+            ("dense", {"tp": tp, "cp": cp, "pp": pp}),
+            ("expert", {"ep": ep, "expert_tp": expert_tp, "pp": pp}),
+        ):
             size = 1
             for degree in degrees.values():
                 size *= degree

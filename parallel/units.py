@@ -52,7 +52,11 @@ def show_bytes(size: int | float) -> str:
 def show_duration(seconds: float) -> str:
     """Return a duration as people say it: ``3m 20s``, ``2d 4h``."""
     whole = round(seconds)
-    for (big, big_size), (small, small_size) in ((("d", 86400), ("h", 3600)), (("h", 3600), ("m", 60)), (("m", 60), ("s", 1))):
+    for (big, big_size), (small, small_size) in (
+        (("d", 86400), ("h", 3600)),
+        (("h", 3600), ("m", 60)),
+        (("m", 60), ("s", 1)),
+    ):
         if whole >= big_size:
             return f"{whole // big_size}{big} {whole % big_size // small_size}{small}"
     return f"{seconds:.1f}s"

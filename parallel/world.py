@@ -22,7 +22,9 @@ class World:
         try:
             world = cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
         except ValueError as error:
-            raise LayoutError(f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun") from None
+            raise LayoutError(
+                f"RANK, WORLD_SIZE or LOCAL_RANK is not a number ({error}); start with torchrun"
+            ) from None
         if not 0 <= world.rank < world.size:
             raise LayoutError(f"RANK = {world.rank} is not in WORLD_SIZE = {world.size}; start with torchrun")
         return world

@@ -69,7 +69,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing; use an older checkpoint")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}; use an older checkpoint"
+                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}; "
+                "use an older checkpoint"
             )
         if (found := checksum(path)) != expected["xxh3"]:
             raise CheckpointError(

@@ -49,9 +49,7 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
     )
 
 
-def _windows(
-    tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, settings: DataSettings, seed: int
-) -> Data:
+def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, settings: DataSettings, seed: int) -> Data:
     length = settings.sequence_length
     for name, tokens in (("training", train), ("held-out", held_out)):
         if len(tokens) <= length:

@@ -96,9 +96,7 @@ def step_batches(
     """
     share = global_batch // dp
     mine = range(first + dp_rank * share, first + (dp_rank + 1) * share)
-    return [
-        make_batch([source.sample(n) for n in mine[i : i + micro_batch]]) for i in range(0, share, micro_batch)
-    ]
+    return [make_batch([source.sample(n) for n in mine[i : i + micro_batch]]) for i in range(0, share, micro_batch)]
 
 
 def evaluation_batches(

@@ -21,8 +21,20 @@ from parallel.errors import DataError
 
 VERSION = 1  # of what is written to the cache
 # Tests repeat themselves, and tables (encodings, topics) are not text a person wrote.
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__", "lib2to3",
-           "pydoc_data", "ensurepip", "turtledemo", "config"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+    "ensurepip",
+    "turtledemo",
+    "config",
+}
 TOKENIZER_SAMPLE_BYTES = 3_000_000
 
 

@@ -57,8 +57,10 @@ class Tokenizer:
         """Return a tokenizer of exactly ``vocab_size`` tokens (fewer where the texts have no more pairs to merge)."""
         least = 256 + len(SPECIAL)
         if vocab_size < least:
-            raise DataError(f"model.vocab_size = {vocab_size} cannot hold 256 bytes and {len(SPECIAL)} special tokens; "
-                            f"set it to {least} or more")
+            raise DataError(
+                f"model.vocab_size = {vocab_size} cannot hold 256 bytes and {len(SPECIAL)} special tokens; "
+                f"set it to {least} or more"
+            )
         engine = Engine(models.BPE())
         engine.pre_tokenizer = pre_tokenizers.Sequence(
             [

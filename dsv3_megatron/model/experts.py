@@ -170,9 +170,7 @@ class _SeparableGroupedProduct(torch.autograd.Function):
     """The same, with the weight gradient queued instead of returned."""
 
     @staticmethod
-    def forward(
-        ctx: object, x: Tensor, weight: Tensor, tokens_per_expert: list[int], owed: WeightGradients
-    ) -> Tensor:
+    def forward(ctx: object, x: Tensor, weight: Tensor, tokens_per_expert: list[int], owed: WeightGradients) -> Tensor:
         ends = _ends(tokens_per_expert, x.device)
         ctx.save_for_backward(x, weight, ends)
         ctx.owed = owed

@@ -65,7 +65,9 @@ def layer_spec(backend: BackendSpecProvider, model: ModelSettings, *, moe: bool)
     )
 
 
-def decoder_spec(backend: BackendSpecProvider, model: ModelSettings, first: int, count: int) -> TransformerBlockSubmodules:
+def decoder_spec(
+    backend: BackendSpecProvider, model: ModelSettings, first: int, count: int
+) -> TransformerBlockSubmodules:
     """Return decoder layers ``first`` (from 0) to ``first + count - 1``."""
     layers = [layer_spec(backend, model, moe=i >= model.first_k_dense_replace) for i in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))

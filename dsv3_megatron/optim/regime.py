@@ -107,7 +107,9 @@ class Regime:
 
     @staticmethod
     def _no_steps(step: int) -> int:
-        raise RecipeError(f"optim.global_batch has a phase until {step} steps, but it decides what a step is; use tokens")
+        raise RecipeError(
+            f"optim.global_batch has a phase until {step} steps, but it decides what a step is; use tokens"
+        )
 
     def global_batch(self, tokens: int) -> int:
         """Return the sequences of the step that begins after ``tokens`` tokens."""

@@ -1,0 +1,24 @@
+"""Shared by all tests: a one-process world for those that build a model in the test process itself."""
+
+import pytest
+
+from dsv3_megatron.host import adapt_host
+
+adapt_host()
+
+
+@pytest.fixture
+def one_process():
+    """The default process group with this process alone in it; yields megatron-core's groups."""
+    import torch
+
+    from parallel.groups import build_groups, start_processes, stop_processes
+    from parallel.layout import Layout
+    from parallel.world import World
+
+    torch.set_num_threads(1)
+    start_processes(World(0, 1, 0), torch.device("cpu"))
+    try:
+        yield build_groups(Layout())
+    finally:
+        stop_processes()

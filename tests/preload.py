@@ -1,0 +1,7 @@
+"""What every test rank needs, imported once in the fork server."""
+
+import warnings
+
+warnings.filterwarnings("ignore")
+
+import dsv3_megatron.trainer  # noqa: E402, F401

@@ -1,0 +1,77 @@
+"""Runs a function on N ranks over gloo: ``results = run_ranks(4, worker, cases)``.
+
+One launch runs many cases, because starting torch costs seconds. Ranks are forked from a server that has imported
+everything once and has run no thread. The first failing rank's traceback is raised; no process is left behind.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preload"])
+
+
+def free_port() -> int:
+    """Return a TCP port nobody listens on, below the range from which gloo's own sockets take theirs."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
+def run_ranks(
+    world: int, worker: Callable[..., Any], cases: Sequence[Any], timeout_seconds: float = 300
+) -> list[list[Any]]:
+    """Return ``worker(case)`` of every rank for every case: results[case][rank]."""
+    queue = _context.Queue()
+    ports = [free_port() for _ in cases]
+    ranks = [
+        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue), daemon=True)
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    results: list[list[Any]] = [[None] * world for _ in cases]
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        for _ in range(world * len(cases)):
+            case, rank, failure, value = queue.get(timeout=max(0.1, deadline - time.monotonic()))
+            if failure:
+                raise AssertionError(f"rank {rank} of {world}, case {cases[case]}:\n{failure}")
+            results[case][rank] = value
+    finally:
+        for rank in ranks:
+            rank.join(timeout=5)
+            if rank.is_alive():
+                rank.kill()
+    return results
+
+
+def _rank_main(rank: int, world: int, worker: Callable, cases: list, ports: list[int], queue: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.chdir(tempfile.gettempdir())
+    for number, (case, port) in enumerate(zip(cases, ports)):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            queue.put((number, rank, None, worker(case)))
+        except BaseException:
+            queue.put((number, rank, traceback.format_exc(), None))
+            queue.close()
+            queue.join_thread()
+            os._exit(1)
+    queue.close()
+    queue.join_thread()

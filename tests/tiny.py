@@ -1,0 +1,149 @@
+"""A small recipe, its batches, and one rank's training on it: what multi-process tests run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3_megatron.build import Parts, build_parts
+from dsv3_megatron.data.samples import Synthetic, step_batches
+from dsv3_megatron.model.initialise import _matrices, global_name
+from dsv3_megatron.model.stage import is_routed_expert
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.step import StepResult, StepValues, train_step
+from launcher.compose import compose
+from parallel.groups import start_processes, stop_processes
+from parallel.world import World
+
+# Small enough for seconds, yet with every part; a balance weight and an initialisation at which each part of the loss
+# moves every gradient far above rounding.
+SMALL = (
+    "model.hidden_size=64",
+    "model.intermediate_size=96",
+    "model.moe_intermediate_size=32",
+    "model.num_attention_heads=4",
+    "model.q_lora_rank=32",
+    "model.kv_lora_rank=16",
+    "model.qk_nope_head_dim=16",
+    "model.qk_rope_head_dim=8",
+    "model.v_head_dim=16",
+    "model.n_routed_experts=8",
+    "model.num_experts_per_tok=2",
+    "model.topk_group=2",
+    "model.vocab_size=256",
+    "model.initializer_range=0.06",
+    "optim.global_batch=8",
+    "optim.micro_batch=2",
+    "data=synthetic",
+    "data.sequence_length=32",
+    "logging.wandb=disabled",
+)
+VALUES = StepValues(learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.001, balance_weight=0.02)
+
+
+@dataclass
+class Case:
+    """One layout to train in."""
+
+    overrides: tuple[str, ...] = ()
+    steps: int = 3
+    save_to: str | None = None  # where to write this run's gradients and weights
+    reference: str | None = None  # where the one-process gradients lie, to compare with
+    values: StepValues = field(default_factory=lambda: VALUES)
+
+
+def small_recipe(*overrides: str) -> Recipe:
+    """Return the small recipe with overrides."""
+    return compose([*SMALL, *overrides])
+
+
+def train_rank(case: Case) -> dict[str, Any]:
+    """Train on this rank; return losses, and how far gradients and weights are from the reference's."""
+    recipe, world = small_recipe(*case.overrides), World.from_environment()
+    start_processes(world, torch.device("cpu"), timeout_seconds=120)
+    try:
+        parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+        source = Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
+        gradients: list[dict[str, Tensor]] = []
+        results: list[StepResult] = []
+        step = parts.optimizer.step
+        parts.optimizer.step = lambda: (gradients.append(whole_gradients(parts)), step())[1]
+        for number in range(case.steps):
+            batches = step_batches(
+                source,
+                first=number * 8,
+                global_batch=8,
+                micro_batch=recipe.optim.micro_batch,
+                dp_rank=parts.groups.dp.rank(),
+                dp=parts.layout.dp,
+            )
+            results.append(train_step(parts, batches, case.values))
+        weights = {k: v.clone() for k, v in named_weights(parts).items()}
+        biases = {f"bias.{k}": v.clone() for k, v in parts.module.named_buffers() if k.endswith("expert_bias")}
+        found: dict[str, Any] = {"results": results}
+        if case.save_to is not None:
+            torch.save({"gradients": gradients, "weights": weights, "biases": biases}, case.save_to)
+        if case.reference is not None:
+            reference = torch.load(case.reference)
+            found["gradient_errors"] = [
+                errors(parts, mine, whole) for mine, whole in zip(gradients, reference["gradients"])
+            ]
+            found["weight_errors"] = errors(parts, weights, reference["weights"])
+        return found
+    finally:
+        stop_processes()
+
+
+def first_layer(parts: Parts) -> int:
+    """Return the number of the first decoder layer on this rank."""
+    return sum(parts.layers_of_stages[: parts.groups.pp.rank()])
+
+
+def named_weights(parts: Parts) -> dict[str, Tensor]:
+    """Return this rank's parameters by their names in the whole model."""
+    start = first_layer(parts)
+    return {global_name(name, start): p.detach() for name, p in parts.module.named_parameters()}
+
+
+def whole_gradients(parts: Parts) -> dict[str, Tensor]:
+    """Return this rank's reduced gradients by name: ZeRO-1 leaves each rank a shard, so shards are gathered."""
+    for buffers in (parts.ddp.buffers, parts.ddp.expert_parallel_buffers):
+        for buffer in buffers:
+            for bucket in buffer.buckets:
+                group = buffer.data_parallel_group
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    start = first_layer(parts)
+    return {global_name(n, start): p.main_grad.clone() for n, p in parts.module.named_parameters()}
+
+
+def errors(parts: Parts, mine: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, float]:
+    """Return, by name, the norm of the difference from this rank's share of the whole, relative to the share's."""
+    start, found = first_layer(parts), {}
+    for name, parameter in parts.module.named_parameters():
+        key = global_name(name, start)
+        expected = share_of(parts, key, parameter, whole[key])
+        found[key] = ((mine[key] - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    return found
+
+
+def share_of(parts: Parts, name: str, parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return what this rank holds of a whole parameter (or of its gradient)."""
+    if parameter.dim() == 1:
+        return whole
+    gated = name.endswith("linear_fc1.weight")
+    if is_routed_expert(name):
+        whole = whole.chunk(parts.groups.ep.size())[parts.groups.ep.rank()]
+        group, dim = parts.groups.expt_tp, parameter.partition_dim
+    else:
+        ((_, _, group, dim),) = _matrices(name, parameter, parts.groups)
+        if dim is None:
+            return whole
+    size, rank = group.size(), group.rank()
+    if gated:
+        return torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)
+    return whole.chunk(size, dim)[rank]
