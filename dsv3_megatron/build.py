@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
 
 from dsv3_megatron.model.backend import choose_backend  # noqa: E402
@@ -80,6 +81,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         use_our_adamw()
     groups = build_groups(layout)
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
+    MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
     stages = recipe.parallel.stages or balanced_stages(recipe.model, layout.pp)
     config = transformer_config(
         recipe.model, recipe.parallel, layout, dtype=parameter_dtype(recipe), layers_of_stages=stages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv3_megatron.recipe import Recipe
-from parallel.errors import DoesNotFitError, LayoutError
+from parallel.errors import DoesNotFitError, LayoutError, RecipeError
 from parallel.layout import Layout
 from parallel.world import World
 
@@ -25,8 +25,30 @@ def check_world(recipe: Recipe, world: World) -> Layout:
             "train recipe=dsv3_tiny here"
         )
     layout = recipe.layout(world.size)
-    if recipe.parallel.schedule not in ("1f1b",) and recipe.parallel.pipeline > 1:
+    check_available(recipe)
+    return layout
+
+
+def check_available(recipe: Recipe) -> None:
+    """Refuse what recipes can say but this version cannot do yet: nothing is trained differently from what was asked.
+
+    Raises: RecipeError: naming the key, and what to set instead.
+    """
+    if recipe.parallel.schedule != "1f1b" and recipe.parallel.pipeline > 1:
         raise LayoutError(
             f"parallel.schedule = {recipe.parallel.schedule} is not available yet; set parallel.schedule=1f1b"
         )
-    return layout
+    waiting = {
+        "precision.fp8": (recipe.precision.fp8 is not None, "precision=bf16"),
+        "model.topk_method": (recipe.model.topk_method == "capacity", "model.topk_method=noaux_tc"),
+        "data.fim_rate": (recipe.data.fim_rate > 0, "data.fim_rate=0"),
+        "data.isolate_documents": (recipe.data.isolate_documents, "data.isolate_documents=false"),
+        "data.source": (recipe.data.source == "indexed", "data=stdlib or data=synthetic"),
+        "checkpoint.asynchronous": (recipe.checkpoint.asynchronous, "checkpoint.asynchronous=false"),
+    }
+    for key, (asked, instead) in waiting.items():
+        if asked:
+            section, name = key.split(".")
+            value = getattr(getattr(recipe, section), name)
+            shown = value if isinstance(value, (str, int, float)) else "{...}"
+            raise RecipeError(f"{key} = {shown} is not available yet; set {instead}")

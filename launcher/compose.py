@@ -16,6 +16,7 @@ from typing import Any, get_args
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,7 +48,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
             return hydra_compose("pretrain", overrides=overrides)
     except MissingConfigException as error:
         raise _missing_config(error, overrides) from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra raises kinds of its own, ValueError and TypeError alike for what was typed
         raise _hydra_error(error) from None
 
 
@@ -97,6 +98,10 @@ def _checked(override: str) -> str:
     """
     if "=" not in override and not override.startswith("~"):
         raise RecipeError(f"{override!r} is not an override; write key=value, such as run.steps=100")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise RecipeError(f"{override} cannot be read ({_first_line(error)}); quote or close its value") from None
     key, _, value = override.partition("=")
     key = key.lstrip("+~").split("@")[0]
     if key in GROUPS:
@@ -142,7 +147,8 @@ def _nearest_key(parts: list[str], depth: int, fields: dict[str, Any]) -> str:
         return f"did you mean {'.'.join([*parts[:depth], near[0]])}?"
     last = parts[-1]
     elsewhere = [key for key in all_keys() if key.split(".")[-1] == last]
-    elsewhere = elsewhere or difflib.get_close_matches(".".join(parts), list(all_keys()), n=1, cutoff=0.5)
+    leaves = [key for key in all_keys() if "." in key]
+    elsewhere = elsewhere or difflib.get_close_matches(".".join(parts), leaves, n=1, cutoff=0.75)
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"it can be one of: {', '.join(fields)}"

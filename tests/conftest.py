@@ -11,6 +11,8 @@ adapt_host()
 def one_process():
     """The default process group with this process alone in it; yields megatron-core's groups."""
     import torch
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from parallel.groups import build_groups, start_processes, stop_processes
     from parallel.layout import Layout
@@ -19,6 +21,9 @@ def one_process():
     torch.set_num_threads(1)
     start_processes(World(0, 1, 0), torch.device("cpu"))
     try:
-        yield build_groups(Layout())
+        groups = build_groups(Layout())
+        model_parallel_cuda_manual_seed(1)
+        MTPLossLoggingHelper.tracker.clear()  # global, sized by the first model of the process
+        yield groups
     finally:
         stop_processes()

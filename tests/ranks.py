@@ -36,7 +36,7 @@ def run_ranks(
     queue = _context.Queue()
     ports = [free_port() for _ in cases]
     ranks = [
-        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue), daemon=True)
+        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue))
         for rank in range(world)
     ]
     for rank in ranks:

@@ -19,7 +19,7 @@ import numpy as np
 from dsv3_megatron.data.tokenizer import Tokenizer
 from parallel.errors import DataError
 
-VERSION = 1  # of what is written to the cache
+VERSION = 2  # of what is written to the cache
 # Tests repeat themselves, and tables (encodings, topics) are not text a person wrote.
 SKIPPED = {
     "test",
@@ -69,9 +69,11 @@ def is_held_out(name: str, share: float) -> bool:
 
 def _prepare(folder: Path, root: Path, files: list[Path], vocab_size: int, held_out: float) -> None:
     """Write the cache beside its place and rename it: two processes may start at once, either's result is complete."""
-    names = [path.relative_to(root).as_posix() for path in files]
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-    split = [is_held_out(name, held_out) for name in names]
+    by_text: dict[str, str] = {}  # text -> name: the library holds some files twice, and a copy must not be split off
+    for path in files:
+        by_text.setdefault(path.read_text(encoding="utf-8", errors="replace"), path.relative_to(root).as_posix())
+    texts = list(by_text)
+    split = [is_held_out(name, held_out) for name in by_text.values()]
     tokenizer = Tokenizer.train(_sample([t for t, out in zip(texts, split) if not out]), vocab_size)
     documents = tokenizer.encode_documents(texts)
     try:
@@ -87,7 +89,7 @@ def _prepare(folder: Path, root: Path, files: list[Path], vocab_size: int, held_
             tokens = np.concatenate(chosen) if chosen else np.zeros(0, np.int32)
             np.save(temporary / f"{name}.npy", tokens)
             counts[name] = len(tokens)
-        (temporary / "meta.json").write_text(json.dumps({"files": len(files), "tokens": counts}))
+        (temporary / "meta.json").write_text(json.dumps({"files": len(texts), "tokens": counts}))
         os.replace(temporary, folder)
     except OSError:
         if not (folder / "meta.json").exists():  # else another process was first, with the same content

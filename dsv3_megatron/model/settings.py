@@ -92,5 +92,8 @@ class ModelSettings(BaseModel):
                 f"is above model.num_hidden_layers = {self.num_hidden_layers}",
                 f"set it to {self.num_hidden_layers} or less",
             )
+        for field in ("hidden_size", "moe_intermediate_size"):
+            if (width := getattr(self, field)) % 8:
+                refuse(field, "is not a multiple of 8, which grouped products need", f"use {(width + 7) // 8 * 8}")
         if self.qk_rope_head_dim % 2:
             refuse("qk_rope_head_dim", "is odd, but RoPE rotates pairs", f"set it to {self.qk_rope_head_dim + 1}")

@@ -1,0 +1,191 @@
+"""Whole runs through the trainer: metrics, resume, other layouts, damage, and being asked to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
+from dsv3_megatron.trainer import run
+from launcher.compose import compose, resolved_yaml
+from launcher.console import SilentReporter
+from parallel.errors import CheckpointError, UserError
+from parallel.world import World
+from tests.ranks import free_port, run_ranks
+from tests.tiny import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+FOUR_STEPS = ("run.steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
+
+
+class Notes(SilentReporter):
+    """Keeps what the run says."""
+
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+
+def run_here(overrides):
+    """Train on this rank; return the notes, or the message of what a user can mend."""
+    torch.set_num_threads(1)
+    recipe, notes = compose([*SMALL, *overrides]), Notes()
+    try:
+        run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
+    except UserError as error:
+        return [f"refused: {error}"]
+    return notes.texts
+
+
+def train(world, *overrides):
+    """Run on ``world`` fresh processes; return rank 0's notes."""
+    return run_ranks(world, run_here, [list(overrides)])[0][0]
+
+
+def steps(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(1, *FOUR_STEPS, f"run.directory={directory}")
+    return directory
+
+
+def copy_of(directory, place, keep_steps):
+    """Return a copy of a run as it was after some steps."""
+    import shutil
+
+    shutil.copytree(directory, place)
+    for checkpoint in (place / "checkpoints").iterdir():
+        if int(checkpoint.name.split("_")[1]) > keep_steps:
+            shutil.rmtree(checkpoint)
+    return place
+
+
+CONTRACT = {
+    "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate", "grad_norm", "global_batch",
+    "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "bubble_fraction", "memory_peak_bytes",
+    "max_violation", "skipped",
+}  # fmt: skip
+
+
+def test_a_run_leaves_the_files_of_the_contract(undisturbed):
+    lines = steps(undisturbed)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(set(line) == CONTRACT for line in lines)
+    assert lines[-1]["tokens"] == 4 * 8 * 32
+    environment = json.loads((undisturbed / "environment.json").read_text())
+    assert environment["packages"]["megatron-core"] and environment["world"]["size"] == 1
+    assert (undisturbed / "recipe.yaml").exists()
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def test_the_objective_is_main_plus_weighted_mtp_plus_balance(undisturbed):
+    for line in steps(undisturbed):
+        expected = line["lm_loss"] + 0.3 * line["mtp_loss"] * 31 / 32 + line["balance_loss"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_resumed_run_is_bit_exact(undisturbed, tmp_path):
+    place = copy_of(undisturbed, tmp_path / "resumed", keep_steps=2)
+    notes = train(1, *FOUR_STEPS, f"run.directory={place}")
+    assert any("resumed from" in note and "step 2" in note for note in notes)
+    for mine, theirs in zip(steps(place), steps(undisturbed), strict=True):
+        for field in ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
+            assert mine[field] == theirs[field], (field, mine["step"])
+    final = "checkpoints/step_00000004"
+    assert read_manifest(place / final) == read_manifest(undisturbed / final)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, ("parallel.tensor=2", "parallel.expert=2")), (4, ("parallel.pipeline=2", "parallel.expert=2"))],
+)
+def test_a_run_resumes_in_another_layout_and_back(undisturbed, tmp_path, world, layout):
+    place = copy_of(undisturbed, tmp_path / "moved", keep_steps=2)
+    train(world, *FOUR_STEPS, *layout, "run.steps=3", f"run.directory={place}")  # step 3 elsewhere
+    train(1, *FOUR_STEPS, f"run.directory={place}")  # step 4 at home again
+    for mine, theirs in zip(steps(place), steps(undisturbed), strict=True):
+        assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_a_finished_run_does_nothing_more(undisturbed, tmp_path):
+    place = copy_of(undisturbed, tmp_path / "finished", keep_steps=4)
+    before = (place / "metrics.jsonl").read_text()
+    train(1, *FOUR_STEPS, f"run.directory={place}")
+    assert (place / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(undisturbed, tmp_path, damage):
+    place = copy_of(undisturbed, tmp_path / damage, keep_steps=4)
+    newest = place / "checkpoints" / "step_00000004"
+    file = newest / "manifest.json" if damage == "manifest" else max(newest.iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data[: len(data) // 3] if damage in ("truncate", "manifest") else data)
+    path, wrong = newest_valid(place / "checkpoints")
+    assert path.name == "step_00000002"
+    assert len(wrong) == 1 and file.name in wrong[0]
+    with pytest.raises(CheckpointError, match="older checkpoint"):
+        read_manifest(newest)
+
+
+def test_resume_never_and_required_say_what_stands_in_the_way(undisturbed, tmp_path):
+    (refused,) = train(1, *FOUR_STEPS, f"run.directory={undisturbed}", "run.resume=never")
+    assert "run.resume = never" in refused and "run.name" in refused
+    (refused,) = train(1, *FOUR_STEPS, f"run.directory={tmp_path / 'new'}", "run.resume=required")
+    assert "run.resume = required" in refused
+
+
+def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path):
+    place = copy_of(undisturbed, tmp_path / "other", keep_steps=4)
+    (refused,) = train(1, *FOUR_STEPS, f"run.directory={place}", "model.v_head_dim=8")
+    assert "does not fit this model" in refused and "\n" not in refused
+
+
+def command(world, *overrides):
+    """Return a real torchrun command line."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    port = ["--master-port", str(free_port())]
+    return [*torchrun, *port, "launcher/pretrain.py", *SMALL, *overrides]
+
+
+@pytest.mark.slow
+def test_torchrun_with_four_ranks_gives_the_losses_of_one(tmp_path, undisturbed):
+    layout = ("parallel.pipeline=2", "parallel.expert=2", "logging.wandb=offline", f"run.directory={tmp_path / 'four'}")
+    done = subprocess.run(command(4, *FOUR_STEPS, *layout), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mine, theirs in zip(steps(tmp_path / "four"), steps(undisturbed), strict=True):
+        assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-5)
+    assert "step 4/4" in done.stdout and "finished" in done.stdout
+    assert list((tmp_path / "four" / "wandb").rglob("*.wandb"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
+    place = tmp_path / "stopped"
+    words = command(2, "run.steps=100000", f"run.directory={place}")
+    running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((place / "metrics.jsonl").exists() and len(steps(place)) >= 2):
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: torchrun and all ranks
+    _, stderr = running.communicate(timeout=90)
+    path, wrong = newest_valid(place / "checkpoints")
+    assert path is not None and not wrong, stderr.decode()[-2000:]
+    assert read_manifest(path)["step"] == len(steps(place)) >= 2

@@ -1,0 +1,165 @@
+"""Every mistake in a recipe is one line that names the field, the value and the mend."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.compose import all_keys, compose, compose_config, load_resolved, options, resolved_yaml, run_command
+from launcher.hydra_flags import help_text, sweep
+from parallel.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BAD = {  # override(s) -> what the line must hold
+    "model.n_routed_expert=8": ["model.n_routed_expert", "did you mean model.n_routed_experts?"],
+    "n_routed_experts=8": ["n_routed_experts", "did you mean model.n_routed_experts?"],
+    "parallel.pipline=2": ["did you mean parallel.pipeline?"],
+    "optim.zzz=1": ["optim.zzz", "one of: micro_batch"],
+    "recipe=dsv3_671": ["recipe = dsv3_671", "did you mean dsv3_671b?"],
+    "precision=fp9": ["precision = fp9", "did you mean fp8?", "bf16, fp32, fp8"],
+    "run.steps": ["run.steps", "write key=value"],
+    "run.steps=many": ["run.steps = many", "valid integer"],
+    "run.steps=1.5": ["run.steps = 1.5", "integer"],
+    "run.steps=0": ["run.steps = 0", "greater than 0"],
+    "run.seed=-1": ["run.seed = -1", "greater than or equal to 0"],
+    "run.tokens=5X": ["run.tokens = 5X", "469B"],
+    "run.steps=null": ["run.steps and run.tokens are both null", "set one"],
+    "cluster.memory=80XB": ["cluster.memory = 80XB", "80GiB"],
+    "backend=tee": ["backend = tee", "'te' or 'torch'"],
+    "data.held_out=1.5": ["data.held_out = 1.5", "less than 1"],
+    "optim.learning_rate=fast": ["optim.learning_rate = fast"],
+    "optim.learning_rate=[]": ["optim.learning_rate = []", "at least one phase"],
+    "optim.learning_rate=[{until: 9T}]": ["optim.learning_rate[0].at = null", "set optim.learning_rate[0].at"],
+    "optim.learning_rate=[{until: 9T, shape: linear}]": ["optim.learning_rate[0].to = null", "linear"],
+    "optim.learning_rate=[{until: 9T, at: 1}, {until: 8T}]": ["[1].until = 8T", "ends at 9T", "above 9T"],
+    "optim.learning_rate=[{until: soon, at: 1}]": ["until", "soon"],
+    "optim.global_batch=[{until: 10 steps, at: 8}]": ["optim.global_batch", "use tokens"],
+    "model.n_group=3": ["model.n_group = 3", "model.n_routed_experts = 16", "[2, 4]"],
+    "model.topk_group=9": ["model.topk_group = 9", "model.n_group = 4"],
+    "model.num_experts_per_tok=9": ["model.num_experts_per_tok = 9", "8 experts", "8 or less"],
+    "model.qk_rope_head_dim=7": ["model.qk_rope_head_dim = 7", "8"],
+    "model.moe_intermediate_size=65": ["model.moe_intermediate_size = 65", "use 72"],
+    "model.first_k_dense_replace=5": ["model.first_k_dense_replace = 5", "4"],
+    "parallel.expert=3": ["parallel.expert = 3", "model.n_routed_experts = 16", "2, 4"],
+    "parallel.tensor=3": ["parallel.tensor = 3", "does not divide", "nearest that do"],
+    "parallel.pipeline=5": ["model.num_hidden_layers = 4", "5 stages", "4 or less"],
+    "parallel.stages=[1,3]": ["parallel.stages = [1, 3]", "2 stages", "1 number"],
+    "parallel.chunks=2": ["parallel.chunks = 2", "interleaved"],
+    "data.sequence_length=255 parallel.context=2": ["data.sequence_length = 255", "multiple of 4", "256"],
+    "parallel.pipeline=2 parallel.stages=[1,1]": ["adds up to 2", "model.num_hidden_layers = 4"],
+    "~model": ["model", "required"],
+    "data.path=[1,2": ["data.path"],
+}
+BAD_WORLDS = {  # (overrides, world size) -> what the line must hold
+    ("parallel.pipeline=2", 3): ["parallel.pipeline = 2", "3 ranks", "start 4"],
+    ("parallel.pipeline=2 parallel.expert=2", 2): ["parallel.expert = 2 x parallel.pipeline = 2", "start 4"],
+    ("parallel.tensor=2 parallel.context=2", 6): ["parallel.tensor = 2 x parallel.context = 2", "start 8"],
+    ("optim.micro_batch=3", 1): ["optim.global_batch = 16", "optim.micro_batch = 3", "15 or 18"],
+    ("", 5): ["optim.global_batch = 16", "5 data-parallel ranks", "10 or 20"],
+}
+
+
+def one_line(error: UserError) -> str:
+    text = str(error)
+    assert "\n" not in text, text
+    assert error.exit_code == 2
+    return text
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_a_mistake_is_one_line_with_field_value_and_mend(overrides):
+    words = [overrides] if overrides.count("=") <= 1 or "{" in overrides else overrides.split(" ")
+    with pytest.raises(UserError) as caught:
+        compose(words)
+    text = one_line(caught.value)
+    for fragment in BAD[overrides]:
+        assert fragment in text, text
+
+
+@pytest.mark.parametrize(("overrides", "world"), BAD_WORLDS)
+def test_a_world_that_does_not_fit_is_one_line_with_the_mend(overrides, world):
+    recipe = compose(overrides.split())
+    with pytest.raises(UserError) as caught:
+        recipe.layout(world)
+    text = one_line(caught.value)
+    for fragment in BAD_WORLDS[overrides, world]:
+        assert fragment in text, text
+
+
+@pytest.mark.parametrize("name", options("recipe"))
+def test_every_shipped_recipe_composes_and_survives_its_resolved_file(name, tmp_path):
+    recipe = compose([f"recipe={name}"])
+    (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
+    assert load_resolved(tmp_path / "recipe.yaml") == recipe
+    assert recipe.recipe == recipe.run.name == name
+
+
+def test_the_shipped_recipes_are_those_of_the_design():
+    assert set(options("recipe")) == {
+        "dsv3_671b", "dsv3_671b_32k", "dsv3_671b_128k", "dsv3_16b", "dsv3_h200", "dsv3_tiny", "dsv3_article",
+        "dsv3_article_tiny",
+    }  # fmt: skip
+
+
+def test_a_group_on_the_command_line_wins_over_the_recipe():
+    assert compose(["recipe=dsv3_671b", "precision=bf16"]).precision.name == "bf16"
+
+
+def test_cfg_job_prints_what_composes(capsys):
+    assert run_command(lambda recipe: 1, ["--cfg", "job", "run.steps=7"], "help") == 0
+    assert "steps: 7" in capsys.readouterr().out
+
+
+def test_help_names_every_group_and_key():
+    text = help_text("what it does")
+    assert text.startswith("what it does")
+    leaves = [key for key in all_keys() if "." in key]
+    assert len(leaves) > 60
+    for key in ("model.n_routed_experts", "parallel.pipeline", "optim.global_batch", "run.steps", "data.path"):
+        assert key in text
+
+
+def test_multirun_runs_every_combination_in_a_directory_of_its_own(capsys):
+    seen = []
+    words = ["--multirun", "run.seed=1,2", "optim.learning_rate=0.1,0.2", "run.name=sweep"]
+    run_command(lambda recipe: seen.append(recipe) or 0, words, "help")
+    assert [(r.run.seed, r.optim.learning_rate) for r in seen] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
+    assert len({r.run.directory for r in seen}) == 4
+    assert all(r.run.directory.startswith("runs/sweep") for r in seen)
+
+
+def test_multirun_checks_every_point_before_the_first_runs():
+    with pytest.raises(UserError, match="parallel.expert = 3"):
+        run_command(lambda recipe: pytest.fail("ran"), ["-m", "parallel.expert=2,3"], "help")
+
+
+def test_a_sweep_leaves_lists_alone():
+    assert sweep(["parallel.stages=[1,3]", "run.seed=1,2"]) == [
+        ["parallel.stages=[1,3]", "run.seed=1"],
+        ["parallel.stages=[1,3]", "run.seed=2"],
+    ]
+
+
+def test_an_unknown_flag_is_one_line():
+    with pytest.raises(UserError, match="--steps is not a flag"):
+        run_command(lambda recipe: 0, ["--steps"], "help")
+
+
+def test_composition_keeps_hydra_groups():
+    assert compose_config(["recipe=dsv3_tiny"]).model.n_routed_experts == 16
+
+
+def test_a_typing_mistake_is_answered_without_torch_and_without_a_traceback():
+    code = (
+        "import sys; sys.argv = ['x', 'model.n_routed_expert=8']\n"
+        "from launcher.pretrain import main; from launcher.console import guarded\n"
+        "code = guarded(main); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "n_routed_experts" in done.stderr

@@ -1,0 +1,34 @@
+"""Quantities as people write them."""
+
+import pytest
+
+from parallel.units import parse_bytes, parse_count, show_bytes, show_count, show_duration
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("14.8T", 14_800_000_000_000), ("469B", 469_000_000_000), ("2e3", 2000), (7, 7), ("1.5K", 1500)]
+)
+def test_counts_are_read(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["5X", "", "-1", -1, 1.5, True, "T"])
+def test_what_is_no_count_is_refused(text):
+    with pytest.raises(ValueError, match="count|whole"):
+        parse_count(text)
+
+
+def test_sizes_are_read_and_shown():
+    assert parse_bytes("80GiB") == 80 * 2**30
+    assert show_bytes(80 * 2**30) == "80.0 GiB"
+    with pytest.raises(ValueError, match="80GiB"):
+        parse_bytes("80GB")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5.0s"), (200, "3m 20s"), (7300, "2h 1m"), (187200, "2d 4h")])
+def test_durations_are_shown(seconds, text):
+    assert show_duration(seconds) == text
+
+
+def test_counts_are_shown():
+    assert show_count(62_914_560) == "62.91M"
