@@ -66,10 +66,11 @@ class MetricsWriter(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a step, flushed at once. A resumed run drops the steps it will do again."""
+    """metrics.jsonl: one JSON object a step, flushed at once. Steps after ``last_step``, which a resumed run
+    will do again, are dropped."""
 
-    def __init__(self, path: Path, first_step: int):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < first_step]
+    def __init__(self, path: Path, last_step: int):
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(path)

@@ -93,14 +93,17 @@ class Trainer:
 
     def _resume(self) -> None:
         """Every rank must decide alike, so rank 0 checks the files and tells the others."""
-        decision: list[Any] = [None, None]
+        decision: list[Any] = [None, None, None]
         if self.is_first:
             path, wrong = newest_valid(self.directory.checkpoints)
             for message in wrong:
                 self.reporter.note(message)
-            decision = [str(path) if path else None, read_manifest(path) if path else None]
+            refused = self.directory.other_architecture(self.recipe.model.model_dump(mode="json")) if path else None
+            decision = [str(path) if path else None, read_manifest(path) if path else None, refused]
         dist.broadcast_object_list(decision, src=0)
-        path, progress = decision
+        path, progress, refused = decision
+        if refused:
+            raise CheckpointError(f"{path} was trained with {refused}; use that value, or name another run.name")
         mode = self.recipe.run.resume
         if mode == "never" and path:
             raise CheckpointError(

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_megatron.checkpoint.manifest import checkpoints, folder_name, write_manifest
 from parallel.errors import CheckpointError
@@ -64,7 +65,7 @@ def save_checkpoint(
     try:
         dist_checkpointing.save(_state(module, optimizer, groups, loading=False), str(partial))
         failure = None
-    except Exception as error:  # torch raises its own kinds when a disk is full
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
         failure = error
     if _any_rank(failure is not None):
         if first:
@@ -103,9 +104,10 @@ def load_checkpoint(
     """
     try:
         state = dist_checkpointing.load(_state(module, optimizer, groups, loading=True), str(path))
-    except Exception as error:  # megatron and torch raise many kinds; all say in their first line what differs
+    except (Exception, CheckpointException) as error:  # many kinds, and torch's own is no Exception
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]
         raise CheckpointError(
-            f"{path} does not fit this model ({str(error).splitlines()[0][:200]}); use the recipe it was trained with"
+            f"{path} does not fit this model ({reason}); use the recipe it was trained with"
         ) from error
     module.load_state_dict(state["model"])
     if optimizer is not None:

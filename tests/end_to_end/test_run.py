@@ -155,6 +155,9 @@ def test_resume_never_and_required_say_what_stands_in_the_way(undisturbed, tmp_p
 def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path):
     place = copy_of(undisturbed, tmp_path / "other", keep_steps=4)
     (refused,) = train(1, *FOUR_STEPS, f"run.directory={place}", "model.v_head_dim=8")
+    assert "model.v_head_dim = 16, not 8" in refused and "\n" not in refused
+    (place / "recipe.yaml").unlink()  # nothing to compare with: the tensors themselves do not fit
+    (refused,) = train(1, *FOUR_STEPS, f"run.directory={place}", "model.v_head_dim=8")
     assert "does not fit this model" in refused and "\n" not in refused
 
 
