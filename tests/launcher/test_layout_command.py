@@ -16,7 +16,7 @@ def test_the_papers_2048_ranks_are_shown(capsys):
 
 def test_any_number_of_ranks_can_be_asked_for(capsys):
     assert main(["recipe=dsv3_tiny", "parallel=pp2_ep2", "world=8", "rank=5"]) == 0
-    assert "rank 5: pp 1" in capsys.readouterr().out
+    assert "dp 1, pp 1, expert_tp 0, ep 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
