@@ -1,0 +1,50 @@
+"""The table of pipeline schedules, and the one function that makes any of them.
+
+A schedule is a generator of a page: ``name(ranks, microbatches)`` -> Schedule. To add one, write the page, add a line
+to SCHEDULES, and the validator, simulator, drawing and engine take it as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from parallel.actions import Schedule
+from parallel.errors import ScheduleError
+from parallel.schedules.dualpipe import dualpipe
+from parallel.schedules.dualpipev import dualpipev
+from parallel.schedules.interleaved import interleaved
+from parallel.schedules.one_f_one_b import one_f_one_b
+from parallel.schedules.zb1p import zb1p
+
+SCHEDULES = {
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb1p": zb1p,
+    "dualpipe": dualpipe,
+    "dualpipev": dualpipev,
+}
+
+
+def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """Return a schedule by its name.
+
+    Args:
+        name: a key of SCHEDULES.
+        ranks: pipeline-parallel ranks P.
+        microbatches: of one step of one pipeline.
+        chunks: stages a rank holds, for ``interleaved``.
+    Raises: ScheduleError: no such schedule, or it cannot be made of these numbers.
+    """
+    if name not in SCHEDULES:
+        near = difflib.get_close_matches(name, SCHEDULES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ScheduleError(f"name = {name} is no schedule; {hint}there are: {', '.join(SCHEDULES)}")
+    if ranks < 1 or microbatches < 1 or chunks < 1:
+        raise ScheduleError(
+            f"pipeline = {ranks}, microbatches = {microbatches}, chunks = {chunks}: use 1 or more of each"
+        )
+    if name == "interleaved":
+        return interleaved(ranks, microbatches, chunks)
+    if chunks != 1:
+        raise ScheduleError(f"chunks = {chunks} belongs to name=interleaved, but name = {name}; set chunks=1")
+    return SCHEDULES[name](ranks, microbatches)
