@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
+from parallel.actions import Placement, Schedule
+from parallel.engine import Engine, forward_only
 from parallel.errors import LayoutError
 from parallel.groups import build_groups
 from parallel.layout import Layout
+from parallel.watchdog import Watchdog
 from parallel.world import World
 
 adapt_host()
@@ -24,36 +28,63 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
 
+from dsv3_megatron.gradients import wrap_for_reduction  # noqa: E402
 from dsv3_megatron.model.backend import choose_backend  # noqa: E402
 from dsv3_megatron.model.config import transformer_config  # noqa: E402
 from dsv3_megatron.model.initialise import initialise  # noqa: E402
 from dsv3_megatron.model.stage import balanced_stages, build_stage, keep_bias_in_float32  # noqa: E402
 from dsv3_megatron.optim.optimizer import build_optimizer  # noqa: E402
+from dsv3_megatron.pipeline import ModelStages  # noqa: E402
 
 
 @dataclass
 class Parts:
-    """What one rank trains with."""
+    """What one rank trains with. Stages are in ascending order everywhere: ranks that hold the same agree on it."""
 
+    recipe: Recipe
     layout: Layout
     groups: ProcessGroupCollection
     device: torch.device
     backend: BackendSpecProvider
-    config: MLATransformerConfig
     layers_of_stages: tuple[int, ...]
-    module: GPTModel
-    ddp: DistributedDataParallel
+    chunks: dict[int, GPTModel]
+    ddps: dict[int, DistributedDataParallel]
     optimizer: MegatronOptimizer
+    stages: ModelStages
+    embedding_copy: torch.nn.Parameter | None
+    _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
+    watchdog: Watchdog | None = None
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding's stage."""
-        return self.groups.pp.rank() == 0
+    def data_rank(self) -> int:
+        """This rank's data-parallel coordinate: which sequences of a batch it reads."""
+        return self.layout.coordinates(dist.get_rank())["dp"]
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.groups.pp.rank() == self.groups.pp.size() - 1
+    def configs(self) -> list[MLATransformerConfig]:
+        """The configurations of this rank's stages."""
+        return [chunk.config for chunk in self.chunks.values()]
+
+    @property
+    def whole_model(self) -> GPTModel:
+        """The model, where one rank holds it as one stage."""
+        (chunk,) = self.chunks.values()
+        return chunk
+
+    def first_layer(self, stage: int) -> int:
+        """Return the number (from 0) of a stage's first decoder layer."""
+        return sum(self.layers_of_stages[:stage])
+
+    def engine(self, microbatches: int, *, training: bool) -> tuple[Schedule, Engine]:
+        """Return the schedule for so many microbatches and the engine that runs it; made once each."""
+        kind = "train" if training else "forward"
+        if (kind, microbatches) not in self._engines:
+            schedule = (
+                self.recipe.schedule(microbatches) if training else forward_only(self.recipe.placement(microbatches))
+            )
+            engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            self._engines[kind, microbatches] = (schedule, engine)
+        return self._engines[kind, microbatches]
 
 
 def choose_device(wanted: str, world: World) -> torch.device:
@@ -72,44 +103,90 @@ def parameter_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
-    """Build this rank's stage, wrap it for gradient reduction, and make the optimizer.
+    """Build this rank's stages, wrap them for gradient reduction, and make the optimizer.
 
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
     backend = choose_backend(recipe.backend, device)
     if backend.name == "torch" and device.type == "cpu":
         use_our_adamw()
-    groups = build_groups(layout)
+    placement = recipe.placement()
+    groups = build_groups(layout, mirrored=placement.kind == "mirror")
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
-    stages = recipe.parallel.stages or balanced_stages(recipe.model, layout.pp)
-    config = transformer_config(
-        recipe.model, recipe.parallel, layout, dtype=parameter_dtype(recipe), layers_of_stages=stages
+    layers = recipe.parallel.stages or balanced_stages(recipe.model, placement)
+    chunks = _build_chunks(recipe, layout, layers, placement, backend, groups, device)
+    shared, copied = _join_embeddings(chunks, placement, groups)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
     )
-    stage = groups.pp.rank()
-    module = build_stage(
-        config,
-        recipe.model,
-        backend,
-        stage=stage,
-        layers_of_stages=stages,
-        sequence_length=recipe.data.sequence_length,
-        groups=groups,
+    ddps = {s: wrap_for_reduction(chunk.config, chunk, groups, settings) for s, chunk in chunks.items()}
+    optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
+    rows = recipe.data.sequence_length // (layout.cp * layout.tp)
+    shape = (rows, recipe.optim.micro_batch, recipe.model.hidden_size)
+    stages = ModelStages(
+        chunks,
+        ddps,
+        last_stage=placement.stages - 1,
+        message=(shape, parameter_dtype(recipe), device),
+        embedding_is_shared=shared,
     )
-    module.to(device)
-    std = recipe.model.initializer_range
-    initialise(module, first_layer=sum(stages[:stage]), std=std, seed=recipe.run.seed, groups=groups)
-    keep_bias_in_float32(module)
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
-        ),
-        module,
-        pg_collection=groups,
-    )
-    optimizer = build_optimizer([ddp], recipe.optim, recipe.precision, groups)
-    return Parts(layout, groups, device, backend, config, stages, module, ddp, optimizer)
+    return Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
+
+
+def _build_chunks(
+    recipe: Recipe,
+    layout: Layout,
+    layers: tuple[int, ...],
+    placement: Placement,
+    backend: BackendSpecProvider,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+) -> dict[int, GPTModel]:
+    """Return this rank's stages, weights drawn."""
+    config = transformer_config(recipe.model, recipe.parallel, layout, dtype=parameter_dtype(recipe))
+    chunks = {}
+    for stage in placement.stages_of(groups.pp.rank()):
+        chunk = build_stage(
+            config,
+            recipe.model,
+            backend,
+            stage=stage,
+            layers_of_stages=layers,
+            sequence_length=recipe.data.sequence_length,
+            groups=groups,
+        )
+        chunk.to(device)
+        std = recipe.model.initializer_range
+        initialise(chunk, first_layer=sum(layers[:stage]), std=std, seed=recipe.run.seed, groups=groups)
+        keep_bias_in_float32(chunk)
+        chunks[stage] = chunk
+    return chunks
+
+
+def _join_embeddings(
+    chunks: dict[int, GPTModel], placement: Placement, groups: ProcessGroupCollection
+) -> tuple[bool, torch.nn.Parameter | None]:
+    """Make the MTP modules' embedding the model's. Return (physically shared here, this rank's copy to be summed).
+
+    Where the first and the last stage meet on a rank there is one parameter, and it belongs to the first; elsewhere
+    each holds a copy, and the two gradients are added.
+    """
+    first, last = chunks.get(0), chunks.get(placement.stages - 1)
+    if placement.stages == 1 or not (first or last):
+        return False, None
+    if first and last:
+        if last.mtp_process:
+            del last.embedding
+            object.__setattr__(last, "embedding", first.embedding)  # used there, not registered as a part of it
+        return last.mtp_process, None
+    end = first or last
+    if end.config.mtp_num_layers is None:
+        return False, None
+    weight = end.embedding.word_embeddings.weight
+    weight.shared_embedding = True  # a bucket of its own: both copies are sharded alike
+    weight.shared = end is last  # counted once in the gradient norm
+    return False, weight
 
 
 def use_our_adamw() -> None:

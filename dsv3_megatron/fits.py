@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv3_megatron.recipe import Recipe
-from parallel.errors import DoesNotFitError, LayoutError, RecipeError
+from parallel.errors import DoesNotFitError, RecipeError
 from parallel.layout import Layout
 from parallel.world import World
 
@@ -34,10 +34,6 @@ def check_available(recipe: Recipe) -> None:
 
     Raises: RecipeError: naming the key, and what to set instead.
     """
-    if recipe.parallel.schedule != "1f1b" and recipe.parallel.pipeline > 1:
-        raise LayoutError(
-            f"parallel.schedule = {recipe.parallel.schedule} is not available yet; set parallel.schedule=1f1b"
-        )
     waiting = {
         "precision.fp8": (recipe.precision.fp8 is not None, "precision=bf16"),
         "model.topk_method": (recipe.model.topk_method == "capacity", "model.topk_method=noaux_tc"),

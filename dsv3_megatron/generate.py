@@ -26,7 +26,7 @@ def continue_tokens(
     tokens = list(prompt)
     for _ in range(count):
         context = torch.tensor([tokens[-window:]], device=parts.device)
-        logits = forward_logits(parts.module, context)[0, -1].double()
+        logits = forward_logits(parts.whole_model, context)[0, -1].double()
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -40,6 +40,8 @@ def adapt_host() -> None:
     _mend_without_transformer_engine()
     _score_groups_by_their_two_best()
     _mend_recompute_without_fp8()
+    _number_layers_by_stage()
+    _mend_overlapped_plan()
 
 
 @contextlib.contextmanager
@@ -277,3 +279,51 @@ def _mend_recompute_without_fp8() -> None:
         original(self, fp8=fp8 or None)
 
     CheckpointWithoutOutput.__init__ = init
+
+
+def _number_layers_by_stage() -> None:
+    """Why: megatron-core numbers the layers of a stage by its pipeline rank, of which a rank under DualPipe has two.
+    Here each stage's configuration says which layer it starts with (model.stage.build_stage). Can go when the offset
+    of a layer is an argument of TransformerBlock."""
+    import megatron.core.transformer.multi_token_prediction as mtp
+    import megatron.core.transformer.transformer_block as block
+    import megatron.core.transformer.transformer_layer as layer
+
+    def offset(config: object, vp_stage: int | None = None, pp_rank: int | None = None) -> int:
+        return getattr(config, "first_layer", 0)
+
+    for module in (mtp, block, layer):
+        module.get_transformer_layer_offset = offset
+
+
+def _mend_overlapped_plan() -> None:
+    """Two mends of megatron-core's overlapped forward and backward plan, which DualPipe's FB runs through.
+
+    Freed inputs: at EP 1 the all-to-all is the identity, so freeing its input frees its output ("setStorage ... out of
+    bounds" without this). MTP: a depth's output is kept attached to its node's graph for the later depths, so that
+    above depth 1 the second backward fails ("backward through the graph a second time"); a detached copy mends it.
+    Each can go when test_every_schedule_trains_as_one_process passes without it."""
+    import megatron.core.models.gpt.fine_grained_callables as callables
+
+    frees, build = callables.should_free_input, callables.build_mtp_layer_callables
+
+    def should_free_input(name: str, is_moe: bool, config: object) -> bool:
+        return config.expert_model_parallel_size > 1 and frees(name, is_moe, config)
+
+    def build_mtp_layer_callables(layer: torch.nn.Module) -> tuple[list, dict]:
+        functions, weight_gradients = build(layer)
+
+        def postprocess(node: object, hidden: torch.Tensor) -> torch.Tensor:
+            hidden, state = layer._postprocess(hidden), node.chunk_state
+            if not node.is_last_layer:
+                state.mtp_hidden_states.append(node.detach(hidden))
+                return hidden
+            hidden = torch.cat([*state.mtp_hidden_states, hidden], dim=0)
+            state.mtp_hidden_states = None
+            return hidden
+
+        functions[4] = postprocess
+        return functions, weight_gradients
+
+    callables.should_free_input = should_free_input
+    callables.build_mtp_layer_callables = build_mtp_layer_callables

@@ -51,5 +51,5 @@ def trained_model(recipe: Recipe, directory: str | Path) -> Iterator[TrainedMode
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device), torch.random.fork_rng(devices=[]):
         parts = build_parts(alone, alone.layout(1), device)
-        load_checkpoint(path, module=parts.module, optimizer=None, groups=parts.groups)
+        load_checkpoint(path, chunks=parts.chunks, optimizer=None, groups=parts.groups)
         yield TrainedModel(parts, data, path, read_manifest(path))

@@ -11,8 +11,10 @@ from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from parallel.actions import Placement, Schedule
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
+from parallel.schedules import make_schedule, placement
 from parallel.settings import ParallelSettings
 from parallel.units import parse_bytes, parse_count
 
@@ -122,7 +124,7 @@ class Recipe(BaseModel):
                 f"parallel.context = {parallel.context} and parallel.tensor = {parallel.tensor} need; "
                 f"nearest that is: {max(1, round(self.data.sequence_length / cut)) * cut}"
             )
-        stages = self.num_stages
+        stages = self.placement().stages
         if parallel.stages is not None:
             if len(parallel.stages) != stages:
                 raise LayoutError(
@@ -146,12 +148,15 @@ class Recipe(BaseModel):
                 f"but the schedule is {parallel.schedule}; set parallel.chunks=1"
             )
 
-    @property
-    def num_stages(self) -> int:
-        """Pipeline stages of the model: as many as PP ranks, times the chunks a rank holds of one direction."""
+    def placement(self, microbatches: int = 1) -> Placement:
+        """Return where the stages lie."""
         parallel = self.parallel
-        per_rank = {"interleaved": parallel.chunks, "dualpipev": 2}.get(parallel.schedule, 1)
-        return parallel.pipeline * per_rank
+        return placement(parallel.schedule, parallel.pipeline, microbatches, parallel.chunks)
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """Return the pipeline schedule of a step. Raises ScheduleError where it cannot be made."""
+        parallel = self.parallel
+        return make_schedule(parallel.schedule, parallel.pipeline, microbatches, parallel.chunks)
 
     @staticmethod
     def _must_divide(name: str, value: int, of_name: str, of_value: int) -> None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch import Tensor
 
 from dsv3_megatron.build import Parts
+from dsv3_megatron.gradients import finish_gradients
 from dsv3_megatron.optim.optimizer import set_learning_rate
+from dsv3_megatron.pipeline import Batch
 from dsv3_megatron.routing.bias import update_expert_bias
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,21 +56,6 @@ class StepResult:
         return total
 
 
-class _TimedCommunicator(P2PCommunicator):
-    """megatron-core's pipeline communicator, which also measures how long this rank stands in it."""
-
-    def __init__(self, *args: object, **kwargs: object):
-        super().__init__(*args, **kwargs)
-        self.waited_seconds = 0.0
-
-    def _communicate(self, *args: object, **kwargs: object) -> object:
-        start = time.perf_counter()
-        try:
-            return super()._communicate(*args, **kwargs)
-        finally:
-            self.waited_seconds += time.perf_counter() - start
-
-
 def slice_for_context(batch: Batch, parts: Parts) -> Batch:
     """Return this CP rank's pieces [B, S / CP] of a batch [B, S]: pieces r and 2 CP - 1 - r of the sequence."""
     size, rank = parts.groups.cp.size(), parts.groups.cp.rank()
@@ -85,58 +67,38 @@ def slice_for_context(batch: Batch, parts: Parts) -> Batch:
     }
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the sum over tokens, the number of tokens, and both for the report."""
-    mask = loss_mask.view(-1).float()
-    total, tokens = (losses.float().view(-1) * mask).sum(), mask.sum().to(torch.int)
-    return total, tokens, {"lm": torch.stack([total.detach(), tokens.float()])}
-
-
-def _forward(batches: Iterator[Batch], module: torch.nn.Module) -> tuple[Tensor, partial]:
-    batch = next(batches)
-    out = module(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return out, partial(_loss, batch["loss_mask"])
-
-
-def run_pipeline(parts: Parts, batches: list[Batch], *, forward_only: bool = False) -> tuple[Tensor, float]:
+def run_pipeline(parts: Parts, batches: list[Batch], *, training: bool) -> tuple[Tensor, float]:
     """Run the microbatches through all stages; return ([loss sum, tokens], seconds this rank waited for others).
 
-    The loss is there on the last stage only, zeros elsewhere; neither is reduced.
+    The loss is what the last stage computed on this rank (zeros elsewhere), not reduced.
     """
     batches = [slice_for_context({k: x.to(parts.device) for k, x in b.items()}, parts) for b in batches]
-    rows, columns = batches[0]["tokens"].shape
-    communicator = _TimedCommunicator(parts.groups.pp, parts.config)
-    run = get_forward_backward_func(pp_size=parts.groups.pp.size(), vp_size=None)
-    results = run(
-        forward_step_func=_forward,
-        data_iterator=iter(batches),
-        model=parts.ddp,
-        num_microbatches=len(batches),
-        seq_length=columns * parts.groups.cp.size(),
-        micro_batch_size=rows,
-        forward_only=forward_only,
-        p2p_communicator=communicator if parts.groups.pp.size() > 1 else None,
-        pg_collection=parts.groups,
-    )
-    total = torch.zeros(2, dtype=torch.float64, device=parts.device)
-    for result in results if parts.is_last_stage else ():
-        total += result["lm"]
-    return total, communicator.waited_seconds
+    schedule, engine = parts.engine(len(batches), training=training)
+    parts.stages.begin(schedule, batches, training=training)
+    engine.run()
+    return parts.stages.loss, engine.waited_seconds
 
 
 def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepResult:
     """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches."""
-    config = parts.config
-    config.mtp_loss_scaling_factor = values.mtp_weight
-    config.moe_aux_loss_coeff = values.balance_weight
-    config.grad_scale_func = parts.optimizer.scale_loss
-    config.finalize_model_grads_func = partial(_finalize, parts)
-    parts.ddp.train()
-    parts.ddp.zero_grad_buffer()
+    for config in parts.configs:
+        config.mtp_loss_scaling_factor = values.mtp_weight
+        config.moe_aux_loss_coeff = values.balance_weight
+    scale = parts.optimizer.scale_loss(torch.ones((), device=parts.device))
+    MTPLossAutoScaler.set_loss_scale(scale)
+    MoEAuxLossAutoScaler.set_loss_scale(scale)
+    for ddp in parts.ddps.values():
+        ddp.zero_grad_buffer()
     parts.optimizer.zero_grad()
     start = time.perf_counter()
-    total, waited = run_pipeline(parts, batches)
+    total, waited = run_pipeline(parts, batches, training=True)
     pipeline_seconds = time.perf_counter() - start
+    finish_gradients(
+        list(parts.ddps.values()),
+        parts.groups,
+        tokens=_counted_tokens(parts, batches),
+        embedding_copy=parts.embedding_copy,
+    )
     loads = _step_loads(parts)
     set_learning_rate(parts.optimizer, values.learning_rate)
     updated, grad_norm, _ = parts.optimizer.step()
@@ -159,54 +121,54 @@ def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepRe
 @torch.no_grad()
 def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
     """Return the next-token loss of batches (this data-parallel rank's), in nats per token over all ranks."""
-    parts.ddp.eval()
-    depth, process = parts.config.mtp_num_layers, parts.module.mtp_process
-    parts.config.mtp_num_layers, parts.module.mtp_process = None, False
-    try:
-        total, _ = run_pipeline(parts, batches, forward_only=True)
-    finally:
-        parts.config.mtp_num_layers, parts.module.mtp_process = depth, process
+    with _without_mtp(parts):
+        total, _ = run_pipeline(parts, batches, training=False)
     return _mean_loss(parts, total)
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------
-
-
-def _finalize(
-    parts: Parts,
-    model: list[torch.nn.Module],
-    num_tokens: Tensor | None,
-    pg_collection: object = None,
-    **unused: object,
-) -> None:
-    """Reduce gradients over all groups and divide them by the tokens of the step.
-
-    megatron-core's own bias update and reset of the load counters are kept out: ours reads the counters first.
-    """
-    config = parts.config
-    biased, config.moe_router_enable_expert_bias = config.moe_router_enable_expert_bias, False
+@contextmanager
+def _without_mtp(parts: Parts) -> Iterator[None]:
+    """Leave the MTP modules out for as long as the block lasts: they only serve training."""
+    before = {stage: (c.config.mtp_num_layers, c.mtp_process) for stage, c in parts.chunks.items()}
+    for chunk in parts.chunks.values():
+        chunk.config.mtp_num_layers, chunk.mtp_process = None, False
     try:
-        finalize_model_grads(model, num_tokens, pg_collection=parts.groups)
+        yield
     finally:
-        config.moe_router_enable_expert_bias = biased
+        for stage, chunk in parts.chunks.items():
+            chunk.config.mtp_num_layers, chunk.mtp_process = before[stage]
+
+
+# -- loads -------------------------------------------------------------------------------------------------------------
+
+
+def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
+    """Return the tokens of the whole step that count, [] float64: every pipeline rank reads the same batches."""
+    tokens = sum(batch["loss_mask"].double().sum() for batch in batches).to(parts.device)
+    coordinates = parts.layout.coordinates(dist.get_rank())
+    # Every DP rank counts once, at tensor, context and pipeline rank 0.
+    counts = coordinates["tp"] == coordinates["cp"] == coordinates["pp"] == 0
+    tokens = tokens if counts else torch.zeros_like(tokens)
+    dist.all_reduce(tokens)
+    return tokens
 
 
 def _routers(parts: Parts) -> list[torch.nn.Module]:
-    return [m for m in parts.module.modules() if getattr(m, "expert_bias", None) is not None]
+    return [m for c in parts.chunks.values() for m in c.modules() if getattr(m, "expert_bias", None) is not None]
 
 
 @torch.no_grad()
 def _step_loads(parts: Parts) -> Tensor | None:
-    """Return tokens per expert [layers of this stage, E] of the whole step, and start counting anew."""
+    """Return tokens per expert [MoE layers on this rank, E] of the whole step, and start counting anew."""
     routers = _routers(parts)
     if not routers:
         return None
     loads = torch.stack([r.local_tokens_per_expert for r in routers])
     for router in routers:
         router.local_tokens_per_expert.zero_()
-    # Every rank of the stage routes tokens of its own: TP by sequence parallelism, CP, DP.
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    dist.all_reduce(loads, group=group)
+    # Every rank of the stage routes tokens of its own: TP by sequence parallelism, CP, DP (DualPipe: both mirrors).
+    dist.all_reduce(loads, group=parts.groups.dp_cp)
+    dist.all_reduce(loads, group=parts.groups.tp)
     return loads
 
 
@@ -238,18 +200,18 @@ def _mtp_loss(parts: Parts, batches: list[Batch]) -> float | None:
     The tracker holds each rank's mean over its positions. Depth k predicts all but the last k of a sequence, and the
     rank that holds the end (CP rank 0, by the zigzag order) has so many fewer: ranks are weighted by what they have.
     """
-    depths = parts.config.mtp_num_layers
+    depths = parts.recipe.model.num_nextn_predict_layers
     if not depths:
         return None
     tracker = MTPLossLoggingHelper.tracker
     total = torch.zeros(2, dtype=torch.float64, device=parts.device)
-    if parts.is_last_stage and "values" in tracker:
+    if parts.stages.last_stage_microbatches:
         if parts.groups.tp.rank() == 0:
             here = batches[0]["tokens"].shape[1] // parts.layout.cp
             missing = torch.arange(1, depths + 1, device=parts.device) * (parts.groups.cp.rank() == 0)
             positions = (here - missing).double()
             total[0] = (tracker["values"].double() * positions).sum()
-            total[1] = positions.sum() * len(batches)
+            total[1] = positions.sum() * parts.stages.last_stage_microbatches
         MTPLossLoggingHelper.clean_loss_in_tracker()
     dist.all_reduce(total)
     return (total[0] / total[1].clamp(min=1)).item()
@@ -258,7 +220,7 @@ def _mtp_loss(parts: Parts, batches: list[Batch]) -> float | None:
 def _balance_loss(parts: Parts, microbatches: int) -> float:
     """Return the sequence-wise balance loss before its weight: mean over sequences, summed over layers."""
     total = torch.zeros((), dtype=torch.float64, device=parts.device)
-    for module in parts.module.modules():
+    for module in (m for chunk in parts.chunks.values() for m in chunk.modules()):
         if isinstance(module, SequenceBalancedRouter):
             total += module.balance_sum.double()
             module.balance_sum.zero_()

@@ -116,7 +116,7 @@ class Trainer:
             )
         if path:
             load_checkpoint(
-                Path(path), module=self.parts.module, optimizer=self.parts.optimizer, groups=self.parts.groups
+                Path(path), chunks=self.parts.chunks, optimizer=self.parts.optimizer, groups=self.parts.groups
             )
             self.progress = Progress(**progress)
             self._saved_step = self.progress.step
@@ -174,7 +174,7 @@ class Trainer:
             first=progress.samples,
             global_batch=batch,
             micro_batch=recipe.optim.micro_batch,
-            dp_rank=self.parts.groups.dp.rank(),
+            dp_rank=self.parts.data_rank,
             dp=self.parts.layout.dp,
         )
         result = train_step(self.parts, batches, values)
@@ -226,7 +226,7 @@ class Trainer:
             self.data.held_out,
             count=self.data.held_out_count,
             micro_batch=self.recipe.optim.micro_batch,
-            dp_rank=self.parts.groups.dp.rank(),
+            dp_rank=self.parts.data_rank,
             dp=self.parts.layout.dp,
         )
         values = {"held_out_loss": evaluate_batches(self.parts, batches)}
@@ -244,7 +244,7 @@ class Trainer:
         path = save_checkpoint(
             self.directory.checkpoints,
             self.progress.step,
-            module=self.parts.module,
+            chunks=self.parts.chunks,
             optimizer=self.parts.optimizer,
             groups=self.parts.groups,
             progress=asdict(self.progress),

@@ -32,10 +32,12 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
 
 
-def build_groups(layout: Layout) -> ProcessGroupCollection:
+def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupCollection:
     """Create every group of the layout and return megatron-core's collection of those this rank is in.
 
-    They are also registered as megatron-core's global state, which some of its modules still read.
+    They are also registered as megatron-core's global state, which some of its modules still read. ``mirrored`` (under
+    DualPipe): pipeline ranks r and P - 1 - r hold the same stages, so the data-parallel groups of the collection, over
+    which gradients are reduced and optimizer states sharded, are the union of both ranks' groups.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -51,7 +53,21 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     _check_members(groups, layout)
+    if mirrored:
+        groups.dp = _union_group(layout, "dp")
+        groups.dp_cp = groups.intra_dp_cp = _union_group(layout, "dp_cp")
+        groups.expt_dp = groups.intra_expt_dp = _union_group(layout, "expert_dp")
     return groups
+
+
+def _union_group(layout: Layout, name: str) -> dist.ProcessGroup:
+    """Return this rank's group ``name`` united with its mirror. Every rank creates all of them, in one order."""
+    unions = dict.fromkeys(layout.mirrored(members) for members in layout.groups(name))
+    mine = None
+    for members in unions:
+        group = dist.new_group(members)
+        mine = group if dist.get_rank() in members else mine
+    return mine
 
 
 def _check_members(groups: ProcessGroupCollection, layout: Layout) -> None:

@@ -122,6 +122,15 @@ class Layout:
         """Return the members of the group called ``name`` that ``rank`` belongs to, in order."""
         return next(members for members in self.groups(name) if rank in members)
 
+    def mirrored(self, members: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a group of one stage together with the same ranks of the mirrored stage, P - 1 - stage.
+
+        Under DualPipe both hold the same two stages, so gradients are reduced over both.
+        """
+        stage = self.world_size // self.pp
+        other = {(self.pp - 1 - rank // stage) * stage + rank % stage for rank in members}
+        return tuple(sorted({*members, *other}))
+
     def describe(self) -> str:
         """Return the degrees in one line: ``PP 2 x DP 2 (EP 2, expert DP 1)``."""
         dense = [f"{axis.upper()} {getattr(self, axis)}" for axis in DENSE_AXES if getattr(self, axis) > 1]

@@ -75,15 +75,20 @@ def train_rank(case: Case) -> dict[str, Any]:
         for number in range(case.steps):
             batches = step_batches(
                 source,
-                first=number * 8,
-                global_batch=8,
+                first=number * recipe.optim.global_batch,
+                global_batch=recipe.optim.global_batch,
                 micro_batch=recipe.optim.micro_batch,
-                dp_rank=parts.groups.dp.rank(),
+                dp_rank=parts.data_rank,
                 dp=parts.layout.dp,
             )
             results.append(train_step(parts, batches, case.values))
         weights = {k: v.clone() for k, v in named_weights(parts).items()}
-        biases = {f"bias.{k}": v.clone() for k, v in parts.module.named_buffers() if k.endswith("expert_bias")}
+        biases = {
+            f"bias.{global_name(k, parts.first_layer(stage))}": v.clone()
+            for stage, chunk in parts.chunks.items()
+            for k, v in chunk.named_buffers()
+            if k.endswith("expert_bias")
+        }
         found: dict[str, Any] = {"results": results}
         if case.save_to is not None:
             torch.save({"gradients": gradients, "weights": weights, "biases": biases}, case.save_to)
@@ -98,34 +103,34 @@ def train_rank(case: Case) -> dict[str, Any]:
         stop_processes()
 
 
-def first_layer(parts: Parts) -> int:
-    """Return the number of the first decoder layer on this rank."""
-    return sum(parts.layers_of_stages[: parts.groups.pp.rank()])
-
-
 def named_weights(parts: Parts) -> dict[str, Tensor]:
     """Return this rank's parameters by their names in the whole model."""
-    start = first_layer(parts)
-    return {global_name(name, start): p.detach() for name, p in parts.module.named_parameters()}
+    return {key: p.detach() for key, p in named_parameters(parts).items()}
+
+
+def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
+    """Return this rank's parameters, of all its stages, by their names in the whole model."""
+    return {
+        global_name(name, parts.first_layer(stage)): p
+        for stage, chunk in parts.chunks.items()
+        for name, p in chunk.named_parameters()
+    }
 
 
 def whole_gradients(parts: Parts) -> dict[str, Tensor]:
     """Return this rank's reduced gradients by name: ZeRO-1 leaves each rank a shard, so shards are gathered."""
-    for buffers in (parts.ddp.buffers, parts.ddp.expert_parallel_buffers):
-        for buffer in buffers:
-            for bucket in buffer.buckets:
-                group = buffer.data_parallel_group
-                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-    start = first_layer(parts)
-    return {global_name(n, start): p.main_grad.clone() for n, p in parts.module.named_parameters()}
+    for buffer in (b for ddp in parts.ddps.values() for b in ddp.buffers + ddp.expert_parallel_buffers):
+        for bucket in buffer.buckets:
+            group = buffer.data_parallel_group
+            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    return {key: p.main_grad.clone() for key, p in named_parameters(parts).items()}
 
 
 def errors(parts: Parts, mine: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, float]:
     """Return, by name, the norm of the difference from this rank's share of the whole, relative to the share's."""
-    start, found = first_layer(parts), {}
-    for name, parameter in parts.module.named_parameters():
-        key = global_name(name, start)
+    found = {}
+    for key, parameter in named_parameters(parts).items():
         expected = share_of(parts, key, parameter, whole[key])
         found[key] = ((mine[key] - expected).norm() / expected.norm().clamp(min=1e-12)).item()
     return found

@@ -30,20 +30,30 @@ def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
 
 
 def _state(
-    module: GPTModel, optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *, loading: bool
+    chunks: dict[int, GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *, loading: bool
 ) -> dict[str, Any]:
     metadata = _metadata(groups)
-    state: dict[str, Any] = {"model": module.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {"model": {f"stage{s}": _chunk_state(chunk, metadata) for s, chunk in chunks.items()}}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     return state
+
+
+def _chunk_state(chunk: GPTModel, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's sharded state. An embedding of another stage on this rank is saved with that one."""
+    borrowed = chunk.mtp_process and "embedding" not in dict(chunk.named_children())
+    chunk.mtp_process, before = chunk.mtp_process and not borrowed, chunk.mtp_process
+    try:
+        return chunk.sharded_state_dict(metadata=metadata)
+    finally:
+        chunk.mtp_process = before
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
     *,
-    module: GPTModel,
+    chunks: dict[int, GPTModel],
     optimizer: MegatronOptimizer,
     groups: ProcessGroupCollection,
     progress: dict[str, Any],
@@ -63,7 +73,7 @@ def save_checkpoint(
     dist.barrier()
     _prepare_states(optimizer)
     try:
-        dist_checkpointing.save(_state(module, optimizer, groups, loading=False), str(partial))
+        dist_checkpointing.save(_state(chunks, optimizer, groups, loading=False), str(partial))
         failure = None
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         failure = error
@@ -96,19 +106,20 @@ def _prepare_states(optimizer: MegatronOptimizer) -> None:
 
 
 def load_checkpoint(
-    path: Path, *, module: GPTModel, optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection
+    path: Path, *, chunks: dict[int, GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection
 ) -> None:
-    """Fill a stage, and the optimizer where one is given, from a checkpoint written in any layout.
+    """Fill this rank's stages, and the optimizer where one is given, from a checkpoint written in any layout.
 
     The caller has checked the manifest. Raises: CheckpointError: the checkpoint is of another model.
     """
     try:
-        state = dist_checkpointing.load(_state(module, optimizer, groups, loading=True), str(path))
+        state = dist_checkpointing.load(_state(chunks, optimizer, groups, loading=True), str(path))
     except (Exception, CheckpointException) as error:  # many kinds, and torch's own is no Exception
         reason = (str(error).strip().splitlines() or [""])[-1][:200]
         raise CheckpointError(
             f"{path} does not fit this model ({reason}); use the recipe it was trained with"
         ) from error
-    module.load_state_dict(state["model"])
+    for stage, chunk in chunks.items():
+        chunk.load_state_dict(state["model"][f"stage{stage}"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])

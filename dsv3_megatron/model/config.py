@@ -27,12 +27,12 @@ def transformer_config(
     layout: Layout,
     *,
     dtype: torch.dtype = torch.float32,
-    layers_of_stages: tuple[int, ...] | None = None,
     mtp_weight: float = 0.3,
     balance_weight: float = 1e-4,
 ) -> MLATransformerConfig:
-    """Return megatron-core's configuration of one rank's part of the model.
+    """Return megatron-core's configuration of the model on this layout.
 
+    It knows nothing of pipeline stages: each is a model of its own to megatron-core, and our engine joins them.
     ``mtp_weight`` and ``balance_weight`` are the values at the start: they are phases, and the trainer sets the
     configuration's fields before every step.
     """
@@ -53,8 +53,6 @@ def transformer_config(
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
-        pipeline_model_parallel_size=layout.pp,
-        pipeline_model_parallel_layout=_stage_layout(model, layers_of_stages) if layout.pp > 1 else None,
         # Losses are summed, and gradients divided once by the tokens of the whole step: the same in every layout.
         calculate_per_token_loss=True,
         **_recompute(parallel.recompute),
@@ -139,16 +137,6 @@ def _rope(model: ModelSettings) -> dict[str, object]:
             "mscale_all_dim": scaling.mscale_all_dim,
         }
     return {**values, "rotary_base": model.rope_theta, "rotary_interleaved": False}  # MLA de-interleaves by itself
-
-
-def _stage_layout(model: ModelSettings, layers_of_stages: tuple[int, ...] | None) -> str:
-    """Return megatron-core's stage string: E embedding, t layer, m MTP, L loss."""
-    layers = layers_of_stages or ()
-    assert sum(layers) == model.num_hidden_layers, (layers, model.num_hidden_layers)
-    stages = ["t" * count for count in layers]
-    stages[0] = "E" + stages[0]
-    stages[-1] += "m" * model.num_nextn_predict_layers + "L"
-    return "|".join(stages)
 
 
 def _recompute(names: tuple[str, ...]) -> dict[str, object]:

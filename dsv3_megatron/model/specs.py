@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -73,14 +74,23 @@ def decoder_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
 
 
-def mtp_spec(backend: BackendSpecProvider, model: ModelSettings) -> ModuleSpec | None:
-    """Return the multi-token-prediction modules, each one MoE layer behind a projection; None at depth 0 (2.2)."""
+def mtp_spec(
+    backend: BackendSpecProvider, model: ModelSettings, groups: ProcessGroupCollection | None
+) -> ModuleSpec | None:
+    """Return the multi-token-prediction modules, each one MoE layer behind a projection; None at depth 0 (2.2).
+
+    Their layers are given the groups here: megatron-core hands an MTP layer none, and its global state knows nothing
+    of mirrored stages (0.16.1).
+    """
     if not model.num_nextn_predict_layers:
         return None
     norm = backend.layer_norm(rms_norm=True)
     moe = model.num_moe_layers > 0
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
+    layer = layer_spec(backend, model, moe=moe)
+    if groups is not None:
+        layer.params = {**(layer.params or {}), "pg_collection": groups}
     layers = [
         ModuleSpec(
             module=MultiTokenPredictionLayer,
@@ -88,7 +98,7 @@ def mtp_spec(backend: BackendSpecProvider, model: ModelSettings) -> ModuleSpec |
                 enorm=norm,
                 hnorm=norm,
                 eh_proj=backend.column_parallel_linear(),
-                transformer_layer=layer_spec(backend, model, moe=moe),
+                transformer_layer=layer,
                 layer_norm=norm,
             ),
         )

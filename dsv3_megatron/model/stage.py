@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
+from parallel.actions import Placement
 
 
 def build_stage(
@@ -27,6 +30,8 @@ def build_stage(
     modules and the output head."""
     first, last = stage == 0, stage == len(layers_of_stages) - 1
     start = sum(layers_of_stages[:stage])
+    config = copy.copy(config)
+    config.first_layer = start  # read by host.py's _number_layers_by_stage
     module = GPTModel(
         config,
         decoder_spec(backend, model, start, layers_of_stages[stage]),
@@ -37,7 +42,7 @@ def build_stage(
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        mtp_block_spec=mtp_spec(backend, model) if last else None,
+        mtp_block_spec=mtp_spec(backend, model, groups) if last else None,
         pg_collection=groups,
     )
     for name, parameter in module.named_parameters():
@@ -59,24 +64,31 @@ def keep_bias_in_float32(module: torch.nn.Module) -> None:
             part._maintain_float32_expert_bias()
 
 
-def balanced_stages(model: ModelSettings, stages: int) -> tuple[int, ...]:
-    """Return how many decoder layers each stage gets so that the costliest stage is as cheap as possible.
+def balanced_stages(model: ModelSettings, placement: Placement) -> tuple[int, ...]:
+    """Return how many decoder layers each stage gets so that the costliest rank is as cheap as possible.
 
+    What is balanced is the sum over the stages a rank holds: under DualPipe a rank works on two, r and P - 1 - r.
     Counts what a token multiplies: a layer, the output head (last stage), an MTP module with its share of the head
     (last stage). Of equally good splits the one whose leading stages are fuller is taken.
     """
     from dsv3_megatron.model.costs import multiplied_parameters
 
     cost = multiplied_parameters(model)
-    layer = cost.layer or 1
-    tail = (cost.head + model.num_nextn_predict_layers * (cost.mtp_module + cost.head)) / layer
-    layers = model.num_hidden_layers
-    assert layers >= stages
-    last_may_hold = max(1, round((layers + tail) / stages - tail))
-    last = min(last_may_hold, layers - (stages - 1)) if stages > 1 else layers
-    others = layers - last
-    base, extra = divmod(others, max(stages - 1, 1))
-    return (*(base + (i < extra) for i in range(stages - 1)), last)
+    tail = cost.head + model.num_nextn_predict_layers * (cost.mtp_module + cost.head)
+    layer, stages = cost.layer or 1, placement.stages
+    held = [placement.stages_of(rank) for rank in range(placement.ranks)]
+    layers = [1] * stages
+    assert model.num_hidden_layers >= stages
+
+    def of_stage(stage: int) -> int:
+        return layers[stage] * layer + (tail if stage == stages - 1 else 0)
+
+    def of_rank(stage: int) -> int:
+        return max(sum(map(of_stage, on_rank)) for on_rank in held if stage in on_rank)
+
+    for _ in range(model.num_hidden_layers - stages):
+        layers[min(range(stages), key=lambda s: (of_rank(s), of_stage(s), s))] += 1
+    return tuple(layers)
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ to SCHEDULES, and the validator, simulator, drawing and engine take it as it is.
 from __future__ import annotations
 
 import difflib
+from typing import Literal
 
-from parallel.actions import Schedule
+from parallel.actions import Placement, Schedule
 from parallel.errors import ScheduleError
 from parallel.schedules.dualpipe import dualpipe
 from parallel.schedules.dualpipev import dualpipev
@@ -23,6 +24,20 @@ SCHEDULES = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }
+
+PLACEMENTS: dict[str, Literal["loop", "v", "mirror"]] = {
+    "1f1b": "loop",
+    "interleaved": "loop",
+    "zb1p": "loop",
+    "dualpipe": "mirror",
+    "dualpipev": "v",
+}
+
+
+def placement(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Placement:
+    """Return where stages lie under a schedule, without making it."""
+    kind = PLACEMENTS[name]
+    return Placement(kind, ranks, 2 * ranks if kind == "v" else ranks * chunks, microbatches)
 
 
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:

@@ -10,7 +10,7 @@ from parallel.schedules.dual import dual_actions
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
-    """Half of the microbatches run down the ranks, half up; each rank overlaps a forward of one with a backward of the other.
+    """Half of the microbatches run down the ranks, half up; a forward of one overlaps a backward of the other.
 
     Every stage lies on two ranks, s and P - 1 - s: twice the parameters of 1F1B (the experts' share of which a large
     EP makes small). Microbatches 0 to n/2 - 1 enter at rank 0, the others at rank P - 1.

@@ -9,7 +9,7 @@ from parallel.errors import ScheduleError
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """Each rank holds ``chunks`` stages r, r + P, ...; microbatches pass in rounds of P through one chunk, then the next.
+    """Each rank holds ``chunks`` stages r, r + P, ...; rounds of P microbatches pass one chunk, then the next.
 
     Bubble of a rank: (P - 1)(F + B) / v, with F and B of the rank's whole share. Live microbatches: more than 1F1B's
     by the factor 1 + (P - 1) / (P v).

@@ -69,3 +69,10 @@ def test_a_rank_outside_the_world_is_refused():
 @pytest.mark.parametrize(("number", "wanted", "text"), [(256, 48, "32, 64"), (16, 3, "2, 4"), (7, 7, "1, 7")])
 def test_nearest_divisors_are_offered(number, wanted, text):
     assert nearest_divisors(number, wanted) == text
+
+
+def test_a_mirrored_group_unites_a_stage_with_the_one_at_the_other_end():
+    layout = Layout.of(ParallelSettings(pipeline=4, expert=2), 16)
+    assert layout.group("dp", 5) == (4, 5, 6, 7)
+    assert layout.mirrored(layout.group("dp", 5)) == (4, 5, 6, 7, 8, 9, 10, 11)
+    assert layout.mirrored(layout.group("expert_dp", 1)) == (1, 3, 13, 15)

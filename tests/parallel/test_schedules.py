@@ -163,13 +163,15 @@ def test_queues_that_both_ends_agree_on_but_hang_are_found(schedule, seed):
 
 # -- published formulae ------------------------------------------------------------------------------------------------
 
-F = I = W = 1.0
-B = I + W
+F = W = 1.0
+B = 2.0  # input gradient and weight gradient, 1 each
 
 
 def timeline(name, ranks, many, overlapped=None, chunks=1):
     schedule = make_schedule(name, ranks, many, chunks)
-    return simulate(schedule, Times.of(schedule.stages, forward=F, input_grad=I, weight_grad=W, overlapped=overlapped))
+    return simulate(
+        schedule, Times.of(schedule.stages, forward=F, input_grad=B - W, weight_grad=W, overlapped=overlapped)
+    )
 
 
 @pytest.mark.parametrize(("ranks", "many"), [(2, 4), (4, 8), (8, 20), (16, 120)])

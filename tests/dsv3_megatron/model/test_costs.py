@@ -11,6 +11,7 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.stage import balanced_stages, build_stage
 from launcher.compose import compose
 from parallel.layout import Layout
+from parallel.schedules import placement
 from parallel.settings import ParallelSettings
 
 PUBLISHED = {  # of the 671B model, from its checkpoint's tensor listing
@@ -86,10 +87,10 @@ def test_attention_without_query_compression_has_one_query_matrix():
 @pytest.mark.parametrize("stages", [1, 2, 4, 8, 16])
 def test_balanced_stages_hold_every_layer_once_and_none_is_empty(stages):
     model = compose(["recipe=dsv3_671b"]).model
-    layers = balanced_stages(model, stages)
+    layers = balanced_stages(model, placement("1f1b", stages, 1))
     assert len(layers) == stages and sum(layers) == 61 and min(layers) >= 1
 
 
 def test_the_last_stage_gets_fewer_layers_for_its_head_and_mtp():
-    layers = balanced_stages(compose(["recipe=dsv3_671b"]).model, 16)
+    layers = balanced_stages(compose(["recipe=dsv3_671b"]).model, placement("1f1b", 16, 1))
     assert layers == (*[4] * 15, 1)

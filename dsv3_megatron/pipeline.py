@@ -1,0 +1,230 @@
+"""What the engine runs: this rank's stages of the model, forward and backward, whole, split or overlapped.
+
+Two ways to run a pass, chosen once per schedule. *Planned*: megatron-core's overlapped plan, in which dispatch and
+combine of one microbatch hide behind attention and experts of another; schedules that overlap (FB) run every pass
+through it. *Plain*: autograd, for schedules that never overlap.
+
+Legend: B microbatch, S sequence on this rank, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import set_streams
+from torch import Tensor
+
+from parallel.actions import Action, Schedule
+from parallel.engine import Emit
+
+Batch = dict[str, Tensor]
+Key = tuple[int, int]  # (stage, microbatch)
+
+
+@dataclass
+class _Plain:
+    """A microbatch on a stage between its plain forward and backward."""
+
+    activation: Tensor | None
+    output: Tensor
+
+
+class ModelStages:
+    """The stages of this rank: implements parallel.engine.Stages."""
+
+    def __init__(
+        self,
+        chunks: dict[int, GPTModel],
+        ddps: dict[int, DistributedDataParallel],
+        *,
+        last_stage: int,
+        message: tuple[tuple[int, ...], torch.dtype, torch.device],
+        embedding_is_shared: bool,
+    ):
+        """Take this rank's modules by stage.
+
+        Args:
+            chunks: stage -> module.
+            ddps: the same, wrapped for gradient reduction.
+            last_stage: of the whole model.
+            message: shape [S, B, H], dtype and device of what passes between stages.
+            embedding_is_shared: the last stage here uses the embedding of the first, which is here too.
+        """
+        set_streams()  # the plan's compute and communication stream, on the device in use
+        self._chunks, self._ddps, self._last = chunks, ddps, last_stage
+        self._message = message
+        self._ends_meet = (0, last_stage) if embedding_is_shared else ()
+        self._splittable = {stage: list(_separable_leaves(chunk)) for stage, chunk in chunks.items()}
+        self._live: dict[Key, _Plain | TransformerModelChunkSchedulePlan] = {}
+        self._batches: list[Batch] = []
+        self._planned = self._splits = self._training = False
+        self._reduced: set[int] = set()
+        self.loss = torch.zeros(2, dtype=torch.float64, device=message[2])
+        self.last_stage_microbatches = 0
+
+    def begin(self, schedule: Schedule, batches: list[Batch], *, training: bool) -> None:
+        """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on."""
+        kinds = {step.kind for steps in schedule.ranks for step in steps}
+        self._planned, self._splits = "FB" in kinds, bool(kinds & {"FB", "I", "W"})
+        self._batches, self._training = batches, training
+        self._reduced.clear()
+        self.loss.zero_()
+        self.last_stage_microbatches = 0
+        for chunk in self._chunks.values():
+            chunk.config.overlap_moe_expert_parallel_comm = self._planned
+            chunk.config.delay_wgrad_compute = self._splits
+            chunk.train(training)
+
+    # -- what the engine calls -----------------------------------------------------------------------------------------
+
+    def empty_message(self) -> Tensor:
+        """Return a tensor [S, B, H] to receive an activation or a gradient into."""
+        shape, dtype, device = self._message
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def run(
+        self,
+        forward: Action | None,
+        activation: Tensor | None,
+        emit_activation: Emit,
+        backward: Action | None,
+        gradient: Tensor | None,
+        emit_gradient: Emit,
+    ) -> None:
+        """Run a forward, a backward, or both overlapped (parallel.engine.Stages.run)."""
+        if backward is not None and gradient is None:
+            gradient = self._loss_gradient(backward)
+        if self._planned:
+            self._run_planned(forward, activation, emit_activation, backward, gradient, emit_gradient)
+            return
+        assert forward is None or backward is None, "schedules that overlap are planned"
+        if forward is not None:
+            self._plain_forward(forward, activation, emit_activation)
+        else:
+            self._plain_backward(backward, gradient, emit_gradient)
+
+    def weight_gradient(self, action: Action) -> None:
+        """Compute the oldest weight gradients that the stage owes."""
+        with torch.no_grad():
+            for leaf in self._splittable[action.stage]:
+                leaf.backward_dw()
+
+    def start_reduction(self, stage: int) -> None:
+        """Start to reduce a stage's gradients; with a shared embedding the ends of the model go together."""
+        self._reduced.add(stage)
+        if stage in self._ends_meet:
+            if not self._reduced.issuperset(self._ends_meet):
+                return
+            for end in sorted(self._ends_meet):
+                self._ddps[end].start_grad_sync()
+        else:
+            self._ddps[stage].start_grad_sync()
+
+    # -- plain ---------------------------------------------------------------------------------------------------------
+
+    def _plain_forward(self, action: Action, activation: Tensor | None, emit: Emit) -> None:
+        chunk, batch = self._chunks[action.stage], self._batches[action.microbatch]
+        if activation is not None:
+            chunk.set_input_tensor([activation.requires_grad_(self._training)])
+        with torch.set_grad_enabled(self._training):
+            output = chunk(
+                batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+            )
+        if self._training:
+            self._live[action.stage, action.microbatch] = _Plain(activation, output)
+        self._hand_on(action, output, emit)
+
+    def _plain_backward(self, action: Action, gradient: Tensor, emit: Emit) -> None:
+        live = self._live.pop((action.stage, action.microbatch))
+        torch.autograd.backward(live.output, gradient)
+        if live.activation is not None:
+            emit(live.activation.grad)
+        if self._splits and action.kind == "B":
+            self.weight_gradient(action)
+
+    # -- planned -------------------------------------------------------------------------------------------------------
+
+    def _run_planned(
+        self,
+        forward: Action | None,
+        activation: Tensor | None,
+        emit_activation: Emit,
+        backward: Action | None,
+        gradient: Tensor | None,
+        emit_gradient: Emit,
+    ) -> None:
+        forward_plan = self._plan(forward, activation) if forward else None
+        backward_plan = self._live.pop((backward.stage, backward.microbatch)) if backward else None
+        if backward and backward.kind == "I":
+            _owe_weight_gradients(backward_plan)
+
+        def activation_is_ready(output: Tensor, vp_stage: None) -> None:
+            if forward.stage < self._last:
+                emit_activation(output.detach())
+
+        def gradient_is_ready(grad: Tensor, vp_stage: None) -> None:
+            if backward.stage > 0:
+                emit_gradient(grad)
+
+        output = TransformerModelChunkSchedulePlan.run(
+            forward_plan,
+            backward_plan,
+            b_grad=gradient,
+            post_forward=activation_is_ready if forward else None,
+            post_backward=gradient_is_ready if backward else None,
+        )
+        if forward:
+            self._live[forward.stage, forward.microbatch] = forward_plan
+            if forward.stage == self._last:
+                self._count_loss(forward, output)
+
+    def _plan(self, action: Action, activation: Tensor | None) -> TransformerModelChunkSchedulePlan:
+        chunk, batch = self._chunks[action.stage], self._batches[action.microbatch]
+        if activation is not None:
+            chunk.set_input_tensor([activation.requires_grad_()])
+        return chunk.build_schedule_plan(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"] if action.stage == self._last else None,
+            loss_mask=batch["loss_mask"],
+        )
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
+    def _hand_on(self, action: Action, output: Tensor, emit: Emit) -> None:
+        if action.stage == self._last:
+            self._count_loss(action, output)
+        else:
+            emit(output.detach())
+
+    def _count_loss(self, action: Action, losses: Tensor) -> None:
+        """Add a microbatch's losses [B, S] over the tokens that count."""
+        mask = self._batches[action.microbatch]["loss_mask"].double()
+        self.loss += torch.stack([(losses.detach().double() * mask).sum(), mask.sum()])
+        self.last_stage_microbatches += 1
+
+    def _loss_gradient(self, action: Action) -> Tensor:
+        """Return the gradient of the summed loss: gradients are divided by the step's tokens once, at its end."""
+        return self._batches[action.microbatch]["loss_mask"].float()
+
+
+def _separable_leaves(chunk: GPTModel) -> Iterator[torch.nn.Module]:
+    """Yield the layers whose weight gradient can be computed apart."""
+    for module in chunk.modules():
+        below = (m for m in module.modules() if m is not module)
+        if hasattr(module, "backward_dw") and not any(hasattr(m, "backward_dw") for m in below):
+            yield module
+
+
+def _owe_weight_gradients(plan: TransformerModelChunkSchedulePlan) -> None:
+    """Let a planned backward leave its weight gradients to a later W."""
+    for number in range(plan.num_layers()):
+        layer = plan.get_layer(number)
+        for name in ("attn", "mlp"):
+            getattr(layer, name).delay_wgrad_compute = False

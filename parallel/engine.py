@@ -1,0 +1,230 @@
+"""Runs a schedule on this rank: waits for what an action needs, runs it, sends what it made.
+
+The engine knows actions, messages and ranks, and nothing of models: what a stage computes is behind :class:`Stages`.
+Messages of a pair of ranks are posted in the order of parallel.transfers. Receives are posted ahead of need, sends as
+soon as their tensor exists, and nothing blocks before its result is needed. A stage's gradient reduction starts when
+its last weight gradient is done, in an order that all ranks holding the stage share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.actions import Action, Placement, Schedule, Step
+from parallel.simulator import unit_timeline
+from parallel.transfers import Message, Queue, Transfers
+from parallel.watchdog import Watchdog
+
+Emit = Callable[[Tensor], None]
+# Receives posted to a peer and not used yet, when no send waits behind them: enough to hide a message, few buffers.
+_AHEAD = 2
+
+
+class Stages(Protocol):
+    """What this rank's stages compute."""
+
+    def run(
+        self,
+        forward: Action | None,
+        activation: Tensor | None,
+        emit_activation: Emit,
+        backward: Action | None,
+        gradient: Tensor | None,
+        emit_gradient: Emit,
+    ) -> None:
+        """Run a forward, a backward (B whole, I without weight gradients), or both overlapped.
+
+        ``activation`` is the stage's input (None on the first stage), ``gradient`` that of its output (None on the
+        last). What goes to the neighbouring stage is handed to ``emit_*`` as soon as it exists.
+        """
+
+    def weight_gradient(self, action: Action) -> None:
+        """Run W."""
+
+    def start_reduction(self, stage: int) -> None:
+        """Start to reduce a stage's gradients over its data-parallel group; do not wait."""
+
+    def empty_message(self) -> Tensor:
+        """Return a tensor to receive an activation or a gradient into."""
+
+
+class Engine:
+    """One rank's share of one schedule. Made once, run every step."""
+
+    def __init__(self, schedule: Schedule, group: dist.ProcessGroup, stages: Stages, watchdog: Watchdog | None = None):
+        """Take the schedule's list of this rank in ``group`` (the pipeline group: rank r there runs list r)."""
+        self.rank = group.rank()
+        self.steps = schedule.ranks[self.rank]
+        self.waited_seconds = 0.0
+        self._placement, self._last = schedule.placement, schedule.stages - 1
+        self._stages, self._watchdog = stages, watchdog
+        self._queues = Transfers.of(schedule).queues[self.rank]
+        self._group = group
+        self._reduce_after = _last_passes(schedule, self.rank)
+        self._channels: dict[int, _Channel] = {}
+
+    def run(self) -> None:
+        """Run all actions of one step. Gradient reductions may still be under way at the end."""
+        self.waited_seconds = 0.0
+        self._channels = {peer: _Channel(peer, q, self) for peer, q in self._queues.items()}
+        self._here: dict[tuple[str, int, int], Tensor] = {}
+        for channel in self._channels.values():
+            channel.advance()
+        for position, step in enumerate(self.steps):
+            if self._watchdog is not None:
+                self._watchdog.begin(position, len(self.steps), step)
+            self._execute(step)
+            for stage in self._reduce_after.get(position, ()):
+                self._stages.start_reduction(stage)
+        for channel in self._channels.values():
+            channel.finish()
+        if self._watchdog is not None:
+            self._watchdog.end()
+
+    def _execute(self, step: Step) -> None:
+        if step.kind == "W":
+            self._stages.weight_gradient(step)
+            return
+        forward = next((part for part in step.parts if part.kind == "F"), None)
+        backward = next((part for part in step.parts if part.kind in "BI"), None)
+        self._stages.run(
+            forward,
+            self._take("activation", forward) if forward and forward.stage > 0 else None,
+            lambda tensor: self._emit("activation", forward, tensor),
+            backward,
+            self._take("gradient", backward) if backward and backward.stage < self._last else None,
+            lambda tensor: self._emit("gradient", backward, tensor),
+        )
+
+    def _take(self, payload: str, part: Action) -> Tensor:
+        """Return what another stage has made for ``part``, waiting for it if it comes from another rank."""
+        before = part.stage - 1 if payload == "activation" else part.stage + 1
+        source = self._placement.rank_of(before, part.microbatch)
+        key = (payload, part.stage, part.microbatch)
+        if source == self.rank:
+            return self._here.pop(key)
+        start = time.perf_counter()
+        if self._watchdog is not None:
+            self._watchdog.waits(f"{payload} of microbatch {part.microbatch} from pipeline rank {source}")
+        tensor = self._channels[source].take(key)
+        self.waited_seconds += time.perf_counter() - start
+        return tensor
+
+    def _emit(self, payload: str, part: Action, tensor: Tensor) -> None:
+        towards = part.stage + (1 if payload == "activation" else -1)
+        target = self._placement.rank_of(towards, part.microbatch)
+        if target == self.rank:
+            self._here[(payload, towards, part.microbatch)] = tensor
+        else:
+            self._channels[target].put((payload, towards, part.microbatch), tensor)
+
+    def empty_message(self) -> Tensor:
+        """Return a tensor to receive into."""
+        return self._stages.empty_message()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The pipeline group."""
+        return self._group
+
+
+class _Channel:
+    """The messages between this rank and one peer, in their one order, in one step."""
+
+    def __init__(self, peer: int, queue: Queue, engine: Engine):
+        self._queue, self._engine = queue, engine
+        self._peer = dist.get_global_rank(engine.group, peer)
+        self._next = 0  # position in the queue of the first message not posted
+        self._outbox: dict[tuple[str, int, int], Tensor] = {}  # made, but not at the head of the queue yet
+        self._posted: dict[tuple[str, int, int], tuple[dist.Work, Tensor]] = {}  # receives not taken yet
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def put(self, key: tuple[str, int, int], tensor: Tensor) -> None:
+        """Send a tensor as soon as its turn has come."""
+        self._outbox[key] = tensor
+        self.advance()
+
+    def take(self, key: tuple[str, int, int]) -> Tensor:
+        """Return a received tensor; waits for it."""
+        while key not in self._posted:
+            self._post()
+        work, tensor = self._posted.pop(key)
+        work.wait()
+        self.advance()
+        return tensor
+
+    def advance(self) -> None:
+        """Post what can be posted: sends that are made, receives ahead of them, and a few more receives."""
+        while self._next < len(self._queue):
+            message = self._queue[self._next]
+            mine = message.source == self._engine.rank
+            if mine and _key(message) not in self._outbox:
+                break
+            if not mine and not self._outbox and len(self._posted) >= _AHEAD:
+                break
+            self._post()
+        while self._sending and self._sending[0][0].is_completed():  # gloo only tells after wait(): kept to the end
+            self._sending.popleft()
+
+    def _post(self) -> None:
+        message, group = self._queue[self._next], self._engine.group
+        self._next += 1
+        if message.source == self._engine.rank:
+            tensor = self._outbox.pop(_key(message)).contiguous()
+            self._sending.append((dist.isend(tensor, self._peer, group=group), tensor))
+        else:
+            tensor = self._engine.empty_message()
+            self._posted[_key(message)] = (dist.irecv(tensor, self._peer, group=group), tensor)
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
+        assert self._next == len(self._queue), (self._next, len(self._queue))
+        assert not self._posted, sorted(self._posted)
+
+
+def _key(message: Message) -> tuple[str, int, int]:
+    return (message.payload, message.stage, message.microbatch)
+
+
+def _last_passes(schedule: Schedule, rank: int) -> dict[int, list[int]]:
+    """Return, by position in the rank's list, the stages whose reduction starts after that action.
+
+    Ranks that hold the same stages reduce over the same group, so they must start in the same order although they
+    finish in different ones: by when the last of them is done.
+    """
+    timeline = unit_timeline(schedule)
+    done: dict[int, float] = {}
+    here: dict[int, int] = {}
+    for each, steps in enumerate(schedule.ranks):
+        for position, step in enumerate(steps):
+            for part in step.parts:
+                if part.kind != "F":
+                    done[part.stage] = max(done.get(part.stage, 0.0), timeline.ends[each][position])
+                    if each == rank:
+                        here[part.stage] = position
+    order, after, latest = sorted(here, key=lambda stage: (done[stage], stage)), {}, 0
+    for stage in order:
+        latest = max(latest, here[stage])
+        after.setdefault(latest, []).append(stage)
+    return after
+
+
+def forward_only(placement: Placement, name: str = "forward") -> Schedule:
+    """Return the schedule that only evaluates: every microbatch through every stage, nothing kept for a backward."""
+    ranks: list[list[tuple[int, Action]]] = [[] for _ in range(placement.ranks)]
+    per_rank = max(1, placement.stages // placement.ranks)
+    for microbatch in range(placement.microbatches):
+        for stage in range(placement.stages):
+            # Later stages of a microbatch come later, microbatches of a rank's stages take turns: no circle of waiting.
+            turn = microbatch * per_rank + stage
+            ranks[placement.rank_of(stage, microbatch)].append((turn, Action("F", stage, microbatch)))
+    ordered = (tuple(a for _, a in sorted(rank, key=lambda e: (e[0], e[1].microbatch, e[1].stage))) for rank in ranks)
+    return Schedule(name, placement, tuple(ordered))

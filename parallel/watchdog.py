@@ -1,0 +1,104 @@
+"""Names the place of a hang: which action every rank is in, and what it waits for.
+
+Each rank notes the action it is in. When none ends for a given time, a thread of that rank writes the place and the
+Python stack to the store that the process group started with, and the first rank to notice prints what all have
+written. A rank that wrote nothing is named too: it is dead, or not stuck.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from parallel.actions import Step
+
+
+class Watchdog:
+    """Watches one rank. ``begin`` and ``end`` cost a clock reading; the thread wakes a few times per timeout."""
+
+    def __init__(
+        self,
+        timeout_seconds: float,
+        *,
+        rank: int,
+        world_size: int,
+        store: dist.Store,
+        report: Callable[[str], None] | None = None,
+    ):
+        """Watch this process from now on.
+
+        Args:
+            timeout_seconds: how long one action may take; > 0.
+            store: shared by all ranks; used only when something hangs.
+            report: gets the text, on the first rank that notices; stderr by default.
+        """
+        self._timeout, self._rank, self._world_size = timeout_seconds, rank, world_size
+        self._store = store
+        self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._main = threading.get_ident()
+        self._since: float | None = None  # None = nothing is under way
+        self._place = ""
+        self._waits_for = ""
+        self._told = False
+        self._steps = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def begin(self, position: int, count: int, step: Step) -> None:
+        """An action begins."""
+        stages = ", ".join(f"stage {p.stage} microbatch {p.microbatch}" for p in step.parts)
+        self._place = f"action {position + 1} of {count}: {step} ({stages})"
+        self._waits_for, self._told, self._since = "", False, time.monotonic()
+
+    def waits(self, for_what: str) -> None:
+        """The action waits for another rank."""
+        self._waits_for = f", waits for the {for_what}"
+
+    def end(self) -> None:
+        """The last action of a step is over."""
+        self._since = None
+        self._steps += 1
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closing.set()
+        self._thread.join(timeout=5)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(min(self._timeout / 4, 1.0)):
+            since = self._since
+            if since is not None and not self._told and time.monotonic() - since > self._timeout:
+                self._told = True
+                self._tell(time.monotonic() - since)
+
+    def _tell(self, seconds: float) -> None:
+        frame = sys._current_frames().get(self._main)
+        where = traceback.extract_stack(frame)[-1] if frame else None
+        stack = f" [{where.filename.rsplit('/', 1)[-1]}:{where.lineno} {where.name}]" if where else ""
+        key = f"watchdog/{self._steps}"  # all ranks of a hang are in the same step
+        self._store.set(f"{key}/{self._rank}", f"{self._place}{self._waits_for}, for {seconds:.0f} s{stack}")
+        if self._store.add(f"{key}/told", 1) > 1:
+            return
+        self._closing.wait(min(self._timeout, 5.0))  # the others notice about now
+        lines = [f"hang: no action ended for {self._timeout:g} s; where each rank is:"]
+        for rank in range(self._world_size):
+            place = self._store.get(f"{key}/{rank}").decode() if self._store.check([f"{key}/{rank}"]) else None
+            lines.append(f"  rank {rank}: {place or 'has not said: not stuck, or dead'}")
+        self._report("\n".join(lines))
+
+
+def process_group_store() -> dist.Store:
+    """Return a connection of its own to the store of the default process group, safe to use from another thread."""
+    from torch.distributed.distributed_c10d import _get_default_store  # torch has no public name for it
+
+    store = _get_default_store()
+    try:
+        return store.clone()
+    except (RuntimeError, NotImplementedError):  # a store inside this process needs no second connection
+        return store

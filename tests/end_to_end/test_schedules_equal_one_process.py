@@ -1,0 +1,50 @@
+"""Every pipeline schedule trains as one process does: losses to 1e-5, every gradient to 1e-4, step after step."""
+
+import pytest
+
+from tests.end_to_end.test_layouts_equal_one_process import check
+from tests.ranks import run_ranks
+from tests.tiny import Case, train_rank
+
+EIGHT_LAYERS = ("model.num_hidden_layers=8", "optim.global_batch=16", "optim.micro_batch=1", "data.sequence_length=16")
+SCHEDULES = {
+    "1f1b": (),
+    "interleaved": ("parallel.chunks=2",),
+    "zb1p": (),
+    "dualpipe": (),
+    "dualpipev": (),
+}
+MTP = {0: "model.num_nextn_predict_layers=0", 1: "model.num_nextn_predict_layers=1"}
+
+
+def cases(pipeline, expert, reference):
+    """Every schedule with and without MTP at one layout."""
+    found = {}
+    for schedule, more in SCHEDULES.items():
+        for depth, setting in MTP.items():
+            overrides = (
+                *EIGHT_LAYERS,
+                f"parallel.pipeline={pipeline}",
+                f"parallel.expert={expert}",
+                f"parallel.schedule={schedule}",
+                setting,
+                *more,
+            )
+            name = f"{schedule} PP{pipeline} EP{expert} MTP{depth}"
+            found[name] = (depth, Case(overrides, steps=2, reference=reference[depth][1]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    asked = [Case((*EIGHT_LAYERS, MTP[d]), steps=2, save_to=str(folder / f"{d}.pt")) for d in MTP]
+    return {d: (found[0], case.save_to) for d, found, case in zip(MTP, run_ranks(1, train_rank, asked), asked)}
+
+
+@pytest.mark.parametrize(("pipeline", "expert"), [(2, 1), (2, 2), (4, 1), (4, 2)])
+def test_every_schedule_trains_as_one_process(reference, pipeline, expert):
+    asked = cases(pipeline, expert, reference)
+    found = run_ranks(pipeline * expert, train_rank, [case for _, case in asked.values()])
+    for (name, (depth, _)), ranks in zip(asked.items(), found):
+        check(name, ranks, reference[depth][0])
