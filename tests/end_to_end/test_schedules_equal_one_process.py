@@ -48,3 +48,49 @@ def test_every_schedule_trains_as_one_process(reference, pipeline, expert):
     found = run_ranks(pipeline * expert, train_rank, [case for _, case in asked.values()])
     for (name, (depth, _)), ranks in zip(asked.items(), found):
         check(name, ranks, reference[depth][0])
+
+
+PIPELINE = ("parallel.pipeline=2",)
+FEW = {
+    "dualpipe, TP2 with sequence parallelism": (4, (*PIPELINE, "parallel.schedule=dualpipe", "parallel.tensor=2")),
+    "zb1p, TP2 x EP2": (4, (*PIPELINE, "parallel.schedule=zb1p", "parallel.tensor=2", "parallel.expert=2")),
+    "dualpipev, TP2 x EP2": (4, (*PIPELINE, "parallel.schedule=dualpipev", "parallel.tensor=2", "parallel.expert=2")),
+    "dualpipe, DP2": (4, (*PIPELINE, "parallel.schedule=dualpipe", "optim.micro_batch=2")),
+    "dualpipe, CP2": (4, (*PIPELINE, "parallel.schedule=dualpipe", "parallel.context=2")),
+    "interleaved, CP2": (4, (*PIPELINE, "parallel.schedule=interleaved", "parallel.chunks=3", "parallel.context=2")),
+    "dualpipe, recompute": (2, (*PIPELINE, "parallel.schedule=dualpipe", "parallel.recompute=[norm,mla_up,moe_act]")),
+    "dualpipev, recompute": (
+        2,
+        (*PIPELINE, "parallel.schedule=dualpipev", "parallel.recompute=[attention,shared_experts,mlp]"),
+    ),
+    "dualpipe, uneven stages": (2, (*PIPELINE, "parallel.schedule=dualpipe", "parallel.stages=[3,5]")),
+    "dualpipev on one rank": (1, ("parallel.schedule=dualpipev",)),
+}
+
+
+def test_schedules_train_as_one_process_in_other_layouts_too(reference):
+    for ranks in (1, 2, 4):
+        asked = {
+            name: Case((*EIGHT_LAYERS, *overrides), steps=2, reference=reference[1][1])
+            for name, (many, overrides) in FEW.items()
+            if many == ranks
+        }
+        for name, found in zip(asked, run_ranks(ranks, train_rank, list(asked.values()))):
+            check(name, found, reference[1][0])
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_mtp_of_any_depth_trains_under_every_schedule(tmp_path, depth):
+    setting = f"model.num_nextn_predict_layers={depth}"
+    path = str(tmp_path / "reference.pt")
+    ((expected,),) = run_ranks(1, train_rank, [Case((*EIGHT_LAYERS, setting), steps=2, save_to=path)])
+    asked = {
+        name: Case(
+            (*EIGHT_LAYERS, setting, *PIPELINE, "parallel.expert=2", f"parallel.schedule={name}", *more),
+            steps=2,
+            reference=path,
+        )
+        for name, more in SCHEDULES.items()
+    }
+    for name, found in zip(asked, run_ranks(4, train_rank, list(asked.values()))):
+        check(f"{name}, MTP {depth}", found, expected)

@@ -69,7 +69,7 @@ def test_delayed_weight_gradients_equal_ordinary_ones(one_process):
         )
         for p in module.parameters():
             torch.nn.init.normal_(p, std=0.05)
-        config.delay_wgrad_compute = delayed
+        module.config.delay_wgrad_compute = delayed
         losses = module(tokens[:, :-1], torch.arange(32).expand(2, -1), None, labels=tokens[:, 1:])
         losses.sum().backward()
         owed = [m for m in module.modules() if hasattr(m, "backward_dw") and len(getattr(m, "weight_gradients", ()))]
