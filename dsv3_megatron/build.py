@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
-from parallel.engine import Engine, forward_only
+from parallel.engine import Engine
 from parallel.errors import LayoutError
 from parallel.groups import build_groups
 from parallel.layout import Layout
@@ -32,9 +32,11 @@ from dsv3_megatron.gradients import wrap_for_reduction  # noqa: E402
 from dsv3_megatron.model.backend import choose_backend  # noqa: E402
 from dsv3_megatron.model.config import transformer_config  # noqa: E402
 from dsv3_megatron.model.initialise import initialise  # noqa: E402
-from dsv3_megatron.model.stage import balanced_stages, build_stage, keep_bias_in_float32  # noqa: E402
+from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32  # noqa: E402
 from dsv3_megatron.optim.optimizer import build_optimizer  # noqa: E402
 from dsv3_megatron.pipeline import ModelStages  # noqa: E402
+from dsv3_megatron.schedule import evaluation_schedule, schedule_of  # noqa: E402
+from dsv3_megatron.stages import layers_of_stages  # noqa: E402
 
 
 @dataclass
@@ -79,9 +81,8 @@ class Parts:
         """Return the schedule for so many microbatches and the engine that runs it; made once each."""
         kind = "train" if training else "forward"
         if (kind, microbatches) not in self._engines:
-            schedule = (
-                self.recipe.schedule(microbatches) if training else forward_only(self.recipe.placement(microbatches))
-            )
+            make = schedule_of if training else evaluation_schedule
+            schedule = make(self.recipe, microbatches)
             engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
             self._engines[kind, microbatches] = (schedule, engine)
         return self._engines[kind, microbatches]
@@ -114,7 +115,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
-    layers = recipe.parallel.stages or balanced_stages(recipe.model, placement)
+    layers = layers_of_stages(recipe)
     chunks = _build_chunks(recipe, layout, layers, placement, backend, groups, device)
     shared, copied = _join_embeddings(chunks, placement, groups)
     settings = DistributedDataParallelConfig(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
-from parallel.errors import DoesNotFitError, RecipeError
+from dsv3_megatron.schedule import schedule_of
+from parallel.errors import DoesNotFitError, LayoutError, RecipeError, ScheduleError
 from parallel.layout import Layout
 from parallel.world import World
+
+OVERLAPPING = ("dualpipe", "dualpipev", "auto")
 
 
 def check_world(recipe: Recipe, world: World) -> Layout:
@@ -26,7 +30,42 @@ def check_world(recipe: Recipe, world: World) -> Layout:
         )
     layout = recipe.layout(world.size)
     check_available(recipe)
+    check_schedule(recipe, layout)
     return layout
+
+
+def check_schedule(recipe: Recipe, layout: Layout) -> None:
+    """Make the schedule of the first step, so that what it refuses is refused now.
+
+    Raises: ScheduleError: in terms of the recipe's keys. LayoutError: recomputation that the schedule would not do.
+    """
+    parallel, optim = recipe.parallel, recipe.optim
+    sequences = optim.micro_batch * layout.dp
+    batches = {Regime(optim, recipe.data.sequence_length).global_batch(0)}
+    if not isinstance(optim.global_batch, int):
+        batches.add(optim.batch_multiple * max(1, -(-max(batches) // optim.batch_multiple)) + optim.batch_multiple)
+    for batch in sorted(batches):
+        try:
+            schedule_of(recipe, batch // sequences)
+        except ScheduleError as error:
+            raise ScheduleError(
+                f"parallel.schedule = {parallel.schedule} over parallel.pipeline = {parallel.pipeline} ranks: "
+                f"{error.args[0]}; microbatches are a batch of {batch} sequences / (optim.micro_batch = "
+                f"{optim.micro_batch} x {layout.dp} data-parallel ranks)"
+            ) from None
+    if parallel.schedule not in OVERLAPPING:
+        return
+    if bypassed := {"full", "moe"} & set(parallel.recompute):
+        raise LayoutError(
+            f"parallel.recompute = [{', '.join(sorted(bypassed))}] has no effect under parallel.schedule="
+            f"{parallel.schedule}, whose overlapped plan calls the parts of a layer one by one; "
+            "use some of [norm, mla_up, attention, moe_act, shared_experts, mlp]"
+        )
+    if recipe.model.num_nextn_predict_layers and not recipe.model.num_moe_layers:
+        raise LayoutError(
+            f"model.first_k_dense_replace = {recipe.model.first_k_dense_replace} leaves no MoE layer, and MTP under "
+            f"parallel.schedule={parallel.schedule} needs one (megatron-core's overlapped plan); use zb1p"
+        )
 
 
 def check_available(recipe: Recipe) -> None:

@@ -11,10 +11,10 @@ from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
-from parallel.actions import Placement, Schedule
+from parallel.actions import Placement
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
-from parallel.schedules import make_schedule, placement
+from parallel.schedules import placement
 from parallel.settings import ParallelSettings
 from parallel.units import parse_bytes, parse_count
 
@@ -34,6 +34,9 @@ class RunSettings(BaseModel):
     tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
     resume: Literal["auto", "never", "required"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
+    hang_seconds: float = Field(
+        300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
+    )
     evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
 
 
@@ -152,11 +155,6 @@ class Recipe(BaseModel):
         """Return where the stages lie."""
         parallel = self.parallel
         return placement(parallel.schedule, parallel.pipeline, microbatches, parallel.chunks)
-
-    def schedule(self, microbatches: int) -> Schedule:
-        """Return the pipeline schedule of a step. Raises ScheduleError where it cannot be made."""
-        parallel = self.parallel
-        return make_schedule(parallel.schedule, parallel.pipeline, microbatches, parallel.chunks)
 
     @staticmethod
     def _must_divide(name: str, value: int, of_name: str, of_value: int) -> None:

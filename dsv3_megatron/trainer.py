@@ -28,6 +28,7 @@ from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.step import StepValues, evaluate_batches, train_step
 from parallel.errors import CheckpointError
 from parallel.groups import start_processes, stop_processes
+from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
 
 
@@ -132,9 +133,14 @@ class Trainer:
             "model": f"{counted.main:,} parameters, {counted.activated_per_token:,} active per token"
             + (f", MTP {counted.mtp:,} more" if counted.mtp else ""),
             "layout": f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'}: {layout.describe()}; "
-            f"layers of stages {list(self.parts.layers_of_stages)}",
+            f"{self._schedule_facts()}",
             "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}",
         }
+
+    def _schedule_facts(self) -> str:
+        if self.parts.layout.pp == 1 and len(self.parts.chunks) == 1:
+            return "one stage"
+        return f"{self.recipe.parallel.schedule}, layers of stages {list(self.parts.layers_of_stages)}"
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -290,6 +296,13 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
     device = choose_device(recipe.run.device, world)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device):
-        trainer = Trainer(recipe, build_parts(recipe, layout, device), data, reporter, resolved_recipe)
-        trainer.prepare()
-        return trainer.train()
+        parts = build_parts(recipe, layout, device)
+        parts.watchdog = Watchdog(
+            recipe.run.hang_seconds, rank=world.rank, world_size=world.size, store=process_group_store()
+        )
+        try:
+            trainer = Trainer(recipe, parts, data, reporter, resolved_recipe)
+            trainer.prepare()
+            return trainer.train()
+        finally:
+            parts.watchdog.close()

@@ -18,13 +18,14 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.console import guarded
 from parallel.drawing import draw_svg, draw_text
 from parallel.errors import RecipeError
-from parallel.schedules import SCHEDULES, make_schedule
+from parallel.schedules import SCHEDULES, make_schedule, placement
+from parallel.search import search
 from parallel.simulator import Timeline, Times, simulate
 from parallel.validate import validate
 
@@ -34,7 +35,7 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    name: str = Field(description=", ".join(SCHEDULES))
+    name: str = Field(description=", ".join((*SCHEDULES, "auto")) + " (searched for the times given)")
     pipeline: PositiveInt = Field(description="pipeline ranks P")
     microbatches: PositiveInt = Field(description="microbatches of a step")
     chunks: PositiveInt = Field(1, description="stages of a rank, for interleaved")
@@ -44,6 +45,7 @@ class Arguments(BaseModel):
     overlapped: float | None = Field(None, alias="times.overlapped", description="a forward with a backward")
     send: float = Field(0.0, alias="times.send", description="a message between two ranks")
     cost: str | None = Field(None, alias="times.cost", description="relative cost of each stage, such as 1,1,1,1.4")
+    seed: NonNegativeInt = Field(0, description="of the search that name=auto makes")
     format: Literal["text", "json", "svg", "actions"] = Field("text", description="text, json, svg or actions")
     width: PositiveInt | None = Field(None, description="columns of text, pixels of svg; null = what suits")
     output: Path | None = Field(None, description="file to write; null = stdout")
@@ -55,10 +57,10 @@ def main(arguments: Sequence[str]) -> int:
         print(arguments_help(__doc__, Arguments))
         return 0
     asked = parse_arguments(Arguments, arguments)
-    schedule = make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
-    validate(schedule)
+    place = placement(asked.name, asked.pipeline, asked.microbatches, asked.chunks) if asked.name == "auto" else None
+    schedule = None if place else make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
     times = Times.of(
-        schedule.stages,
+        (place or schedule).stages,
         forward=asked.forward,
         input_grad=asked.input_grad,
         weight_grad=asked.weight_grad,
@@ -66,6 +68,12 @@ def main(arguments: Sequence[str]) -> int:
         send=asked.send,
         cost=_costs(asked.cost),
     )
+    if place:
+        found = search(place, times, seed=asked.seed)
+        schedule = found.schedule
+        if asked.format == "text":
+            print("tried: " + ", ".join(f"{what} {makespan:g}" for what, makespan in found.tried))
+    validate(schedule)
     text = show(simulate(schedule, times), asked.format, asked.width)
     if asked.output is None:
         print(text)

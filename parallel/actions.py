@@ -133,7 +133,7 @@ class Schedule:
         Live from its forward to the last of its gradients: a weight gradient still owed keeps its microbatch's
         activations. Inside an overlapped action both of its microbatches are live.
         """
-        return tuple(_peak_live(steps) for steps in self.ranks)
+        return tuple(peak_live(steps) for steps in self.ranks)
 
     def text(self) -> str:
         """Return one line per rank; :meth:`parse_text` reads it back."""
@@ -147,7 +147,8 @@ class Schedule:
         )
 
 
-def _peak_live(steps: Iterable[Step]) -> int:
+def peak_live(steps: Iterable[Step]) -> int:
+    """Return how many (stage, microbatch) pairs are live at most on a rank that does ``steps``."""
     live = peak = 0
     for step in steps:
         for part in step.parts:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.actions import Action, Placement, Schedule, Step
+from parallel.actions import Action, Schedule, Step
 from parallel.simulator import unit_timeline
 from parallel.transfers import Message, Queue, Transfers
 from parallel.watchdog import Watchdog
@@ -215,16 +215,3 @@ def _last_passes(schedule: Schedule, rank: int) -> dict[int, list[int]]:
         latest = max(latest, here[stage])
         after.setdefault(latest, []).append(stage)
     return after
-
-
-def forward_only(placement: Placement, name: str = "forward") -> Schedule:
-    """Return the schedule that only evaluates: every microbatch through every stage, nothing kept for a backward."""
-    ranks: list[list[tuple[int, Action]]] = [[] for _ in range(placement.ranks)]
-    per_rank = max(1, placement.stages // placement.ranks)
-    for microbatch in range(placement.microbatches):
-        for stage in range(placement.stages):
-            # Later stages of a microbatch come later, microbatches of a rank's stages take turns: no circle of waiting.
-            turn = microbatch * per_rank + stage
-            ranks[placement.rank_of(stage, microbatch)].append((turn, Action("F", stage, microbatch)))
-    ordered = (tuple(a for _, a in sorted(rank, key=lambda e: (e[0], e[1].microbatch, e[1].stage))) for rank in ranks)
-    return Schedule(name, placement, tuple(ordered))

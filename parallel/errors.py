@@ -8,7 +8,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return f"{self.kind}: {super().__str__()}"
+        text = super().__str__().replace("\n", "\\n")  # values are quoted as given, and the message stays one line
+        return f"{self.kind}: {text}"
 
 
 class RecipeError(UserError):

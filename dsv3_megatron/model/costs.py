@@ -6,6 +6,7 @@ backward of a product costs twice its forward. Sources: arXiv 2412.19437 section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3_megatron.model.settings import ModelSettings
@@ -80,6 +81,21 @@ def multiplied_parameters(model: ModelSettings) -> Multiplied:
     feed_forward = active + model.n_routed_experts * d if model.num_moe_layers else 3 * d * model.intermediate_size
     layer = attention_parameters(model) + feed_forward
     return Multiplied(layer, model.vocab_size * d, layer + 2 * d * d)
+
+
+def stage_costs(model: ModelSettings, layers_of_stages: Sequence[int]) -> tuple[float, ...]:
+    """Return what each stage costs, in multiples of the mean: the parameters a token is multiplied with there."""
+    per = multiplied_parameters(model)
+    d = model.hidden_size
+    dense = attention_parameters(model) + 3 * d * model.intermediate_size
+    costs, first = [], 0
+    for layers in layers_of_stages:
+        of_dense = max(0, min(first + layers, model.first_k_dense_replace) - first)
+        costs.append(of_dense * dense + (layers - of_dense) * per.layer)
+        first += layers
+    costs[-1] += per.head + model.num_nextn_predict_layers * (per.mtp_module + per.head)
+    mean = sum(costs) / len(costs)
+    return tuple(cost / mean for cost in costs)
 
 
 def training_flops_per_token(model: ModelSettings, sequence_length: int, *, causal: bool = True) -> float:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
-from parallel.actions import Placement
 
 
 def build_stage(
@@ -62,33 +61,6 @@ def keep_bias_in_float32(module: torch.nn.Module) -> None:
     for part in module.modules():
         if hasattr(part, "_maintain_float32_expert_bias"):
             part._maintain_float32_expert_bias()
-
-
-def balanced_stages(model: ModelSettings, placement: Placement) -> tuple[int, ...]:
-    """Return how many decoder layers each stage gets so that the costliest rank is as cheap as possible.
-
-    What is balanced is the sum over the stages a rank holds: under DualPipe a rank works on two, r and P - 1 - r.
-    Counts what a token multiplies: a layer, the output head (last stage), an MTP module with its share of the head
-    (last stage). Of equally good splits the one whose leading stages are fuller is taken.
-    """
-    from dsv3_megatron.model.costs import multiplied_parameters
-
-    cost = multiplied_parameters(model)
-    tail = cost.head + model.num_nextn_predict_layers * (cost.mtp_module + cost.head)
-    layer, stages = cost.layer or 1, placement.stages
-    held = [placement.stages_of(rank) for rank in range(placement.ranks)]
-    layers = [1] * stages
-    assert model.num_hidden_layers >= stages
-
-    def of_stage(stage: int) -> int:
-        return layers[stage] * layer + (tail if stage == stages - 1 else 0)
-
-    def of_rank(stage: int) -> int:
-        return max(sum(map(of_stage, on_rank)) for on_rank in held if stage in on_rank)
-
-    for _ in range(model.num_hidden_layers - stages):
-        layers[min(range(stages), key=lambda s: (of_rank(s), of_stage(s), s))] += 1
-    return tuple(layers)
 
 
 @torch.no_grad()

@@ -13,9 +13,12 @@ from parallel.actions import Placement, Schedule
 from parallel.errors import ScheduleError
 from parallel.schedules.dualpipe import dualpipe
 from parallel.schedules.dualpipev import dualpipev
+from parallel.schedules.forward_only import forward_only
 from parallel.schedules.interleaved import interleaved
 from parallel.schedules.one_f_one_b import one_f_one_b
 from parallel.schedules.zb1p import zb1p
+
+__all__ = ["PLACEMENTS", "SCHEDULES", "forward_only", "make_schedule", "placement"]
 
 SCHEDULES = {
     "1f1b": one_f_one_b,
@@ -36,7 +39,8 @@ PLACEMENTS: dict[str, Literal["loop", "v", "mirror"]] = {
 
 def placement(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Placement:
     """Return where stages lie under a schedule, without making it."""
-    kind = PLACEMENTS[name]
+    # A searched schedule has DualPipe's placement where that exists: two directions leave the fewest bubbles.
+    kind = ("loop" if ranks % 2 else "mirror") if name == "auto" else PLACEMENTS[name]
     return Placement(kind, ranks, 2 * ranks if kind == "v" else ranks * chunks, microbatches)
 
 
