@@ -109,7 +109,15 @@ def test_a_resumed_run_is_bit_exact(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [(2, ("parallel.tensor=2", "parallel.expert=2")), (4, ("parallel.pipeline=2", "parallel.expert=2"))],
+    [
+        (2, ("parallel.tensor=2", "parallel.expert=2")),
+        (4, ("parallel.pipeline=2", "parallel.expert=2")),
+        (4, ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipe")),
+        (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev")),
+        (2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2")),
+        (2, ("parallel.pipeline=2", "parallel.schedule=zb1p")),
+        (2, ("parallel.pipeline=2", "parallel.schedule=auto")),
+    ],
 )
 def test_a_run_resumes_in_another_layout_and_back(undisturbed, tmp_path, world, layout):
     place = copy_of(undisturbed, tmp_path / "moved", keep_steps=2)
@@ -118,6 +126,16 @@ def test_a_run_resumes_in_another_layout_and_back(undisturbed, tmp_path, world, 
     for mine, theirs in zip(steps(place), steps(undisturbed), strict=True):
         assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_a_resumed_dualpipe_run_is_bit_exact(tmp_path):
+    layout = ("parallel.pipeline=2", "parallel.schedule=dualpipe")
+    train(2, *FOUR_STEPS, *layout, f"run.directory={tmp_path / 'whole'}")
+    place = copy_of(tmp_path / "whole", tmp_path / "resumed", keep_steps=2)
+    train(2, *FOUR_STEPS, *layout, f"run.directory={place}")
+    for mine, theirs in zip(steps(place), steps(tmp_path / "whole"), strict=True):
+        for field in ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
+            assert mine[field] == theirs[field], (field, mine["step"])
 
 
 def test_a_finished_run_does_nothing_more(undisturbed, tmp_path):
