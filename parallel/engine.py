@@ -114,6 +114,8 @@ class Engine:
             self._watchdog.waits(f"{payload} of microbatch {part.microbatch} from pipeline rank {source}")
         tensor = self._channels[source].take(key)
         self.waited_seconds += time.perf_counter() - start
+        if self._watchdog is not None:
+            self._watchdog.runs()
         return tensor
 
     def _emit(self, payload: str, part: Action, tensor: Tensor) -> None:

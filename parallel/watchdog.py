@@ -60,6 +60,10 @@ class Watchdog:
         """The action waits for another rank."""
         self._waits_for = f", waits for the {for_what}"
 
+    def runs(self) -> None:
+        """What the action waited for is here."""
+        self._waits_for = ""
+
     def end(self) -> None:
         """The last action of a step is over."""
         self._since = None
