@@ -19,24 +19,24 @@ from parallel.world import World
 
 adapt_host()
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.models.backends import BackendSpecProvider  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
-from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from dsv3_megatron.gradients import wrap_for_reduction  # noqa: E402
-from dsv3_megatron.model.backend import choose_backend  # noqa: E402
-from dsv3_megatron.model.config import transformer_config  # noqa: E402
-from dsv3_megatron.model.initialise import initialise  # noqa: E402
-from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32  # noqa: E402
-from dsv3_megatron.optim.optimizer import build_optimizer  # noqa: E402
-from dsv3_megatron.pipeline import ModelStages  # noqa: E402
-from dsv3_megatron.schedule import evaluation_schedule, schedule_of  # noqa: E402
-from dsv3_megatron.stages import layers_of_stages  # noqa: E402
+from dsv3_megatron.gradients import wrap_for_reduction
+from dsv3_megatron.model.backend import choose_backend
+from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.initialise import initialise
+from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
+from dsv3_megatron.optim.optimizer import build_optimizer
+from dsv3_megatron.pipeline import ModelStages
+from dsv3_megatron.schedule import evaluation_schedule, schedule_of
+from dsv3_megatron.stages import layers_of_stages
 
 
 @dataclass

@@ -25,7 +25,7 @@ def draw_svg(timeline: Timeline, width: int = 1600) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="11">',
         '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<rect width="5" height="5" fill="#ffffff"/><rect width="2" height="5" fill="#808080"/></pattern></defs>',
+        '<rect width="5" height="5" fill="#ffffff"/><rect width="2" height="5" fill="#c0c0c0"/></pattern></defs>',
         '<rect width="100%" height="100%" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="16" font-size="13">{escape(_title(timeline))}</text>',
         *_legend(),

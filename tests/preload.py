@@ -4,4 +4,4 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-import dsv3_megatron.trainer  # noqa: E402, F401
+import dsv3_megatron.trainer  # noqa: F401

@@ -6,21 +6,21 @@ import sys
 import warnings
 
 warnings.filterwarnings("ignore")
-import torch  # noqa: E402
-import transformer_engine.pytorch as te  # noqa: E402
+import torch
+import transformer_engine.pytorch as te
 
-from dsv3_megatron.host import adapt_host, virtual_device  # noqa: E402
+from dsv3_megatron.host import adapt_host, virtual_device
 
 adapt_host()
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from dsv3_megatron.model.backend import make_te_backend  # noqa: E402
-from dsv3_megatron.model.config import transformer_config  # noqa: E402
-from dsv3_megatron.model.stage import build_stage  # noqa: E402
-from launcher.compose import compose  # noqa: E402
-from parallel.groups import build_groups, start_processes, stop_processes  # noqa: E402
-from parallel.layout import Layout  # noqa: E402
-from parallel.world import World  # noqa: E402
+from dsv3_megatron.model.backend import make_te_backend
+from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.stage import build_stage
+from launcher.compose import compose
+from parallel.groups import build_groups, start_processes, stop_processes
+from parallel.layout import Layout
+from parallel.world import World
 
 recipe = compose([f"recipe={sys.argv[1]}"])
 start_processes(World(0, 1, 0), torch.device("cpu"))
