@@ -35,6 +35,7 @@ from dsv3_megatron.model.initialise import initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.optim.optimizer import build_optimizer
 from dsv3_megatron.pipeline import ModelStages
+from dsv3_megatron.precision.policy import apply_fp8
 from dsv3_megatron.schedule import evaluation_schedule, schedule_of
 from dsv3_megatron.stages import layers_of_stages
 
@@ -161,6 +162,9 @@ def _build_chunks(
         std = recipe.model.initializer_range
         initialise(chunk, first_layer=sum(layers[:stage]), std=std, seed=recipe.run.seed, groups=groups)
         keep_bias_in_float32(chunk)
+        if backend.name == "torch":
+            count = recipe.model.num_hidden_layers
+            apply_fp8(chunk, recipe.precision.fp8, first_layer=sum(layers[:stage]), layers=count)
         chunks[stage] = chunk
     return chunks
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import Tensor
 
-from dsv3_megatron.model.linear import WeightGradients
+from dsv3_megatron.model.linear import SeparableProduct, WeightGradients, Wiring
+from dsv3_megatron.precision.products import HIGH_PRECISION, Products
 
 
 class GroupedExperts(TEGroupedMLP):
@@ -42,6 +42,7 @@ class GroupedLinear(torch.nn.Module):
     """
 
     tensor_parallel_dim: int  # the dimension of [E, O, I] that expert-TP ranks share
+    products: Products = HIGH_PRECISION
     gated = False  # True where O is two matrices [gate; up], each of which is sharded over expert-TP
 
     def __init__(
@@ -78,9 +79,11 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """Return ([T, O], no bias) from [T, I]; the first ``tokens_per_expert[0]`` rows belong to expert 0."""
-        if self.config.delay_wgrad_compute and torch.is_grad_enabled():
-            return _SeparableGroupedProduct.apply(x, self.weight, tokens_per_expert, self.weight_gradients), None
-        return _GroupedProduct.apply(x, self.weight, tokens_per_expert), None
+        ends = _ends(tokens_per_expert, x.device)
+        wiring = Wiring(self.weight_gradients, later=self.config.delay_wgrad_compute)
+        if torch.is_grad_enabled() or self.products is not HIGH_PRECISION:
+            return SeparableProduct.apply(x, self.weight, self.products, wiring, ends), None
+        return self.products.forward(x, self.weight, ends)[0], None
 
     def backward_dw(self) -> None:
         """Compute the oldest weight gradient owed, if there is one."""
@@ -134,51 +137,3 @@ class DownLinear(GroupedLinear):
 def _ends(tokens_per_expert: list[int], device: torch.device) -> Tensor:
     """Return where each expert's rows end: [E] int32, as grouped_mm wants it."""
     return torch.tensor(tokens_per_expert, device=device).cumsum(0).to(torch.int32)
-
-
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Return [T, O] from x [T, I] and weight [E, I, O]; ``ends`` [E] are the experts' last rows, exclusive."""
-    if x.shape[0] == 0:
-        return x.new_zeros((0, weight.shape[-1]))
-    return F.grouped_mm(x, weight, offs=ends)
-
-
-def grouped_weight_gradient(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """Return [E, O, I] from x [T, I] and the output's gradient [T, O]: one outer product per expert."""
-    if x.shape[0] == 0:
-        return x.new_zeros((ends.numel(), grad.shape[-1], x.shape[-1]))
-    return F.grouped_mm(grad.t(), x, offs=ends)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """The grouped product with its two gradients, each one grouped product as well."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, weight: Tensor, tokens_per_expert: list[int]) -> Tensor:
-        ends = _ends(tokens_per_expert, x.device)
-        ctx.save_for_backward(x, weight, ends)
-        return grouped_product(x, weight.transpose(1, 2), ends)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, ends = ctx.saved_tensors
-        grad = grad.contiguous()  # grouped_mm refuses the zero strides of an expanded gradient
-        return grouped_product(grad, weight, ends), grouped_weight_gradient(x, grad, ends), None
-
-
-class _SeparableGroupedProduct(torch.autograd.Function):
-    """The same, with the weight gradient queued instead of returned."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, weight: Tensor, tokens_per_expert: list[int], owed: WeightGradients) -> Tensor:
-        ends = _ends(tokens_per_expert, x.device)
-        ctx.save_for_backward(x, weight, ends)
-        ctx.owed = owed
-        return grouped_product(x, weight.transpose(1, 2), ends)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight, ends = ctx.saved_tensors
-        grad = grad.contiguous()
-        ctx.owed.owe(weight, lambda: grouped_weight_gradient(x, grad, ends))
-        return grouped_product(grad, weight, ends), None, None, None

@@ -1,5 +1,7 @@
 """Linear layers of the torch backend, whose weight gradient can be computed apart from the input gradient.
 
+How they multiply - in the dtype of their operands or in emulated FP8 - is their ``products`` (precision/products.py).
+
 With ``config.delay_wgrad_compute`` the backward of a layer computes the input gradient and queues what the weight
 gradient needs; ``backward_dw()`` takes the oldest entry and adds to the weight's gradient. That split is what zero-
 bubble schedules and DualPipe live on (arXiv 2401.10241, arXiv 2412.19437 section 3.2.1).
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear as Megatro
 from megatron.core.tensor_parallel.layers import RowParallelLinear as MegatronRowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from dsv3_megatron.precision.products import HIGH_PRECISION, Products
 
 
 class WeightGradients:
@@ -39,45 +44,55 @@ class WeightGradients:
         if getattr(weight, "main_grad", None) is not None:
             weight.main_grad.add_(gradient)
         elif weight.grad is None:
-            weight.grad = gradient
+            weight.grad = gradient.to(weight.dtype)
         else:
             weight.grad.add_(gradient)
 
 
-class _SeparableProduct(torch.autograd.Function):
-    """x W^T whose backward returns the input gradient and queues the weight gradient.
+@dataclass(frozen=True)
+class Wiring:
+    """What a layer's product does besides multiplying.
 
-    Under sequence parallelism x is a rank's share of the sequence: it is gathered for the product, and the input
-    gradient is reduce-scattered. ``reduce`` sums the input gradient over TP instead (no sequence parallelism).
+    ``gather``: x is a rank's share of the sequence and is gathered over ``group`` first; the input gradient is
+    reduce-scattered. ``reduce``: the input gradient is summed over ``group``. ``later``: the weight gradient is only
+    queued, for ``backward_dw``; else it is computed in backward.
     """
+
+    owed: WeightGradients
+    later: bool
+    group: dist.ProcessGroup | None = None
+    gather: bool = False
+    reduce: bool = False
+
+
+class SeparableProduct(torch.autograd.Function):
+    """X W^T whose backward returns the input gradient and computes or queues the weight gradient."""
 
     @staticmethod
     def forward(
-        ctx: object,
-        x: Tensor,
-        weight: Tensor,
-        owed: WeightGradients,
-        group: dist.ProcessGroup | None,
-        gather: bool,
-        reduce: bool,
+        ctx: object, x: Tensor, weight: Tensor, products: Products, wiring: Wiring, ends: Tensor | None
     ) -> Tensor:
-        whole = _gather_sequence(x, group) if gather else x
-        ctx.save_for_backward(whole, weight)
-        ctx.owed, ctx.group, ctx.gather, ctx.reduce = owed, group, gather, reduce
-        return torch.matmul(whole, weight.t())
+        whole = _gather_sequence(x, wiring.group) if wiring.gather else x
+        y, ctx.saved = products.forward(whole, weight, ends)
+        ctx.weight, ctx.products, ctx.wiring, ctx.ends = weight, products, wiring, ends
+        return y
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        ctx.owed.owe(weight, lambda: grad.flatten(0, -2).t().mm(x.flatten(0, -2)))
-        grad_x = grad.matmul(weight)
-        if ctx.gather:
-            share = grad_x.new_empty((grad_x.shape[0] // ctx.group.size(), *grad_x.shape[1:]))
-            dist.reduce_scatter_tensor(share, grad_x.contiguous(), group=ctx.group)
+        weight, products, wiring, ends, saved = ctx.weight, ctx.products, ctx.wiring, ctx.ends, ctx.saved
+        ctx.saved = None  # freed when the weight gradient is paid, not when the graph goes
+        grad = grad.contiguous()  # grouped products refuse the zero strides of an expanded gradient
+        grad_x = products.input_gradient(grad, weight, ends)
+        wiring.owed.owe(weight, lambda: products.weight_gradient(grad, saved, ends))
+        if not wiring.later:
+            wiring.owed.pay_one()
+        if wiring.gather:
+            share = grad_x.new_empty((grad_x.shape[0] // wiring.group.size(), *grad_x.shape[1:]))
+            dist.reduce_scatter_tensor(share, grad_x.contiguous(), group=wiring.group)
             grad_x = share
-        elif ctx.reduce:
-            dist.all_reduce(grad_x, group=ctx.group)
-        return grad_x, None, None, None, None, None
+        elif wiring.reduce:
+            dist.all_reduce(grad_x, group=wiring.group)
+        return grad_x, None, None, None, None
 
 
 def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -89,13 +104,18 @@ def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class _Separable:
     """What column- and row-parallel layers share: the choice of product, and ``backward_dw``."""
 
+    products: Products = HIGH_PRECISION
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if not self.config.delay_wgrad_compute or not torch.is_grad_enabled() or not weight.requires_grad:
+        later = self.config.delay_wgrad_compute
+        plain = self.products is HIGH_PRECISION and not later
+        if plain or (not torch.is_grad_enabled() and self.products is HIGH_PRECISION):
             return super()._forward_impl(input, weight, *args, **kwargs)
         if not hasattr(self, "weight_gradients"):
             self.weight_gradients = WeightGradients()
         gather, reduce = kwargs.get("sequence_parallel", False), kwargs.get("allreduce_dgrad", False)
-        return _SeparableProduct.apply(input, weight, self.weight_gradients, self.tp_group, gather, reduce)
+        wiring = Wiring(self.weight_gradients, later, self.tp_group, gather, reduce)
+        return SeparableProduct.apply(input, weight, self.products, wiring, None)
 
     def backward_dw(self) -> None:
         """Compute the oldest weight gradient owed, if there is one."""
@@ -119,6 +139,8 @@ class DuplicatedLinear(torch.nn.Module):
     is then wrong above TP 1; this is what TE's ``parallel_mode="duplicated"`` does.)
     """
 
+    products: Products = HIGH_PRECISION
+
     def __init__(
         self,
         input_size: int,
@@ -140,9 +162,11 @@ class DuplicatedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Return ([..., output_size], no bias) from [..., input_size]."""
-        if self.config.delay_wgrad_compute and torch.is_grad_enabled():
-            return _SeparableProduct.apply(x, self.weight, self.weight_gradients, None, False, False), None
-        return torch.nn.functional.linear(x, self.weight), None
+        later = self.config.delay_wgrad_compute
+        if self.products is HIGH_PRECISION and not (later and torch.is_grad_enabled()):
+            return torch.nn.functional.linear(x, self.weight), None
+        wiring = Wiring(self.weight_gradients, later)
+        return SeparableProduct.apply(x, self.weight, self.products, wiring, None), None
 
     def backward_dw(self) -> None:
         """Compute the oldest weight gradient owed, if there is one."""

@@ -1,0 +1,1 @@
+"""What launcher/plan.py shows: one file per view."""

@@ -1,0 +1,65 @@
+"""show=precision: which tensor of every module of the model is in which format, read off the modules as built."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launcher.compose import compose
+
+if TYPE_CHECKING:
+    from dsv3_megatron.recipe import Recipe
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
+    """Return the policy of a recipe and the formats of every parameter's products, as text or JSON."""
+    warnings.filterwarnings("ignore")
+    from dsv3_megatron.precision.policy import policy
+
+    recipe = compose(list(overrides))
+    rows, modules = policy(recipe.precision), formats_as_built(recipe)
+    if options.get("format") == "json":
+        return json.dumps({"policy": [vars(row) for row in rows], "modules": modules})
+    lines = [f"precision={recipe.precision.name}: which tensor is in which format", ""]
+    lines += [f"  {row.tensor:<36} {row.format:<28} {row.tile:<32} {row.scale}" for row in rows]
+    lines += ["", "every module with parameters, as built (layers that agree are shown as a range)", ""]
+    for name, layers, shape, products in _collapsed(modules):
+        lines.append(f"  {name:<58} {layers:<8} {shape:<18} {products}")
+    return "\n".join(lines)
+
+
+def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
+    """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
+    from dsv3_megatron.meta import meta_model
+    from dsv3_megatron.precision.policy import module_class
+    from dsv3_megatron.precision.products import EmulatedFp8
+
+    found = []
+    with meta_model(recipe) as model:
+        for name, parameter in model.named_parameters():
+            owner, kind = model.get_submodule(name.rsplit(".", 1)[0]), module_class(name)
+            in_fp8 = isinstance(getattr(owner, "products", None), EmulatedFp8)
+            high = "fp32" if kind == "router gate" else str(parameter.dtype).removeprefix("torch.")
+            products = "fp8 x fp8: fprop, dgrad, wgrad" if in_fp8 else high
+            found.append({"name": name, "shape": list(parameter.shape), "class": kind, "products": products})
+    return found
+
+
+def _collapsed(modules: list[dict[str, object]]) -> list[tuple[str, str, str, str]]:
+    """Return (name with * for the layer, layers, shape, products), parameters of equal layers on one line."""
+    merged: dict[tuple[str, str, str], list[int]] = {}
+    for module in modules:
+        number = _LAYER.search(module["name"])
+        name = _LAYER.sub("layers.*.", module["name"], count=1)
+        key = (name, " x ".join(map(str, module["shape"])), f"{module['class']}: {module['products']}")
+        merged.setdefault(key, []).extend([int(number[1])] if number else [])
+    rows = []
+    for (name, shape, products), layers in merged.items():
+        span = f"{min(layers)}-{max(layers)}" if len(layers) > 1 else str(layers[0]) if layers else ""
+        rows.append((name, span, shape, products))
+    return rows
