@@ -87,7 +87,7 @@ class EmulatedFp8:
             saved = along_channels  # the paper: the copy that forward used is cut anew in backward
         else:
             saved = _Columns.of(rows, ends, self._quantise_columns)
-        return y.to(x.dtype).view(*x.shape[:-1], -1), saved
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]), saved
 
     def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
         """Return dX."""
@@ -95,7 +95,7 @@ class EmulatedFp8:
         left = self._quantise(rows, _TILES[self.settings.gradient_tile], self._gradient_format).dequantise()
         w = self._quantised_weight(weight)
         dx = matmul(left, w, self.settings.accumulation) if ends is None else self._grouped(left, w, ends)
-        return dx.to(grad.dtype).view(*grad.shape[:-1], -1)
+        return dx.to(grad.dtype).view(*grad.shape[:-1], dx.shape[-1])
 
     def weight_gradient(self, grad: Tensor, saved: Quantised | _Columns, ends: Tensor | None) -> Tensor:
         """Return dW, float32."""

@@ -43,10 +43,11 @@ class Quantised:
     scale_inv: Tensor
     tile: Tile
     format: Format
+    has_nan: bool = False
 
     def dequantise(self) -> Tensor:
         """Return data * scale_inv, float32 [..., A, B]."""
-        return _scaled(decode(self.data, self.format), self.scale_inv, self.tile)
+        return _scaled(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
 
     @property
     def nbytes(self) -> int:
@@ -62,9 +63,13 @@ def quantise(x: Tensor, tile: Tile, fmt: Format = E4M3, *, power_of_two: bool = 
         tile: (a, b) elements; (0, 0) = the whole matrix is one tile.
     """
     tile = whole_tile(x, tile)
-    scale = tile_scales(tile_amax(x, tile), fmt, x.dtype, power_of_two=power_of_two)
-    scaled = _scaled(x.float(), scale, tile)
-    return Quantised(encode(scaled, fmt), 1.0 / scale, tile, fmt)
+    amax = _cut(x.abs(), tile).amax(dim=(-3, -1)).float()
+    has_nan = bool(amax.isnan().any())  # seen on the few numbers here, not on every element
+    if has_nan:
+        amax = _cut(x.abs().nan_to_num(0.0, posinf=float("inf")), tile).amax(dim=(-3, -1)).float()
+    scale = tile_scales(amax, fmt, x.dtype, power_of_two=power_of_two)
+    data = encode(_scaled(x.float(), scale, tile), fmt, saturate=bool(amax.isinf().any()))
+    return Quantised(data, 1.0 / scale, tile, fmt, has_nan)
 
 
 def quantise_dequantise(x: Tensor, tile: Tile, fmt: Format = E4M3, *, power_of_two: bool = True) -> Tensor:
@@ -77,44 +82,35 @@ def whole_tile(x: Tensor, tile: Tile) -> Tile:
     return tile if tile != (0, 0) else (max(x.shape[-2], 1), max(x.shape[-1], 1))
 
 
-def tile_amax(x: Tensor, tile: Tile) -> Tensor:
-    """Return the largest magnitude in each tile, float32 [..., ceil(A / a), ceil(B / b)]; NaN does not count."""
-    magnitude = x.abs()
-    if magnitude.isnan().any():
-        magnitude = magnitude.nan_to_num(0.0, posinf=float("inf"))
-    return _cut(magnitude, tile).amax(dim=(-3, -1)).float()
-
-
 def tile_scales(amax: Tensor, fmt: Format, dtype: torch.dtype, *, power_of_two: bool) -> Tensor:
     """Return the scale of each tile from its largest magnitude; ``dtype`` is that of the tensor."""
     usable = (amax > 0) & amax.isfinite()
-    scale = fmt.largest / torch.where(usable, amax, fmt.largest)
+    # Divided as tensors: torch makes a number divided by a tensor of a reciprocal, which rounds twice.
+    scale = torch.full_like(amax, fmt.largest) / torch.where(usable, amax, fmt.largest)
     scale = scale.clamp(max=torch.finfo(dtype).max)
     if power_of_two:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return scale
 
 
-def encode(scaled: Tensor, fmt: Format) -> Tensor:
-    """Return float32 numbers as FP8: to nearest even, saturating, NaN kept."""
-    # torch's cast turns what overflows into NaN (E4M3) or inf (E5M2).
-    return scaled.clamp(-fmt.largest, fmt.largest).to(fmt.dtype)
+def encode(scaled: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
+    """Return float32 numbers as FP8, to nearest even, NaN kept.
+
+    ``saturate``: bring what is larger than the format's largest number there, as torch's cast makes NaN (E4M3) or inf
+    (E5M2) of it; False where the scale has seen to that.
+    """
+    return (scaled.clamp(-fmt.largest, fmt.largest) if saturate else scaled).to(fmt.dtype)
 
 
-def decode(data: Tensor, fmt: Format) -> Tensor:
-    """Return FP8 numbers as float32."""
-    if data.device.type != "cpu":
+def decode(data: Tensor, fmt: Format, *, finite: bool = False) -> Tensor:
+    """Return FP8 numbers as float32. ``finite``: there is neither NaN nor inf among them."""
+    if data.device.type != "cpu" or not finite:
         return data.float()
     # torch's own conversion takes one element at a time on a CPU. An FP8 number is the top of a float32 with another
     # exponent bias: shifting its bits there and multiplying by the difference is exact, subnormals included.
-    bits = data.view(torch.uint8).to(torch.int32)
-    sign = (bits & 0x80) << 24
-    shifted = ((bits & 0x7F) << (23 - fmt.mantissa_bits)) | sign
-    value = shifted.view(torch.float32) * 2.0 ** (127 - fmt.exponent_bias)
-    not_finite = (bits & 0x7F) >= (0x7F if fmt is E4M3 else 0x7C)
-    if not_finite.any():
-        value = torch.where(not_finite, data.float(), value)
-    return value
+    bits = data.view(torch.int8).to(torch.int32)  # sign-extended: the sign is where float32 has it
+    shifted = (bits << (23 - fmt.mantissa_bits)) & (-(1 << 31) | (0x7F << (23 - fmt.mantissa_bits)))
+    return shifted.view(torch.float32) * 2.0 ** (127 - fmt.exponent_bias)
 
 
 def _cut(x: Tensor, tile: Tile) -> Tensor:
