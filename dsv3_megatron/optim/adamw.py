@@ -56,6 +56,16 @@ class FusedAdam(torch.optim.Optimizer):
         self.initialize_state(param)
         self.state[param][name].copy_(value)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over a state. torch casts every state to its parameter's dtype, which would cut float32 masters of BF16
+        parameters (and widen BF16 moments): they are put back in the dtype they are held in."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, param in enumerate(params):
+            for name, value in state_dict["state"].get(number, {}).items():
+                dtype = self._moment_dtypes.get(name, torch.float32)
+                self.state[param][name] = value.detach().to(device=param.device, dtype=dtype, copy=True)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
