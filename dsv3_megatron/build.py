@@ -31,11 +31,11 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.initialise import initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.optim.optimizer import build_optimizer
 from dsv3_megatron.pipeline import ModelStages
-from dsv3_megatron.precision.policy import apply_fp8
 from dsv3_megatron.schedule import evaluation_schedule, schedule_of
 from dsv3_megatron.stages import layers_of_stages
 

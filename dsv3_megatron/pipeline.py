@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import set_streams
 from torch import Tensor
 
-from dsv3_megatron.precision.products import EmulatedFp8
+from dsv3_megatron.precision.products import Fp8Products
 from parallel.actions import Action, Schedule
 from parallel.engine import Emit
 
@@ -73,7 +73,7 @@ class ModelStages:
         kinds = {step.kind for steps in schedule.ranks for step in steps}
         self._planned, self._splits = "FB" in kinds, bool(kinds & {"FB", "I", "W"})
         self._batches, self._training = batches, training
-        EmulatedFp8.step += 1  # weights may have changed since the last one
+        Fp8Products.step += 1  # weights may have changed since the last one
         self._reduced.clear()
         self.loss.zero_()
         self.last_stage_microbatches = 0

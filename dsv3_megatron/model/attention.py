@@ -5,6 +5,8 @@ Shapes: S sequence on this rank, B microbatch, H heads on this rank, Q width of 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,12 +14,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from dsv3_megatron.model.attention_cache import OutputCache
+
 
 class CoreAttention(MegatronModule):
     """torch's fused attention behind the interface megatron-core expects.
 
     Takes MLA's unequal widths (Q 192, V 128 in DeepSeek-V3), context parallelism and packed documents.
     """
+
+    cache_in_e5m6 = False  # set by the precision policy: what is kept of the output for backward
 
     def __init__(
         self,
@@ -58,10 +64,11 @@ class CoreAttention(MegatronModule):
             mask = _zigzag_mask(query.shape[0], self.cp_group.rank(), self.cp_group.size(), query.device)
             key, value = (_GatherSequence.apply(x, self.cp_group) for x in (key, value))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, dropout_p=dropout
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        cache = OutputCache() if self.cache_in_e5m6 and torch.is_grad_enabled() else None
+        with cache.watch() if cache else nullcontext():
+            out = _fused_attention(query, key, value, mask, self.softmax_scale, dropout)
+        flat = out[..., : value.shape[-1]].permute(2, 0, 1, 3).flatten(2)
+        return cache.keep(out, flat) if cache else flat
 
     def _documents(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, dropout: float) -> Tensor:
         """Attend document by document: no pair of tokens of two documents is ever computed."""
@@ -69,9 +76,25 @@ class CoreAttention(MegatronModule):
         outs = []
         for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths)):
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, dropout_p=dropout)
+            out = _fused_attention(q, k, v, None, self.softmax_scale, dropout)[..., : v.shape[-1]]
             outs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outs)
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float
+) -> Tensor:
+    """Return [B, H, S, V or wider], causal where there is no mask; what is wider than V is zeros.
+
+    A CPU's fused attention wants one width, else torch forms all S x S probabilities and keeps them: values are padded
+    with zeros there, which come out as zeros.
+    """
+    if value.device.type == "cpu" and (missing := query.shape[-1] - value.shape[-1]) > 0:
+        value = F.pad(value, (0, missing))
+    causal = mask is None
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout
+    )
 
 
 def _zigzag_mask(length: int, rank: int, size: int, device: torch.device) -> Tensor:

@@ -74,8 +74,11 @@ class TorchBackend(BackendSpecProvider):
 
         return GroupedExperts, MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear)
 
-    def activation_func(self) -> None:
-        """SwiGLU is megatron-core's own."""
+    def activation_func(self) -> type:
+        """SwiGLU, which computes its output again in backward."""
+        from dsv3_megatron.model.swiglu import SwiGLU
+
+        return SwiGLU
 
 
 def make_te_backend() -> BackendSpecProvider:

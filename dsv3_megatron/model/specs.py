@@ -50,7 +50,9 @@ def layer_spec(backend: BackendSpecProvider, model: ModelSettings, *, moe: bool)
         mlp.submodules.router = SequenceBalancedRouter
         mlp_norm = norm
     else:
-        layers = MLPSubmodules(linear_fc1=after_norm, linear_fc2=backend.row_parallel_linear())
+        layers = MLPSubmodules(
+            linear_fc1=after_norm, linear_fc2=backend.row_parallel_linear(), activation_func=backend.activation_func()
+        )
         mlp = ModuleSpec(module=MLP, submodules=layers)
         mlp_norm = IdentityOp if fused else norm
     return ModuleSpec(

@@ -37,13 +37,13 @@ def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
     """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
     from dsv3_megatron.meta import meta_model
     from dsv3_megatron.precision.policy import module_class
-    from dsv3_megatron.precision.products import EmulatedFp8
+    from dsv3_megatron.precision.products import Fp8Products
 
     found = []
     with meta_model(recipe) as model:
         for name, parameter in model.named_parameters():
             owner, kind = model.get_submodule(name.rsplit(".", 1)[0]), module_class(name)
-            in_fp8 = isinstance(getattr(owner, "products", None), EmulatedFp8)
+            in_fp8 = isinstance(getattr(owner, "products", None), Fp8Products)
             high = "fp32" if kind == "router gate" else str(parameter.dtype).removeprefix("torch.")
             products = "fp8 x fp8: fprop, dgrad, wgrad" if in_fp8 else high
             found.append({"name": name, "shape": list(parameter.shape), "class": kind, "products": products})
