@@ -4,7 +4,7 @@
 
 Fair because everything but the format is the same: weights of step 0, order of samples, learning rates. Compared is the
 relative difference of the language-model loss from BF16's, each curve smoothed by an exponential moving average of 0.9,
-as in DeepSeek-V3's report (arXiv 2412.19437 appendix B.1; there: below 0.25% over 1.33T tokens of a 16B model). FP8 is the
+as in DeepSeek-V3's report (arXiv 2412.19437 appendix B.1; below 0.25% over 1.33T tokens of a 16B model). FP8 is the
 torch backend's emulation, which rounds as the GPU does and adds up in float32. Runs resume where they were cut.
 """
 

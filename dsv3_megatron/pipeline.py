@@ -46,6 +46,7 @@ class ModelStages:
         last_stage: int,
         message: tuple[tuple[int, ...], torch.dtype, torch.device],
         embedding_is_shared: bool,
+        always_splits: bool = False,
     ):
         """Take this rank's modules by stage.
 
@@ -55,6 +56,7 @@ class ModelStages:
             last_stage: of the whole model.
             message: shape [S, B, H], dtype and device of what passes between stages.
             embedding_is_shared: the last stage here uses the embedding of the first, which is here too.
+            always_splits: the layers were built to leave their weight gradients to ``backward_dw``, in every schedule.
         """
         set_streams()  # the plan's compute and communication stream, on the device in use
         self._chunks, self._ddps, self._last = chunks, ddps, last_stage
@@ -64,6 +66,7 @@ class ModelStages:
         self._live: dict[Key, _Plain | TransformerModelChunkSchedulePlan] = {}
         self._batches: list[Batch] = []
         self._planned = self._splits = self._training = False
+        self._always_splits = always_splits
         self._reduced: set[int] = set()
         self.loss = torch.zeros(2, dtype=torch.float64, device=message[2])
         self.last_stage_microbatches = 0
@@ -71,7 +74,7 @@ class ModelStages:
     def begin(self, schedule: Schedule, batches: list[Batch], *, training: bool) -> None:
         """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on."""
         kinds = {step.kind for steps in schedule.ranks for step in steps}
-        self._planned, self._splits = "FB" in kinds, bool(kinds & {"FB", "I", "W"})
+        self._planned, self._splits = "FB" in kinds, self._always_splits or bool(kinds & {"FB", "I", "W"})
         self._batches, self._training = batches, training
         Fp8Products.step += 1  # weights may have changed since the last one
         self._reduced.clear()

@@ -107,6 +107,8 @@ class Recipe(BaseModel):
         self.model.check()
         if self.run.steps is None and self.run.tokens is None:
             raise RecipeError("run.steps and run.tokens are both null; set one of them, or the run has no end")
+        if self.precision.fp8 is not None:
+            self.precision.fp8.check()
         self._check_model_against_layout()
         self._check_curves()
 

@@ -21,8 +21,10 @@ from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.health import StopSignals
 from dsv3_megatron.metrics import JsonLines, MetricsWriter, StepMetrics, WandbRun, peak_memory_bytes
+from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.step import StepValues, evaluate_batches, train_step
@@ -294,6 +296,7 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
     """
     layout = check_world(recipe, world)
     device = choose_device(recipe.run.device, world)
+    told = check_precision(recipe, backend_name(recipe.backend, device), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device):
         parts = build_parts(recipe, layout, device)
@@ -303,6 +306,8 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
         try:
             trainer = Trainer(recipe, parts, data, reporter, resolved_recipe)
             trainer.prepare()
+            for line in told if trainer.is_first else ():
+                reporter.note(line)
             return trainer.train()
         finally:
             parts.watchdog.close()

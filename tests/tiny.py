@@ -145,7 +145,7 @@ def share_of(parts: Parts, name: str, parameter: Tensor, whole: Tensor) -> Tenso
         whole = whole.chunk(parts.groups.ep.size())[parts.groups.ep.rank()]
         group, dim = parts.groups.expt_tp, parameter.partition_dim
     else:
-        ((_, _, group, dim),) = _matrices(name, parameter, parts.groups)
+        ((_, _, group, dim),) = _matrices(name, parameter, parts.groups, 0)
         if dim is None:
             return whole
     size, rank = group.size(), group.rank()

@@ -53,14 +53,14 @@ class Columns:
 
     def __init__(self, x: Tensor, ends: Tensor | None, quantise_columns: Callable):
         padded, self._rows = columns(x, ends)
-        self._quantised = quantise_columns(padded)
+        self.quantised = quantise_columns(padded)
 
     def dequantise(self) -> Tensor:
         """Return float32 [T, I]."""
-        whole = self._quantised.dequantise()
+        whole = self.quantised.dequantise()
         return whole if self._rows is None else whole.index_select(0, self._rows)
 
     @property
     def nbytes(self) -> int:
         """Bytes it occupies."""
-        return self._quantised.nbytes + (self._rows.nbytes if self._rows is not None else 0)
+        return self.quantised.nbytes + (self._rows.nbytes if self._rows is not None else 0)

@@ -24,12 +24,15 @@ class Row:
     rounding: str = "nearest even"
 
 
-def policy(precision: PrecisionSettings, *, backend: str = "torch") -> tuple[Row, ...]:
-    """Return the format of every class of tensors under a recipe's precision on a backend."""
+def policy(precision: PrecisionSettings) -> tuple[Row, ...]:
+    """Return the format of every class of tensors under a recipe's precision.
+
+    Where Transformer Engine does otherwise, precision.transformer_engine.deviations tells.
+    """
     high = precision.parameters
     return (
-        *_linear_rows(precision.fp8, high, backend),
-        *_cache_rows(precision.fp8, high, backend),
+        *_linear_rows(precision.fp8, high),
+        *_cache_rows(precision.fp8, high),
         Row("dispatch: tokens to experts, and combine's gradients", *_sent(precision.fp8, high)),
         Row("combine: outputs from experts, and dispatch's gradients", high),
         Row("attention core (softmax)", f"fp32 inside, {high} in and out"),
@@ -44,7 +47,7 @@ def policy(precision: PrecisionSettings, *, backend: str = "torch") -> tuple[Row
     )
 
 
-def _linear_rows(fp8: Fp8Settings | None, high: str, backend: str) -> Iterator[Row]:
+def _linear_rows(fp8: Fp8Settings | None, high: str) -> Iterator[Row]:
     classes = ("linear inputs", "linear inputs kept for wgrad", "linear weights", "gradients of linear outputs")
     if fp8 is None:
         yield from (Row(name, high) for name in classes)
@@ -58,26 +61,25 @@ def _linear_rows(fp8: Fp8Settings | None, high: str, backend: str) -> Iterator[R
     yield Row(classes[0], "e4m3", fp8.activation_tile, scale, rounding)
     tile = kept or along_tokens.get(fp8.activation_tile, fp8.activation_tile)
     yield Row(classes[1], "e4m3", tile, scale, rounding)
-    held = "e4m3 (there is no other copy)" if fp8.hold_weights and backend == "te" else "e4m3"
+    held = "e4m3 (there is no other copy)" if fp8.hold_weights else "e4m3"
     yield Row(classes[2], held, fp8.weight_tile, scale, rounding)
     tiles = fp8.gradient_tile
     yield Row(classes[3], gradient, f"{tiles} dgrad, {along_tokens.get(tiles, tiles)} wgrad", scale, rounding)
 
 
-def _cache_rows(fp8: Fp8Settings | None, high: str, backend: str) -> Iterator[Row]:
-    names = ("cached input of SwiGLU", "cached input of the linear after attention")
-    if fp8 is None or backend == "te":  # Transformer Engine keeps neither so: see transformer_engine.deviations
-        own = "e4m3, as other linear inputs" if fp8 else high
-        yield from (Row(names[0], high), Row(names[1], own))
-        return
-    power = "amax now, power of two"
-    swiglu = (high,) if fp8.swiglu_cache == "high" else ("e4m3", "1x128", power)
-    yield Row(names[0], *swiglu)
-    output = ("e4m3, as other linear inputs",)
-    yield Row(
-        names[1],
-        *(("e5m6", "1x128, cut to 128x1 in backward", power) if fp8.attention_output_cache == "e5m6" else output),
-    )
+def _cache_rows(fp8: Fp8Settings | None, high: str) -> Iterator[Row]:
+    swiglu, attention = "cached input of SwiGLU", "cached input of the linear after attention"
+    scale = "amax now, power of two"
+    if fp8 is None or fp8.swiglu_cache == "high":
+        yield Row(swiglu, high)
+    else:
+        yield Row(swiglu, "e4m3", "1x128", scale, "nearest even, saturating")
+    if fp8 is None:
+        yield Row(attention, high)
+    elif fp8.attention_output_cache == "high":
+        yield Row(attention, f"e4m3, as other linear inputs; {high} for the attention")
+    else:
+        yield Row(attention, "e5m6", "1x128, cut to 128x1 in backward", scale, "nearest even, saturating")
 
 
 def _sent(fp8: Fp8Settings | None, high: str) -> tuple[str, ...]:

@@ -119,12 +119,20 @@ class Fp8Products:
 
     def fprop(self, x: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
         """Return Y [T, O]."""
-        w = self.quantised_weight(weight)[1]
-        return self._multiply(x.dequantise(), w.mT, ends)
+        w, dtype = self.quantised_weight(weight)[1], self._product_dtype(weight)
+        return self._multiply(x.dequantise().to(dtype), w.mT.to(dtype), ends)
 
     def dgrad(self, dy: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
         """Return dX [T, I]."""
-        return self._multiply(dy.dequantise(), self.quantised_weight(weight)[1], ends)
+        w, dtype = self.quantised_weight(weight)[1], self._product_dtype(weight)
+        return self._multiply(dy.dequantise().to(dtype), w.to(dtype), ends)
+
+    def _product_dtype(self, weight: Tensor) -> torch.dtype:
+        """Return the dtype in which dequantised operands multiply. A GPU's BF16 units add up in float32, and BF16 holds
+        an FP8 number times a power of two exactly: the same products, many times faster."""
+        settings = self.settings
+        exact = settings.power_of_two_scales and settings.accumulation == "fp32" and weight.dtype is torch.bfloat16
+        return torch.bfloat16 if exact and weight.device.type == "cuda" else torch.float32
 
     def wgrad(self, dy: Kept, x: Kept, ends: Tensor | None) -> Tensor:
         """Return dW [(E,) O, I], float32."""
