@@ -4,7 +4,7 @@
 
 Each combination trains in a process of its own, the order of combinations turned around every round; steps of the first
 third are thrown away; medians. MFU counts against the BF16 peak for both formats, as DeepSeek does (arXiv 2505.09343
-table 4). Ends with the kernels that took longest, from torch's profiler. Needs a GPU: prints one line and leaves elsewhere.
+table 4). Ends with the kernels that took longest, from torch's profiler. Without a GPU it says so and leaves.
 """
 
 from __future__ import annotations
