@@ -76,9 +76,7 @@ def check_available(recipe: Recipe) -> None:
     waiting = {
         "precision.fp8": (recipe.precision.fp8 is not None and recipe.backend == "te", "backend=torch"),
         "model.topk_method": (recipe.model.topk_method == "capacity", "model.topk_method=noaux_tc"),
-        "data.fim_rate": (recipe.data.fim_rate > 0, "data.fim_rate=0"),
         "data.isolate_documents": (recipe.data.isolate_documents, "data.isolate_documents=false"),
-        "data.source": (recipe.data.source == "indexed", "data=stdlib or data=synthetic"),
         "checkpoint.asynchronous": (recipe.checkpoint.asynchronous, "checkpoint.asynchronous=false"),
     }
     for key, (asked, instead) in waiting.items():
