@@ -219,8 +219,8 @@ def test_an_output_of_other_options_is_refused_and_a_finished_one_is_left(tmp_pa
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_writes_what_an_undisturbed_one_does(tmp_path, tokenizer):
-    write_rows(tmp_path / "a.jsonl.zst", [document(n % 4000, 400) for n in range(6000)])
-    write_rows(tmp_path / "b.jsonl", [document(n, 400) for n in range(5000, 9000)])
+    write_rows(tmp_path / "a.jsonl.zst", [document(n % 2000, 400) for n in range(3000)])
+    write_rows(tmp_path / "b.jsonl", [document(n, 400) for n in range(5000, 6500)])
     common = [f"input={tmp_path}/a.jsonl.zst,{tmp_path}/b.jsonl", f"tokenizer={tokenizer}", "held_out=0.1"]
     common += ["shard_tokens=100K", "deduplicate=true", "workers=2"]
 
@@ -234,16 +234,20 @@ def test_a_run_killed_at_random_moments_writes_what_an_undisturbed_one_does(tmp_
 
     assert start("whole").wait(timeout=120) == 0
     chance, kills = random.Random(4), 0
+
+    def committed():
+        return len(list((tmp_path / "killed").glob("*/*.idx")))
+
     for attempt in range(40):
-        process = start("killed")
-        committed = len(list((tmp_path / "killed").rglob("*.idx")))
+        before, process = committed(), start("killed")
         deadline = time.monotonic() + 60
         # Wait for work to be under way, then kill at any moment of it; in the end let it finish.
-        while attempt < 5 and process.poll() is None and time.monotonic() < deadline:
-            if len(list((tmp_path / "killed").rglob("*.idx"))) > committed:
-                time.sleep(chance.uniform(0, 0.3))
+        while attempt < 3 and process.poll() is None and time.monotonic() < deadline:
+            if committed() > before:
+                time.sleep(chance.uniform(0, 0.2))
                 kills += process.poll() is None
                 os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.01)
         if process.wait(timeout=120) == 0:
             break
     assert kills >= 2
