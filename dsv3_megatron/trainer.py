@@ -174,6 +174,7 @@ class Trainer:
             mtp_weight=regime.mtp_weight(progress.tokens),
             bias_speed=regime.bias_speed(progress.tokens),
             balance_weight=regime.balance_weight(progress.tokens),
+            mtp_depth_decay=regime.mtp_depth_decay(progress.tokens),
         )
         batches = step_batches(
             self.data.train,
@@ -198,7 +199,7 @@ class Trainer:
         metrics = StepMetrics(
             step=progress.step,
             tokens=progress.tokens,
-            loss=result.objective(values, recipe.data.sequence_length, recipe.model.num_nextn_predict_layers),
+            loss=result.objective,
             lm_loss=result.lm_loss,
             mtp_loss=result.mtp_loss,
             balance_loss=result.balance_loss,
