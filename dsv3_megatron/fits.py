@@ -75,7 +75,6 @@ def check_available(recipe: Recipe) -> None:
     """
     waiting = {
         "precision.fp8": (recipe.precision.fp8 is not None and recipe.backend == "te", "backend=torch"),
-        "model.topk_method": (recipe.model.topk_method == "capacity", "model.topk_method=noaux_tc"),
         "checkpoint.asynchronous": (recipe.checkpoint.asynchronous, "checkpoint.asynchronous=false"),
     }
     for key, (asked, instead) in waiting.items():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from dsv3_megatron.build import Parts
 from dsv3_megatron.gradients import finish_gradients
+from dsv3_megatron.loads import gather_loads, step_loads, step_overflow, update_biases
 from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import set_learning_rate
 from dsv3_megatron.pipeline import Batch
-from dsv3_megatron.routing.bias import update_expert_bias
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 
@@ -43,9 +44,15 @@ class StepResult:
     mtp_objective: float
     balance_loss: float
     grad_norm: float
-    max_violation: float | None
+    loads: np.ndarray | None  # tokens per expert of every MoE layer of the model, MTP's last: [layers, experts] float64
+    overflow: tuple[int, int] | None  # choices (rerouted, dropped) for want of room, where experts have a capacity
     bubble_fraction: float | None
     skipped: bool
+
+    @property
+    def max_violation(self) -> float | None:
+        """MaxVio, mean over all MoE layers of the model."""
+        return None if self.loads is None else max_violation(torch.from_numpy(self.loads)).mean().item()
 
     @property
     def objective(self) -> float:
@@ -97,11 +104,11 @@ def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepRe
     pipeline_seconds = time.perf_counter() - start
     tokens = _counted_tokens(parts, batches)
     finish_gradients(list(parts.ddps.values()), parts.groups, tokens=tokens, embedding_copy=parts.embedding_copy)
-    loads = _step_loads(parts)
+    loads = step_loads(parts)
     set_learning_rate(parts.optimizer, values.learning_rate)
     updated, grad_norm, _ = parts.optimizer.step()
     if updated:
-        _update_biases(parts, loads, values.bias_speed)
+        update_biases(parts, loads, values.bias_speed)
     lm_loss = _mean_loss(parts, total)
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if parts.layout.pp > 1 else None
     mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
@@ -111,7 +118,8 @@ def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepRe
         mtp_objective=mtp_objective,
         balance_loss=_balance_loss(parts, len(batches)) * values.balance_weight,
         grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
-        max_violation=_mean_violation(parts, loads),
+        loads=gather_loads(parts, loads),
+        overflow=step_overflow(parts),
         # A GPU's sends return before they are done: standing in them measures nothing there.
         bubble_fraction=bubble if parts.device.type == "cpu" else None,
         skipped=not updated,
@@ -139,7 +147,7 @@ def _without_mtp(parts: Parts) -> Iterator[None]:
             chunk.config.mtp_num_layers, chunk.mtp_process = before[stage]
 
 
-# -- loads -------------------------------------------------------------------------------------------------------------
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
@@ -151,31 +159,6 @@ def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
     tokens = tokens if counts else torch.zeros_like(tokens)
     dist.all_reduce(tokens)
     return tokens
-
-
-def _routers(parts: Parts) -> list[torch.nn.Module]:
-    return [m for c in parts.chunks.values() for m in c.modules() if getattr(m, "expert_bias", None) is not None]
-
-
-@torch.no_grad()
-def _step_loads(parts: Parts) -> Tensor | None:
-    """Return tokens per expert [MoE layers on this rank, E] of the whole step, and start counting anew."""
-    routers = _routers(parts)
-    if not routers:
-        return None
-    loads = torch.stack([r.local_tokens_per_expert for r in routers])
-    for router in routers:
-        router.local_tokens_per_expert.zero_()
-    # Every rank of the stage routes tokens of its own: TP by sequence parallelism, CP, DP (DualPipe: both mirrors).
-    dist.all_reduce(loads, group=parts.groups.dp_cp)
-    dist.all_reduce(loads, group=parts.groups.tp)
-    return loads
-
-
-@torch.no_grad()
-def _update_biases(parts: Parts, loads: Tensor | None, speed: float) -> None:
-    for router, load in zip(_routers(parts), loads if loads is not None else ()):
-        router.expert_bias.copy_(update_expert_bias(router.expert_bias, load, speed=speed))
 
 
 # -- what a step reports -----------------------------------------------------------------------------------------------
@@ -225,13 +208,3 @@ def _balance_loss(parts: Parts, microbatches: int) -> float:
             module.balance_sum.zero_()
     dist.all_reduce(total)  # TP x CP ranks hold shares of the same sequences, stages hold layers, DP ranks sequences
     return total.item() / microbatches / parts.layout.dp
-
-
-def _mean_violation(parts: Parts, loads: Tensor | None) -> float | None:
-    """Return MaxVio, mean over all MoE layers of the model."""
-    total = torch.zeros(2, dtype=torch.float64, device=parts.device)
-    if loads is not None:
-        violations = max_violation(loads)
-        total[0], total[1] = violations.sum(), violations.numel()
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item() if total[1] else None
