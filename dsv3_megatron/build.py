@@ -11,7 +11,7 @@ from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
-from parallel.errors import LayoutError
+from parallel.errors import LayoutError, RecipeError
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
@@ -121,6 +121,11 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
     backend = choose_backend(recipe.backend, device)
+    if recipe.data.isolate_documents and backend.name != "torch":
+        raise RecipeError(
+            f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "
+            "set backend=torch, or data.isolate_documents=false as in the paper's pretraining"
+        )
     if backend.name == "torch" and device.type == "cpu":
         use_our_adamw()
     placement = recipe.placement()

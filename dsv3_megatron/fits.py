@@ -74,10 +74,6 @@ def check_available(recipe: Recipe) -> None:
     Raises: RecipeError: naming the key, and what to set instead.
     """
     waiting = {
-        "model.topk_method": (recipe.model.topk_method == "capacity", "model.topk_method=noaux_tc"),
-        "data.fim_rate": (recipe.data.fim_rate > 0, "data.fim_rate=0"),
-        "data.isolate_documents": (recipe.data.isolate_documents, "data.isolate_documents=false"),
-        "data.source": (recipe.data.source == "indexed", "data=stdlib or data=synthetic"),
         "checkpoint.asynchronous": (recipe.checkpoint.asynchronous, "checkpoint.asynchronous=false"),
     }
     for key, (asked, instead) in waiting.items():

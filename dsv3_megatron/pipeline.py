@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import set_streams
 from torch import Tensor
 
+from dsv3_megatron.model.depth_masks import KEY, DepthMasks
 from dsv3_megatron.precision.products import Fp8Products
 from parallel.actions import Action, Schedule
 from parallel.engine import Emit
@@ -70,6 +71,7 @@ class ModelStages:
         self._reduced: set[int] = set()
         self.loss = torch.zeros(2, dtype=torch.float64, device=message[2])
         self.last_stage_microbatches = 0
+        self.mtp_depth_decay = 1.0  # set by the trainer: a phase
 
     def begin(self, schedule: Schedule, batches: list[Batch], *, training: bool) -> None:
         """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on."""
@@ -79,6 +81,8 @@ class ModelStages:
         Fp8Products.step += 1  # weights may have changed since the last one
         self._reduced.clear()
         self.loss.zero_()
+        depths = sum(key.startswith(KEY) for key in batches[0])
+        self.mtp_positions = torch.zeros(depths, dtype=torch.float64, device=self.loss.device)
         self.last_stage_microbatches = 0
         for chunk in self._chunks.values():
             chunk.config.overlap_moe_expert_parallel_comm = self._planned
@@ -138,7 +142,11 @@ class ModelStages:
             chunk.set_input_tensor([activation.requires_grad_(self._training)])
         with torch.set_grad_enabled(self._training):
             output = chunk(
-                batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+                batch["tokens"],
+                batch["position_ids"],
+                batch.get("documents"),
+                labels=batch["labels"],
+                loss_mask=self._mask(batch),
             )
         if self._training:
             self._live[action.stage, action.microbatch] = _Plain(activation, output)
@@ -195,10 +203,14 @@ class ModelStages:
         return chunk.build_schedule_plan(
             batch["tokens"],
             batch["position_ids"],
-            None,
+            batch.get("documents"),
             labels=batch["labels"] if action.stage == self._last else None,
-            loss_mask=batch["loss_mask"],
+            loss_mask=self._mask(batch),
         )
+
+    def _mask(self, batch: Batch) -> DepthMasks | Tensor:
+        """Return what megatron-core weighs MTP losses with; the main loss is weighed by its gradient."""
+        return DepthMasks.of(batch, self.mtp_depth_decay) or batch["loss_mask"]
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
@@ -212,6 +224,9 @@ class ModelStages:
         """Add a microbatch's losses [B, S] over the tokens that count."""
         mask = self._batches[action.microbatch]["loss_mask"].double()
         self.loss += torch.stack([(losses.detach().double() * mask).sum(), mask.sum()])
+        batch = self._batches[action.microbatch]
+        for depth in range(len(self.mtp_positions)):
+            self.mtp_positions[depth] += batch[f"{KEY}{depth + 1}"].sum()
         self.last_stage_microbatches += 1
 
     def _loss_gradient(self, action: Action) -> Tensor:

@@ -26,8 +26,9 @@ from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
-from dsv3_megatron.step import StepValues, evaluate_batches, train_step
+from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from parallel.errors import CheckpointError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
@@ -75,6 +76,7 @@ class Trainer:
         self._flops_per_token = training_flops_per_token(recipe.model, recipe.data.sequence_length)
         self._bytes_per_token = data.bytes_per_token() if self.is_first else None
         self._saved_step: int | None = None
+        self._running_loads = RunningLoads()
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class Trainer:
             mtp_weight=regime.mtp_weight(progress.tokens),
             bias_speed=regime.bias_speed(progress.tokens),
             balance_weight=regime.balance_weight(progress.tokens),
+            mtp_depth_decay=regime.mtp_depth_decay(progress.tokens),
         )
         batches = step_batches(
             self.data.train,
@@ -200,7 +203,7 @@ class Trainer:
         metrics = StepMetrics(
             step=progress.step,
             tokens=progress.tokens,
-            loss=result.objective(values, recipe.data.sequence_length, recipe.model.num_nextn_predict_layers),
+            loss=result.objective,
             lm_loss=result.lm_loss,
             mtp_loss=result.mtp_loss,
             balance_loss=result.balance_loss,
@@ -214,11 +217,26 @@ class Trainer:
             bubble_fraction=result.bubble_fraction,
             memory_peak_bytes=peak_memory_bytes(self.parts.device),
             max_violation=result.max_violation,
+            **self._load_metrics(result),
             skipped=progress.skipped,
         )
         for writer in self._writers:
             writer.write(metrics)
         self.reporter.step(metrics, recipe.run.steps)
+
+    def _load_metrics(self, result: StepResult) -> dict[str, Any]:
+        rerouted, dropped = result.overflow or (None, None)
+        running = layers = None
+        if result.loads is not None:
+            loads = torch.from_numpy(result.loads)
+            running = max_violation(self._running_loads.update(loads)).mean().item()
+            layers = max_violation(loads).tolist()
+        return {
+            "max_violation_running": running,
+            "layer_violation": layers,
+            "rerouted_choices": rerouted,
+            "dropped_choices": dropped,
+        }
 
     def _between_steps(self) -> None:
         step, run = self.progress.step, self.recipe.run

@@ -55,11 +55,11 @@ class OutputCache:
         with torch.autograd.graph.saved_tensors_hooks(note, _Saved.restore):
             yield
 
-    def keep(self, out: Tensor, flat: Tensor) -> Tensor:
+    def keep(self, out: Tensor | None, flat: Tensor) -> Tensor:
         """Return ``flat`` [S, B, H * V] marked as kept in E5M6; ``out`` [B, H, S, V or wider] is what attention gave.
 
-        Attention that saved its probabilities and not its output has nothing to exchange: the linear layer after it
-        uses the cache all the same.
+        Attention that saved its probabilities and not its output, or went document by document (``out`` None), has
+        nothing to exchange: the linear layer after it uses the cache all the same.
         """
         with torch.no_grad():
             cache = quantise_e5m6(flat.detach())
