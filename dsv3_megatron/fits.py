@@ -79,7 +79,6 @@ def check_available(recipe: Recipe) -> None:
         "data.fim_rate": (recipe.data.fim_rate > 0, "data.fim_rate=0"),
         "data.isolate_documents": (recipe.data.isolate_documents, "data.isolate_documents=false"),
         "data.source": (recipe.data.source == "indexed", "data=stdlib or data=synthetic"),
-        "checkpoint.asynchronous": (recipe.checkpoint.asynchronous, "checkpoint.asynchronous=false"),
     }
     for key, (asked, instead) in waiting.items():
         if asked:
