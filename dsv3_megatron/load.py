@@ -51,6 +51,7 @@ def trained_model(recipe: Recipe, directory: str | Path) -> Iterator[TrainedMode
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device), torch.random.fork_rng(devices=[]):
         parts = build_parts(alone, alone.layout(1), device)
-        progress = read_content(path)["progress"]
-        load_checkpoint(Found(path, progress, ()), parts, training=False)
-        yield TrainedModel(parts, data, path, progress)
+        content = read_content(path)
+        found = Found(path, content["progress"], optimizer=content["optimizer"])
+        load_checkpoint(found, parts, training=False)
+        yield TrainedModel(parts, data, path, found.progress)

@@ -93,6 +93,29 @@ class ConsoleReporter:
         print(f"\r\x1b[2K{text}" if self._live else text, flush=True)
 
 
+class ProgressLine:
+    """How far a command is through its files; rewritten in place on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, what: str):
+        self._what, self._start, self._told = what, time.monotonic(), time.monotonic()
+        self._live = sys.stderr.isatty()
+
+    def files(self, done: int, count: int, size_bytes: int) -> None:
+        """Tell that ``done`` of ``count`` files are finished."""
+        now = time.monotonic()
+        if not self._live and now - self._told < 10 and done < count:
+            return
+        self._told = now
+        rate = size_bytes / max(now - self._start, 1e-9)
+        line = f"{self._what}: {done}/{count} files, {show_bytes(size_bytes)}, {show_bytes(int(rate))}/s"
+        print(f"\r\x1b[2K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        if self._live:
+            print(file=sys.stderr)
+
+
 def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float) -> str:
     """Return everything one watches, in one line."""
     of = f"/{last_step}" if last_step else ""

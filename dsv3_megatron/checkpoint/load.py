@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_megatron.build import Parts
@@ -23,7 +24,8 @@ class Found:
 
     path: Path
     progress: dict[str, Any]
-    extra: tuple[str, ...]
+    extra: tuple[str, ...] = ()
+    optimizer: bool = True  # whether it holds the state of a run, or (imported) weights alone
 
     @property
     def recipe(self) -> Path:
@@ -52,7 +54,7 @@ def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
             return None, wrong
         damage = [failure] if failure else _damage(path, content["files"])
         if not damage:
-            return Found(path, content["progress"], tuple(content["extra"])), wrong
+            return Found(path, content["progress"], tuple(content["extra"]), content["optimizer"]), wrong
         wrong.append(damage[0])
         number += 1
 
@@ -79,7 +81,8 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool) -> list[str]:
     Raises: CheckpointError: the checkpoint is of another model.
     """
     extra = tuple(sorted(set(found.extra) & set(parts.extra_states))) if training else ()
-    state = whole_state(parts, loading=True, extra=extra, optimizer=training)
+    state = whole_state(parts, loading=True, extra=extra, optimizer=training and found.optimizer)
+    kept = {} if found.optimizer else _take_module_states(state["model"])
     try:
         state = dist_checkpointing.load(state, str(found.path))
     except (Exception, CheckpointException) as error:  # many kinds, and torch's own is no Exception
@@ -88,10 +91,25 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool) -> list[str]:
             f"{found.path} does not fit this model ({reason}); use the recipe it was trained with"
         ) from error
     for stage, chunk in parts.chunks.items():
-        chunk.load_state_dict(state["model"][f"stage{stage}"])
-    if not training:
-        return []
-    parts.optimizer.load_state_dict(state["optimizer"])
+        chunk.load_state_dict(state["model"][f"stage{stage}"] | kept.get(f"stage{stage}", {}))
+    return _resume_training(found, parts, state, extra) if training else []
+
+
+def _take_module_states(model: dict[str, Any]) -> dict[str, Any]:
+    """Take what is no tensor (TE's FP8 scales) out of a model's sharded state and return it as it is: weights that
+    were imported come without."""
+    taken: dict[str, Any] = {}
+    for stage, state in model.items():
+        names = [name for name, value in state.items() if isinstance(value, ShardedObject)]
+        taken[stage] = {name: state.pop(name).data for name in names}
+    return taken
+
+
+def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: tuple[str, ...]) -> list[str]:
+    if found.optimizer:
+        parts.optimizer.load_state_dict(state["optimizer"])
+    else:
+        parts.optimizer.reload_model_params()  # master weights are those just loaded; moments begin at zero
     for name in extra:
         parts.extra_states[name].load_state(state["extra"][name])
     notes = []
@@ -100,5 +118,6 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool) -> list[str]:
         notes.append(f"{found.path} holds no {name}: it begins anew from the weights loaded")
     if left := sorted(set(found.extra) - set(parts.extra_states)):
         notes.append(f"{found.path} also holds {', '.join(left)}, which this recipe does not keep: not loaded")
-    restore_random_state((found.path / RANDOM).read_bytes(), parts.layout)
+    if found.optimizer:
+        restore_random_state((found.path / RANDOM).read_bytes(), parts.layout)
     return notes

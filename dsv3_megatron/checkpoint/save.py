@@ -227,7 +227,7 @@ class Saver:
         files = write_description(save.plan, save.partial, shares)
         for name, data in save.files.items():
             files[name] = write_file(save.partial / name, data)
-        facts = {"layout": asdict(self._parts.layout), "extra": sorted(self._parts.extra_states)}
+        facts = {"layout": asdict(self._parts.layout), "extra": sorted(self._parts.extra_states), "optimizer": True}
         write_file(save.partial / MANIFEST, manifest_text(save.progress, files, facts).encode())
         sync_folder(save.partial)
         target = self.folder / folder_name(save.step)
