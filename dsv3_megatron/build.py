@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,7 @@ class Parts:
     embedding_copy: torch.nn.Parameter | None
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
     watchdog: Watchdog | None = None
+    extra_states: dict[str, Any] = field(default_factory=dict)  # name -> checkpoint.state.ExtraState
 
     @property
     def data_rank(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
@@ -31,8 +32,8 @@ class StopSignals:
         self.wanted = True
         signal.signal(number, self._before[number])  # torchrun passes Ctrl-C on: a second one is meant
 
-    def agreed(self, device: torch.device) -> bool:
-        """Return whether any rank was asked to stop, the same answer on all ranks."""
-        flag = torch.tensor(int(self.wanted), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def agreed(self, device: torch.device, flags: Sequence[int] = ()) -> list[int]:
+        """Return whether any rank was asked to stop (1 or 0), then each of ``flags``: the largest over all ranks."""
+        told = torch.tensor([int(self.wanted), *flags], device=device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return told.tolist()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dsv3_megatron.build import Parts, build_parts, choose_device
-from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
-from dsv3_megatron.checkpoint.save import load_checkpoint
+from dsv3_megatron.checkpoint.load import Found, load_checkpoint
+from dsv3_megatron.checkpoint.manifest import newest_valid, read_content
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.recipe import Recipe
@@ -51,5 +51,7 @@ def trained_model(recipe: Recipe, directory: str | Path) -> Iterator[TrainedMode
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device), torch.random.fork_rng(devices=[]):
         parts = build_parts(alone, alone.layout(1), device)
-        load_checkpoint(path, chunks=parts.chunks, optimizer=None, groups=parts.groups)
-        yield TrainedModel(parts, data, path, read_manifest(path))
+        content = read_content(path)
+        found = Found(path, content["progress"], optimizer=content["optimizer"])
+        load_checkpoint(found, parts, training=False)
+        yield TrainedModel(parts, data, path, found.progress)

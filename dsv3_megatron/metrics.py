@@ -6,7 +6,9 @@ import json
 import math
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +95,13 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def append_event(path: Path, name: str, values: dict[str, Any]) -> None:
+    """Append an event to events.jsonl, with the time; a disk that refuses it does not stop the run."""
+    line = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
+    with suppress(OSError), path.open("a") as file:
+        file.write(json.dumps({k: _json_number(v) for k, v in line.items()}) + "\n")
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -39,6 +39,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def events(self) -> Path:
+        """One JSON object for each thing that is no step: resumed, saved, save_failed."""
+        return self.path / "events.jsonl"
+
+    @property
     def summary(self) -> Path:
         """What the run ended with."""
         return self.path / "summary.json"

@@ -6,21 +6,27 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from dsv3_megatron.build import Parts, build_parts, choose_device
-from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
-from dsv3_megatron.checkpoint.save import load_checkpoint, save_checkpoint
+from dsv3_megatron.checkpoint.load import candidates_of, find_checkpoint, load_checkpoint
+from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.health import StopSignals
-from dsv3_megatron.metrics import JsonLines, MetricsWriter, StepMetrics, WandbRun, peak_memory_bytes
+from dsv3_megatron.metrics import (
+    JsonLines,
+    MetricsWriter,
+    StepMetrics,
+    WandbRun,
+    append_event,
+    peak_memory_bytes,
+)
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
@@ -75,8 +81,8 @@ class Trainer:
         self._writers: list[MetricsWriter] = []
         self._flops_per_token = training_flops_per_token(recipe.model, recipe.data.sequence_length)
         self._bytes_per_token = data.bytes_per_token() if self.is_first else None
-        self._saved_step: int | None = None
         self._running_loads = RunningLoads()
+        self.saver = Saver(self.directory.checkpoints, recipe.checkpoint, parts, resolved_recipe, self._tell_save)
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
@@ -97,36 +103,52 @@ class Trainer:
             self.reporter.start(self._facts())
 
     def _resume(self) -> None:
-        """Every rank must decide alike, so rank 0 checks the files and tells the others."""
-        decision: list[Any] = [None, None, None]
+        """Go on from the newest valid checkpoint. Every rank decides alike: rank 0 looks, all check the files."""
+        named, mode = self.recipe.checkpoint.load, self.recipe.run.resume
+        candidates = candidates_of(self.directory.checkpoints, named) if self.is_first else []
+        found, wrong = find_checkpoint(candidates)
         if self.is_first:
-            path, wrong = newest_valid(self.directory.checkpoints)
             for message in wrong:
-                self.reporter.note(message)
-            refused = self.directory.other_architecture(self.recipe.model.model_dump(mode="json")) if path else None
-            decision = [str(path) if path else None, read_manifest(path) if path else None, refused]
-        dist.broadcast_object_list(decision, src=0)
-        path, progress, refused = decision
-        if refused:
-            raise CheckpointError(f"{path} was trained with {refused}; use that value, or name another run.name")
-        mode = self.recipe.run.resume
-        if mode == "never" and path:
+                self._event("damaged", {"reason": message}, f"warning: {message}")
+        if found is None and named and wrong:
+            raise CheckpointError(f"checkpoint.load = {named}: {wrong[0].removeprefix('checkpoint: ')}")
+        refused = [None]
+        if self.is_first and found:
+            refused = [self.directory.other_architecture(self.recipe.model.model_dump(mode="json"))]
+        dist.broadcast_object_list(refused, src=0)
+        if refused[0]:
             raise CheckpointError(
-                f"run.resume = never, but {path} exists; name another run.name, or set run.resume=auto to go on from it"
+                f"{found.path} was trained with {refused[0]}; use that value, or name another run.name"
             )
-        if mode == "required" and not path:
+        if mode == "never" and found:
+            raise CheckpointError(
+                f"run.resume = never, but {found.path} exists; name another run.name, or set run.resume=auto to go "
+                "on from it"
+            )
+        if mode == "required" and not found:
             raise CheckpointError(
                 f"run.resume = required, but {self.directory.checkpoints} holds no valid checkpoint; "
                 "set run.resume=auto"
             )
-        if path:
-            load_checkpoint(
-                Path(path), chunks=self.parts.chunks, optimizer=self.parts.optimizer, groups=self.parts.groups
-            )
-            self.progress = Progress(**progress)
-            self._saved_step = self.progress.step
-            if self.is_first:
-                self.reporter.note(f"resumed from {path} (step {self.progress.step}, {self.progress.tokens:,} tokens)")
+        if not found:
+            return
+        notes = load_checkpoint(found, self.parts, training=True)
+        self.progress = Progress(**found.progress)
+        if found.path.parent == self.directory.checkpoints:
+            self.saver.saved_step = self.progress.step
+        if self.is_first:
+            where = f"{found.path} (step {self.progress.step}, {self.progress.tokens:,} tokens)"
+            self._event("resumed", {"step": self.progress.step, "path": str(found.path)}, f"resumed from {where}")
+            for note in notes:
+                self.reporter.note(note)
+
+    def _event(self, name: str, values: dict[str, Any], text: str) -> None:
+        """Tell a person, and keep it in events.jsonl. On rank 0."""
+        self.reporter.note(text)
+        append_event(self.directory.events, name, values)
+
+    def _tell_save(self, name: str, values: dict[str, Any]) -> None:
+        self._event(name, values, describe_save(name, values))
 
     def _facts(self) -> dict[str, str]:
         counted = count_parameters(self.recipe.model)
@@ -160,14 +182,19 @@ class Trainer:
         start = time.perf_counter()
         before = self.evaluate() if not self.finished else None
         with StopSignals() as signals:
-            while not self.finished and not signals.agreed(self.parts.device):
+            while not self.finished and not self._asked_to_stop(signals):
                 self._one_step()
                 self._between_steps()
             stopped = not self.finished
-        if self._saved_step != self.progress.step:
-            self.save()
+        self.saver.save_finally(asdict(self.progress))
         after = self.evaluate() if not stopped else None
         return self._summarise(before, after, time.perf_counter() - start, stopped)
+
+    def _asked_to_stop(self, signals: StopSignals) -> bool:
+        """Return whether any rank was asked to stop; the same exchange moves a save under way on."""
+        stop, *flags = signals.agreed(self.parts.device, self.saver.flags())
+        self.saver.advance(Flags(*flags), self.progress.step)
+        return bool(stop)
 
     def _one_step(self) -> None:
         recipe, progress, regime = self.recipe, self.progress, self.regime
@@ -242,9 +269,8 @@ class Trainer:
         step, run = self.progress.step, self.recipe.run
         if run.evaluate_every_steps and step % run.evaluate_every_steps == 0 and not self.finished:
             self.evaluate()
-        every = self.recipe.checkpoint.every_steps
-        if every and step % every == 0 and not self.finished:
-            self.save()
+        if self.saver.due(step) and not self.finished:
+            self.saver.save(asdict(self.progress))
 
     def evaluate(self) -> dict[str, float]:
         """Return the held-out loss, in nats per token, and bits per byte where the data is text."""
@@ -263,23 +289,6 @@ class Trainer:
                 writer.event("held_out", {**values, "step": self.progress.step})
             self.reporter.evaluation(self.progress.step, values)
         return values
-
-    def save(self) -> Path:
-        """Save a checkpoint of the step just done."""
-        start = time.perf_counter()
-        path = save_checkpoint(
-            self.directory.checkpoints,
-            self.progress.step,
-            chunks=self.parts.chunks,
-            optimizer=self.parts.optimizer,
-            groups=self.parts.groups,
-            progress=asdict(self.progress),
-            keep=self.recipe.checkpoint.keep,
-        )
-        self._saved_step = self.progress.step
-        if self.is_first:
-            self.reporter.note(f"saved {path} in {time.perf_counter() - start:.1f}s")
-        return path
 
     def _summarise(self, before: Any, after: Any, seconds: float, stopped: bool) -> dict[str, Any]:
         summary = {

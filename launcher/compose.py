@@ -39,8 +39,13 @@ def compose(overrides: Sequence[str]) -> Recipe:
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """Return what Hydra makes of the overrides, before types are checked."""
-    overrides = [_checked(override.strip()) for override in overrides]
+    """Return what Hydra makes of the overrides, before types are checked. ``recipe=FILE.yaml`` begins with a resolved
+    recipe, such as a run directory's."""
+    overrides = [override.strip() for override in overrides]
+    stored = [o for o in overrides if o.startswith("recipe=") and o.endswith((".yaml", ".yml"))]
+    if stored:
+        return _from_file(Path(stored[-1].partition("=")[2]), [o for o in overrides if o not in stored])
+    overrides = [_checked(override) for override in overrides]
     GlobalHydra.instance().clear()
     try:
         with warnings.catch_warnings(), initialize_config_dir(str(RECIPES), version_base="1.3"):
@@ -50,6 +55,25 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         raise _missing_config(error, overrides) from None
     except Exception as error:  # Hydra raises kinds of its own, ValueError and TypeError alike for what was typed
         raise _hydra_error(error) from None
+
+
+def _from_file(path: Path, overrides: list[str]) -> DictConfig:
+    """Return a resolved recipe with overrides: groups take the place of sections, then keys are set."""
+    config = OmegaConf.create(load_resolved(path).model_dump(mode="json"))
+    keys = [_checked(o) for o in overrides if o.partition("=")[0] not in GROUPS]
+    groups = [o.partition("=")[0] for o in overrides if o.partition("=")[0] in GROUPS]
+    if groups:
+        chosen = compose_config([o for o in overrides if o.partition("=")[0] in GROUPS])
+        for group in groups:
+            config[group] = OmegaConf.to_container(chosen[group], resolve=True)
+    given = {}
+    for override in OverridesParser.create().parse_overrides(keys):
+        given[override.get_key_element().lstrip("+~")] = None if override.is_delete() else override.value()
+    if "run.name" in given:
+        given.setdefault("run.directory", f"runs/{given['run.name']}")
+    for key, value in given.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return config
 
 
 def build(config: DictConfig | dict[str, Any]) -> Recipe:

@@ -1,125 +1,281 @@
-"""Saving and loading a run's state, in any layout: megatron-core's distributed checkpoints inside our manifest."""
+"""Saving a run: one checkpoint at a time, written beside its place by every rank, then renamed by rank 0.
+
+A save has two phases, each a thread where training may go on beside it. *Writing*: every rank writes its tensors and
+takes their checksums. *Committing*, once all ranks are done: rank 0 writes what describes the whole and the manifest,
+renames the folder, and only then removes older checkpoints. When ranks may go to the next phase is agreed through flags
+that the caller reduces over all ranks, once a step (:meth:`Saver.flags`, :meth:`Saver.advance`).
+
+What the disk refuses fails the save, never the run: the last complete checkpoint stays, and the save is tried again
+after 1, 2, 4, ... steps.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_megatron.checkpoint.manifest import checkpoints, folder_name, write_manifest
+from dsv3_megatron.build import Parts
+from dsv3_megatron.checkpoint.manifest import (
+    MANIFEST,
+    checkpoints,
+    folder_name,
+    manifest_text,
+    step_of,
+    sync_folder,
+)
+from dsv3_megatron.checkpoint.settings import CheckpointSettings
+from dsv3_megatron.checkpoint.state import gather_random_states, prepare_moments, whole_state
+from dsv3_megatron.checkpoint.write import (
+    FileFacts,
+    Plan,
+    Written,
+    plan_write,
+    write_description,
+    write_file,
+    write_share,
+)
 from parallel.errors import CheckpointError
+from parallel.units import show_bytes
+
+LATEST = "latest"  # names the newest checkpoint, for people and scripts; resuming does not read it
+RECIPE, RANDOM = "recipe.yaml", "random.pt"
+FINAL_ATTEMPTS = 3
+Tell = Callable[[str, dict[str, Any]], None]
 
 
-def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
-    """How states are cut: fully reshardable, so that any layout loads what any other wrote."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": groups.dp_cp,
-    }
+class Flags(NamedTuple):
+    """What a rank says of its save; over all ranks, the largest counts."""
+
+    writing: int = 0
+    committing: int = 0
+    failed: int = 0
 
 
-def _state(
-    chunks: dict[int, GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection, *, loading: bool
-) -> dict[str, Any]:
-    metadata = _metadata(groups)
-    state: dict[str, Any] = {"model": {f"stage{s}": _chunk_state(chunk, metadata) for s, chunk in chunks.items()}}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
-    return state
+class _Task(threading.Thread):
+    """A piece of disk work beside training, and what came of it."""
+
+    def __init__(self, work: Callable[[], Any]):
+        super().__init__(name="checkpoint", daemon=True)  # dies with the process: half a checkpoint is none
+        self._work = work
+        self.result: Any = None
+        self.failure: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self._work()
+        except BaseException as error:
+            told = str(error).strip().splitlines() or [""]
+            self.failure = f"{type(error).__name__}: {told[0]}"
 
 
-def _chunk_state(chunk: GPTModel, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return a stage's sharded state. An embedding of another stage on this rank is saved with that one."""
-    borrowed = chunk.mtp_process and "embedding" not in dict(chunk.named_children())
-    chunk.mtp_process, before = chunk.mtp_process and not borrowed, chunk.mtp_process
-    try:
-        return chunk.sharded_state_dict(metadata=metadata)
-    finally:
-        chunk.mtp_process = before
+@dataclass
+class _Save:
+    """The save under way."""
+
+    step: int
+    partial: Path
+    plan: Plan
+    files: dict[str, bytes]  # small files that rank 0 adds
+    progress: dict[str, Any]
+    task: _Task | None
+    phase: str = "writing"
+    started: float = 0.0
+    stall_seconds: float = 0.0
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    chunks: dict[int, GPTModel],
-    optimizer: MegatronOptimizer,
-    groups: ProcessGroupCollection,
-    progress: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write ``folder/step_XXXXXXXX`` from all ranks and return it; afterwards remove all but the ``keep`` newest.
+class Saver:
+    """Saves a run's checkpoints. Every method but the properties is called by all ranks together."""
 
-    Written beside its place and renamed: a torn write leaves no checkpoint, and older ones go only after the rename.
-    Raises: CheckpointError: the disk refused.
-    """
-    target = folder / folder_name(step)
-    partial = folder / f".{target.name}.partial"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _prepare_states(optimizer)
-    try:
-        dist_checkpointing.save(_state(chunks, optimizer, groups, loading=False), str(partial))
-        failure = None
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
-        failure = error
-    if _any_rank(failure is not None):
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0]}" if failure else "another rank failed"
-        raise CheckpointError(f"{target} could not be written ({reason}); free space under {folder}")
-    if first:
-        write_manifest(partial, progress)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        for old in checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return target
+    def __init__(self, folder: Path, settings: CheckpointSettings, parts: Parts, recipe: str, tell: Tell):
+        """Save into ``folder``.
+
+        Args:
+            recipe: the resolved recipe, stored with every checkpoint.
+            tell: gets an event's name and values, on rank 0: ``saved``, ``save_failed``.
+        """
+        self.folder, self.settings = folder, settings
+        self.saved_step: int | None = None
+        self._parts, self._recipe, self._tell = parts, recipe, tell
+        self._save: _Save | None = None
+        self._is_first = dist.get_rank() == 0
+        token = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(token, src=0)  # names the folders being written: no other life of the run's
+        self._token, self._attempts = token[0], 0
+        self._failures, self._retry_at = 0, None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._save is not None
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint of the step just done is wanted: by the recipe, or after a failed save."""
+        every = self.settings.every_steps
+        return bool(every and step % every == 0) or (self._retry_at is not None and step >= self._retry_at)
+
+    def save(self, progress: dict[str, Any]) -> None:
+        """Save the state as it is now: begin where the recipe says ``asynchronous``, else to the end."""
+        if self.busy:
+            self.finish(progress["step"])  # at most one in flight
+        self._begin(progress, copy=self.settings.asynchronous)
+        if not self.settings.asynchronous:
+            self.finish(progress["step"])
+
+    def save_finally(self, progress: dict[str, Any]) -> None:
+        """Save the state at the end of a run, unless it is saved. Raises CheckpointError: not after several tries."""
+        self.finish(progress["step"])
+        for attempt in range(FINAL_ATTEMPTS):
+            if self.saved_step == progress["step"]:
+                return
+            if attempt:
+                time.sleep(2**attempt)
+            self._begin(progress, copy=False)
+            self.finish(progress["step"])
+        if self.saved_step != progress["step"]:
+            kept = f"the last one is {folder_name(self.saved_step)}" if self.saved_step is not None else "there is none"
+            raise CheckpointError(
+                f"{self.folder / folder_name(progress['step'])} could not be written in {FINAL_ATTEMPTS} tries; "
+                f"{kept}; free space under {self.folder} and start the run again"
+            )
+
+    def finish(self, step: int) -> None:
+        """Wait until the save under way, if any, has succeeded or failed."""
+        while self._save is not None:
+            start = time.perf_counter()
+            if self._save.task is not None:
+                self._save.task.join()
+            flags = torch.tensor(self.flags(), device=torch.cuda.current_device())
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            self._save.stall_seconds += time.perf_counter() - start
+            self.advance(Flags(*flags.tolist()), step)
+
+    def flags(self) -> Flags:
+        """Return what this rank has to say of its save."""
+        if self._save is None or self._save.task is None:
+            return Flags()
+        alive, phase = self._save.task.is_alive(), self._save.phase
+        return Flags(
+            writing=int(alive and phase == "writing"),
+            committing=int(alive and phase == "committing"),
+            failed=int(not alive and self._save.task.failure is not None),
+        )
+
+    def advance(self, agreed: Flags, step: int) -> None:
+        """Go to the next phase if all ranks are done with this one. ``agreed``: the largest of all ranks' flags.
+        ``step``: the step just done."""
+        save = self._save
+        if save is None or agreed.writing or agreed.committing:
+            return
+        if save.phase == "writing":
+            shares: list[Any] | None = [None] * dist.get_world_size() if self._is_first else None
+            dist.gather_object((save.task.result, save.task.failure), shares)
+            if agreed.failed:
+                self._fail(step, next((why for _, why in shares or () if why), ""))
+                return
+            save.phase, save.task = "committing", None
+            if self._is_first:
+                save.task = _Task(lambda: self._commit(save, [share for share, _ in shares]))
+            return
+        if agreed.failed:
+            self._fail(step, save.task.failure if save.task else "")
+            return
+        self.saved_step, self._save = save.step, None
+        self._failures, self._retry_at = 0, None
+        if self._is_first:
+            files = save.task.result
+            self._tell(
+                "saved",
+                {
+                    "step": save.step,
+                    "path": str(self.folder / folder_name(save.step)),
+                    "stall_seconds": save.stall_seconds,
+                    "seconds": time.perf_counter() - save.started,
+                    "bytes": sum(facts["bytes"] for facts in files.values()),
+                    "asynchronous": self.settings.asynchronous,
+                },
+            )
+
+    # -- one save ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, progress: dict[str, Any], *, copy: bool) -> None:
+        start, step = time.perf_counter(), progress["step"]
+        self._attempts += 1
+        partial = self.folder / f".{folder_name(step)}.{self._token}-{self._attempts}.partial"
+        prepare_moments(self._parts.optimizer)
+        state = whole_state(self._parts, loading=False, extra=tuple(self._parts.extra_states))
+        plan = plan_write(state, copy=copy)
+        random = gather_random_states(self._parts.layout)
+        files = {RECIPE: self._recipe.encode(), RANDOM: random} if self._is_first else {}
+        task = _Task(lambda: write_share(plan, partial))
+        self._save = _Save(step, partial, plan, files, dict(progress), task, started=start)
+        self._save.stall_seconds = time.perf_counter() - start
+
+    def _commit(self, save: _Save, shares: list[Written]) -> FileFacts:
+        """Make a checkpoint of what all ranks have written, on rank 0; return its files."""
+        files = write_description(save.plan, save.partial, shares)
+        for name, data in save.files.items():
+            files[name] = write_file(save.partial / name, data)
+        facts = {"layout": asdict(self._parts.layout), "extra": sorted(self._parts.extra_states), "optimizer": True}
+        write_file(save.partial / MANIFEST, manifest_text(save.progress, files, facts).encode())
+        sync_folder(save.partial)
+        target = self.folder / folder_name(save.step)
+        if target.exists():  # damaged, or of a life of the run that was rolled back
+            os.replace(target, self.folder / f".{target.name}.{self._token}-{self._attempts}.replaced")
+        os.replace(save.partial, target)
+        sync_folder(self.folder)
+        with suppress(OSError):  # the checkpoint stands; these can wait for the next one
+            self._point_to(target)
+            self._prune()
+        return files
+
+    def _point_to(self, target: Path) -> None:
+        new = self.folder / f".{LATEST}.new"
+        new.write_text(target.name + "\n")
+        os.replace(new, self.folder / LATEST)
+
+    def _prune(self) -> None:
+        """Remove what is old, and what failed saves and killed processes have left."""
+        every = self.settings.keep_every_steps
+        for old in checkpoints(self.folder)[self.settings.keep :]:
+            if not (every and step_of(old) % every == 0):
+                os.replace(old, self.folder / f".{old.name}.old")  # half removed it is no checkpoint either
+        for left in self.folder.glob(".step_*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _fail(self, step: int, reason: str) -> None:
+        save, self._save = self._save, None
+        self._failures += 1
+        self._retry_at = step + 2 ** min(self._failures - 1, 10)
+        if not self._is_first:
+            return
+        shutil.rmtree(save.partial, ignore_errors=True)
+        values = {"step": save.step, "reason": reason, "failures": self._failures, "retry_step": self._retry_at}
+        with suppress(OSError):
+            values["free_bytes"] = shutil.disk_usage(self.folder).free
+        self._tell("save_failed", values)
 
 
-def _any_rank(failed: bool) -> bool:
-    flag = torch.tensor(int(failed), device=torch.cuda.current_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-def _prepare_states(optimizer: MegatronOptimizer) -> None:
-    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.optimizer.state:
-            part.init_state_fn(part.optimizer, part.config)
-
-
-def load_checkpoint(
-    path: Path, *, chunks: dict[int, GPTModel], optimizer: MegatronOptimizer | None, groups: ProcessGroupCollection
-) -> None:
-    """Fill this rank's stages, and the optimizer where one is given, from a checkpoint written in any layout.
-
-    The caller has checked the manifest. Raises: CheckpointError: the checkpoint is of another model.
-    """
-    try:
-        state = dist_checkpointing.load(_state(chunks, optimizer, groups, loading=True), str(path))
-    except (Exception, CheckpointException) as error:  # many kinds, and torch's own is no Exception
-        reason = (str(error).strip().splitlines() or [""])[-1][:200]
-        raise CheckpointError(
-            f"{path} does not fit this model ({reason}); use the recipe it was trained with"
-        ) from error
-    for stage, chunk in chunks.items():
-        chunk.load_state_dict(state["model"][f"stage{stage}"])
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+def describe_save(name: str, values: dict[str, Any]) -> str:
+    """Return a save's event as a sentence for a person."""
+    if name == "saved":
+        return (
+            f"saved {values['path']} ({show_bytes(values['bytes'])}) in {values['seconds']:.1f}s"
+            f"{', training stood ' + format(values['stall_seconds'], '.2f') + 's' if values['asynchronous'] else ''}"
+        )
+    free = f", {show_bytes(values['free_bytes'])} free" if "free_bytes" in values else ""
+    return (
+        f"warning: checkpoint of step {values['step']} could not be written ({values['reason']}{free}); training goes "
+        f"on, older checkpoints are kept, next try at step {values['retry_step']}"
+    )

@@ -6,10 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 
 class CheckpointSettings(BaseModel):
-    """When to save and how much to keep."""
+    """When to save, how much to keep, where to start from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     every_steps: NonNegativeInt = Field(0, description="save every so many steps; 0 = only at the end of the run")
     keep: PositiveInt = Field(2, description="newest checkpoints kept; older ones are removed after a save")
-    asynchronous: bool = Field(False, description="write while training goes on")
+    keep_every_steps: NonNegativeInt = Field(0, description="also keep every checkpoint of a multiple of so many steps")
+    asynchronous: bool = Field(False, description="write while training goes on (costs a copy of the state in RAM)")
+    load: str | None = Field(
+        None, description="checkpoint folder to start from while the run has none of its own; damaged = refused"
+    )

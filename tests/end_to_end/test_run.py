@@ -66,7 +66,7 @@ def copy_of(directory, place, keep_steps):
     import shutil
 
     shutil.copytree(directory, place)
-    for checkpoint in (place / "checkpoints").iterdir():
+    for checkpoint in (place / "checkpoints").glob("step_*"):
         if int(checkpoint.name.split("_")[1]) > keep_steps:
             shutil.rmtree(checkpoint)
     return place
@@ -87,7 +87,9 @@ def test_a_run_leaves_the_files_of_the_contract(undisturbed):
     environment = json.loads((undisturbed / "environment.json").read_text())
     assert environment["packages"]["megatron-core"] and environment["world"]["size"] == 1
     assert (undisturbed / "recipe.yaml").exists()
-    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    found = sorted(p.name for p in (undisturbed / "checkpoints").iterdir())
+    assert found == ["latest", "step_00000002", "step_00000004"]
+    assert (undisturbed / "checkpoints" / "latest").read_text() == "step_00000004\n"
 
 
 def test_the_objective_is_main_plus_weighted_mtp_plus_balance(undisturbed):

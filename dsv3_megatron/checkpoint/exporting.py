@@ -1,0 +1,208 @@
+"""A checkpoint -> Hugging Face safetensors: shard by shard, in parallel, verified after writing, resumable.
+
+A worker holds one shard in memory, never the model. The index is written last: a folder without one is incomplete, and
+the same command goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsv3_megatron.checkpoint.hugging_face import Published, our_shapes, published_tensors
+from dsv3_megatron.checkpoint.manifest import checksum, read_content
+from dsv3_megatron.checkpoint.regions import Regions
+from dsv3_megatron.model.settings import ModelSettings
+from dsv3_megatron.precision.weights import quantise_weight
+from parallel.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to write."""
+
+    checkpoint: Path
+    folder: Path
+    name: str
+    dtype: str
+    tensors: tuple[Published, ...]
+
+    @property
+    def record(self) -> Path:
+        """Says that the file is written and verified, until the index does."""
+        return self.folder / f".{self.name}.done"
+
+
+def plan_shards(model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: str, shard_bytes: int) -> list[Shard]:
+    """Return the files to write, each of at most ``shard_bytes`` (one tensor at least), in the published order."""
+    groups: list[list[Published]] = [[]]
+    size = 0
+    for tensor in published_tensors(model):
+        needed = file_bytes(tensor, dtype)
+        if groups[-1] and size + needed > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += needed
+    count = len(groups)
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    return [Shard(checkpoint, folder, name, dtype, tuple(group)) for name, group in zip(names, groups)]
+
+
+def file_bytes(tensor: Published, dtype: str) -> int:
+    """Return the bytes a tensor takes in a file, its block scales included."""
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    if tensor.is_float32:
+        return 4 * count
+    if dtype == "fp8" and tensor.is_quantised:
+        return count + 4 * (-(-tensor.shape[0] // 128)) * (-(-tensor.shape[1] // 128))
+    return count * TORCH_DTYPES[dtype].itemsize
+
+
+def as_stored(tensor: Published, values: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Return the entries of a file for a tensor's values: one, or data and block scales."""
+    values = values.reshape(tensor.shape)
+    if tensor.is_float32:
+        return {tensor.name: values.float()}
+    if dtype == "fp8" and tensor.is_quantised:
+        data, scales = quantise_weight(values.float())
+        return {tensor.name: data, f"{tensor.name}_scale_inv": scales}
+    return {tensor.name: values.to(TORCH_DTYPES[dtype])}
+
+
+def write_shard(shard: Shard) -> dict[str, Any]:
+    """Write one file, read it back, and return its record: names, bytes, checksum.
+
+    A file that an earlier call has finished is checked and kept. Raises: CheckpointError: what was read back differs.
+    """
+    torch.set_num_threads(1)
+    path = shard.folder / shard.name
+    if (kept := _finished(shard)) is not None:
+        return kept
+    regions, entries = Regions(shard.checkpoint), {}
+    for tensor in shard.tensors:
+        entries |= as_stored(tensor, regions.read(tensor.key, tensor.start, tensor.extent), shard.dtype)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(entries, partial, metadata={"format": "pt"})
+        _sync(partial)
+    except Exception as error:  # safetensors has an error of its own for what the system says
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} could not be written ({reason}); free space and run the command again") from None
+    with safe_open(partial, "pt") as file:
+        for name, expected in entries.items():
+            if not torch.equal(file.get_tensor(name).view(torch.uint8), expected.contiguous().view(torch.uint8)):
+                raise CheckpointError(f"{partial}: {name} read back differs from what was written; check the disk")
+    os.replace(partial, path)
+    record = {
+        "source": _source(shard),
+        "names": sorted(entries),
+        "bytes": sum(x.numel() * x.itemsize for x in entries.values()),
+        "xxh3": checksum(path),
+    }
+    shard.record.write_text(json.dumps(record))
+    return record
+
+
+def _source(shard: Shard) -> str:
+    """Return what a shard was made of: another checkpoint or dtype makes it anew."""
+    files = read_content(shard.checkpoint)["files"]
+    return f"{files['.metadata']['xxh3']} {shard.dtype} {len(shard.tensors)}"
+
+
+def _finished(shard: Shard) -> dict[str, Any] | None:
+    try:
+        record = json.loads(shard.record.read_text())
+        whole = record["source"] == _source(shard) and record["xxh3"] == checksum(shard.folder / shard.name)
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole else None
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def check_shapes(model: ModelSettings, checkpoint: Path) -> None:
+    """Raise CheckpointError where a checkpoint's tensors are not those of the model."""
+    stored = Regions(checkpoint).shapes
+    for key, shape in our_shapes(model).items():
+        if stored.get(key) != shape:
+            raise CheckpointError(
+                f"{checkpoint}: {key} has shape {stored.get(key)}, the recipe's model needs {shape}; "
+                "use the recipe it was trained with"
+            )
+
+
+def export(
+    model: ModelSettings,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    processes: int,
+    progress: Callable[[int, int, int], None] = lambda done, count, size: None,
+) -> int:
+    """Write the weights of a checkpoint, whose manifest was checked, and their index; return the bytes of tensors.
+
+    Args:
+        dtype: fp32, bf16 or fp8 (128x128 blocks).
+        processes: workers; each holds one shard in memory.
+        progress: told (shards done, shards, bytes done) after each shard.
+    """
+    check_shapes(model, checkpoint)
+    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes)
+    (folder / INDEX).unlink(missing_ok=True)
+    weight_map, size = {}, 0
+    for number, (shard, record) in enumerate(run_all(write_shard, shards, processes)):
+        weight_map |= dict.fromkeys(record["names"], shard.name)
+        size += record["bytes"]
+        progress(number + 1, len(shards), size)
+    kept = {shard.name for shard in shards}
+    for other in folder.glob("model-*.safetensors"):
+        if other.name not in kept:  # of an export with other shard sizes
+            other.unlink()
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    temporary = folder / f".{INDEX}.new"
+    temporary.write_text(json.dumps(index, indent=1) + "\n")
+    os.replace(temporary, folder / INDEX)
+    for record in folder.glob(".model-*.done"):
+        record.unlink()
+    return size
+
+
+def run_all(work: Callable[[Any], Any], jobs: list[Any], processes: int) -> Iterator[tuple[Any, Any]]:
+    """Yield (job, result) as jobs finish, on so many processes; in this one if one is enough."""
+    if processes <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield job, work(job)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    with ProcessPoolExecutor(min(processes, len(jobs)), context) as pool:
+        running = {pool.submit(work, job): job for job in jobs}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,86 @@
+"""Reading boxes of a checkpoint's tensors where they lie, without loading the tensors: memory is one box."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from parallel.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A piece of a tensor as it lies in a file."""
+
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+class Regions:
+    """The tensors of a checkpoint, read box by box."""
+
+    def __init__(self, checkpoint: Path):
+        self._folder = checkpoint
+        metadata = FileSystemReader(str(checkpoint)).read_metadata()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._chunks: dict[str, list[_Chunk]] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            self.shapes[key] = tuple(entry.size)
+            self._chunks[key] = [
+                _Chunk(tuple(c.offsets), tuple(c.sizes), info.relative_path, info.offset, info.length)
+                for c in entry.chunks
+                for info in [stored[key, tuple(c.offsets)]]
+            ]
+
+    def read(self, key: str, start: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+        """Return a box of a tensor, copied, in the dtype it is stored in.
+
+        Raises: CheckpointError: no such tensor, or the box is not covered by what is stored.
+        """
+        if key not in self._chunks:
+            raise CheckpointError(f"{self._folder} holds no tensor {key}; it is of another model")
+        found, missing = None, int(np.prod(extent))
+        for chunk in self._chunks[key]:
+            low = tuple(map(max, start, chunk.start))
+            high = tuple(min(s + e, c + d) for s, e, c, d in zip(start, extent, chunk.start, chunk.extent))
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            piece = self._piece(chunk, tuple(slice(a - c, b - c) for a, b, c in zip(low, high, chunk.start)))
+            if found is None:
+                found = torch.empty(extent, dtype=piece.dtype)
+            found[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))] = piece
+            missing -= piece.numel()
+        if missing:
+            raise CheckpointError(f"{self._folder}: {key} from {start} by {extent} is not stored whole")
+        return found
+
+    def _piece(self, chunk: _Chunk, box: tuple[slice, ...]) -> Tensor:
+        """Return a copy of a box of a chunk. torch tells where in the file a saved tensor's numbers begin."""
+        path = self._folder / chunk.file
+        with path.open("rb") as file:
+            view = _create_file_view(file, chunk.offset, chunk.length)
+            described = torch.load(view, map_location="meta", weights_only=True)
+            if chunk.file not in self._maps:
+                self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin = chunk.offset + described.untyped_storage()._checkpoint_offset
+        size = described.itemsize
+        begin += described.storage_offset() * size
+        raw = np.frombuffer(self._maps[chunk.file], np.uint8, described.untyped_storage().nbytes(), begin)
+        strides = tuple(s * size for s in described.stride())
+        whole = np.lib.stride_tricks.as_strided(raw, (*described.shape, size), (*strides, 1), writeable=False)
+        return torch.from_numpy(np.array(whole[box])).view(described.dtype).squeeze(-1)

@@ -1,0 +1,118 @@
+"""What a checkpoint holds of a rank: model and router biases, optimizer, named extra states, random generators.
+
+Tensors are described as megatron-core's sharded state, fully reshardable, so that any layout loads what any other
+wrote. Random generators belong to a rank and are taken back in the same layout only; nothing in training draws from
+them after the first weights (there is no dropout), so another layout loses nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from dsv3_megatron.build import Parts
+from parallel.layout import Layout
+
+
+class ExtraState(Protocol):
+    """A state that is saved beside model and optimizer under a name: registered in ``Parts.extra_states``."""
+
+    def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """Return megatron-core's sharded state of this rank. Keys of its tensors must not be those of the model:
+        begin them with the state's name. ``metadata`` says how to cut, as for ``chunk.sharded_state_dict``."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded, in the form :meth:`sharded_state` has."""
+
+    def begin_anew(self) -> None:
+        """Model and optimizer were loaded from a checkpoint that does not hold this state: start from them."""
+
+
+def cutting(groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return how states are cut: fully reshardable."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": groups.dp_cp,
+    }
+
+
+def model_state(chunks: dict[int, GPTModel], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return the sharded state of this rank's stages: weights and router biases."""
+    return {f"stage{stage}": _chunk_state(chunk, cutting(groups)) for stage, chunk in chunks.items()}
+
+
+def _chunk_state(chunk: GPTModel, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's sharded state. An embedding of another stage on this rank is saved with that one."""
+    borrowed = chunk.mtp_process and "embedding" not in dict(chunk.named_children())
+    chunk.mtp_process, before = chunk.mtp_process and not borrowed, chunk.mtp_process
+    try:
+        return chunk.sharded_state_dict(metadata=metadata)
+    finally:
+        chunk.mtp_process = before
+
+
+def whole_state(parts: Parts, *, loading: bool, extra: tuple[str, ...], optimizer: bool = True) -> dict[str, Any]:
+    """Return the sharded state of this rank: model, optimizer, and the extra states named."""
+    state: dict[str, Any] = {"model": model_state(parts.chunks, parts.groups)}
+    if optimizer:
+        metadata = cutting(parts.groups)
+        state["optimizer"] = parts.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    if extra:
+        metadata = cutting(parts.groups)
+        state["extra"] = {n: parts.extra_states[n].sharded_state(metadata, loading=loading) for n in extra}
+    return state
+
+
+def prepare_moments(optimizer: MegatronOptimizer) -> None:
+    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+
+
+# -- random generators -------------------------------------------------------------------------------------------------
+
+
+def gather_random_states(layout: Layout) -> bytes | None:
+    """Return all ranks' generators as a file on rank 0, None elsewhere. Collective."""
+    states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(_random_state(), states)
+    if states is None:
+        return None
+    file = io.BytesIO()
+    torch.save({"layout": asdict(layout), "ranks": states}, file)
+    return file.getvalue()
+
+
+def restore_random_state(file: bytes, layout: Layout) -> bool:
+    """Set this rank's generators from the file; return False, and leave them, where it is of another layout."""
+    stored = torch.load(io.BytesIO(file), weights_only=True)
+    if stored["layout"] != asdict(layout):
+        return False
+    state = stored["ranks"][dist.get_rank()]
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if state["tracker"]:
+        get_cuda_rng_tracker().set_states(state["tracker"])
+    return True
+
+
+def _random_state() -> dict[str, Any]:
+    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    tracked = {k: v for k, v in get_cuda_rng_tracker().get_states().items() if isinstance(v, torch.Tensor)}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if has_cuda else None,
+        "tracker": {name: state.clone() for name, state in tracked.items()},
+    }

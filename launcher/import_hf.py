@@ -1,0 +1,154 @@
+"""Weights from elsewhere: python launcher/import_hf.py input=FOLDER output=FOLDER [recipe=NAME] [dtype=fp32|bf16]
+
+Reads Hugging Face deepseek_v3 safetensors (FP32, BF16, or FP8 with 128x128 block scales) and writes a run directory:
+recipe.yaml and checkpoints/step_00000000, which evaluate.py, generate.py and pretrain.py take. A config.json alone
+gives the recipe alone. Memory is a tensor a process. The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from dsv3_megatron.model.settings import ModelSettings
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run_directory import RunDirectory
+from launcher.arguments import arguments_help, parse_arguments
+from launcher.compose import DEFAULT_RECIPE, build, compose, load_resolved, options, resolved_yaml
+from launcher.console import ProgressLine, guarded
+from launcher.export_hf import writable_folder
+from parallel.errors import CheckpointError, RecipeError
+from parallel.units import show_bytes
+
+
+class ImportArguments(BaseModel):
+    """The keys of this command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: str = Field(description="folder with config.json and safetensors, or a config.json alone")
+    output: str = Field(description="run directory to write")
+    recipe: str | None = Field(
+        None, description="recipe that says the rest; null = the export's own, else a shipped one of the same shape"
+    )
+    dtype: Literal["fp32", "bf16"] | None = Field(None, description="of the weights; null = as they are, FP8 as BF16")
+    processes: PositiveInt | None = Field(None, description="files read at once; null = one a core, 8 at most")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the run directory; return the exit code."""
+    if {"--help", "-h"} & set(arguments):
+        print(arguments_help(__doc__, ImportArguments))
+        return 0
+    given = parse_arguments(ImportArguments, arguments)
+    folder, config = read_config(Path(given.input))
+    has_weights = any(folder.glob("*.safetensors")) and Path(given.input).is_dir()
+    from dsv3_megatron.checkpoint.hugging_face_config import settings_from_config
+
+    model = settings_from_config(config)
+    if has_weights:
+        model = without_absent_mtp(model, folder)
+    directory = RunDirectory(writable_folder(Path(given.output)))
+    recipe = recipe_of(model, folder, given, precision_of(config, given.dtype))
+    if has_weights:
+        size = import_weights(model, folder, directory, recipe, given)
+        print(f"{folder} -> {directory.path}: {show_bytes(size)} of weights, checksummed")
+    directory.recipe.write_text(resolved_yaml(recipe))
+    if (folder / "tokenizer.json").is_file():
+        shutil.copyfile(folder / "tokenizer.json", directory.path / "tokenizer.json")
+    print(f"recipe: {directory.recipe}; train from it: launcher/pretrain.py recipe={directory.recipe}")
+    return 0
+
+
+def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and its config.json. Raises CheckpointError when there is none."""
+    path = given / "config.json" if given.is_dir() else given
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"input = {given}: {path} cannot be read ({error}); name a Hugging Face folder") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"input = {given}: {path} is no configuration; name a Hugging Face folder")
+    return path.parent, config
+
+
+def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
+    """Return the model with as many MTP depths as there are weights for."""
+    from dsv3_megatron.checkpoint.importing import depths_present, read_index
+
+    depths = depths_present(model, read_index(folder))
+    if depths < model.num_nextn_predict_layers:
+        print(f"model.num_nextn_predict_layers = {depths}: {folder} holds no weights of more MTP modules")
+        return model.model_copy(update={"num_nextn_predict_layers": depths})
+    return model
+
+
+def precision_of(config: dict[str, Any], dtype: str | None) -> str:
+    """Return the precision group that fits the weights."""
+    stored = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    return dtype or ("fp32" if stored == "float32" and "quantization_config" not in config else "bf16")
+
+
+def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precision: str) -> Recipe:
+    """Return a recipe for the model: the rest from the export's own recipe, from the one named, or a shipped one."""
+    output = Path(given.output)
+    if given.recipe is None and (folder / "recipe.yaml").is_file():
+        base = load_resolved(folder / "recipe.yaml").model_dump(mode="json")
+    else:
+        name = given.recipe or shipped_recipe(model)
+        base = compose([f"recipe={name}"]).model_dump(mode="json")
+        if (folder / "tokenizer.json").is_file():
+            base["data"]["tokenizer"] = str(output / "tokenizer.json")
+    base["model"] = model.model_dump(mode="json")
+    base["precision"] = compose([f"precision={precision}"]).precision.model_dump(mode="json")
+    base["run"] |= {"name": output.name, "directory": str(output)}
+    try:
+        return build(base)
+    except RecipeError as error:
+        raise CheckpointError(f"input = {given.input} does not go with the recipe: {error.args[0]}") from None
+
+
+def shipped_recipe(model: ModelSettings) -> str:
+    """Return the recipe whose model has the same widths and depth; else the smallest one's."""
+    same = ("hidden_size", "num_hidden_layers", "n_routed_experts", "vocab_size")
+    for name in options("recipe"):
+        shape = compose([f"recipe={name}"]).model
+        if all(getattr(shape, key) == getattr(model, key) for key in same):
+            return name
+    return DEFAULT_RECIPE
+
+
+def import_weights(
+    model: ModelSettings, folder: Path, directory: RunDirectory, recipe: Recipe, given: ImportArguments
+) -> int:
+    """Write checkpoints/step_00000000; return its bytes."""
+    from dsv3_megatron.checkpoint.importing import import_weights
+    from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
+
+    if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
+        raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")
+    shown = ProgressLine("importing")
+    path = import_weights(
+        model,
+        folder,
+        directory.checkpoints,
+        recipe=resolved_yaml(recipe),
+        dtype=given.dtype,
+        processes=given.processes or min(8, os.cpu_count() or 1),
+        progress=shown.files,
+    )
+    shown.close()
+    return sum(facts["bytes"] for facts in read_content(path)["files"].values())
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,343 @@
+"""Export and import of Hugging Face weights, against transformers, the published sizes, and damage."""
+
+import json
+import math
+import shutil
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dsv3_megatron.build import build_parts
+from dsv3_megatron.checkpoint.exporting import INDEX, file_bytes, plan_shards
+from dsv3_megatron.checkpoint.hugging_face import our_shapes, published_tensors
+from dsv3_megatron.checkpoint.hugging_face_config import config_from_settings, settings_from_config
+from dsv3_megatron.checkpoint.manifest import newest_valid
+from dsv3_megatron.checkpoint.regions import Regions
+from dsv3_megatron.checkpoint.save import Saver
+from dsv3_megatron.load import trained_model
+from dsv3_megatron.model.settings import ModelSettings, RopeScaling
+from dsv3_megatron.model.stage import forward_logits
+from dsv3_megatron.precision.weights import dequantise_weight
+from launcher import export_hf, import_hf
+from launcher.compose import compose, load_resolved, resolved_yaml
+from parallel.errors import CheckpointError, RecipeError
+from parallel.groups import start_processes, stop_processes
+from parallel.world import World
+from tests.tiny import SMALL
+
+PUBLISHED = {  # config.json of deepseek-ai/DeepSeek-V3
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+    "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "vocab_size": 129280,
+}  # fmt: skip
+
+
+def test_the_fp8_files_of_the_671b_have_the_published_size():
+    sizes = [file_bytes(tensor, "fp8") for tensor in published_tensors(ModelSettings())]
+    assert sum(sizes) == 688_574_839_360
+
+
+def test_shards_keep_to_their_size_and_hold_everything_once():
+    model = ModelSettings()
+    shards = plan_shards(model, Path("a"), Path("b"), dtype="fp8", shard_bytes=5 * 2**30)
+    assert all(sum(file_bytes(t, "fp8") for t in shard.tensors) <= 5 * 2**30 for shard in shards)
+    names = [tensor.name for shard in shards for tensor in shard.tensors]
+    assert names == [tensor.name for tensor in published_tensors(model)] and len(set(names)) == len(names)
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+
+
+models = st.builds(
+    ModelSettings,
+    vocab_size=st.just(16),
+    hidden_size=st.sampled_from([8, 16]),
+    intermediate_size=st.sampled_from([8, 24]),
+    moe_intermediate_size=st.just(8),
+    num_hidden_layers=st.integers(1, 3),
+    first_k_dense_replace=st.integers(0, 1),
+    num_attention_heads=st.sampled_from([1, 2]),
+    q_lora_rank=st.sampled_from([None, 8]),
+    kv_lora_rank=st.just(4),
+    qk_nope_head_dim=st.sampled_from([4, 6]),
+    qk_rope_head_dim=st.just(4),
+    v_head_dim=st.sampled_from([4, 10]),
+    n_routed_experts=st.sampled_from([2, 4]),
+    n_shared_experts=st.integers(0, 2),
+    n_group=st.just(1),
+    topk_group=st.just(1),
+    num_experts_per_tok=st.just(2),
+    num_nextn_predict_layers=st.integers(0, 2),
+)
+
+
+@given(models)
+@settings(max_examples=30, deadline=None)
+def test_the_boxes_of_the_table_fill_our_tensors_once(model):
+    filled = {key: torch.zeros(shape, dtype=torch.int32) for key, shape in our_shapes(model).items()}
+    for tensor in published_tensors(model):
+        assert math.prod(tensor.shape) == math.prod(tensor.extent)
+        if tensor.copy_of is None:
+            filled[tensor.key][tuple(slice(s, s + e) for s, e in zip(tensor.start, tensor.extent))] += 1
+    assert all((count == 1).all() for count in filled.values())
+
+
+@given(models, st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_configuration_survives_the_round_trip(model, long):
+    if long:
+        model = model.model_copy(update={"rope_scaling": RopeScaling()})
+    config = json.loads(json.dumps(config_from_settings(model, "fp8", begin=0, end=1)))
+    assert settings_from_config(config) == model
+
+
+def test_the_published_configuration_is_the_shipped_recipe():
+    model = settings_from_config(PUBLISHED)
+    shipped = compose(["recipe=dsv3_671b", "model=dsv3_671b_yarn"]).model
+    differing = {k for k in ModelSettings.model_fields if getattr(model, k) != getattr(shipped, k)}
+    assert differing <= {"initializer_range", "max_position_embeddings"}  # training's own, and the length of serving
+
+
+def test_a_configuration_alone_gives_a_recipe(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    output = tmp_path / "run"
+    assert import_hf.main([f"input={tmp_path / 'config.json'}", f"output={output}"]) == 0
+    recipe = load_resolved(output / "recipe.yaml")
+    assert recipe.model == settings_from_config(PUBLISHED) and recipe.parallel.pipeline == 16
+    assert compose([f"recipe={output / 'recipe.yaml'}", "parallel.pipeline=8", "precision=fp32"]).parallel.pipeline == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", "llama"), ("hidden_act", "gelu"), ("num_key_value_heads", 2), ("n_group", 7), ("vocab_size", -1)],
+)
+def test_another_kind_of_model_is_refused_by_its_key(key, value):
+    with pytest.raises((CheckpointError, RecipeError), match=key) as refused:
+        settings_from_config({**PUBLISHED, key: value})
+    assert "\n" not in str(refused.value)
+
+
+# -- a run of the small model, exported and imported -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory with a checkpoint of random weights, norms and biases too, MTP of depth 2."""
+    directory = tmp_path_factory.mktemp("hf") / "run"
+    words = [*SMALL, "model.num_nextn_predict_layers=2", "model.v_head_dim=24", f"run.directory={directory}"]
+    recipe = compose([*words, "data=stdlib", "model.vocab_size=512", "data.sequence_length=64"])
+    directory.mkdir(parents=True)
+    (directory / "recipe.yaml").write_text(resolved_yaml(recipe))
+    start_processes(World(0, 1, 0), torch.device("cpu"))
+    try:
+        parts = build_parts(recipe, recipe.layout(1), torch.device("cpu"))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in parts.whole_model.parameters():
+                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
+            for name, buffer in parts.whole_model.named_buffers():
+                if name.endswith("expert_bias"):
+                    buffer.normal_(0.0, 0.05)
+        parts.optimizer.reload_model_params()
+        saver = Saver(directory / "checkpoints", recipe.checkpoint, parts, resolved_yaml(recipe), lambda *told: None)
+        saver.save({"step": 3, "tokens": 9, "samples": 3, "skipped": 0})
+        assert saver.saved_step == 3
+    finally:
+        stop_processes()
+    return directory
+
+
+def logits_of(directory, tokens):
+    with trained_model(load_resolved(directory / "recipe.yaml"), directory) as model:
+        return forward_logits(model.parts.whole_model, tokens).float()
+
+
+def boxes(directory):
+    regions = Regions(newest_valid(directory / "checkpoints")[0])
+    model = load_resolved(directory / "recipe.yaml").model
+    return {t.name: regions.read(t.key, t.start, t.extent) for t in published_tensors(model)}
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """Exports by dtype, of several small files."""
+    place = tmp_path_factory.mktemp("exports")
+    for dtype in ("fp32", "bf16", "fp8"):
+        words = [f"run={run}", f"output={place / dtype}", f"dtype={dtype}", "shard=100KiB", "processes=1"]
+        assert export_hf.main(words) == 0
+        assert len(list((place / dtype).glob("model-*.safetensors"))) > 3
+        assert not list((place / dtype).glob(".model*"))
+    return place
+
+
+TOKENS = torch.arange(40).view(2, 20) * 7 % 512
+
+
+def test_an_export_has_the_logits_of_the_run_in_transformers(run, exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(exported / "fp32", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    difference = (logits_of(run, TOKENS) - expected).abs().max().item()
+    assert difference < 1e-4, f"{difference:.2e} of |logit| up to {expected.abs().max():.1f}"
+    tokenizer = AutoTokenizer.from_pretrained(exported / "fp32")
+    text = "def read(self, size=-1):\n    return 12345  # naïve ✓"
+    with trained_model(load_resolved(run / "recipe.yaml"), run) as model:
+        assert tokenizer(text)["input_ids"] == model.data.tokenizer.encode(text).tolist()
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_every_dtype_holds_its_values_and_imports_back(run, exported, tmp_path):
+    original = boxes(run)
+    for dtype in ("fp32", "bf16", "fp8"):
+        output = tmp_path / dtype
+        assert import_hf.main([f"input={exported / dtype}", f"output={output}", "processes=1"]) == 0
+        back = boxes(output)
+        assert back.keys() == original.keys()
+        for name, values in original.items():
+            if name.endswith("e_score_correction_bias"):
+                assert back[name].dtype == torch.float32 and torch.equal(back[name], values)
+            elif dtype == "fp32":
+                assert torch.equal(back[name], values), name
+            elif dtype == "bf16" or "norm" in name or "gate.weight" in name or "eh_proj" in name:
+                assert torch.equal(back[name], values.bfloat16()), name
+            else:
+                assert (back[name].float() - values).abs().max() <= values.abs().max() * 2**-4, name
+        precision = load_resolved(output / "recipe.yaml").precision.name
+        assert precision == ("fp32" if dtype == "fp32" else "bf16")
+    assert torch.equal(logits_of(tmp_path / "fp32", TOKENS), logits_of(run, TOKENS))
+
+
+@pytest.mark.skipif(
+    find_spec("accelerate") is not None, reason="with accelerate, transformers 5.23 reads FP8 otherwise"
+)
+def test_fp8_files_read_by_transformers_quantiser_have_the_logits_of_their_import(exported, tmp_path):
+    """transformers' own FP8 reader, dequantising: code that nobody here wrote reads our blocks and scales."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    config = FineGrainedFP8Config(weight_block_size=(128, 128), dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        exported / "fp8", dtype=torch.float32, quantization_config=config
+    ).eval()
+    import_hf.main([f"input={exported / 'fp8'}", f"output={tmp_path / 'run'}", "dtype=fp32", "processes=1"])
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    difference = (logits_of(tmp_path / "run", TOKENS) - expected).abs().max() / expected.abs().max()
+    assert difference < 2e-2, difference
+
+
+def test_the_mtp_module_is_the_layer_after_the_last_with_the_embedding_half_first(run, exported):
+    model = load_resolved(run / "recipe.yaml").model
+    index = json.loads((exported / "fp32" / INDEX).read_text())["weight_map"]
+    with trained_model(load_resolved(run / "recipe.yaml"), run) as trained:
+        ours = dict(trained.parts.whole_model.named_parameters())
+        for depth, name in product(range(2), ("eh_proj", "enorm", "hnorm", "shared_head.norm")):
+            published = f"model.layers.{model.num_hidden_layers + depth}.{name}.weight"
+            with safe_open(exported / "fp32" / index[published], "pt") as file:
+                mine = ours[f"mtp.layers.{depth}.{name.replace('shared_head.norm', 'final_layernorm')}.weight"]
+                assert torch.equal(file.get_tensor(published), mine)
+
+
+def test_an_interrupted_export_goes_on_and_a_damaged_file_is_made_anew(run, tmp_path, monkeypatch):
+    words = [f"run={run}", f"output={tmp_path}", "dtype=bf16", "shard=100KiB", "processes=1"]
+    written, original = [], torch.equal
+
+    def dies(*tensors):
+        written.append(1)
+        if len(written) == 150:
+            raise KeyboardInterrupt
+        return original(*tensors)
+
+    monkeypatch.setattr(torch, "equal", dies)
+    with pytest.raises(KeyboardInterrupt):
+        export_hf.main(words)
+    monkeypatch.undo()
+    assert not (tmp_path / INDEX).exists()
+    finished = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(finished) >= 2
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    damaged = bytearray(finished[0].read_bytes())
+    damaged[-1] ^= 1
+    finished[0].write_bytes(damaged)
+    assert export_hf.main(words) == 0
+    assert finished[0].stat().st_mtime_ns != before[finished[0]] and finished[0].read_bytes() != bytes(damaged)
+    assert all(path.stat().st_mtime_ns == before[path] for path in finished[1:])
+
+
+def test_workers_in_processes_write_the_same_files(run, exported, tmp_path):
+    export_hf.main([f"run={run}", f"output={tmp_path / 'two'}", "dtype=fp8", "shard=100KiB", "processes=2"])
+    for file in (exported / "fp8").iterdir():
+        assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes(), file.name
+    import_hf.main([f"input={tmp_path / 'two'}", f"output={tmp_path / 'run'}", "processes=2"])
+    assert newest_valid(tmp_path / "run" / "checkpoints")[0].name == "step_00000000"
+
+
+def test_what_is_wrong_with_an_input_is_named(exported, tmp_path):
+    def refused(change, match):
+        place = shutil.copytree(exported / "fp32", tmp_path / match.split()[0].replace("/", "_"))
+        change(place)
+        with pytest.raises(CheckpointError, match=match) as error:
+            import_hf.main([f"input={place}", f"output={place}.run", "processes=1"])
+        assert "\n" not in str(error.value)
+        assert newest_valid(Path(f"{place}.run") / "checkpoints") == (None, [])
+
+    def rewrite(place, edit):
+        file = place / sorted(p.name for p in place.glob("model-*.safetensors"))[1]
+        tensors = load_file(file)
+        edit(tensors)
+        save_file(tensors, file)
+
+    def truncate(place):
+        file = sorted(place.glob("model-*.safetensors"))[1]
+        file.write_bytes(file.read_bytes()[:-100])
+
+    def forget(place):
+        index = json.loads((place / INDEX).read_text())
+        del index["weight_map"]["model.layers.1.mlp.experts.3.up_proj.weight"]
+        (place / INDEX).write_text(json.dumps(index))
+
+    def other_head(place):
+        index = json.loads((place / INDEX).read_text())["weight_map"]
+        file = place / index["model.layers.4.shared_head.head.weight"]
+        tensors = load_file(file)
+        tensors["model.layers.4.shared_head.head.weight"] += 1
+        save_file(tensors, file)
+
+    refused(lambda p: rewrite(p, lambda t: t.update({n: v[:-1].contiguous() for n, v in t.items()})), "has shape")
+    refused(truncate, "cannot be read")
+    refused(forget, "lacks model.layers.1.mlp.experts.3.up_proj.weight")
+    refused(lambda p: sorted(p.glob("model-*"))[1].unlink(), "safetensors is missing")
+    refused(other_head, "shared_head.head.weight differs from lm_head.weight")
+    refused(lambda p: [(p / INDEX).unlink()], "holds neither")
+
+
+def test_fp8_scales_stand_for_the_values(exported):
+    name = "model.layers.1.mlp.shared_experts.gate_proj.weight"
+    folders = {dtype: json.loads((exported / dtype / INDEX).read_text())["weight_map"] for dtype in ("fp8", "fp32")}
+
+    def read(dtype, tensor):
+        with safe_open(exported / dtype / folders[dtype][tensor], "pt") as file:
+            return file.get_tensor(tensor)
+
+    data, scales = read("fp8", name), read("fp8", f"{name}_scale_inv")
+    assert data.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
+    expected = read("fp32", name)
+    torch.testing.assert_close(dequantise_weight(data, scales, torch.float32), expected, rtol=2**-4, atol=1e-3)

@@ -1,0 +1,246 @@
+"""Saving beside training, refusing disks, what is kept, no flipped byte unnoticed. Real runs, real files."""
+
+import json
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+import dsv3_megatron.trainer as trainer_module
+from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
+from launcher.compose import compose, resolved_yaml
+from launcher.console import SilentReporter
+from parallel.errors import CheckpointError, UserError
+from parallel.world import World
+from tests.checkpoints import assert_same_tensors
+from tests.ranks import run_ranks
+from tests.tiny import SMALL
+
+SIX = ("run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
+
+
+class Notes(SilentReporter):
+    """Keeps what the run says."""
+
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+
+class Counter:
+    """An extra state: a number for every rank's pipeline position, cut over ranks like any tensor."""
+
+    def __init__(self):
+        self.values, self.began = torch.zeros(2), False
+
+    def sharded_state(self, metadata, *, loading):
+        return {"values": ShardedTensor.from_rank_offsets("counter.values", self.values, replica_id=rank())}
+
+    def load_state(self, state):
+        self.values = state["values"]
+
+    def begin_anew(self):
+        self.began = True
+
+
+def rank():
+    return int(os.environ["RANK"])
+
+
+def disk_full(directory):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a file cannot grow above: EFBIG, as ENOSPC on a disk
+
+
+def disk_free(directory):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def vanish(directory):
+    if rank() == 0:
+        os.rename(directory, f"{directory}.away")
+        Path(directory).write_text("a file where the folder was")  # refuses root too, as a read-only mount would
+
+
+def come_back(directory):
+    if rank() == 0:
+        Path(directory).unlink()
+        os.rename(f"{directory}.away", directory)
+
+
+def run_case(case):
+    """Train with things happening after some steps on some ranks; return the notes, or the refusal."""
+    torch.set_num_threads(1)
+    overrides, happenings = case["overrides"], case.get("after", {})
+    recipe, notes, done = compose([*SMALL, *overrides]), Notes(), 0
+    original, build = trainer_module.train_step, trainer_module.build_parts
+    built = []
+
+    def step(*arguments):
+        nonlocal done
+        result = original(*arguments)
+        done += 1
+        for action, ranks in happenings.get(done, ()):
+            if rank() in ranks:
+                action(f"{recipe.run.directory}/checkpoints")
+        for part in built:
+            if "counter" in part.extra_states:
+                part.extra_states["counter"].values += 1
+        return result
+
+    def with_counter(*arguments):
+        built.append(build(*arguments))
+        if case.get("counter"):
+            built[-1].extra_states["counter"] = Counter()
+        return built[-1]
+
+    trainer_module.train_step, trainer_module.build_parts = step, with_counter
+    try:
+        trainer_module.run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
+    except UserError as error:
+        notes.texts.append(f"refused: {error}")
+    finally:
+        trainer_module.train_step, trainer_module.build_parts = original, build
+        disk_free(None)
+    counter = built[-1].extra_states.get("counter") if built else None
+    return notes.texts, counter and (counter.values.tolist(), counter.began)
+
+
+def events(directory, name):
+    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of two ranks that differ in what happens to them; name -> (directory, rank 0's notes, counter)."""
+    place = tmp_path_factory.mktemp("saving")
+    both, second = (0, 1), (1,)
+    cases = {
+        "plain": {},
+        "asynchronous": {"more": ("checkpoint.asynchronous=true",)},
+        "disk full": {"after": {3: [(disk_full, second)], 5: [(disk_free, second)]}},
+        "vanished": {"after": {3: [(vanish, both)], 5: [(come_back, both)]}},
+        "full to the end": {"after": {3: [(disk_full, (0,))]}},
+        "kept": {
+            "more": ("run.steps=7", "checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every_steps=3")
+        },
+        "extra": {"counter": True, "more": ("run.steps=2",)},
+        "extra resumed": {"counter": True, "more": ("run.steps=4",), "in": "extra"},
+        "extra left out": {"more": ("run.steps=5",), "in": "extra"},
+        "extra anew": {"counter": True, "more": ("run.steps=6",), "in": "extra"},
+    }
+    listed = []
+    for name, case in cases.items():
+        directory = place / case.get("in", name).replace(" ", "_")
+        overrides = (*SIX, "parallel.expert=2", *case.get("more", ()), f"run.directory={directory}")
+        listed.append({"overrides": overrides, "after": case.get("after", {}), "counter": case.get("counter", False)})
+    results = run_ranks(2, run_case, listed)
+    found = {}
+    for (name, case), result in zip(cases.items(), results):
+        found[name] = (place / case.get("in", name).replace(" ", "_"), *result[0])
+    return found
+
+
+def test_an_asynchronous_save_holds_what_a_synchronous_one_holds(runs):
+    for step in (2, 4, 6):
+        name = f"checkpoints/step_{step:08d}"
+        assert_same_tensors(runs["asynchronous"][0] / name, runs["plain"][0] / name)
+    told = events(runs["asynchronous"][0], "saved")
+    assert [event["step"] for event in told] == [2, 4, 6]
+    assert all(0 < event["stall_seconds"] <= event["seconds"] for event in told)
+
+
+def test_a_full_disk_on_one_rank_fails_the_save_and_not_the_run(runs):
+    directory, notes, _ = runs["disk full"]
+    (failed,) = events(directory, "save_failed")
+    assert failed["step"] == 4 and "File too large" in failed["reason"] and failed["retry_step"] == 5
+    assert any("training goes on" in note and "free" in note for note in notes)
+    assert [event["step"] for event in events(directory, "saved")] == [2, 5, 6], "tried again after one step"
+    assert_same_tensors(directory / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
+    assert not list((directory / "checkpoints").glob(".*")), "nothing half written is left"
+
+
+def test_a_vanished_or_unwritable_folder_fails_the_save_and_not_the_run(runs):
+    directory, _, _ = runs["vanished"]
+    assert [event["step"] for event in events(directory, "save_failed")] == [4]
+    assert [event["step"] for event in events(directory, "saved")] == [2, 5, 6]
+    assert_same_tensors(directory / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_refusal_and_the_last_good_checkpoint(runs):
+    directory, notes, _ = runs["full to the end"]
+    assert "refused: checkpoint:" in notes[-1] and "in 3 tries" in notes[-1] and "step_00000002" in notes[-1]
+    path, wrong = newest_valid(directory / "checkpoints")
+    assert path.name == "step_00000002" and not wrong
+
+
+def test_the_newest_and_every_so_many_steps_are_kept(runs):
+    names = sorted(path.name for path in (runs["kept"][0] / "checkpoints").glob("*"))
+    assert names == ["latest", "step_00000003", "step_00000006", "step_00000007"]
+
+
+def test_an_extra_state_is_saved_resumed_and_may_come_and_go(runs):
+    assert runs["extra"][2] == ([2.0, 2.0], False)
+    assert runs["extra resumed"][2] == ([4.0, 4.0], False)
+    assert any("also holds counter" in note for note in runs["extra left out"][1])
+    values, began = runs["extra anew"][2]
+    assert values == [1.0, 1.0] and began
+    assert any("holds no counter" in note for note in runs["extra anew"][1])
+
+
+def test_every_byte_of_every_file_is_watched(runs, tmp_path):
+    place = shutil.copytree(runs["plain"][0] / "checkpoints", tmp_path / "flipped")
+    newest, choice = place / "step_00000006", random.Random(1)
+    names = [*read_content(newest)["files"], "manifest.json"]
+    assert {".metadata", "metadata.json", "common.pt", "recipe.yaml", "random.pt", "__0_0.distcp"} < set(names)
+    for name in names:
+        file = newest / name
+        whole = file.read_bytes()
+        for position in {0, len(whole) - 1, *(choice.randrange(len(whole)) for _ in range(4))}:
+            data = bytearray(whole)
+            data[position] ^= 1 << choice.randrange(8)
+            if name == "manifest.json" and json_equal(bytes(data), whole):
+                continue  # white space: nothing was said differently
+            file.write_bytes(data)
+            path, wrong = newest_valid(place)
+            assert path.name == "step_00000004", (name, position)
+            assert len(wrong) == 1 and str(file) in wrong[0], (name, position)
+        file.write_bytes(whole)
+    assert newest_valid(place)[0] == newest
+
+
+def json_equal(mine, theirs):
+    try:
+        return json.loads(mine) == json.loads(theirs)
+    except ValueError:
+        return False
+
+
+def test_the_pointer_is_for_people_and_cannot_mislead(runs, tmp_path):
+    place = shutil.copytree(runs["plain"][0] / "checkpoints", tmp_path / "pointer")
+    (place / "latest").write_text("step_00000002\n")
+    assert newest_valid(place)[0].name == "step_00000006"
+
+
+def test_a_checkpoint_that_the_user_named_is_started_from_or_refused(runs, tmp_path):
+    named = shutil.copytree(runs["plain"][0] / "checkpoints/step_00000004", tmp_path / "named")
+    words = [*SIX, "parallel.expert=2", f"checkpoint.load={named}"]
+    good = {"overrides": [*words, f"run.directory={tmp_path / 'started'}"]}
+    (((notes, _), _),) = run_ranks(2, run_case, [good])
+    assert any(f"resumed from {named} (step 4" in note for note in notes)
+    assert_same_tensors(tmp_path / "started/checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
+    (named / "__1_0.distcp").unlink()
+    bad = {"overrides": [*words, f"run.directory={tmp_path / 'refused'}"]}
+    (((notes, _), _),) = run_ranks(2, run_case, [bad])
+    assert f"checkpoint.load = {named}" in notes[-1] and "__1_0.distcp is missing" in notes[-1]
+    with pytest.raises(CheckpointError, match="missing"):
+        read_manifest(named)
