@@ -25,6 +25,7 @@ class StepMetrics:
     MTP depths, ``balance_loss`` the weighted sum over layers. ``bubble_fraction`` is the measured share of the step
     that ranks waited for their pipeline neighbours, mean over ranks; ``mfu`` is null where the device's peak is not in
     the cluster file. ``max_violation`` is MaxVio, mean over layers. ``skipped`` counts steps skipped so far.
+    ``slowest_rank`` took ``slowest_ratio`` times the median rank's seconds for the same work when last compared.
     """
 
     step: int
@@ -44,6 +45,8 @@ class StepMetrics:
     memory_peak_bytes: int
     max_violation: float | None
     skipped: int
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def finished(self) -> Path:
+        """There once the run has consumed its steps or tokens: a scheduler that sees it need not start it again."""
+        return self.path / "finished"
+
+    @property
     def summary(self) -> Path:
         """What the run ended with."""
         return self.path / "summary.json"

@@ -75,7 +75,7 @@ def copy_of(directory, place, keep_steps):
 CONTRACT = {
     "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate", "grad_norm", "global_batch",
     "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "bubble_fraction", "memory_peak_bytes",
-    "max_violation", "skipped",
+    "max_violation", "skipped", "slowest_rank", "slowest_ratio",
 }  # fmt: skip
 
 
