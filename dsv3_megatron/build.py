@@ -12,7 +12,7 @@ from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
-from parallel.errors import LayoutError
+from parallel.errors import LayoutError, RecipeError
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
@@ -32,11 +32,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.initialise import global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.optim.optimizer import build_optimizer
 from dsv3_megatron.pipeline import ModelStages
-from dsv3_megatron.precision.policy import apply_fp8
+from dsv3_megatron.precision.hopper import HopperFp8, why_not
+from dsv3_megatron.precision.products import Fp8Products
+from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.schedule import evaluation_schedule, schedule_of
 from dsv3_megatron.stages import layers_of_stages
 
@@ -115,12 +118,25 @@ def parameter_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.precision.parameters == "bf16" else torch.float32
 
 
+def te_delays_weight_gradients(recipe: Recipe, backend: BackendSpecProvider) -> bool:
+    """Return whether TE's layers are built to leave weight gradients to ``backward_dw``, as schedules with W need.
+
+    Ours decide at every step; TE's at construction, and then for good.
+    """
+    return backend.name == "te" and recipe.parallel.schedule not in ("1f1b", "interleaved")
+
+
 def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     """Build this rank's stages, wrap them for gradient reduction, and make the optimizer.
 
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
     backend = choose_backend(recipe.backend, device)
+    if recipe.data.isolate_documents and backend.name != "torch":
+        raise RecipeError(
+            f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "
+            "set backend=torch, or data.isolate_documents=false as in the paper's pretraining"
+        )
     if backend.name == "torch" and device.type == "cpu":
         use_our_adamw()
     placement = recipe.placement()
@@ -131,7 +147,11 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     chunks = _build_chunks(recipe, layout, layers, placement, backend, groups, device)
     shared, copied = _join_embeddings(chunks, placement, groups)
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        fp8_param_gather=recipe.precision.fp8 is not None and recipe.precision.fp8.hold_weights,
+        delay_wgrad_compute=te_delays_weight_gradients(recipe, backend),
     )
     ddps = {s: wrap_for_reduction(chunk.config, chunk, groups, settings) for s, chunk in chunks.items()}
     optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
@@ -143,6 +163,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         last_stage=placement.stages - 1,
         message=(shape, parameter_dtype(recipe), device),
         embedding_is_shared=shared,
+        always_splits=settings.delay_wgrad_compute,
     )
     return Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
 
@@ -158,24 +179,32 @@ def _build_chunks(
 ) -> dict[int, GPTModel]:
     """Return this rank's stages, weights drawn."""
     config = transformer_config(recipe.model, recipe.parallel, layout, dtype=parameter_dtype(recipe))
+    fp8 = recipe.precision.fp8
+    if backend.name == "te":
+        configure(config, fp8)
+        config.delay_wgrad_compute = te_delays_weight_gradients(recipe, backend)
+    make = HopperFp8 if fp8 is not None and why_not(fp8, device) is None else Fp8Products
     chunks = {}
     for stage in placement.stages_of(groups.pp.rank()):
-        chunk = build_stage(
-            config,
-            recipe.model,
-            backend,
-            stage=stage,
-            layers_of_stages=layers,
-            sequence_length=recipe.data.sequence_length,
-            groups=groups,
-        )
+        # No gradients: where TE holds weights in FP8 it would keep what they were built from for the optimizer, and
+        # weights are drawn afterwards.
+        with torch.no_grad():
+            chunk = build_stage(
+                config,
+                recipe.model,
+                backend,
+                stage=stage,
+                layers_of_stages=layers,
+                sequence_length=recipe.data.sequence_length,
+                groups=groups,
+            )
         chunk.to(device)
         std = recipe.model.initializer_range
         initialise(chunk, first_layer=sum(layers[:stage]), std=std, seed=recipe.run.seed, groups=groups)
         keep_bias_in_float32(chunk)
-        if backend.name == "torch":
-            count = recipe.model.num_hidden_layers
-            apply_fp8(chunk, recipe.precision.fp8, first_layer=sum(layers[:stage]), layers=count)
+        if backend.name == "te" and fp8 is not None:
+            exempt_no_mtp(chunk)
+        apply_fp8(chunk, fp8, first_layer=sum(layers[:stage]), layers=recipe.model.num_hidden_layers, make=make)
         chunks[stage] = chunk
     return chunks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.schedule import schedule_of
-from parallel.errors import DoesNotFitError, LayoutError, RecipeError, ScheduleError
+from parallel.errors import DoesNotFitError, LayoutError, ScheduleError
 from parallel.layout import Layout
 from parallel.world import World
 
@@ -29,7 +29,6 @@ def check_world(recipe: Recipe, world: World) -> Layout:
             "train recipe=dsv3_tiny here"
         )
     layout = recipe.layout(world.size)
-    check_available(recipe)
     check_schedule(recipe, layout)
     return layout
 
@@ -66,23 +65,3 @@ def check_schedule(recipe: Recipe, layout: Layout) -> None:
             f"model.first_k_dense_replace = {recipe.model.first_k_dense_replace} leaves no MoE layer, and MTP under "
             f"parallel.schedule={parallel.schedule} needs one (megatron-core's overlapped plan); use zb1p"
         )
-
-
-def check_available(recipe: Recipe) -> None:
-    """Refuse what recipes can say but this version cannot do yet: nothing is trained differently from what was asked.
-
-    Raises: RecipeError: naming the key, and what to set instead.
-    """
-    waiting = {
-        "precision.fp8": (recipe.precision.fp8 is not None and recipe.backend == "te", "backend=torch"),
-        "model.topk_method": (recipe.model.topk_method == "capacity", "model.topk_method=noaux_tc"),
-        "data.fim_rate": (recipe.data.fim_rate > 0, "data.fim_rate=0"),
-        "data.isolate_documents": (recipe.data.isolate_documents, "data.isolate_documents=false"),
-        "data.source": (recipe.data.source == "indexed", "data=stdlib or data=synthetic"),
-    }
-    for key, (asked, instead) in waiting.items():
-        if asked:
-            section, name = key.split(".")
-            value = getattr(getattr(recipe, section), name)
-            shown = value if isinstance(value, (str, int, float)) else "{...}"
-            raise RecipeError(f"{key} = {shown} is not available yet; set {instead}")

@@ -42,6 +42,7 @@ def adapt_host() -> None:
     _mend_recompute_without_fp8()
     _number_layers_by_stage()
     _mend_overlapped_plan()
+    _take_masks_by_depth()
 
 
 @contextlib.contextmanager
@@ -327,3 +328,20 @@ def _mend_overlapped_plan() -> None:
 
     callables.should_free_input = should_free_input
     callables.build_mtp_layer_callables = build_mtp_layer_callables
+
+
+def _take_masks_by_depth() -> None:
+    """Why: the loss mask of a multi-token-prediction depth is the main one rolled, which lets a depth predict across
+    packed documents; boundaries are known to megatron-core only through packed_seq_params, which its overlapped plan
+    refuses with MTP. Here GPTModel may be given model.depth_masks.DepthMasks for a loss mask, and "rolling" it takes
+    the next depth's. Can go when the plan takes packed_seq_params with MTP and CP."""
+    import megatron.core.models.gpt.gpt_model as gpt
+
+    roll = gpt.roll_tensor
+
+    @functools.wraps(roll)
+    def roll_tensor(tensor: object, *args: object, **kwargs: object) -> object:
+        next_depth = getattr(tensor, "next_depth", None)
+        return roll(tensor, *args, **kwargs) if next_depth is None else next_depth()
+
+    gpt.roll_tensor = roll_tensor

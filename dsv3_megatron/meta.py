@@ -11,8 +11,8 @@ from dsv3_megatron.build import parameter_dtype
 from dsv3_megatron.host import virtual_device
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.stage import build_stage
-from dsv3_megatron.precision.policy import apply_fp8
 from dsv3_megatron.recipe import Recipe
 from parallel.groups import build_groups, start_processes, stop_processes
 from parallel.layout import Layout

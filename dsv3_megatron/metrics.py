@@ -24,8 +24,11 @@ class StepMetrics:
     ``loss`` is the training objective (lm + weighted MTP + weighted balance), ``mtp_loss`` the unweighted mean over
     MTP depths, ``balance_loss`` the weighted sum over layers. ``bubble_fraction`` is the measured share of the step
     that ranks waited for their pipeline neighbours, mean over ranks; ``mfu`` is null where the device's peak is not in
-    the cluster file. ``max_violation`` is MaxVio, mean over layers. ``skipped`` counts steps skipped so far.
-    ``slowest_rank`` took ``slowest_ratio`` times the median rank's seconds for the same work when last compared.
+    the cluster file. ``max_violation`` is MaxVio of the batch, mean over layers; ``max_violation_running`` that of the
+    loads averaged over about a hundred steps; ``layer_violation`` the batch's by MoE layer, MTP modules last.
+    ``rerouted_choices`` and ``dropped_choices`` count token-expert choices for which an expert had no room (null
+    where experts have no capacity). ``skipped`` counts steps skipped so far. ``slowest_rank`` took ``slowest_ratio``
+    times the median rank's seconds for the same work when last compared.
     """
 
     step: int
@@ -44,6 +47,10 @@ class StepMetrics:
     bubble_fraction: float | None
     memory_peak_bytes: int
     max_violation: float | None
+    max_violation_running: float | None
+    layer_violation: list[float] | None
+    rerouted_choices: int | None
+    dropped_choices: int | None
     skipped: int
     slowest_rank: int | None = None
     slowest_ratio: float | None = None
@@ -139,6 +146,8 @@ class WandbRun:
     def write(self, metrics: StepMetrics) -> None:
         """Log one step under the names of metrics.jsonl."""
         values = {k: v for k, v in asdict(metrics).items() if v is not None}
+        for number, violation in enumerate(values.pop("layer_violation", ())):
+            values[f"layer_violation/{number:02d}"] = violation
         self._run.log(values, step=metrics.step)
 
     def event(self, name: str, values: dict[str, Any]) -> None:

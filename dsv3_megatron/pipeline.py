@@ -19,7 +19,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import set_streams
 from torch import Tensor
 
-from dsv3_megatron.precision.products import EmulatedFp8
+from dsv3_megatron.model.depth_masks import KEY, DepthMasks
+from dsv3_megatron.precision.products import Fp8Products
 from parallel.actions import Action, Schedule
 from parallel.engine import Emit
 
@@ -46,6 +47,7 @@ class ModelStages:
         last_stage: int,
         message: tuple[tuple[int, ...], torch.dtype, torch.device],
         embedding_is_shared: bool,
+        always_splits: bool = False,
     ):
         """Take this rank's modules by stage.
 
@@ -55,6 +57,7 @@ class ModelStages:
             last_stage: of the whole model.
             message: shape [S, B, H], dtype and device of what passes between stages.
             embedding_is_shared: the last stage here uses the embedding of the first, which is here too.
+            always_splits: the layers were built to leave their weight gradients to ``backward_dw``, in every schedule.
         """
         set_streams()  # the plan's compute and communication stream, on the device in use
         self._chunks, self._ddps, self._last = chunks, ddps, last_stage
@@ -64,18 +67,22 @@ class ModelStages:
         self._live: dict[Key, _Plain | TransformerModelChunkSchedulePlan] = {}
         self._batches: list[Batch] = []
         self._planned = self._splits = self._training = False
+        self._always_splits = always_splits
         self._reduced: set[int] = set()
         self.loss = torch.zeros(2, dtype=torch.float64, device=message[2])
         self.last_stage_microbatches = 0
+        self.mtp_depth_decay = 1.0  # set by the trainer: a phase
 
     def begin(self, schedule: Schedule, batches: list[Batch], *, training: bool) -> None:
         """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on."""
         kinds = {step.kind for steps in schedule.ranks for step in steps}
-        self._planned, self._splits = "FB" in kinds, bool(kinds & {"FB", "I", "W"})
+        self._planned, self._splits = "FB" in kinds, self._always_splits or bool(kinds & {"FB", "I", "W"})
         self._batches, self._training = batches, training
-        EmulatedFp8.step += 1  # weights may have changed since the last one
+        Fp8Products.step += 1  # weights may have changed since the last one
         self._reduced.clear()
         self.loss.zero_()
+        depths = sum(key.startswith(KEY) for key in batches[0])
+        self.mtp_positions = torch.zeros(depths, dtype=torch.float64, device=self.loss.device)
         self.last_stage_microbatches = 0
         for chunk in self._chunks.values():
             chunk.config.overlap_moe_expert_parallel_comm = self._planned
@@ -135,7 +142,11 @@ class ModelStages:
             chunk.set_input_tensor([activation.requires_grad_(self._training)])
         with torch.set_grad_enabled(self._training):
             output = chunk(
-                batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"]
+                batch["tokens"],
+                batch["position_ids"],
+                batch.get("documents"),
+                labels=batch["labels"],
+                loss_mask=self._mask(batch),
             )
         if self._training:
             self._live[action.stage, action.microbatch] = _Plain(activation, output)
@@ -192,10 +203,14 @@ class ModelStages:
         return chunk.build_schedule_plan(
             batch["tokens"],
             batch["position_ids"],
-            None,
+            batch.get("documents"),
             labels=batch["labels"] if action.stage == self._last else None,
-            loss_mask=batch["loss_mask"],
+            loss_mask=self._mask(batch),
         )
+
+    def _mask(self, batch: Batch) -> DepthMasks | Tensor:
+        """Return what megatron-core weighs MTP losses with; the main loss is weighed by its gradient."""
+        return DepthMasks.of(batch, self.mtp_depth_decay) or batch["loss_mask"]
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
@@ -209,6 +224,9 @@ class ModelStages:
         """Add a microbatch's losses [B, S] over the tokens that count."""
         mask = self._batches[action.microbatch]["loss_mask"].double()
         self.loss += torch.stack([(losses.detach().double() * mask).sum(), mask.sum()])
+        batch = self._batches[action.microbatch]
+        for depth in range(len(self.mtp_positions)):
+            self.mtp_positions[depth] += batch[f"{KEY}{depth + 1}"].sum()
         self.last_stage_microbatches += 1
 
     def _loss_gradient(self, action: Action) -> Tensor:

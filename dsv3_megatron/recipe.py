@@ -112,6 +112,8 @@ class Recipe(BaseModel):
         self.model.check()
         if self.run.steps is None and self.run.tokens is None:
             raise RecipeError("run.steps and run.tokens are both null; set one of them, or the run has no end")
+        if self.precision.fp8 is not None:
+            self.precision.fp8.check()
         self._check_model_against_layout()
         self._check_curves()
 
@@ -132,6 +134,12 @@ class Recipe(BaseModel):
                 f"parallel.context = {parallel.context} and parallel.tensor = {parallel.tensor} need; "
                 f"nearest that is: {max(1, round(self.data.sequence_length / cut)) * cut}"
             )
+        for field in ("tensor", "context") if model.topk_method == "capacity" else ():
+            if getattr(parallel, field) > 1:
+                raise LayoutError(
+                    f"parallel.{field} = {getattr(parallel, field)} cuts sequences, but model.topk_method = capacity "
+                    f"serves the tokens of whole ones in order; set parallel.{field}=1"
+                )
         stages = self.placement().stages
         if parallel.stages is not None:
             if len(parallel.stages) != stages:

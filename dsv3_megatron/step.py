@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from dsv3_megatron.build import Parts
 from dsv3_megatron.gradients import finish_gradients
+from dsv3_megatron.loads import gather_loads, step_loads, step_overflow, update_biases
+from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import set_learning_rate
 from dsv3_megatron.pipeline import Batch
-from dsv3_megatron.routing.bias import update_expert_bias
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 
@@ -30,6 +32,7 @@ class StepValues:
     mtp_weight: float
     bias_speed: float
     balance_weight: float
+    mtp_depth_decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,23 @@ class StepResult:
 
     lm_loss: float
     mtp_loss: float | None
+    mtp_objective: float
     balance_loss: float
     grad_norm: float
-    max_violation: float | None
+    loads: np.ndarray | None  # tokens per expert of every MoE layer of the model, MTP's last: [layers, experts] float64
+    overflow: tuple[int, int] | None  # choices (rerouted, dropped) for want of room, where experts have a capacity
     bubble_fraction: float | None
     skipped: bool
 
-    def objective(self, values: StepValues, sequence_length: int, depths: int) -> float:
-        """Return the training objective: what the gradients are of.
+    @property
+    def max_violation(self) -> float | None:
+        """MaxVio, mean over all MoE layers of the model."""
+        return None if self.loads is None else max_violation(torch.from_numpy(self.loads)).mean().item()
 
-        The paper divides the loss of depth k by T, not by the T - k positions it has (Eq. 24).
-        """
-        total = self.lm_loss + self.balance_loss
-        if self.mtp_loss is not None:
-            positions = sum(sequence_length - k for k in range(1, depths + 1)) / (depths * sequence_length)
-            total += values.mtp_weight * self.mtp_loss * positions
-        return total
+    @property
+    def objective(self) -> float:
+        """The training objective: what the gradients are of."""
+        return self.lm_loss + self.balance_loss + self.mtp_objective
 
 
 def slice_for_context(batch: Batch, parts: Parts) -> Batch:
@@ -63,6 +67,8 @@ def slice_for_context(batch: Batch, parts: Parts) -> Batch:
         return batch
     return {
         name: torch.cat([x.chunk(2 * size, dim=1)[i] for i in (rank, 2 * size - 1 - rank)], dim=1)
+        if name != "documents"  # keys come from all ranks, so attention wants every token's document
+        else x
         for name, x in batch.items()
     }
 
@@ -72,7 +78,9 @@ def run_pipeline(parts: Parts, batches: list[Batch], *, training: bool) -> tuple
 
     The loss is what the last stage computed on this rank (zeros elsewhere), not reduced.
     """
-    batches = [slice_for_context({k: x.to(parts.device) for k, x in b.items()}, parts) for b in batches]
+    depths = parts.recipe.model.num_nextn_predict_layers if training else 0
+    batches = [with_depth_masks({k: x.to(parts.device) for k, x in b.items()}, depths) for b in batches]
+    batches = [slice_for_context(b, parts) for b in batches]
     schedule, engine = parts.engine(len(batches), training=training)
     parts.stages.begin(schedule, batches, training=training)
     engine.run()
@@ -93,6 +101,7 @@ def train_step(
     for config in parts.configs:
         config.mtp_loss_scaling_factor = values.mtp_weight
         config.moe_aux_loss_coeff = values.balance_weight
+    parts.stages.mtp_depth_decay = values.mtp_depth_decay
     scale = parts.optimizer.scale_loss(torch.ones((), device=parts.device))
     MTPLossAutoScaler.set_loss_scale(scale)
     MoEAuxLossAutoScaler.set_loss_scale(scale)
@@ -104,27 +113,26 @@ def train_step(
     pipeline_seconds = time.perf_counter() - start
     if parts.watchdog is not None:
         parts.watchdog.enter("the end of the step: gradients, optimizer, metrics")
-    finish_gradients(
-        list(parts.ddps.values()),
-        parts.groups,
-        tokens=_counted_tokens(parts, batches),
-        embedding_copy=parts.embedding_copy,
-    )
-    loads = _step_loads(parts)
+    tokens = _counted_tokens(parts, batches)
+    finish_gradients(list(parts.ddps.values()), parts.groups, tokens=tokens, embedding_copy=parts.embedding_copy)
+    loads = step_loads(parts)
     set_learning_rate(parts.optimizer, values.learning_rate)
     lm_loss = _mean_loss(parts, total)
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
     updated = allows(lm_loss, grad_norm) and parts.optimizer.step()[0]
     if updated:
-        _update_biases(parts, loads, values.bias_speed)
+        update_biases(parts, loads, values.bias_speed)
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if parts.layout.pp > 1 else None
+    mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
     return StepResult(
         lm_loss=lm_loss,
-        mtp_loss=_mtp_loss(parts, batches),
+        mtp_loss=mtp_loss,
+        mtp_objective=mtp_objective,
         balance_loss=_balance_loss(parts, len(batches)) * values.balance_weight,
         grad_norm=grad_norm,
-        max_violation=_mean_violation(parts, loads),
+        loads=gather_loads(parts, loads),
+        overflow=step_overflow(parts),
         # A GPU's sends return before they are done: standing in them measures nothing there.
         bubble_fraction=bubble if parts.device.type == "cpu" else None,
         skipped=not updated,
@@ -152,7 +160,7 @@ def _without_mtp(parts: Parts) -> Iterator[None]:
             chunk.config.mtp_num_layers, chunk.mtp_process = before[stage]
 
 
-# -- loads -------------------------------------------------------------------------------------------------------------
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
@@ -164,31 +172,6 @@ def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
     tokens = tokens if counts else torch.zeros_like(tokens)
     dist.all_reduce(tokens)
     return tokens
-
-
-def _routers(parts: Parts) -> list[torch.nn.Module]:
-    return [m for c in parts.chunks.values() for m in c.modules() if getattr(m, "expert_bias", None) is not None]
-
-
-@torch.no_grad()
-def _step_loads(parts: Parts) -> Tensor | None:
-    """Return tokens per expert [MoE layers on this rank, E] of the whole step, and start counting anew."""
-    routers = _routers(parts)
-    if not routers:
-        return None
-    loads = torch.stack([r.local_tokens_per_expert for r in routers])
-    for router in routers:
-        router.local_tokens_per_expert.zero_()
-    # Every rank of the stage routes tokens of its own: TP by sequence parallelism, CP, DP (DualPipe: both mirrors).
-    dist.all_reduce(loads, group=parts.groups.dp_cp)
-    dist.all_reduce(loads, group=parts.groups.tp)
-    return loads
-
-
-@torch.no_grad()
-def _update_biases(parts: Parts, loads: Tensor | None, speed: float) -> None:
-    for router, load in zip(_routers(parts), loads if loads is not None else ()):
-        router.expert_bias.copy_(update_expert_bias(router.expert_bias, load, speed=speed))
 
 
 # -- what a step reports -----------------------------------------------------------------------------------------------
@@ -207,27 +190,26 @@ def _mean_over_world(value: float, parts: Parts) -> float:
     return total.item() / dist.get_world_size()
 
 
-def _mtp_loss(parts: Parts, batches: list[Batch]) -> float | None:
-    """Return the mean over predicted positions, depths and sequences, from megatron-core's own tracker.
+def _mtp_losses(parts: Parts, values: StepValues, tokens: Tensor) -> tuple[float | None, float]:
+    """Return (mean over all positions and depths that count, share of the objective).
 
-    The tracker holds each rank's mean over its positions. Depth k predicts all but the last k of a sequence, and the
-    rank that holds the end (CP rank 0, by the zigzag order) has so many fewer: ranks are weighted by what they have.
+    The objective divides the loss of depth k by the tokens of the step, not by the fewer positions that depth has
+    (arXiv 2412.19437 Eq. 24), and weighs it by lambda / depths and the depth's own weight. megatron-core's tracker
+    holds each rank's sum by depth (model.depth_masks).
     """
     depths = parts.recipe.model.num_nextn_predict_layers
     if not depths:
-        return None
-    tracker = MTPLossLoggingHelper.tracker
-    total = torch.zeros(2, dtype=torch.float64, device=parts.device)
+        return None, 0.0
+    total = torch.zeros(2, depths, dtype=torch.float64, device=parts.device)
     if parts.stages.last_stage_microbatches:
         if parts.groups.tp.rank() == 0:
-            here = batches[0]["tokens"].shape[1] // parts.layout.cp
-            missing = torch.arange(1, depths + 1, device=parts.device) * (parts.groups.cp.rank() == 0)
-            positions = (here - missing).double()
-            total[0] = (tracker["values"].double() * positions).sum()
-            total[1] = positions.sum() * parts.stages.last_stage_microbatches
+            total[0] = MTPLossLoggingHelper.tracker["values"]
+            total[1] = parts.stages.mtp_positions
         MTPLossLoggingHelper.clean_loss_in_tracker()
     dist.all_reduce(total)
-    return (total[0] / total[1].clamp(min=1)).item()
+    weights = values.mtp_depth_decay ** torch.arange(depths, dtype=torch.float64, device=parts.device)
+    objective = values.mtp_weight / depths * (total[0] * weights).sum() / tokens
+    return (total[0].sum() / total[1].sum().clamp(min=1)).item(), objective.item()
 
 
 def _balance_loss(parts: Parts, microbatches: int) -> float:
@@ -239,13 +221,3 @@ def _balance_loss(parts: Parts, microbatches: int) -> float:
             module.balance_sum.zero_()
     dist.all_reduce(total)  # TP x CP ranks hold shares of the same sequences, stages hold layers, DP ranks sequences
     return total.item() / microbatches / parts.layout.dp
-
-
-def _mean_violation(parts: Parts, loads: Tensor | None) -> float | None:
-    """Return MaxVio, mean over all MoE layers of the model."""
-    total = torch.zeros(2, dtype=torch.float64, device=parts.device)
-    if loads is not None:
-        violations = max_violation(loads)
-        total[0], total[1] = violations.sum(), violations.numel()
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item() if total[1] else None

@@ -28,11 +28,14 @@ from dsv3_megatron.metrics import (
     append_event,
     peak_memory_bytes,
 )
+from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
-from dsv3_megatron.step import StepValues, evaluate_batches, train_step
+from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from dsv3_megatron.stragglers import Slowest, WorkClock
 from parallel.errors import CheckpointError, HealthError
 from parallel.groups import start_processes, stop_processes
@@ -89,6 +92,7 @@ class Trainer:
         self._flops_per_token = training_flops_per_token(recipe.model, recipe.data.sequence_length)
         self._bytes_per_token = data.bytes_per_token() if self.is_first else None
         self.saver = Saver(self.directory.checkpoints, recipe.checkpoint, parts, resolved_recipe, self._tell_save)
+        self._running_loads = RunningLoads()
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
@@ -218,6 +222,7 @@ class Trainer:
             mtp_weight=regime.mtp_weight(progress.tokens),
             bias_speed=regime.bias_speed(progress.tokens),
             balance_weight=regime.balance_weight(progress.tokens),
+            mtp_depth_decay=regime.mtp_depth_decay(progress.tokens),
         )
         batches = step_batches(
             self.data.train,
@@ -247,7 +252,7 @@ class Trainer:
         metrics = StepMetrics(
             step=progress.step,
             tokens=progress.tokens,
-            loss=result.objective(values, recipe.data.sequence_length, recipe.model.num_nextn_predict_layers),
+            loss=result.objective,
             lm_loss=result.lm_loss,
             mtp_loss=result.mtp_loss,
             balance_loss=result.balance_loss,
@@ -261,6 +266,7 @@ class Trainer:
             bubble_fraction=result.bubble_fraction,
             memory_peak_bytes=peak_memory_bytes(self.parts.device),
             max_violation=result.max_violation,
+            **self._load_metrics(result),
             skipped=progress.skipped,
             slowest_rank=self._slowest.rank if self._slowest else None,
             slowest_ratio=self._slowest.ratio if self._slowest else None,
@@ -268,6 +274,20 @@ class Trainer:
         for writer in self._writers:
             writer.write(metrics)
         self.reporter.step(metrics, recipe.run.steps)
+
+    def _load_metrics(self, result: StepResult) -> dict[str, Any]:
+        rerouted, dropped = result.overflow or (None, None)
+        running = layers = None
+        if result.loads is not None:
+            loads = torch.from_numpy(result.loads)
+            running = max_violation(self._running_loads.update(loads)).mean().item()
+            layers = max_violation(loads).tolist()
+        return {
+            "max_violation_running": running,
+            "layer_violation": layers,
+            "rerouted_choices": rerouted,
+            "dropped_choices": dropped,
+        }
 
     def _between_steps(self) -> None:
         if self.guard.exhausted:
@@ -370,6 +390,7 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
     """
     layout = check_world(recipe, world)
     device = choose_device(recipe.run.device, world)
+    told = check_precision(recipe, backend_name(recipe.backend, device), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device):
         parts = build_parts(recipe, layout, device)
@@ -383,6 +404,8 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
         try:
             trainer = Trainer(recipe, parts, data, reporter, resolved_recipe)
             trainer.prepare()
+            for line in told if trainer.is_first else ():
+                reporter.note(line)
             return trainer.train()
         finally:
             parts.watchdog.close()

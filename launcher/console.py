@@ -93,7 +93,7 @@ class ConsoleReporter:
         print(f"\r\x1b[2K{text}" if self._live else text, flush=True)
 
 
-class ProgressLine:
+class FileProgress:
     """How far a command is through its files; rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, what: str):
@@ -136,6 +136,36 @@ def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float
     if last_step:
         parts.append(f"left {show_duration((last_step - metrics.step) * recent_seconds)}")
     return "  ".join(parts)
+
+
+class ProgressLine:
+    """How far a long work over bytes is: share, rate, time left. Rewritten on a terminal, else a line now and then."""
+
+    def __init__(self, what: str):
+        self._what, self._live = what, sys.stderr.isatty()
+        self._start = self._shown_at = time.monotonic()
+        self._start_bytes: int | None = None
+        self._open = False
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Show that ``done`` of ``total`` bytes are done."""
+        if self._start_bytes is None:
+            self._start, self._start_bytes = time.monotonic(), done  # a continued work begins somewhere
+        now = time.monotonic()
+        if now - self._shown_at < (0.2 if self._live else 10.0):
+            return
+        self._shown_at = now
+        rate = (done - self._start_bytes) / max(now - self._start, 1e-9)
+        left = f", left {show_duration((total - done) / rate)}" if rate else ""
+        share = f"{done / max(total, 1):.0%} of {show_bytes(total)}, {show_bytes(rate)}/s"
+        text = f"{self._what}: {share}{left}  {note}"
+        print(f"\r\x1b[2K{text}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
+        self._open = self._live
+
+    def close(self) -> None:
+        """Leave the line."""
+        if self._open:
+            print(file=sys.stderr)
 
 
 def text_plot(values: Sequence[float], *, title: str, width: int = 72, height: int = 12) -> str:

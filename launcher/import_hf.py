@@ -24,7 +24,7 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run_directory import RunDirectory
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import DEFAULT_RECIPE, build, compose, load_resolved, options, resolved_yaml
-from launcher.console import ProgressLine, guarded
+from launcher.console import FileProgress, guarded
 from launcher.export_hf import writable_folder
 from parallel.errors import CheckpointError, RecipeError
 from parallel.units import show_bytes
@@ -106,8 +106,6 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
     else:
         name = given.recipe or shipped_recipe(model)
         base = compose([f"recipe={name}"]).model_dump(mode="json")
-        if (folder / "tokenizer.json").is_file():
-            base["data"]["tokenizer"] = str(output / "tokenizer.json")
     base["model"] = model.model_dump(mode="json")
     base["precision"] = compose([f"precision={precision}"]).precision.model_dump(mode="json")
     base["run"] |= {"name": output.name, "directory": str(output)}
@@ -136,7 +134,7 @@ def import_weights(
 
     if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
         raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")
-    shown = ProgressLine("importing")
+    shown = FileProgress("importing")
     path = import_weights(
         model,
         folder,

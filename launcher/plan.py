@@ -2,8 +2,10 @@
 
     python launcher/plan.py recipe=dsv3_671b show=precision     which tensor of every module is in which format
     python launcher/plan.py recipe=dsv3_tiny show=precision precision=fp8 format=json
+    python launcher/plan.py recipe=dsv3_671b show=regime        what changes over the run, and a plot (svg=FILE)
+    python launcher/plan.py recipe=dsv3_671b show=regime at=12.15T format=json      the values in force then
 
-Keys of its own are show, format (text or json) and output (a file); all others are overrides of the recipe.
+Keys of its own are show, at, svg, format (text or json) and output (a file); all others are overrides of the recipe.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from launcher.console import guarded
 from launcher.views.precision import show_precision
+from launcher.views.regime import show_regime
 from parallel.errors import RecipeError
 
 View = Callable[[Sequence[str], dict[str, str]], str]
-VIEWS: dict[str, View] = {"precision": show_precision}
-_OWN = ("show", "format", "output")
+VIEWS: dict[str, View] = {"precision": show_precision, "regime": show_regime}
+_OWN = ("show", "format", "output", "at", "svg")
 
 
 def main(arguments: Sequence[str]) -> int:

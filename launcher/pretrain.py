@@ -25,6 +25,9 @@ def train(recipe: Recipe) -> int:
     world = World.from_environment()
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second
     prepare_threads(world.size)
+    from dsv3_megatron.precision.transformer_engine import prepare_environment
+
+    prepare_environment(recipe.precision)
     from dsv3_megatron.trainer import run
 
     first = world.rank == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_megatron.build import Parts, build_parts
-from dsv3_megatron.data.samples import Synthetic, step_batches
+from dsv3_megatron.data.samples import Sample, Synthetic, step_batches
 from dsv3_megatron.model.initialise import _matrices, global_name
 from dsv3_megatron.model.stage import is_routed_expert
 from dsv3_megatron.recipe import Recipe
@@ -54,6 +55,7 @@ class Case:
     save_to: str | None = None  # where to write this run's gradients and weights
     reference: str | None = None  # where the one-process gradients lie, to compare with
     values: StepValues = field(default_factory=lambda: VALUES)
+    samples: list[Sample] | None = None  # to train on; None = Synthetic ones
 
 
 def small_recipe(*overrides: str) -> Recipe:
@@ -68,6 +70,8 @@ def train_rank(case: Case) -> dict[str, Any]:
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         source = Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
+        if case.samples is not None:
+            source = SimpleNamespace(sample=case.samples.__getitem__)
         gradients: list[dict[str, Tensor]] = []
         results: list[StepResult] = []
         step = parts.optimizer.step
@@ -145,7 +149,7 @@ def share_of(parts: Parts, name: str, parameter: Tensor, whole: Tensor) -> Tenso
         whole = whole.chunk(parts.groups.ep.size())[parts.groups.ep.rank()]
         group, dim = parts.groups.expt_tp, parameter.partition_dim
     else:
-        ((_, _, group, dim),) = _matrices(name, parameter, parts.groups)
+        ((_, _, group, dim),) = _matrices(name, parameter, parts.groups, 0)
         if dim is None:
             return whole
     size, rank = group.size(), group.rank()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -25,16 +26,20 @@ class Data:
 
     def bytes_per_token(self) -> float | None:
         """Return the bytes of text a held-out token stands for, on average over what is evaluated; None if no text."""
-        if self.tokenizer is None:
+        if self.tokenizer is None or not self.held_out_count:
             return None
         lengths = self.tokenizer.token_bytes()
-        targets = np.concatenate([self.held_out.sample(n)[1:] for n in range(self.held_out_count)])
-        return float(lengths[targets].mean())
+        samples = [self.held_out.sample(n) for n in range(self.held_out_count)]
+        return float(lengths[np.concatenate([s.labels[s.weights > 0] for s in samples])].mean())
 
 
 def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
     """Return the data of a run. Raises DataError when the source is missing or does not fit the model."""
     length = settings.sequence_length
+    if settings.source != "indexed":
+        for key in ("fim_rate", "weights", "tokenizer", "path"):
+            if value := getattr(settings, key):
+                raise DataError(f"data.{key} = {value} is for token shards, not {settings.source}; use data=indexed")
     if settings.source == "synthetic":
         # The held-out stream has a seed of its own: no sample of it is ever trained on but by chance.
         return Data(Synthetic(vocab_size, length, seed), Synthetic(vocab_size, length, seed + 1), 32, None)
@@ -43,10 +48,7 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
 
         tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
         return _windows(tokenizer, train, held_out, settings, seed)
-    raise DataError(
-        f"data.source = {settings.source} needs token shards (data.path = {settings.path}), whose reader is not here "
-        "yet; use data=stdlib or data=synthetic"
-    )
+    return _shards(settings, vocab_size, seed)
 
 
 def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, settings: DataSettings, seed: int) -> Data:
@@ -57,5 +59,75 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
                 f"data.sequence_length = {length}, but there are only {len(tokens)} {name} tokens; "
                 "shorten it, or change data.held_out"
             )
-    out = TokenWindows(held_out, length, seed, shuffle=False)
-    return Data(TokenWindows(train, length, seed), out, min(out.count, HELD_OUT_SEQUENCES), tokenizer)
+    end = tokenizer.end if settings.isolate_documents else None
+    out = TokenWindows(held_out, length, seed, shuffle=False, end=end)
+    return Data(TokenWindows(train, length, seed, end=end), out, min(out.count, HELD_OUT_SEQUENCES), tokenizer)
+
+
+def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
+    from dsv3_megatron.data.blend import Blend
+    from dsv3_megatron.data.fim import Middle
+    from dsv3_megatron.data.indexed import PackedShards, PackingRule
+    from dsv3_megatron.data.shards import TOKENIZER, read_manifest
+
+    folder = settings.path
+    if folder is None:
+        raise DataError("data.path = null, but data.source = indexed reads token shards; set data.path=FOLDER")
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
+    _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)
+    fim = None
+    if settings.fim_rate:
+        if None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
+            raise DataError(
+                f"data.fim_rate = {settings.fim_rate}, but the tokenizer of {folder} has no fill-in-the-middle tokens; "
+                "set data.fim_rate=0"
+            )
+        fim = Middle(tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end, seed)
+    start = tokenizer.begin if settings.start_token == "begin" and tokenizer.begin is not None else tokenizer.end
+    common = {
+        "start_token": start,
+        "pad_token": tokenizer.end if tokenizer.pad is None else tokenizer.pad,
+        "cache": settings.cache,
+        "isolate": settings.isolate_documents,
+    }
+    rule = PackingRule(settings.sequence_length, seed, settings.fim_rate, fim)
+    train = {
+        source.name: PackedShards(folder, source.shards["train"], rule, name=source.name, **common)
+        for source in manifest.sources
+        if source.shards["train"]
+    }
+    if not train:
+        raise DataError(f"data.path = {folder} holds no training document; prepare it with a lower held_out")
+    given = {source.name: source.weight for source in manifest.sources}
+    weights = _weights(settings, {name: (given[name], source.count) for name, source in train.items()})
+    kept = [name for name in train if name in weights]
+    blend = Blend([train[name] for name in kept], [weights[name] for name in kept], kept)
+    out_rule = PackingRule(settings.sequence_length, seed)  # held-out text is read as it stands
+    out_shards = [shard for source in manifest.sources for shard in source.shards["held_out"]]
+    held_out = PackedShards(folder, out_shards, out_rule, name="held_out", shuffle=False, **common)
+    if not held_out.count:
+        raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
+    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer)
+
+
+def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:
+    if tokenizer.sha256 != sha256:
+        raise DataError(
+            f"data.tokenizer = {settings.tokenizer or settings.path + '/tokenizer.json'} is not the tokenizer that "
+            f"{settings.path} was made with; set data.tokenizer=null, or prepare the shards anew"
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"model.vocab_size = {vocab_size}, but the tokenizer of {settings.path} has {tokenizer.vocab_size} tokens; "
+            f"set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}"
+        )
+
+
+def _weights(settings: DataSettings, sources: dict[str, tuple[float | None, int]]) -> dict[str, float]:
+    """Return the weight of each source that takes part: the recipe's, else the manifest's, else by size."""
+    if settings.weights is not None:
+        if unknown := [name for name in settings.weights if name not in sources]:
+            raise DataError(f"data.weights names {unknown[0]}, but the sources are: {', '.join(sources)}")
+        return dict(settings.weights)
+    return {name: count if weight is None else weight for name, (weight, count) in sources.items()}

@@ -7,6 +7,7 @@ other ranks and a run with another microbatch see the same samples in the same o
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,28 +15,63 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One sequence.
+
+    Args:
+        tokens: [S] int64, what the model reads.
+        labels: [S] int64, what it shall predict at each place.
+        weights: [S] float32, how much each prediction counts; 0 where there is nothing to predict.
+        documents: [S] int32, non-decreasing numbers of the documents that attention and multi-token prediction must
+            not leave; None where they may.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    documents: np.ndarray | None = None
+
+    @classmethod
+    def of_ids(cls, ids: np.ndarray, end: int | None = None) -> Sample:
+        """Return [S + 1] ids as a sample. With ``end``, that token ends a document, whose end predicts nothing."""
+        ids = np.asarray(ids, dtype=np.int64)
+        tokens, weights, documents = ids[:-1], np.ones(len(ids) - 1, dtype=np.float32), None
+        if end is not None:
+            ends = tokens == end
+            weights[ends] = 0.0
+            documents = (np.cumsum(ends) - ends).astype(np.int32)
+        return cls(tokens, ids[1:], weights, documents)
+
+
 class SampleSource(Protocol):
     """An endless, numbered supply of sequences."""
 
-    def sample(self, number: int) -> np.ndarray:
-        """Return sequence ``number`` as [sequence_length + 1] int64 ids."""
+    def sample(self, number: int) -> Sample:
+        """Return sequence ``number``."""
 
 
 class TokenWindows:
-    """Sequences cut from one long array of tokens, each token a target once an epoch, shuffled anew every epoch."""
+    """Sequences cut from one long array of tokens, each token a target once an epoch, shuffled anew every epoch.
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int, seed: int, *, shuffle: bool = True):
+    ``end``: the token that ends a document, where documents are to be isolated.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, sequence_length: int, seed: int, *, shuffle: bool = True, end: int | None = None
+    ):
         self.tokens, self.sequence_length, self.seed, self.shuffle = tokens, sequence_length, seed, shuffle
+        self.end = end
         self.count = (len(tokens) - 1) // sequence_length
         assert self.count > 0, (len(tokens), sequence_length)
 
-    def sample(self, number: int) -> np.ndarray:
-        """Return sequence ``number`` as [sequence_length + 1] int64 ids."""
+    def sample(self, number: int) -> Sample:
+        """Return sequence ``number``."""
         epoch, index = divmod(number, self.count)
         if self.shuffle:
             index = permuted(index, self.count, f"{self.seed}/{epoch}")
         start = index * self.sequence_length
-        return np.asarray(self.tokens[start : start + self.sequence_length + 1], dtype=np.int64)
+        return Sample.of_ids(self.tokens[start : start + self.sequence_length + 1], self.end)
 
 
 def permuted(index: int, count: int, key: str) -> int:
@@ -64,27 +100,35 @@ class Synthetic:
     def __init__(self, vocab_size: int, sequence_length: int, seed: int):
         self.vocab_size, self.sequence_length, self.seed = vocab_size, sequence_length, seed
 
-    def sample(self, number: int) -> np.ndarray:
-        """Return sequence ``number`` as [sequence_length + 1] int64 ids."""
+    def sample(self, number: int) -> Sample:
+        """Return sequence ``number``."""
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=number << 64))
         start, step = random.integers(self.vocab_size), 1 + random.integers(4)
-        return (start + step * np.arange(self.sequence_length + 1)) % self.vocab_size
+        return Sample.of_ids((start + step * np.arange(self.sequence_length + 1)) % self.vocab_size)
 
 
-def make_batch(samples: list[np.ndarray], masks: list[float] | None = None) -> dict[str, Tensor]:
-    """Return samples as a batch: tokens, labels, position_ids [B, S] int64 and loss_mask [B, S] float32.
+def make_batch(samples: list[Sample], masks: list[float] | None = None) -> dict[str, Tensor]:
+    """Return samples as a batch: tokens, labels, position_ids [B, S] int64, loss_mask [B, S] float32, and documents
+    [B, S] int32 where they are isolated.
 
     ``masks`` weighs whole samples; 0.0 leaves one out of the loss.
     """
-    ids = torch.from_numpy(np.stack(samples))
-    rows, columns = ids.shape[0], ids.shape[1] - 1
-    weights = torch.ones(rows) if masks is None else torch.tensor(masks)
-    return {
-        "tokens": ids[:, :-1].contiguous(),
-        "labels": ids[:, 1:].contiguous(),
-        "position_ids": torch.arange(columns).expand(rows, -1).contiguous(),
-        "loss_mask": weights.unsqueeze(1).expand(-1, columns).contiguous(),
+
+    def stacked(field: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(sample, field) for sample in samples]))
+
+    tokens, weights = stacked("tokens"), stacked("weights")
+    if masks is not None:
+        weights = weights * torch.tensor(masks).unsqueeze(1)
+    batch = {
+        "tokens": tokens,
+        "labels": stacked("labels"),
+        "position_ids": torch.arange(tokens.shape[1]).expand(len(samples), -1).contiguous(),
+        "loss_mask": weights,
     }
+    if samples[0].documents is not None:
+        batch["documents"] = stacked("documents")
+    return batch
 
 
 def step_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 
 class DataSettings(BaseModel):
@@ -14,9 +14,21 @@ class DataSettings(BaseModel):
 
     source: Literal["stdlib", "indexed", "synthetic"] = "stdlib"
     sequence_length: PositiveInt = Field(4096, description="tokens of one sequence")
-    path: str | None = Field(None, description="folder of token shards, for data=indexed")
-    cache: str = Field(".cache/dsv3", description="where prepared token arrays and trained tokenizers are kept")
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(0.02, description="share of documents never trained on")
+    path: str | None = Field(None, description="folder of token shards, for data=indexed (launcher/prepare_data.py)")
+    cache: str = Field(".cache/dsv3", description="where prepared token arrays, tokenizers and packings are kept")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02, description="share of documents never trained on (shards: decided by prepare_data's held_out)"
+    )
     tokenizer: str | None = Field(None, description="a tokenizer.json; null = the source's own")
-    isolate_documents: bool = Field(False, description="attention and MTP do not cross document boundaries")
-    fim_rate: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of documents in fill-in-middle order")
+    weights: dict[str, PositiveFloat] | None = Field(
+        None, description="share of samples of each source of the shards by name; null = as the manifest says"
+    )
+    start_token: Literal["begin", "end"] = Field(
+        "begin", description="what a packed document's first token is predicted from (not published)"
+    )
+    isolate_documents: bool = Field(
+        False, description="attention and MTP do not cross documents; the paper's pretraining lets them (4.1)"
+    )
+    fim_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of documents in fill-in-the-middle order, cut between tokens (indexed data)"
+    )

@@ -74,16 +74,15 @@ class TorchBackend(BackendSpecProvider):
 
         return GroupedExperts, MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear)
 
-    def activation_func(self) -> None:
-        """SwiGLU is megatron-core's own."""
+    def activation_func(self) -> type:
+        """SwiGLU, which computes its output again in backward."""
+        from dsv3_megatron.model.swiglu import SwiGLU
+
+        return SwiGLU
 
 
 def make_te_backend() -> BackendSpecProvider:
-    """Return Transformer Engine's leaf modules. Raises PackageError where TE is not installed."""
-    if find_spec("transformer_engine") is None:
-        raise PackageError(
-            "backend = te needs transformer-engine, not installed here; pip install -e '.[gpu]', or set backend=torch"
-        )
+    """Return Transformer Engine's leaf modules, where TE is installed."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class TEBackend(TESpecProvider):
@@ -107,13 +106,21 @@ def make_te_backend() -> BackendSpecProvider:
     return TEBackend()
 
 
-def choose_backend(wanted: Literal["auto", "te", "torch"], device: torch.device) -> BackendSpecProvider:
+def backend_name(wanted: Literal["auto", "te", "torch"], device: torch.device) -> Literal["te", "torch"]:
     """Return the backend of a recipe's ``backend``. ``auto`` is te where TE and a GPU are, else torch.
 
     Raises: PackageError: ``te`` was asked for where it cannot run.
     """
+    installed = find_spec("transformer_engine") is not None
+    if wanted == "te" and not installed:
+        raise PackageError(
+            "backend = te needs transformer-engine, not installed here; pip install -e '.[gpu]', or set backend=torch"
+        )
     if wanted == "te" and device.type != "cuda":
         raise PackageError("backend = te needs a GPU, and there is none here; set backend=torch")
-    if wanted == "te" or (wanted == "auto" and device.type == "cuda" and find_spec("transformer_engine")):
-        return make_te_backend()
-    return TorchBackend()
+    return "te" if wanted == "te" or (wanted == "auto" and device.type == "cuda" and installed) else "torch"
+
+
+def choose_backend(wanted: Literal["auto", "te", "torch"], device: torch.device) -> BackendSpecProvider:
+    """Return the leaf modules of a recipe's ``backend``. Raises PackageError as :func:`backend_name`."""
+    return make_te_backend() if backend_name(wanted, device) == "te" else TorchBackend()

@@ -57,6 +57,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         **_recompute(parallel.recompute),
     )
+    if model.topk_method == "capacity":
+        config.moe_expert_capacity_factor = model.capacity_factor  # the constructor takes it for its own dropping
     config.moe_grouped_gemm = True  # set after construction: the constructor takes it for TE's or grouped_gemm's
     if "moe_act" in parallel.recompute:
         config.recompute_granularity = "selective"

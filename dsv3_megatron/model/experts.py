@@ -10,15 +10,35 @@ from collections.abc import Callable
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import Tensor
 
-from dsv3_megatron.model.linear import SeparableProduct, WeightGradients, Wiring
+from dsv3_megatron.model.linear import WeightGradients, Wiring, separable_product
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
 
 
 class GroupedExperts(TEGroupedMLP):
-    """megatron-core's grouped experts (dispatch, SwiGLU, recompute are its own) over our grouped linear layers."""
+    """megatron-core's grouped experts over our grouped linear layers and SwiGLU."""
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Return ([T, D], no bias) from tokens [T, D] sorted by expert, counts [E] and router weights [T].
+
+        megatron-core's own multiplies by the weights after its activation, which then keeps its output for backward;
+        our SwiGLU takes them in, so that it need not.
+        """
+        counts = tokens_per_expert.tolist()
+        gate_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
+        probs = permuted_probs.unsqueeze(-1)
+        # What is cached in FP8 is computed again from there: recomputing from a BF16 copy would only keep more.
+        if not self.activation_recompute or self.activation_func.cache_in_fp8:
+            return self.linear_fc2(self.activation_func(gate_up, probs), counts)
+        recomputed = CheckpointWithoutOutput()
+        output, _ = self.linear_fc2(recomputed.checkpoint(self.activation_func, gate_up, probs), counts)
+        recomputed.discard_output_and_register_recompute(output)
+        return output, None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -82,7 +102,7 @@ class GroupedLinear(torch.nn.Module):
         ends = _ends(tokens_per_expert, x.device)
         wiring = Wiring(self.weight_gradients, later=self.config.delay_wgrad_compute)
         if torch.is_grad_enabled() or self.products is not HIGH_PRECISION:
-            return SeparableProduct.apply(x, self.weight, self.products, wiring, ends), None
+            return separable_product(x, self.weight, self.products, wiring, ends), None
         return self.products.forward(x, self.weight, ends)[0], None
 
     def backward_dw(self) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from dsv3_megatron.model.stage import is_routed_expert
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_GATE_UP = re.compile(r"(mlp|shared_experts|experts)\.linear_fc1\.weight$")
+_GATE_UP = re.compile(r"(mlp|shared_experts|experts)\.linear_fc1\.weight\d*$")
+_ONE_OF_EXPERTS = re.compile(r"\.weight(\d+)$")
 
 
 @torch.no_grad()
@@ -31,7 +32,9 @@ def initialise(
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        for key, share, group, dim in _matrices(global_name(name, first_layer), parameter, groups):
+        experts = module.config.num_moe_experts
+        local = experts // groups.ep.size() if experts else 0
+        for key, share, group, dim in _matrices(global_name(name, first_layer), parameter, groups, local):
             _draw(share, key, std=std, seed=seed, group=group, dim=dim, gated=bool(_GATE_UP.search(name)))
 
 
@@ -41,17 +44,28 @@ def global_name(name: str, first_layer: int) -> str:
 
 
 def _matrices(
-    name: str, parameter: Tensor, groups: ProcessGroupCollection
+    name: str, parameter: Tensor, groups: ProcessGroupCollection, local_experts: int
 ) -> Iterator[tuple[str, Tensor, torch.distributed.ProcessGroup, int | None]]:
-    """Yield (key, matrix, TP group, sharded dimension or None) of a parameter; experts one by one."""
+    """Yield (key, matrix, TP group, sharded dimension or None) of a parameter; experts one by one.
+
+    The torch backend holds a rank's experts stacked, Transformer Engine as ``weight0``, ``weight1`` ...: the keys are
+    the same, and so are the weights. TE marks every weight as sharded, also those that every TP rank holds whole;
+    those are the ones whose gradients megatron-core sums over TP.
+    """
     if not is_routed_expert(name):
-        sharded = getattr(parameter, "tensor_model_parallel", False)
+        sharded = getattr(parameter, "tensor_model_parallel", False) and not getattr(
+            parameter, "sequence_parallel", False
+        )
         yield name, parameter, groups.tp, parameter.partition_dim if sharded else None
         return
-    local = parameter.shape[0]
+    dim = 0 if "linear_fc1" in name else 1
+    first = groups.ep.rank() * local_experts
+    if one := _ONE_OF_EXPERTS.search(name):
+        key = f"{name[: one.start()]}.weight.{first + int(one[1])}"
+        yield key, parameter, groups.expt_tp, dim
+        return
     for index, matrix in enumerate(parameter.unbind()):
-        number = groups.ep.rank() * local + index
-        yield f"{name}.{number}", matrix, groups.expt_tp, parameter.partition_dim - 1
+        yield f"{name}.{first + index}", matrix, groups.expt_tp, dim
 
 
 def _draw(

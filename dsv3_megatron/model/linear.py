@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear as MegatronRo
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from dsv3_megatron.precision.kept import Kept, kept_of
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
 
 
@@ -70,10 +71,16 @@ class SeparableProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: object, x: Tensor, weight: Tensor, products: Products, wiring: Wiring, ends: Tensor | None
+        ctx: object,
+        x: Tensor,
+        weight: Tensor,
+        products: Products,
+        wiring: Wiring,
+        ends: Tensor | None,
+        kept: Kept | None,
     ) -> Tensor:
         whole = _gather_sequence(x, wiring.group) if wiring.gather else x
-        y, ctx.saved = products.forward(whole, weight, ends)
+        y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept)
         ctx.weight, ctx.products, ctx.wiring, ctx.ends = weight, products, wiring, ends
         return y
 
@@ -82,8 +89,8 @@ class SeparableProduct(torch.autograd.Function):
         weight, products, wiring, ends, saved = ctx.weight, ctx.products, ctx.wiring, ctx.ends, ctx.saved
         ctx.saved = None  # freed when the weight gradient is paid, not when the graph goes
         grad = grad.contiguous()  # grouped products refuse the zero strides of an expanded gradient
-        grad_x = products.input_gradient(grad, weight, ends)
-        wiring.owed.owe(weight, lambda: products.weight_gradient(grad, saved, ends))
+        grad_x, dy = products.input_gradient(grad, weight, ends)
+        wiring.owed.owe(weight, lambda: products.weight_gradient(dy, saved, ends))
         if not wiring.later:
             wiring.owed.pay_one()
         if wiring.gather:
@@ -92,7 +99,12 @@ class SeparableProduct(torch.autograd.Function):
             grad_x = share
         elif wiring.reduce:
             dist.all_reduce(grad_x, group=wiring.group)
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
+
+
+def separable_product(x: Tensor, weight: Tensor, products: Products, wiring: Wiring, ends: Tensor | None) -> Tensor:
+    """Return X W^T with a backward that can be split; uses what other modules keep of x (precision/kept.py)."""
+    return SeparableProduct.apply(x, weight, products, wiring, ends, kept_of(x))
 
 
 def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -115,7 +127,7 @@ class _Separable:
             self.weight_gradients = WeightGradients()
         gather, reduce = kwargs.get("sequence_parallel", False), kwargs.get("allreduce_dgrad", False)
         wiring = Wiring(self.weight_gradients, later, self.tp_group, gather, reduce)
-        return SeparableProduct.apply(input, weight, self.products, wiring, None)
+        return separable_product(input, weight, self.products, wiring, None)
 
     def backward_dw(self) -> None:
         """Compute the oldest weight gradient owed, if there is one."""
@@ -166,7 +178,7 @@ class DuplicatedLinear(torch.nn.Module):
         if self.products is HIGH_PRECISION and not (later and torch.is_grad_enabled()):
             return torch.nn.functional.linear(x, self.weight), None
         wiring = Wiring(self.weight_gradients, later)
-        return SeparableProduct.apply(x, self.weight, self.products, wiring, None), None
+        return separable_product(x, self.weight, self.products, wiring, None), None
 
     def backward_dw(self) -> None:
         """Compute the oldest weight gradient owed, if there is one."""

@@ -50,6 +50,9 @@ class ModelSettings(BaseModel):
     topk_method: Literal["noaux_tc", "capacity"] = Field(
         "noaux_tc", description="noaux_tc = top-k of affinity + bias; capacity = overflow to the next best with room"
     )
+    capacity_factor: PositiveFloat = Field(
+        1.25, description="topk_method=capacity: tokens an expert takes of a microbatch, in even shares"
+    )
     norm_topk_prob: bool = True
     num_nextn_predict_layers: NonNegativeInt = Field(1, description="multi-token-prediction depths (MTP)")
     rms_norm_eps: PositiveFloat = 1e-6

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from dsv3_megatron.model.settings import ModelSettings
+from dsv3_megatron.routing.capacity import CapacityRouter
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 
 
@@ -47,10 +48,12 @@ def layer_spec(backend: BackendSpecProvider, model: ModelSettings, *, moe: bool)
     )
     if moe:
         mlp = get_moe_module_spec_for_backend(backend, num_experts=model.n_routed_experts, moe_grouped_gemm=True)
-        mlp.submodules.router = SequenceBalancedRouter
+        mlp.submodules.router = CapacityRouter if model.topk_method == "capacity" else SequenceBalancedRouter
         mlp_norm = norm
     else:
-        layers = MLPSubmodules(linear_fc1=after_norm, linear_fc2=backend.row_parallel_linear())
+        layers = MLPSubmodules(
+            linear_fc1=after_norm, linear_fc2=backend.row_parallel_linear(), activation_func=backend.activation_func()
+        )
         mlp = ModuleSpec(module=MLP, submodules=layers)
         mlp_norm = IdentityOp if fused else norm
     return ModuleSpec(

@@ -31,6 +31,8 @@ def build_stage(
     start = sum(layers_of_stages[:stage])
     config = copy.copy(config)
     config.first_layer = start  # read by host.py's _number_layers_by_stage
+    # megatron-core's name for "the specs bring an activation module"; set after construction, which asks for TE's.
+    config.use_te_activation_func = backend.activation_func() is not None
     module = GPTModel(
         config,
         decoder_spec(backend, model, start, layers_of_stages[stage]),

@@ -102,8 +102,14 @@ class Regime:
         self._known_steps = [0]
         self.learning_rate = build_curve("optim.learning_rate", optim.learning_rate, self.tokens_of_step)
         self.mtp_weight = build_curve("optim.mtp_weight", optim.mtp_weight, self.tokens_of_step)
+        self.mtp_depth_decay = build_curve("optim.mtp_depth_decay", optim.mtp_depth_decay, self.tokens_of_step)
         self.bias_speed = build_curve("optim.bias_speed", optim.bias_speed, self.tokens_of_step)
         self.balance_weight = build_curve("optim.balance_weight", optim.balance_weight, self.tokens_of_step)
+
+    def curves(self) -> dict[str, Curve]:
+        """Return every curve by its key in the recipe's ``optim`` section."""
+        names = ("learning_rate", "mtp_weight", "mtp_depth_decay", "bias_speed", "balance_weight")
+        return {"global_batch": self._batch, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
     def _no_steps(step: int) -> int:

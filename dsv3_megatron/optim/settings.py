@@ -65,5 +65,8 @@ class OptimSettings(BaseModel):
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
     mtp_weight: Curve = Field(0.3, description="weight of the multi-token-prediction loss (lambda)")
+    mtp_depth_decay: Curve = Field(
+        1.0, description="weight of an MTP depth relative to the depth before it; 1 = all alike, as in the paper"
+    )
     bias_speed: Curve = Field(0.001, description="router-bias update speed per step (gamma)")
     balance_weight: Curve = Field(0.0001, description="weight of the sequence-wise balance loss (alpha)")

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.precision.accumulation import matmul
+from dsv3_megatron.precision.delayed import AmaxHistory
 from dsv3_megatron.precision.grouped import grouped_product, grouped_weight_gradient
+from dsv3_megatron.precision.kept import Columns, Kept
 from dsv3_megatron.precision.settings import Fp8Settings
-from dsv3_megatron.precision.tiles import E4M3, E5M2, Format, Quantised, Tile, quantise, quantise_dequantise
+from dsv3_megatron.precision.tiles import E4M3, E5M2, Format, Quantised, Tile, quantise
 
 _TILES: dict[str, Tile] = {"1x128": (1, 128), "128x128": (128, 128), "tensor": (0, 0)}
 _ALONG_TOKENS: dict[str, Tile] = {"1x128": (128, 1), "128x128": (128, 128), "tensor": (0, 0)}
@@ -32,86 +34,137 @@ _ALONG_TOKENS: dict[str, Tile] = {"1x128": (128, 1), "128x128": (128, 128), "ten
 class Products(Protocol):
     """How a layer multiplies."""
 
-    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, object]:
-        """Return Y [..., O] from X [..., I] and W [(E,) O, I], and what the weight gradient needs of X."""
+    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None) -> tuple[Tensor, object]:
+        """Return Y [..., O] from X [..., I] and W [(E,) O, I], and what the weight gradient needs of X.
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
-        """Return dX [..., I] from dY [..., O]."""
+        ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is.
+        """
 
-    def weight_gradient(self, grad: Tensor, saved: object, ends: Tensor | None) -> Tensor:
-        """Return dW [(E,) O, I] from dY [..., O]."""
+    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, object]:
+        """Return dX [..., I] from dY [..., O], and what the weight gradient needs of dY."""
+
+    def weight_gradient(self, dy: object, x: object, ends: Tensor | None) -> Tensor:
+        """Return dW [(E,) O, I] from what ``input_gradient`` and ``forward`` kept."""
 
 
 class HighPrecision:
     """Products in the dtype of the operands."""
 
-    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return Y and X itself."""
         if ends is None:
             return torch.matmul(x, weight.t()), x
         return grouped_product(x, weight.transpose(1, 2), ends), x
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
-        """Return dX."""
-        return grad.matmul(weight) if ends is None else grouped_product(grad, weight, ends)
+    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return dX, and dY itself."""
+        return (grad.matmul(weight) if ends is None else grouped_product(grad, weight, ends)), grad
 
-    def weight_gradient(self, grad: Tensor, saved: Tensor, ends: Tensor | None) -> Tensor:
+    def weight_gradient(self, dy: Tensor, x: Tensor, ends: Tensor | None) -> Tensor:
         """Return dW."""
         if ends is None:
-            return grad.flatten(0, -2).t().mm(saved.flatten(0, -2))
-        return grouped_weight_gradient(saved, grad, ends)
+            return dy.flatten(0, -2).t().mm(x.flatten(0, -2))
+        return grouped_weight_gradient(x, dy, ends)
 
 
 HIGH_PRECISION = HighPrecision()
 
 
-class EmulatedFp8:
+class Fp8Products:
     """Products of FP8 operands, emulated on any device. One object per layer: it keeps the layer's quantised weight."""
 
+    name = "emulated"
     step = 0  # counts optimizer steps, over all layers: a weight is quantised once a step
 
     def __init__(self, settings: Fp8Settings):
         self.settings = settings
         self._gradient_format = E5M2 if settings.format == "hybrid" else E4M3
-        self._weight: tuple[int, int, Tensor] | None = None  # (step, version, dequantised)
+        self._weight: tuple[int, int, Quantised, Tensor] | None = None  # (step, version, in FP8, dequantised)
+        length = settings.delayed_history if settings.scaling == "delayed" else 0
+        self._histories = {role: AmaxHistory(length) for role in ("input", "weight", "gradient")} if length else {}
 
-    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Quantised]:
+    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None) -> tuple[Tensor, Kept]:
         """Return Y, and X in FP8 as the weight gradient will use it: one byte an element is kept, not X."""
         tile = self.settings.activation_tile
         rows = x.flatten(0, -2)
-        along_channels = self._quantise(rows, _TILES[tile], E4M3)
-        w = self._quantised_weight(weight)
-        left = along_channels.dequantise()
-        y = matmul(left, w.t(), self.settings.accumulation) if ends is None else self._grouped(left, w.mT, ends)
-        if self.settings.wgrad_operands == "retiled" or tile == "tensor":
+        along_channels = self._quantise(rows, _TILES[tile], E4M3, "input")
+        y = self.fprop(along_channels, weight, ends)
+        if kept is not None:
+            saved = kept
+        elif self.settings.wgrad_operands == "retiled" or tile == "tensor":
             saved = along_channels  # the paper: the copy that forward used is cut anew in backward
         else:
-            saved = _Columns.of(rows, ends, self._quantise_columns)
+            saved = Columns(rows, ends, self._quantise_columns)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]), saved
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
-        """Return dX."""
-        rows = grad.flatten(0, -2)
-        left = self._quantise(rows, _TILES[self.settings.gradient_tile], self._gradient_format).dequantise()
-        w = self._quantised_weight(weight)
-        dx = matmul(left, w, self.settings.accumulation) if ends is None else self._grouped(left, w, ends)
-        return dx.to(grad.dtype).view(*grad.shape[:-1], dx.shape[-1])
+    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Kept]:
+        """Return dX, and dY in FP8 as the weight gradient will use it."""
+        rows, tile = grad.flatten(0, -2), self.settings.gradient_tile
+        dy = self._quantise(rows, _TILES[tile], self._gradient_format, "gradient")
+        dx = self.dgrad(dy, weight, ends).to(grad.dtype)
+        # One scale for the whole tensor: along channels and along tokens these are the same numbers.
+        kept = dy if tile == "tensor" else Columns(rows, ends, self._quantise_gradient_columns)
+        return dx.view(*grad.shape[:-1], dx.shape[-1]), kept
 
-    def weight_gradient(self, grad: Tensor, saved: Quantised | _Columns, ends: Tensor | None) -> Tensor:
+    def weight_gradient(self, dy: Kept, x: Kept, ends: Tensor | None) -> Tensor:
         """Return dW, float32."""
-        x = saved.dequantise()
-        if isinstance(saved, Quantised) and saved.tile[0] == 1 and self.settings.activation_tile == "1x128":
-            x = _Columns.of(x, ends, self._quantise_columns).dequantise()
-        rows = grad.flatten(0, -2)
-        dy = _Columns.of(rows, ends, self._quantise_gradient_columns).dequantise()
+        whole_tensor = isinstance(x, Quantised) and self.settings.activation_tile == "tensor"
+        if not isinstance(x, Columns) and not whole_tensor:
+            x = Columns(x.dequantise().flatten(0, -2), ends, self._quantise_columns)
+        return self.wgrad(dy, x, ends)
+
+    # -- the products themselves: what a backend with FP8 units replaces ----------------------------------------------
+
+    def fprop(self, x: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
+        """Return Y [T, O]."""
+        w, dtype = self.quantised_weight(weight)[1], self._product_dtype(weight)
+        return self._multiply(x.dequantise().to(dtype), w.mT.to(dtype), ends)
+
+    def dgrad(self, dy: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
+        """Return dX [T, I]."""
+        w, dtype = self.quantised_weight(weight)[1], self._product_dtype(weight)
+        return self._multiply(dy.dequantise().to(dtype), w.to(dtype), ends)
+
+    def _product_dtype(self, weight: Tensor) -> torch.dtype:
+        """Return the dtype in which dequantised operands multiply. A GPU's BF16 units add up in float32, and BF16 holds
+        an FP8 number times a power of two exactly: the same products, many times faster."""
+        settings = self.settings
+        exact = settings.power_of_two_scales and settings.accumulation == "fp32" and weight.dtype is torch.bfloat16
+        return torch.bfloat16 if exact and weight.device.type == "cuda" else torch.float32
+
+    def wgrad(self, dy: Kept, x: Kept, ends: Tensor | None) -> Tensor:
+        """Return dW [(E,) O, I], float32."""
+        left, right = dy.dequantise(), x.dequantise()
         if ends is None:
-            return matmul(dy.t(), x, self.settings.accumulation)
-        return grouped_weight_gradient(x, dy, ends)
+            return matmul(left.t(), right, self.settings.accumulation)
+        if self.settings.accumulation == "fp32":
+            return grouped_weight_gradient(right, left, ends)
+        return torch.stack([matmul(a.t(), b, self.settings.accumulation) for a, b in _by_expert(ends, left, right)])
+
+    def _multiply(self, left: Tensor, right: Tensor, ends: Tensor | None) -> Tensor:
+        """Return left [T, K] times right [(E,) K, N]."""
+        if ends is None:
+            return matmul(left, right, self.settings.accumulation)
+        if self.settings.accumulation == "fp32":
+            return grouped_product(left, right, ends)
+        parts = [matmul(a, w, self.settings.accumulation) for (a,), w in zip(_by_expert(ends, left), right)]
+        return torch.cat(parts)
 
     # -- operands ------------------------------------------------------------------------------------------------------
 
-    def _quantise(self, x: Tensor, tile: Tile, fmt: Format) -> Quantised:
-        return quantise(x, tile, fmt, power_of_two=self.settings.power_of_two_scales)
+    def quantised_weight(self, weight: Tensor) -> tuple[Quantised, Tensor]:
+        """Return the weight in FP8, and what of it survives, float32. Made once a step."""
+        key = (Fp8Products.step, weight._version)
+        if self._weight is None or self._weight[:2] != key:
+            found = self._quantise(weight.detach(), _TILES[self.settings.weight_tile], E4M3, "weight")
+            self._weight = (*key, found, found.dequantise())
+        return self._weight[2:]
+
+    def _quantise(self, x: Tensor, tile: Tile, fmt: Format, role: str) -> Quantised:
+        amax = self._histories[role].amax_for(x) if self._histories else None
+        return quantise(x, tile, fmt, power_of_two=self.settings.power_of_two_scales, amax=amax)
 
     def _quantise_columns(self, x: Tensor) -> Quantised:
         # Re-tiling adds no error of its own only with power-of-two scales (arXiv 2412.19437 section 3.3.3).
@@ -119,47 +172,11 @@ class EmulatedFp8:
         return quantise(x, _ALONG_TOKENS[self.settings.activation_tile], E4M3, power_of_two=power_of_two)
 
     def _quantise_gradient_columns(self, grad: Tensor) -> Quantised:
-        return self._quantise(grad, _ALONG_TOKENS[self.settings.gradient_tile], self._gradient_format)
-
-    def _quantised_weight(self, weight: Tensor) -> Tensor:
-        """Return what of the weight survives FP8, float32."""
-        key = (EmulatedFp8.step, weight._version)
-        if self._weight is None or self._weight[:2] != key:
-            tile = _TILES[self.settings.weight_tile]
-            survived = quantise_dequantise(weight.detach(), tile, E4M3, power_of_two=self.settings.power_of_two_scales)
-            self._weight = (*key, survived)
-        return self._weight[2]
-
-    def _grouped(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return grouped_product(x, weight, ends)
+        tile = _ALONG_TOKENS[self.settings.gradient_tile]
+        return quantise(grad, tile, self._gradient_format, power_of_two=self.settings.power_of_two_scales)
 
 
-class _Columns:
-    """X or dY in FP8 with tiles along tokens. An expert's tiles begin at its own first token."""
-
-    def __init__(self, quantised: Quantised, rows: Tensor | None):
-        self._quantised, self._rows = quantised, rows
-
-    @classmethod
-    def of(cls, x: Tensor, ends: Tensor | None, quantise_columns: object) -> _Columns:
-        """Return x [T, I] quantised; between experts rows of zeros fill the last tile of each, which changes none."""
-        if ends is None:
-            return cls(quantise_columns(x), None)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        tiles = (ends - starts + 127) // 128
-        first_tile = tiles.cumsum(0) - tiles
-        row = torch.arange(x.shape[0], device=x.device, dtype=ends.dtype)
-        expert = torch.searchsorted(ends, row, right=True)
-        rows = (row - starts[expert] + 128 * first_tile[expert]).long()
-        padded = x.new_zeros((max(int(tiles.sum()), 1) * 128, x.shape[1])).index_copy_(0, rows, x)
-        return cls(quantise_columns(padded), rows)
-
-    def dequantise(self) -> Tensor:
-        """Return float32 [T, I]."""
-        whole = self._quantised.dequantise()
-        return whole if self._rows is None else whole.index_select(0, self._rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it occupies."""
-        return self._quantised.nbytes + (self._rows.nbytes if self._rows is not None else 0)
+def _by_expert(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Return every tensor's rows of each expert."""
+    lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return list(zip(*(tensor.split(lengths) for tensor in tensors)))

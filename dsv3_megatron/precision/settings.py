@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from parallel.errors import RecipeError
+
+PAPER_TILES = ("1x128", "128x128", "1x128")
 
 
 class Fp8Settings(BaseModel):
@@ -17,6 +21,10 @@ class Fp8Settings(BaseModel):
     weight_tile: Literal["128x128", "tensor"] = "128x128"
     gradient_tile: Literal["1x128", "128x128", "tensor"] = "1x128"
     power_of_two_scales: bool = True
+    scaling: Literal["current", "delayed"] = Field(
+        "current", description="scale from this tensor's amax, or from the largest of earlier ones (tensor tiles only)"
+    )
+    delayed_history: PositiveInt = Field(16, description="how many earlier amaxes delayed scaling looks back on")
     wgrad_operands: Literal["requantised", "retiled"] = Field(
         "requantised",
         description="the weight gradient's X: requantised from high precision in forward (Transformer Engine), or "
@@ -28,6 +36,34 @@ class Fp8Settings(BaseModel):
     high_precision_layers: tuple[NonNegativeInt, NonNegativeInt] = Field(
         (0, 0), description="how many first and last decoder layers stay out of FP8"
     )
+    dispatch: Literal["high", "e4m3"] = Field(
+        "e4m3", description="tokens sent to experts, and gradients sent back to them, in FP8 1x128; combine never is"
+    )
+    swiglu_cache: Literal["high", "e4m3"] = Field(
+        "e4m3", description="what SwiGLU keeps for backward: its input in FP8 1x128, its output computed again"
+    )
+    attention_output_cache: Literal["high", "e5m6"] = Field(
+        "e5m6", description="the input of the linear after attention, kept for its and the attention's backward"
+    )
+    hold_weights: bool = Field(False, description="parameters of linear layers exist in FP8 only (te backend)")
+
+    @property
+    def tiles(self) -> tuple[str, str, str]:
+        """Tiles of activations, weights and gradients."""
+        return self.activation_tile, self.weight_tile, self.gradient_tile
+
+    def check(self) -> None:
+        """Raise RecipeError where two values contradict each other."""
+        if self.scaling == "delayed" and set(self.tiles) != {"tensor"}:
+            raise RecipeError(
+                f"precision.fp8.scaling = delayed needs one scale a tensor, but activation, weight and gradient tiles "
+                f"are {', '.join(self.tiles)}; set all three tiles to tensor, or scaling=current"
+            )
+        if self.wgrad_operands == "retiled" and self.activation_tile != "1x128":
+            raise RecipeError(
+                f"precision.fp8.wgrad_operands = retiled re-cuts 1x128 tiles, but activation_tile = "
+                f"{self.activation_tile}; set wgrad_operands=requantised"
+            )
 
 
 class PrecisionSettings(BaseModel):

@@ -47,7 +47,7 @@ class Quantised:
 
     def dequantise(self) -> Tensor:
         """Return data * scale_inv, float32 [..., A, B]."""
-        return _scaled(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
+        return scaled_by_tile(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
 
     @property
     def nbytes(self) -> int:
@@ -55,21 +55,40 @@ class Quantised:
         return self.data.nbytes + self.scale_inv.nbytes
 
 
-def quantise(x: Tensor, tile: Tile, fmt: Format = E4M3, *, power_of_two: bool = True) -> Quantised:
+def quantise(
+    x: Tensor, tile: Tile, fmt: Format = E4M3, *, power_of_two: bool = True, amax: Tensor | None = None
+) -> Quantised:
     """Return x [..., A, B] in FP8 with a scale per tile.
 
     Args:
         x: any floating dtype.
         tile: (a, b) elements; (0, 0) = the whole matrix is one tile.
+        amax: float32 [..., ceil(A / a), ceil(B / b)], to scale by in place of the tiles' own largest magnitudes
+            (delayed scaling); what is larger saturates.
     """
     tile = whole_tile(x, tile)
-    amax = _cut(x.abs(), tile).amax(dim=(-3, -1)).float()
-    has_nan = bool(amax.isnan().any())  # seen on the few numbers here, not on every element
-    if has_nan:
-        amax = _cut(x.abs().nan_to_num(0.0, posinf=float("inf")), tile).amax(dim=(-3, -1)).float()
-    scale = tile_scales(amax, fmt, x.dtype, power_of_two=power_of_two)
-    data = encode(_scaled(x.float(), scale, tile), fmt, saturate=bool(amax.isinf().any()))
+    own, has_nan, saturate = _largest_and_special(x, tile)
+    scale = tile_scales(own if amax is None else amax, fmt, x.dtype, power_of_two=power_of_two)
+    data = encode(scaled_by_tile(x.float(), scale, tile), fmt, saturate=saturate or amax is not None)
     return Quantised(data, 1.0 / scale, tile, fmt, has_nan)
+
+
+def _largest_and_special(x: Tensor, tile: Tile) -> tuple[Tensor, bool, bool]:
+    """Return the tiles' largest magnitudes with NaN skipped, whether there may be NaN, and whether inf.
+
+    A CPU looks, on the few numbers of the tiles, and saves itself passes over the elements. A GPU would have to wait
+    for the answer, and makes the passes.
+    """
+    if x.device.type != "cpu":
+        return largest_of_tiles(_without_nan(x), tile), True, True
+    own = largest_of_tiles(x, tile)
+    if has_nan := bool(own.isnan().any()):
+        own = largest_of_tiles(_without_nan(x), tile)
+    return own, has_nan, bool(own.isinf().any())
+
+
+def _without_nan(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, posinf=float("inf"), neginf=float("-inf"))
 
 
 def quantise_dequantise(x: Tensor, tile: Tile, fmt: Format = E4M3, *, power_of_two: bool = True) -> Tensor:
@@ -82,15 +101,31 @@ def whole_tile(x: Tensor, tile: Tile) -> Tile:
     return tile if tile != (0, 0) else (max(x.shape[-2], 1), max(x.shape[-1], 1))
 
 
+def largest_of_tiles(x: Tensor, tile: Tile) -> Tensor:
+    """Return the largest magnitude of every tile of x [..., A, B], float32 [..., ceil(A / a), ceil(B / b)]."""
+    return _cut(x.abs(), tile).amax(dim=(-3, -1)).float()
+
+
 def tile_scales(amax: Tensor, fmt: Format, dtype: torch.dtype, *, power_of_two: bool) -> Tensor:
     """Return the scale of each tile from its largest magnitude; ``dtype`` is that of the tensor."""
+    scale = _exact_scales(amax, fmt.largest, dtype)
+    return _without_mantissa(scale) if power_of_two else scale
+
+
+def power_of_two_scales(amax: Tensor, largest: float, dtype: torch.dtype) -> Tensor:
+    """Return the largest power of two by which each tile can be multiplied without passing ``largest``."""
+    return _without_mantissa(_exact_scales(amax, largest, dtype))
+
+
+def _exact_scales(amax: Tensor, largest: float, dtype: torch.dtype) -> Tensor:
     usable = (amax > 0) & amax.isfinite()
     # Divided as tensors: torch makes a number divided by a tensor of a reciprocal, which rounds twice.
-    scale = torch.full_like(amax, fmt.largest) / torch.where(usable, amax, fmt.largest)
-    scale = scale.clamp(max=torch.finfo(dtype).max)
-    if power_of_two:
-        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
-    return scale
+    scale = torch.full_like(amax, largest) / torch.where(usable, amax, largest)
+    return scale.clamp(max=torch.finfo(dtype).max)
+
+
+def _without_mantissa(scale: Tensor) -> Tensor:
+    return (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def encode(scaled: Tensor, fmt: Format, *, saturate: bool = True) -> Tensor:
@@ -122,7 +157,7 @@ def _cut(x: Tensor, tile: Tile) -> Tensor:
     return x.reshape(*x.shape[:-2], (rows + down) // a, a, (columns + right) // b, b)
 
 
-def _scaled(x: Tensor, factors: Tensor, tile: Tile) -> Tensor:
+def scaled_by_tile(x: Tensor, factors: Tensor, tile: Tile) -> Tensor:
     """Return x [..., A, B] times the factor of each element's tile."""
     rows, columns = x.shape[-2:]
     cut = _cut(x, tile) * factors[..., :, None, :, None]

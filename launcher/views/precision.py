@@ -20,16 +20,24 @@ def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
     """Return the policy of a recipe and the formats of every parameter's products, as text or JSON."""
     warnings.filterwarnings("ignore")
     from dsv3_megatron.precision.policy import policy
+    from dsv3_megatron.precision.transformer_engine import deviations
 
     recipe = compose(list(overrides))
     rows, modules = policy(recipe.precision), formats_as_built(recipe)
+    otherwise = deviations(recipe.precision.fp8) if recipe.precision.fp8 and recipe.backend != "torch" else []
     if options.get("format") == "json":
-        return json.dumps({"policy": [vars(row) for row in rows], "modules": modules})
-    lines = [f"precision={recipe.precision.name}: which tensor is in which format", ""]
-    lines += [f"  {row.tensor:<36} {row.format:<28} {row.tile:<32} {row.scale}" for row in rows]
+        return json.dumps({"policy": [vars(row) for row in rows], "on_te": otherwise, "modules": modules})
+    lines = [f"precision={recipe.precision.name}: which tensor is in which format, tile, scale, rounding", ""]
+    widths = [max(len(getattr(row, name)) for row in rows) for name in ("tensor", "format", "tile", "scale")]
+    lines += ["  " + "  ".join(f"{v:<{w}}" for v, w in zip(vars(row).values(), [*widths, 0])) for row in rows]
+    lines += (
+        ["", "where Transformer Engine does otherwise", "", *(f"  {line}" for line in otherwise)] if otherwise else []
+    )
     lines += ["", "every module with parameters, as built (layers that agree are shown as a range)", ""]
-    for name, layers, shape, products in _collapsed(modules):
-        lines.append(f"  {name:<58} {layers:<8} {shape:<18} {products}")
+    collapsed = _collapsed(modules)
+    longest = max(len(name) for name, *_ in collapsed)
+    for name, layers, shape, products in collapsed:
+        lines.append(f"  {name:<{longest}}  {layers:<6} {shape:<18} {products}")
     return "\n".join(lines)
 
 
@@ -37,13 +45,13 @@ def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
     """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
     from dsv3_megatron.meta import meta_model
     from dsv3_megatron.precision.policy import module_class
-    from dsv3_megatron.precision.products import EmulatedFp8
+    from dsv3_megatron.precision.products import Fp8Products
 
     found = []
     with meta_model(recipe) as model:
         for name, parameter in model.named_parameters():
             owner, kind = model.get_submodule(name.rsplit(".", 1)[0]), module_class(name)
-            in_fp8 = isinstance(getattr(owner, "products", None), EmulatedFp8)
+            in_fp8 = isinstance(getattr(owner, "products", None), Fp8Products)
             high = "fp32" if kind == "router gate" else str(parameter.dtype).removeprefix("torch.")
             products = "fp8 x fp8: fprop, dgrad, wgrad" if in_fp8 else high
             found.append({"name": name, "shape": list(parameter.shape), "class": kind, "products": products})

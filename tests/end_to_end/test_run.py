@@ -75,7 +75,8 @@ def copy_of(directory, place, keep_steps):
 CONTRACT = {
     "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate", "grad_norm", "global_batch",
     "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "bubble_fraction", "memory_peak_bytes",
-    "max_violation", "skipped", "slowest_rank", "slowest_ratio",
+    "max_violation", "max_violation_running", "layer_violation", "rerouted_choices", "dropped_choices", "skipped",
+    "slowest_rank", "slowest_ratio",
 }  # fmt: skip
 
 
@@ -96,6 +97,15 @@ def test_the_objective_is_main_plus_weighted_mtp_plus_balance(undisturbed):
     for line in steps(undisturbed):
         expected = line["lm_loss"] + 0.3 * line["mtp_loss"] * 31 / 32 + line["balance_loss"]
         assert line["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_load_metrics_tell_every_layer_and_what_persists(undisturbed):
+    lines = steps(undisturbed)
+    assert lines[0]["max_violation_running"] == pytest.approx(lines[0]["max_violation"])
+    for line in lines:
+        assert len(line["layer_violation"]) == 4  # three MoE layers and the MTP module's
+        assert sum(line["layer_violation"]) / 4 == pytest.approx(line["max_violation"])
+        assert line["rerouted_choices"] is line["dropped_choices"] is None
 
 
 def test_a_resumed_run_is_bit_exact(undisturbed, tmp_path):

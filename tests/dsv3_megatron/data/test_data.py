@@ -71,18 +71,18 @@ def test_a_permutation_visits_every_index_once(count, key):
 @given(st.integers(20, 400), st.integers(2, 16), st.integers(0, 9))
 def test_every_token_is_a_target_once_an_epoch(length, sequence, seed):
     windows = TokenWindows(np.arange(length), sequence, seed)
-    targets = np.concatenate([windows.sample(i)[1:] for i in range(windows.count)])
+    targets = np.concatenate([windows.sample(i).labels for i in range(windows.count)])
     assert sorted(targets) == list(range(1, windows.count * sequence + 1))
 
 
 def test_epochs_differ_and_repeat_with_the_seed():
     windows = TokenWindows(np.arange(1000), 8, seed=3)
-    first = [int(windows.sample(i)[0]) for i in range(windows.count)]
-    second = [int(windows.sample(i + windows.count)[0]) for i in range(windows.count)]
+    first = [int(windows.sample(i).tokens[0]) for i in range(windows.count)]
+    second = [int(windows.sample(i + windows.count).tokens[0]) for i in range(windows.count)]
     again = TokenWindows(np.arange(1000), 8, seed=3)
     assert first != second and sorted(first) == sorted(second)
-    assert [int(again.sample(i)[0]) for i in range(windows.count)] == first
-    assert first != [int(TokenWindows(np.arange(1000), 8, seed=4).sample(i)[0]) for i in range(windows.count)]
+    assert [int(again.sample(i).tokens[0]) for i in range(windows.count)] == first
+    assert first != [int(TokenWindows(np.arange(1000), 8, seed=4).sample(i).tokens[0]) for i in range(windows.count)]
 
 
 def rows_of_step(source, first, dp, micro):
@@ -97,7 +97,7 @@ def rows_of_step(source, first, dp, micro):
 def test_the_samples_of_a_step_do_not_depend_on_ranks_or_microbatches(dp, micro):
     source = TokenWindows(np.arange(5000), 8, seed=1)
     for first in (0, 48):  # also where a run resumes
-        expected = torch.tensor(np.stack([source.sample(first + i)[:-1] for i in range(16)]))
+        expected = torch.tensor(np.stack([source.sample(first + i).tokens for i in range(16)]))
         assert torch.equal(rows_of_step(source, first, dp, micro), expected)
 
 
@@ -120,11 +120,11 @@ def test_evaluation_counts_every_held_out_sample_once(count, dp, micro):
 
 def test_synthetic_samples_follow_their_rule_and_their_number():
     source = Synthetic(97, 16, seed=2)
-    sample = source.sample(123)
+    sample = source.sample(123).tokens
     steps = np.diff(sample) % 97
-    assert (steps == steps[0]).all() and sample.shape == (17,)
-    assert (source.sample(123) == Synthetic(97, 16, seed=2).sample(123)).all()
-    assert any((source.sample(i) != sample).any() for i in range(5))
+    assert (steps == steps[0]).all() and sample.shape == (16,)
+    assert (sample == Synthetic(97, 16, seed=2).sample(123).tokens).all()
+    assert any((source.sample(i).tokens != sample).any() for i in range(5))
 
 
 def load_in_child(folder, queue):
@@ -162,8 +162,3 @@ def test_held_out_files_are_never_trained_on(tmp_path, monkeypatch):
 def test_a_sequence_longer_than_the_data_is_refused(tmp_path):
     with pytest.raises(DataError, match="data.sequence_length"):
         build(DataSettings(cache=str(tmp_path), sequence_length=10**9), vocab_size=2048, seed=0)
-
-
-def test_data_that_has_no_reader_yet_is_refused():
-    with pytest.raises(DataError, match="data.path"):
-        build(DataSettings(source="indexed"), vocab_size=2048, seed=0)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.depth_masks import DepthMasks, with_depth_masks
 from dsv3_megatron.model.stage import build_stage
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
@@ -14,7 +15,7 @@ from tests.tiny import small_recipe
 WEIGHT = 0.3
 
 
-def slow_objective(module, tokens, labels, depths):
+def slow_objective(module, tokens, labels, depths, decay=1.0):
     """Return main loss + weight / D * sum over depths, summed over tokens, built from the model's own blocks."""
     length = tokens.shape[1]
     positions = torch.arange(length).expand_as(tokens)
@@ -36,12 +37,12 @@ def slow_objective(module, tokens, labels, depths):
         state = layer.transformer_layer(hidden_states=layer.eh_proj(pair)[0], attention_mask=None)[0]
         state = layer.final_layernorm(state)
         targets = torch.cat([labels[:, depth:], torch.zeros_like(labels[:, :depth])], 1)
-        total = total + WEIGHT / depths * losses(state, targets, valid)
+        total = total + WEIGHT / depths * decay ** (depth - 1) * losses(state, targets, valid)
     return total
 
 
-@pytest.mark.parametrize("depths", [1, 2, 3])
-def test_mtp_loss_gradients_equal_a_reference_from_the_paper(depths, one_process):
+@pytest.mark.parametrize(("depths", "decay"), [(1, 1.0), (2, 1.0), (3, 1.0), (3, 0.5), (2, 0.0)])
+def test_mtp_loss_gradients_equal_a_reference_from_the_paper(depths, decay, one_process):
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
     model = small_recipe(f"model.num_nextn_predict_layers={depths}").model
@@ -57,9 +58,10 @@ def test_mtp_loss_gradients_equal_a_reference_from_the_paper(depths, one_process
     MTPLossAutoScaler.main_loss_backward_scale = torch.ones(1)
 
     positions = torch.arange(24).expand(2, -1)
-    module(tokens, positions, None, labels=labels, loss_mask=torch.ones(2, 24)).sum().backward()
+    batch = with_depth_masks({"loss_mask": torch.ones(2, 24)}, depths)
+    module(tokens, positions, None, labels=labels, loss_mask=DepthMasks.of(batch, decay)).sum().backward()
     got = {name: p.grad.clone() for name, p in module.named_parameters()}
     module.zero_grad()
-    slow_objective(module, tokens, labels, depths).backward()
+    slow_objective(module, tokens, labels, depths, decay).backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=2e-4, msg=f"depth {depths}: {name}")

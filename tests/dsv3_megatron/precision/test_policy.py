@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_megatron.meta import meta_model
 from dsv3_megatron.precision.policy import module_class, policy
-from dsv3_megatron.precision.products import EmulatedFp8
+from dsv3_megatron.precision.products import Fp8Products
 from launcher.compose import compose
 from launcher.plan import main
 from parallel.errors import RecipeError
@@ -16,7 +16,7 @@ SMALL = ("recipe=dsv3_tiny", "precision=fp8")
 
 def in_fp8(*overrides):
     with meta_model(compose([*SMALL, *overrides])) as model:
-        return {n for n, m in model.named_modules() if isinstance(getattr(m, "products", None), EmulatedFp8)}
+        return {n for n, m in model.named_modules() if isinstance(getattr(m, "products", None), Fp8Products)}
 
 
 def test_all_linear_layers_and_nothing_else_are_in_fp8():
@@ -38,7 +38,7 @@ def test_first_and_last_layers_can_stay_out():
 
 def test_without_fp8_nothing_is():
     with meta_model(compose(["recipe=dsv3_tiny"])) as model:
-        assert not any(isinstance(getattr(m, "products", None), EmulatedFp8) for m in model.modules())
+        assert not any(isinstance(getattr(m, "products", None), Fp8Products) for m in model.modules())
 
 
 def test_the_papers_table_is_the_policy_of_the_papers_recipe():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.precision.accumulation import matmul
-from dsv3_megatron.precision.products import HIGH_PRECISION, EmulatedFp8
+from dsv3_megatron.precision.products import HIGH_PRECISION, Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.tiles import quantise_dequantise
 
@@ -25,13 +25,19 @@ def published(rows, columns, p, m, s):
 def test_a_linear_layer_gives_the_published_numbers(power_of_two, norms, corners):
     x, w = published(256, 384, 7, 101, 0.013), published(128, 384, 11, 89, 0.0021)
     dy = published(256, 128, 5, 97, 1e-4)
-    fp8 = EmulatedFp8(Fp8Settings(power_of_two_scales=power_of_two))
+    fp8 = Fp8Products(Fp8Settings(power_of_two_scales=power_of_two))
     # Float32 inputs of the same values: the published numbers are those before rounding to BF16.
-    y, saved = fp8.forward(x.float(), w.float(), None)
-    dx, dw = fp8.input_gradient(dy.float(), w.float(), None), fp8.weight_gradient(dy.float(), saved, None)
-    for found, norm, corner in zip((y, dx, dw), norms, corners):
+    products = three_products(fp8, x.float(), w.float(), dy.float())
+    for found, norm, corner in zip(products, norms, corners):
         assert found.norm().item() == pytest.approx(norm, rel=1e-5)
         assert found[0, 0].item() == pytest.approx(corner, rel=1e-4)
+
+
+def three_products(fp8, x, w, dy, ends=None):
+    """Return Y, dX and dW of a layer."""
+    y, kept_x = fp8.forward(x, w, ends)
+    dx, kept_dy = fp8.input_gradient(dy, w, ends)
+    return y, dx, fp8.weight_gradient(kept_dy, kept_x, ends)
 
 
 def reference(x, w, dy):
@@ -47,9 +53,7 @@ def reference(x, w, dy):
 def test_products_of_any_shape_equal_the_reference(tokens, inputs, outputs, seed):
     generator = torch.Generator().manual_seed(seed)
     x, w, dy = (torch.randn(s, generator=generator) for s in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
-    fp8 = EmulatedFp8(Fp8Settings())
-    y, saved = fp8.forward(x, w, None)
-    found = (y, fp8.input_gradient(dy, w, None), fp8.weight_gradient(dy, saved, None))
+    found = three_products(Fp8Products(Fp8Settings()), x, w, dy)
     for mine, exact in zip(found, reference(x, w, dy)):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max() + 1e-9))
 
@@ -57,10 +61,8 @@ def test_products_of_any_shape_equal_the_reference(tokens, inputs, outputs, seed
 def test_fp8_products_are_as_far_from_exact_ones_as_their_rounding_says():
     torch.manual_seed(0)
     x, w, dy = torch.randn(512, 256), torch.randn(384, 256), torch.randn(512, 384)
-    fp8 = EmulatedFp8(Fp8Settings())
-    y, saved = fp8.forward(x, w, None)
     exact = (x.double() @ w.double().t(), dy.double() @ w.double(), dy.double().t() @ x.double())
-    found = (y, fp8.input_gradient(dy, w, None), fp8.weight_gradient(dy, saved, None))
+    found = three_products(Fp8Products(Fp8Settings()), x, w, dy)
     for mine, true in zip(found, exact):
         # Two operands of 2.7% relative error each, independent: 3.8% together.
         assert ((mine.double() - true).norm() / true.norm()).item() == pytest.approx(0.038, abs=0.004)
@@ -73,20 +75,17 @@ def test_grouped_products_equal_each_expert_alone(counts, seed):
     tokens, experts = sum(counts), len(counts)
     x, w = torch.randn(tokens, 48, generator=generator), torch.randn(experts, 32, 48, generator=generator)
     dy, ends = torch.randn(tokens, 32, generator=generator), torch.tensor(counts).cumsum(0).to(torch.int32)
-    together = EmulatedFp8(Fp8Settings())
-    y, saved = together.forward(x, w, ends)
-    dx, dw = together.input_gradient(dy, w, ends), together.weight_gradient(dy, saved, ends)
+    y, dx, dw = three_products(Fp8Products(Fp8Settings()), x, w, dy, ends)
     start = 0
     for expert, count in enumerate(counts):
-        part, alone = slice(start, start + count), EmulatedFp8(Fp8Settings())
+        part, alone = slice(start, start + count), Fp8Products(Fp8Settings())
         start += count
         if not count:
             assert dw[expert].abs().max() == 0
             continue
-        y_alone, saved_alone = alone.forward(x[part], w[expert], None)
-        torch.testing.assert_close(y[part], y_alone, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(dx[part], alone.input_gradient(dy[part], w[expert], None), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(dw[expert], alone.weight_gradient(dy[part], saved_alone, None), rtol=1e-4, atol=1e-4)
+        expected = three_products(alone, x[part], w[expert], dy[part])
+        for mine, theirs in zip((y[part], dx[part], dw[expert]), expected):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_retiling_the_saved_copy_adds_no_error_with_powers_of_two():
@@ -94,11 +93,46 @@ def test_retiling_the_saved_copy_adds_no_error_with_powers_of_two():
     x, w, dy = torch.randn(256, 256), torch.randn(128, 256), torch.randn(256, 128)
     found = []
     for operands in ("requantised", "retiled"):
-        fp8 = EmulatedFp8(Fp8Settings(wgrad_operands=operands))
-        _, saved = fp8.forward(x, w, None)
-        found.append(fp8.weight_gradient(dy, saved, None))
+        fp8 = Fp8Products(Fp8Settings(wgrad_operands=operands))
+        found.append(three_products(fp8, x, w, dy)[2])
     # Equal but for the few elements that fall below the format's smallest normal number in one tiling only.
     assert ((found[0] - found[1]).norm() / found[0].norm()).item() < 2e-4
+
+
+def test_experts_add_up_in_fourteen_bits_as_each_alone_does():
+    torch.manual_seed(0)
+    x, w, dy = torch.randn(60, 256), torch.randn(2, 32, 256), torch.randn(60, 32)
+    settings = Fp8Settings(accumulation="14bit")
+    together = three_products(Fp8Products(settings), x, w, dy, torch.tensor([25, 60], dtype=torch.int32))
+    for expert, part in enumerate((slice(0, 25), slice(25, 60))):
+        alone = three_products(Fp8Products(settings), x[part], w[expert], dy[part])
+        for mine, theirs in zip((together[0][part], together[1][part], together[2][expert]), alone):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_delayed_scaling_scales_by_the_largest_of_earlier_uses():
+    settings = Fp8Settings(
+        scaling="delayed", delayed_history=2, activation_tile="tensor", weight_tile="tensor", gradient_tile="tensor"
+    )
+    fp8, weight = Fp8Products(settings), torch.eye(128)
+    outs = [fp8.forward(torch.full((1, 128), v), weight, None)[0][0, 0].item() for v in (1.0, 100.0, 1.0, 1.0, 1.0)]
+    # The first use has its own amax. The second is scaled by the first's, 1 -> 448/1 floored to 256, and saturates at
+    # 448/256. The others are scaled for 100 until it has left the history, and 1 survives both scales exactly.
+    assert outs == [1.0, 448 / 256, 1.0, 1.0, 1.0]
+
+
+def test_what_another_module_keeps_is_what_the_weight_gradient_uses():
+    class Twice:
+        def dequantise(self):
+            return 2 * x
+
+    torch.manual_seed(0)
+    x, w, dy = torch.randn(64, 256), torch.randn(128, 256), torch.randn(64, 128)
+    fp8 = Fp8Products(Fp8Settings())
+    plain = three_products(fp8, x, w, dy)[2]
+    _, kept = fp8.forward(x, w, None, Twice())
+    _, kept_dy = fp8.input_gradient(dy, w, None)
+    assert torch.equal(fp8.weight_gradient(kept_dy, kept, None), 2 * plain)
 
 
 def test_one_byte_an_element_is_kept_for_the_weight_gradient():
@@ -106,16 +140,16 @@ def test_one_byte_an_element_is_kept_for_the_weight_gradient():
     w = torch.randn(128, 512, dtype=torch.bfloat16)
     assert HIGH_PRECISION.forward(x, w, None)[1].nbytes == 2 * x.numel()
     for operands in ("requantised", "retiled"):
-        saved = EmulatedFp8(Fp8Settings(wgrad_operands=operands)).forward(x, w, None)[1]
+        saved = Fp8Products(Fp8Settings(wgrad_operands=operands)).forward(x, w, None)[1]
         assert saved.nbytes == x.numel() + 4 * x.numel() // 128
 
 
 def test_a_weight_is_quantised_once_a_step():
-    w, fp8 = torch.randn(128, 128), EmulatedFp8(Fp8Settings())
+    w, fp8 = torch.randn(128, 128), Fp8Products(Fp8Settings())
     first = fp8.forward(torch.eye(128), w, None)[0]
     w.data.mul_(2)  # as the optimizer does, unseen by autograd
     assert torch.equal(fp8.forward(torch.eye(128), w, None)[0], first)
-    EmulatedFp8.step += 1
+    Fp8Products.step += 1
     assert torch.equal(fp8.forward(torch.eye(128), w, None)[0], 2 * first)
 
 
@@ -136,7 +170,7 @@ def test_hybrid_puts_gradients_into_e5m2():
     w, dy = torch.randn(128, 128), torch.randn(128, 128)
     exact = dy @ w
     errors = [
-        ((EmulatedFp8(Fp8Settings(format=f)).input_gradient(dy, w, None) - exact).norm() / exact.norm()).item()
+        ((Fp8Products(Fp8Settings(format=f)).input_gradient(dy, w, None)[0] - exact).norm() / exact.norm()).item()
         for f in ("e4m3", "hybrid")
     ]
     assert errors[1] > 1.3 * errors[0]

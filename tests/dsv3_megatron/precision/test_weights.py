@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_megatron.precision.products import EmulatedFp8
+from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.weights import dequantise_weight, quantise_weight
 
@@ -26,7 +26,7 @@ def test_power_of_two_scales_store_what_training_multiplied_with():
     torch.manual_seed(0)
     weight = torch.randn(256, 384)
     data, scale_inv = quantise_weight(weight, power_of_two=True)
-    product, _ = EmulatedFp8(Fp8Settings()).forward(torch.eye(384), weight, None)
+    product, _ = Fp8Products(Fp8Settings()).forward(torch.eye(384), weight, None)
     assert torch.equal(dequantise_weight(data, scale_inv, torch.float32), product.t())
 
 

@@ -5,7 +5,7 @@ import torch
 
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.routing.bias import update_expert_bias
-from dsv3_megatron.routing.load import max_violation
+from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
@@ -142,3 +142,12 @@ def test_the_bias_update_refuses_what_cannot_be(loads, speed):
 def test_max_violation_is_the_busiest_expert_above_the_mean():
     loads = torch.tensor([[4, 4, 4, 4], [8, 4, 2, 2], [16, 0, 0, 0]])
     assert max_violation(loads).tolist() == [0.0, 1.0, 3.0]
+
+
+def test_running_loads_average_what_chance_scatters():
+    running, generator = RunningLoads(), torch.Generator().manual_seed(0)
+    for _ in range(400):  # even in the long run, uneven in every batch
+        loads = torch.multinomial(torch.ones(8), 64, replacement=True, generator=generator).bincount(minlength=8)
+        average = running.update(loads.unsqueeze(0))
+    assert max_violation(loads.unsqueeze(0)).item() > 0.3 > 0.1 > max_violation(average).item()
+    assert average.sum().item() == pytest.approx(1.0)

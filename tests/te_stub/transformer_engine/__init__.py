@@ -1,9 +1,9 @@
-"""A stand-in for Transformer Engine: its modules' parameters and constructor arguments, no computation.
+"""A stand-in for Transformer Engine: its modules on a CPU, in high precision, which record how they are called.
 
-Lets the te backend's specs be built where TE cannot be installed, and records how they are called.
+Lets the te backend build and run where TE cannot be installed. No FP8 number is computed here.
 """
 
+from transformer_engine import common as common
 from transformer_engine import pytorch as pytorch
-from transformer_engine.pytorch import common as common
 
 __version__ = "2.9.0"

@@ -1,0 +1,167 @@
+"""Does training in FP8 lose anything? The same model, text, seed and steps in fp32, bf16 and several kinds of FP8.
+
+    python benchmarks/fp8_vs_bf16.py [steps=400] [jobs=2] [variants=bf16,fp8_paper,...]
+
+Fair because everything but the format is the same: weights of step 0, order of samples, learning rates. Compared is the
+relative difference of the language-model loss from BF16's, each curve smoothed by an exponential moving average of 0.9,
+as in DeepSeek-V3's report (arXiv 2412.19437 appendix B.1; below 0.25% over 1.33T tokens of a 16B model). FP8 is the
+torch backend's emulation, which rounds as the GPU does and adds up in float32. Runs resume where they were cut.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pydantic import BaseModel, Field
+
+from launcher.arguments import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "fp8_vs_bf16.json"
+FIGURE = ROOT / "docs" / "img" / "fp8_vs_bf16.svg"
+_TENSOR = [f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient")]
+VARIANTS = {
+    "fp32": ["precision=fp32"],
+    "bf16": ["precision=bf16"],
+    "fp8_paper": ["precision=fp8", "precision.fp8.wgrad_operands=retiled"],
+    "fp8_te": ["precision=fp8"],
+    "fp8_tensor": ["precision=fp8", *_TENSOR],
+    "fp8_gradients_128x128": ["precision=fp8", "precision.fp8.gradient_tile=128x128"],
+    "fp8_hybrid_delayed": ["precision=fp8", *_TENSOR, "precision.fp8.scaling=delayed", "precision.fp8.format=hybrid"],
+}
+MEANING = {
+    "fp32": "no FP8, float32 weights",
+    "bf16": "no FP8: the reference",
+    "fp8_paper": "the paper: 1x128 and 128x128, wgrad's X cut anew from the saved copy",
+    "fp8_te": "as Transformer Engine: wgrad's X quantised a second time",
+    "fp8_tensor": "one scale a tensor, amax of now",
+    "fp8_gradients_128x128": "128x128 for gradients too (diverged at 16B in the paper)",
+    "fp8_hybrid_delayed": "one scale a tensor from the last 16 amaxes, E5M2 gradients",
+}
+
+
+class Arguments(BaseModel):
+    """What can be said on the command line."""
+
+    steps: int = Field(400, ge=60, description="steps of 4,096 tokens each")
+    jobs: int = Field(2, description="trainings side by side, one thread each")
+    variants: str = Field(",".join(VARIANTS), description="which to train; all that were trained are reported")
+
+
+def train(name: str, steps: int) -> None:
+    """Train one variant, or go on with it."""
+    half = steps // 2
+    phases = (
+        f"[{{until: 20 steps, shape: linear, to: 0.004}},{{until: {half} steps, shape: constant}},"
+        f"{{until: {steps} steps, shape: cosine, to: 0.0004}}]"
+    )
+    command = [sys.executable, "launcher/pretrain.py", "recipe=dsv3_tiny", *VARIANTS[name], f"run.steps={steps}"]
+    command += [f"optim.learning_rate={phases}", "logging.wandb=disabled", f"run.directory={directory(name, steps)}"]
+    command += ["checkpoint.every_steps=50", "checkpoint.keep=1", "run.seed=1234"]
+    log = directory(name, steps).parent / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as out:
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=out, stderr=subprocess.STDOUT)
+
+
+def directory(name: str, steps: int) -> Path:
+    """Return the run directory of a variant."""
+    return ROOT / "runs" / f"fp8_vs_bf16_{steps}" / name
+
+
+def losses(name: str, steps: int) -> list[float] | None:
+    """Return a variant's loss curve, smoothed, or None where it is not trained to the end."""
+    path = directory(name, steps) / "metrics.jsonl"
+    raw = [json.loads(line)["lm_loss"] for line in path.read_text().splitlines()] if path.exists() else []
+    if len(raw) < steps:
+        return None
+    smooth = [raw[0]]
+    for value in raw[1:]:
+        smooth.append(0.9 * smooth[-1] + 0.1 * value)
+    return smooth
+
+
+def trained_at(steps: int) -> str:
+    """Return the commit that trained the reference."""
+    return json.loads((directory("bf16", steps) / "environment.json").read_text())["git_commit"]
+
+
+def report(steps: int) -> dict:
+    """Return the figures of every trained variant, and draw the differences."""
+    curves = {name: curve for name in VARIANTS if (curve := losses(name, steps))}
+    reference = curves["bf16"]
+    rows = {}
+    for name, curve in curves.items():
+        relative = [100 * (mine - theirs) / theirs for mine, theirs in zip(curve, reference)]
+        summary = json.loads((directory(name, steps) / "summary.json").read_text())
+        late = relative[steps // 4 :]
+        rows[name] = {
+            "meaning": MEANING[name],
+            "final_smoothed_loss": round(curve[-1], 5),
+            "held_out_loss": round(summary["after"]["held_out_loss"], 5),
+            "difference_percent_at_the_end": round(relative[-1], 4),
+            "largest_difference_percent_after_a_quarter": round(max(late, key=abs), 4),
+            "difference_percent": [round(value, 4) for value in relative[:: max(1, steps // 100)]],
+        }
+    draw({name: row["difference_percent"] for name, row in rows.items() if name != "bf16"}, steps)
+    return rows
+
+
+def draw(differences: dict[str, list[float]], steps: int) -> None:
+    """Draw the relative differences over tokens as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    axes.axhspan(-0.25, 0.25, color="0.92", label="the paper's 0.25%")
+    for name, values in differences.items():
+        tokens = [i * max(1, steps // 100) * 4096 / 1e6 for i in range(len(values))]
+        axes.plot(tokens, values, label=f"{name}: {MEANING[name]}", linewidth=1.4)
+    axes.set_xlabel("tokens, million")
+    axes.set_ylabel("loss against BF16, % (EMA 0.9)")
+    axes.legend(fontsize=7, frameon=False)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(FIGURE)
+
+
+def main() -> None:
+    """Train what is missing, then print and write the table."""
+    arguments = parse_arguments(Arguments, sys.argv[1:])
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda name: train(name, arguments.steps), arguments.variants.split(",")))
+    rows = report(arguments.steps)
+    import torch
+
+    made = {
+        "command": f"python benchmarks/fp8_vs_bf16.py steps={arguments.steps} jobs={arguments.jobs}",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "tokens_each": arguments.steps * 4096,
+        "variants": rows,
+    }
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n")
+    print(f"{'variant':<24}{'final loss':>11}{'held-out':>10}{'end, %':>9}{'largest, %':>12}")
+    for name, row in rows.items():
+        print(
+            f"{name:<24}{row['final_smoothed_loss']:>11}{row['held_out_loss']:>10}"
+            f"{row['difference_percent_at_the_end']:>9}{row['largest_difference_percent_after_a_quarter']:>12}"
+        )
+
+
+if __name__ == "__main__":
+    main()

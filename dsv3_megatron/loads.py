@@ -1,0 +1,82 @@
+"""The experts' loads of a step: gathered from the routers of this rank's stages, for the bias update and the metrics.
+
+Legend: L MoE layers of the model, those of the multi-token-prediction modules last; E experts.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3_megatron.build import Parts
+from dsv3_megatron.routing.bias import update_expert_bias
+from dsv3_megatron.routing.capacity import CapacityRouter
+from dsv3_megatron.routing.router import SequenceBalancedRouter
+
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
+
+
+def routers(parts: Parts) -> dict[int, SequenceBalancedRouter]:
+    """Return this rank's routers by the number of their MoE layer in the model."""
+    model, found = parts.recipe.model, {}
+    for stage, chunk in parts.chunks.items():
+        for name, module in chunk.named_modules():
+            if isinstance(module, SequenceBalancedRouter):
+                kind, number = _LAYER.search(name).groups()
+                before = model.num_moe_layers if kind == "mtp" else parts.first_layer(stage)
+                found[before + int(number) - (0 if kind == "mtp" else model.first_k_dense_replace)] = module
+    return found
+
+
+@torch.no_grad()
+def step_loads(parts: Parts) -> dict[int, Tensor]:
+    """Return tokens per expert [E] of the whole step by MoE layer of this rank, and start counting anew."""
+    counting = {n: r for n, r in routers(parts).items() if r.local_tokens_per_expert is not None}
+    if not counting:
+        return {}
+    loads = torch.stack([r.local_tokens_per_expert for r in counting.values()])
+    for router in counting.values():
+        router.local_tokens_per_expert.zero_()
+    # Every rank of the stage routes tokens of its own: TP by sequence parallelism, CP, DP (DualPipe: both mirrors).
+    dist.all_reduce(loads, group=parts.groups.dp_cp)
+    dist.all_reduce(loads, group=parts.groups.tp)
+    return dict(zip(counting, loads))
+
+
+@torch.no_grad()
+def update_biases(parts: Parts, loads: dict[int, Tensor], speed: float) -> None:
+    """Make overloaded experts less attractive, underloaded ones more."""
+    for number, router in routers(parts).items():
+        if router.expert_bias is not None:
+            router.expert_bias.copy_(update_expert_bias(router.expert_bias, loads[number], speed=speed))
+
+
+def gather_loads(parts: Parts, loads: dict[int, Tensor]) -> np.ndarray | None:
+    """Return the loads of the whole model on every rank, [L, E] float64; None where no router counts."""
+    model = parts.recipe.model
+    layers = model.num_moe_layers + (model.num_nextn_predict_layers if model.num_moe_layers else 0)
+    table = torch.zeros(layers, model.n_routed_experts + 1, dtype=torch.float64, device=parts.device)
+    for number, load in loads.items():
+        table[number, :-1] = load
+        table[number, -1] = 1  # so many ranks hold this layer
+    dist.all_reduce(table)
+    table = table.cpu().numpy()
+    return table[:, :-1] / table[:, -1:] if layers and (table[:, -1] > 0).all() else None
+
+
+@torch.no_grad()
+def step_overflow(parts: Parts) -> tuple[int, int] | None:
+    """Return the choices (rerouted, dropped) of the whole step in all layers; None where experts have no capacity."""
+    if parts.recipe.model.topk_method != "capacity":
+        return None
+    total = torch.zeros(3, dtype=torch.float64, device=parts.device)
+    for router in routers(parts).values():
+        assert isinstance(router, CapacityRouter)
+        total += router.overflow
+        router.overflow.zero_()
+    dist.all_reduce(total)  # no TP, no CP with capacity: every rank's microbatches and layers are its own
+    return round(total[0].item()), round(total[1].item())

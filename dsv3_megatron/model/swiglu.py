@@ -1,0 +1,89 @@
+"""SwiGLU of the torch backend: silu(gate) * up, which keeps its input for backward and computes its output again.
+
+With an FP8 cache the input is kept in 1x128 tiles, two bytes a column of the output, and the linear layer after it
+keeps nothing: it takes the output from the same cache when its weight gradient is due (arXiv 2412.19437 section 3.3.3).
+
+Legend: T tokens, I width of the output; the input is [gate | up], 2 I wide. ``probs`` [T, 1] weighs an expert's tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_megatron.precision.kept import offer
+from dsv3_megatron.precision.tiles import Quantised, quantise
+
+_TILE = (1, 128)
+
+
+class SwiGLU(torch.nn.Module):
+    """The activation between the two layers of a feed-forward block."""
+
+    cache_in_fp8 = False  # set by the precision policy
+
+    def __init__(self, config: object = None):
+        super().__init__()
+
+    def forward(self, gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
+        """Return [..., I] from [..., 2 I]."""
+        if not self.cache_in_fp8 or not torch.is_grad_enabled():
+            return swiglu(gate_up, probs)
+        with torch.no_grad():
+            cache = _Cache(quantise(gate_up, _TILE), probs, gate_up.dtype)
+        return offer(_FromCache.apply(gate_up, probs, cache), cache)
+
+    def sharded_state_dict(self, *unused: object, **also_unused: object) -> dict[str, object]:
+        """Return nothing: there are no parameters. megatron-core asks every part of a feed-forward block."""
+        return {}
+
+
+def swiglu(gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
+    """Return silu(gate) * up, times ``probs`` where given, in the input's dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = F.silu(gate) * up
+    return out if probs is None else (out * probs).to(gate_up.dtype)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The input in FP8; what forward computed is computed again from it."""
+
+    gate_up: Quantised
+    probs: Tensor | None
+    dtype: torch.dtype
+
+    def input(self) -> Tensor:
+        return self.gate_up.dequantise().to(self.dtype)
+
+    def dequantise(self) -> Tensor:
+        """Return the output, float32."""
+        return swiglu(self.input(), self.probs).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it occupies."""
+        return self.gate_up.nbytes
+
+
+class _FromCache(torch.autograd.Function):
+    """SwiGLU whose backward reads the cache."""
+
+    @staticmethod
+    def forward(ctx: object, gate_up: Tensor, probs: Tensor | None, cache: _Cache) -> Tensor:
+        ctx.cache = cache
+        return swiglu(gate_up, probs)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        cache, ctx.cache = ctx.cache, None
+        gate, up = cache.input().chunk(2, dim=-1)
+        silu, to_probs = F.silu(gate), None
+        if cache.probs is not None:
+            to_probs = (grad * (silu * up)).sum(-1, keepdim=True).to(cache.probs.dtype)
+            grad = (grad * cache.probs).to(gate.dtype)
+        to_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat([to_gate, grad * silu], dim=-1), to_probs, None

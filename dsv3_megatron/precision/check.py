@@ -1,0 +1,40 @@
+"""Can this machine do what the recipe's precision says? Asked before data, process groups or weights exist."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv3_megatron.precision import transformer_engine
+from dsv3_megatron.precision.hopper import why_not
+from dsv3_megatron.precision.shapes import check_shapes
+from dsv3_megatron.recipe import Recipe
+from parallel.errors import LayoutError, RecipeError
+
+_OVERLAPPED = ("dualpipe", "dualpipev", "auto")
+
+
+def check_precision(recipe: Recipe, backend: str, device: torch.device) -> list[str]:
+    """Return what a person should know of how the precision is carried out here, a line each.
+
+    Raises: UserError: it cannot be, in one line naming what stands in the way.
+    """
+    fp8 = recipe.precision.fp8
+    if fp8 is None:
+        return []
+    if backend == "torch":
+        if fp8.hold_weights:
+            raise RecipeError(
+                "precision.fp8.hold_weights = true is Transformer Engine's; set hold_weights=false, or backend=te"
+            )
+        reason = why_not(fp8, device)
+        how = f"emulated ({reason})" if reason else "by torch's block-scaled products where shapes allow"
+        return [f"FP8 of linear layers is {how}; formats: launcher/plan.py show=precision"]
+    if fp8.scaling == "delayed" and recipe.parallel.schedule in _OVERLAPPED:
+        raise LayoutError(
+            f"precision.fp8.scaling = delayed under parallel.schedule={recipe.parallel.schedule} would train without "
+            "FP8 on te (megatron-core's overlapped plan opens no autocast for it); set scaling=current, or "
+            "schedule=1f1b"
+        )
+    check_shapes(recipe)
+    told = transformer_engine.check_installed(fp8, device)
+    return [*([told] if told else []), *transformer_engine.deviations(fp8)]

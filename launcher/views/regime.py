@@ -1,0 +1,144 @@
+"""show=regime: everything that changes over a run, as a table of its phases, a plot, or the values at one moment."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from launcher.compose import compose
+from parallel.errors import RecipeError
+from parallel.units import parse_count, show_count
+
+if TYPE_CHECKING:
+    from dsv3_megatron.optim.regime import Regime
+    from dsv3_megatron.recipe import Recipe
+
+COLUMNS = ("learning_rate", "global_batch", "mtp_weight", "bias_speed", "balance_weight")
+_TITLES = {
+    "learning_rate": "learning rate",
+    "global_batch": "batch, sequences",
+    "mtp_weight": "MTP weight",
+    "bias_speed": "router-bias speed",
+    "balance_weight": "balance-loss weight",
+}
+_POINTS = 800
+
+
+def show_regime(overrides: Sequence[str], options: dict[str, str]) -> str:
+    """Return the regime of a recipe, or with ``at`` its values after so many tokens; writes the plot as SVG."""
+    from dsv3_megatron.optim.regime import Regime
+
+    recipe = compose(list(overrides))
+    regime = Regime(recipe.optim, recipe.data.sequence_length)
+    as_json = options.get("format") == "json"
+    if "at" in options:
+        try:
+            tokens = parse_count(options["at"])
+        except ValueError as error:
+            raise RecipeError(f"at = {options['at']}: {error}") from None
+        values = values_at(regime, tokens)
+        return json.dumps(values) if as_json else "\n".join(f"{name:<16} {value}" for name, value in values.items())
+    end = _end(recipe, regime)
+    rows = [values_at(regime, tokens) for tokens in moments(regime, end)]
+    if as_json:
+        return json.dumps({"recipe": recipe.recipe, "tokens": end, "steps": _step(regime, end), "phases": rows})
+    svg = options.get("svg", f"{recipe.recipe}_regime.svg")
+    plot(recipe.recipe, regime, end, svg)
+    return f"{_table(recipe, regime, rows, end)}\nplot: {svg}"
+
+
+def values_at(regime: Regime, tokens: int) -> dict[str, float | int]:
+    """Return what is in force for the step that begins after ``tokens`` tokens."""
+    values = {name: getattr(regime, name)(tokens) for name in COLUMNS}
+    return {"tokens": tokens, **values, "sequence_length": regime.sequence_length}
+
+
+def moments(regime: Regime, end: int) -> list[int]:
+    """Return the token counts at which a phase of some curve begins or ends, up to the end of the run."""
+    found = {0, end}
+    for curve in regime.curves().values():
+        found |= {edge for piece in curve.pieces for edge in (piece.start, piece.end) if edge <= end}
+    return sorted(found)
+
+
+def _end(recipe: Recipe, regime: Regime) -> int:
+    """Return the tokens of the whole run."""
+    ends = [] if recipe.run.tokens is None else [recipe.run.tokens]
+    if recipe.run.steps is not None:
+        ends.append(regime.tokens_of_step(recipe.run.steps))
+    return min(ends)
+
+
+def _step(regime: Regime, tokens: int) -> int:
+    """Return how many steps begin before so many tokens are consumed."""
+    return bisect_left(_Steps(regime), tokens)
+
+
+class _Steps:
+    """The tokens at which steps begin, as a sequence that bisect can search."""
+
+    def __init__(self, regime: Regime):
+        self._regime = regime
+
+    def __len__(self) -> int:
+        return 1 << 24
+
+    def __getitem__(self, step: int) -> int:
+        return self._regime.tokens_of_step(step)
+
+
+def _table(recipe: Recipe, regime: Regime, rows: list[dict[str, float | int]], end: int) -> str:
+    names = ("tokens", "step", *COLUMNS)
+    lines = [f"regime of recipe={recipe.recipe}: {show_count(end)} tokens of {regime.sequence_length} a sequence", ""]
+    lines.append("  ".join(f"{name:>14}" for name in names))
+    for row in rows:
+        shown = {**row, "tokens": _exact(int(row["tokens"])), "step": f"{_step(regime, int(row['tokens'])):,}"}
+        shown["learning_rate"] = f"{row['learning_rate']:.4g}"
+        lines.append("  ".join(f"{shown[name]:>14}" for name in names))
+    lines += ["", "  each row: what is in force from there; between two rows a value stays, rises or falls evenly,"]
+    lines += ["  or follows a cosine, as the recipe's phases say"]
+    return "\n".join(lines)
+
+
+def _exact(tokens: int) -> str:
+    """Return a token count without rounding: 14.633T, 25,369,247,744."""
+    short = show_count(tokens) if tokens else "0"
+    for suffix, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        for digits in range(1, 6):
+            if tokens >= scale and round(tokens / scale, digits) * scale == tokens:
+                return f"{tokens / scale:.{digits}f}".rstrip("0").rstrip(".") + suffix
+    return f"{tokens:,}" if tokens >= 1000 else short
+
+
+def plot(name: str, regime: Regime, end: int, path: str) -> None:
+    """Draw every curve over the tokens of the run. Raises RecipeError when the file cannot be written."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
+
+    edges = moments(regime, end)
+    ticks = sorted({round(end * i / _POINTS) for i in range(_POINTS + 1)} | {max(0, e - 1) for e in edges} | {*edges})
+    figure, axes = plt.subplots(len(COLUMNS), 1, sharex=True, figsize=(9, 9), layout="constrained")
+    for axis, column in zip(axes, COLUMNS):
+        curve = getattr(regime, column)
+        axis.plot(ticks, [curve(tokens) for tokens in ticks], color="#1f5fa8", linewidth=1.6)
+        axis.set_ylabel(_TITLES[column], rotation=0, ha="right", va="center")
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.01)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        for edge in edges[1:-1]:
+            axis.axvline(edge, color="#c0392b", alpha=0.25, linewidth=0.8)
+    axes[0].set_title(f"training regime of recipe={name}", loc="left")
+    axes[-1].set_xlabel("tokens consumed (red: a phase ends)")
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: show_count(x)))
+    try:
+        figure.savefig(path, format="svg")
+    except OSError as error:
+        raise RecipeError(f"svg = {path} cannot be written ({error.strerror}); name another file") from None
+    finally:
+        plt.close(figure)

@@ -1,0 +1,92 @@
+"""What FP8 needs of a machine and of shapes: one line each, before anything starts."""
+
+import pytest
+import torch
+
+from dsv3_megatron.precision.check import check_precision
+from dsv3_megatron.precision.shapes import check_shapes
+from dsv3_megatron.precision.transformer_engine import check_hardware, deviations
+from launcher.compose import compose
+from parallel.errors import LayoutError, PackageError, RecipeError
+
+CPU = torch.device("cpu")
+TENSOR = [f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "te", "named"),
+    [
+        ((8, 0), "13.0", "2.9.0", "compute capability 9.0"),
+        ((9, 0), "12.8", "2.9.0", "CUDA 12.9"),
+        ((9, 0), None, "2.9.0", "CUDA 12.9"),
+        ((9, 0), "13.0", "2.8.1", "transformer-engine 2.9"),
+    ],
+)
+def test_a_machine_that_cannot_is_told_so(capability, cuda, te, named):
+    with pytest.raises(PackageError, match=named) as error:
+        check_hardware(capability, cuda, te)
+    assert "set " in str(error.value) or "install" in str(error.value)
+
+
+def test_a_hopper_passes_and_a_blackwell_is_told_of_mxfp8():
+    assert check_hardware((9, 0), "12.9", "2.20.2") is None
+    assert "MXFP8" in check_hardware((10, 0), "13.0", "2.20.2")
+
+
+def test_what_te_does_otherwise_is_told():
+    lines = deviations(compose(["recipe=dsv3_671b"]).precision.fp8)
+    assert len(lines) == 2 and "SwiGLU" in lines[0] and "E5M6" in lines[1]
+
+
+@pytest.mark.parametrize("recipe", ["dsv3_671b", "dsv3_16b", "dsv3_h200", "dsv3_article"])
+def test_the_shapes_of_recipes_for_gpus_divide(recipe):
+    check_shapes(compose([f"recipe={recipe}"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.moe_intermediate_size=2040", "moe_intermediate_size = 2040"),
+        ("model.kv_lora_rank=500", "kv_lora_rank = 500"),
+        ("data.sequence_length=4100", "tokens of a microbatch"),
+    ],
+)
+def test_a_width_that_does_not_divide_is_named_with_the_nearest(override, named):
+    with pytest.raises(LayoutError, match="multiple of 16") as error:
+        check_shapes(compose(["recipe=dsv3_h200", override]))
+    assert named in str(error.value) and "nearest that is" in str(error.value)
+
+
+def test_how_fp8_is_carried_out_is_told_at_the_start():
+    (line,) = check_precision(compose(["recipe=dsv3_tiny", "precision=fp8"]), "torch", CPU)
+    assert "emulated (there is no GPU)" in line
+    assert check_precision(compose(["recipe=dsv3_tiny"]), "torch", CPU) == []
+
+
+def test_holding_weights_in_fp8_is_refused_by_the_emulation():
+    with pytest.raises(RecipeError, match="hold_weights"):
+        check_precision(compose(["recipe=dsv3_tiny", "precision=fp8", "precision.fp8.hold_weights=true"]), "torch", CPU)
+
+
+def test_delayed_scaling_on_te_is_refused_where_it_would_not_be_fp8():
+    words = ["precision=fp8", *TENSOR, "precision.fp8.scaling=delayed", "parallel.schedule=dualpipev"]
+    with pytest.raises(LayoutError, match="without FP8"):
+        check_precision(compose(["recipe=dsv3_tiny", *words]), "te", CPU)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("precision.fp8.scaling=delayed", "all three tiles to tensor"),
+        ("precision.fp8.format=e3m4", "precision.fp8.format = e3m4"),
+        ("precision.fp8.activation_tile=1x64", "precision.fp8.activation_tile = 1x64"),
+    ],
+)
+def test_a_policy_that_contradicts_itself_is_refused(override, named):
+    with pytest.raises(RecipeError, match=named):
+        compose(["recipe=dsv3_tiny", "precision=fp8", override])
+
+
+def test_retiling_needs_tiles_to_cut():
+    with pytest.raises(RecipeError, match="wgrad_operands"):
+        compose(["recipe=dsv3_tiny", "precision=fp8", *TENSOR, "precision.fp8.wgrad_operands=retiled"])

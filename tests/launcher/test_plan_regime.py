@@ -1,0 +1,71 @@
+"""plan.py show=regime: the paper's regime as a user sees it (arXiv 2412.19437 section 4.2)."""
+
+import json
+import math
+
+import pytest
+
+from launcher.plan import main
+
+B, T = 10**9, 10**12
+CONTRACT = {
+    "tokens",
+    "learning_rate",
+    "global_batch",
+    "mtp_weight",
+    "bias_speed",
+    "balance_weight",
+    "sequence_length",
+}
+
+
+def at(tokens, capsys, recipe="dsv3_671b"):
+    assert main([f"recipe={recipe}", "show=regime", f"at={tokens}", "format=json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rate", "batch", "mtp", "speed"),
+    [
+        ("0", 0.0, 3072, 0.3, 0.001),
+        ("1T", 2.2e-4, 15360, 0.3, 0.001),
+        (10 * T - 1, 2.2e-4, 15360, 0.3, 0.001),
+        ("10T", 2.2e-4, 15360, 0.1, 0.001),
+        ("12.15T", (2.2e-4 + 2.2e-5) / 2, 15360, 0.1, 0.001),  # half of the cosine
+        (14_300 * B - 1, 2.2e-5, 15360, 0.1, 0.001),
+        ("14.3T", 2.2e-5, 15360, 0.1, 0.0),
+        (14_633 * B - 1, 2.2e-5, 15360, 0.1, 0.0),
+        ("14.633T", 7.3e-6, 15360, 0.1, 0.0),
+    ],
+)
+def test_values_in_force_are_the_papers(tokens, rate, batch, mtp, speed, capsys):
+    found = at(tokens, capsys)
+    assert set(found) == CONTRACT
+    assert found["learning_rate"] == pytest.approx(rate, rel=1e-9)
+    assert (found["global_batch"], found["mtp_weight"], found["bias_speed"]) == (batch, mtp, speed)
+    assert (found["balance_weight"], found["sequence_length"]) == (1e-4, 4096)
+
+
+def test_every_step_of_the_context_extensions_has_the_same_tokens(capsys):
+    for recipe, length in (("dsv3_671b_32k", 32768), ("dsv3_671b_128k", 131072)):
+        found = at(0, capsys, recipe)
+        assert found["sequence_length"] == length and found["learning_rate"] == 7.3e-6
+        assert found["global_batch"] * length == 62_914_560
+
+
+def test_the_table_names_every_phase_and_the_plot_is_written(tmp_path, capsys):
+    svg = tmp_path / "regime.svg"
+    assert main(["recipe=dsv3_671b", "show=regime", f"svg={svg}"]) == 0
+    table = capsys.readouterr().out
+    for edge in ("469B", "10T", "14.3T", "14.633T", "14.8T"):
+        assert f" {edge} " in table
+    assert svg.read_text().count('<g id="axes') == 5
+
+
+def test_phases_and_steps_agree(capsys):
+    assert main(["recipe=dsv3_671b", "show=regime", "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 14_800 * B and len(found["phases"]) == 7
+    # 14.331T after the ramp in steps of 62.9M tokens, and the ramp: 469B at a batch that grows linearly in tokens.
+    ramp = 469e9 / 4096 * math.log(15360 / 3072) / (15360 - 3072)
+    assert found["steps"] == pytest.approx(14.331e12 / (15360 * 4096) + ramp, rel=3e-3)
