@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dsv3_megatron.build import Parts, build_parts, choose_device, named_parameters
 from dsv3_megatron.checkpoint.load import candidates_of, find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
@@ -124,14 +125,12 @@ class Trainer:
                 self._event("damaged", {"reason": message}, f"warning: {message}")
         if found is None and named and wrong:
             raise CheckpointError(f"checkpoint.load = {named}: {wrong[0].removeprefix('checkpoint: ')}")
-        refused = [None]
+        changed: list[Any] = [{}]
         if self.is_first and found:
-            refused = [self.directory.other_architecture(self.recipe.model.model_dump(mode="json"))]
-        dist.broadcast_object_list(refused, src=0)
-        if refused[0]:
-            raise CheckpointError(
-                f"{found.path} was trained with {refused[0]}; use that value, or name another run.name"
-            )
+            changed = [changes(read_recipe(found.recipe), self.recipe.model_dump(mode="json"))]
+        dist.broadcast_object_list(changed, src=0)
+        if refused := refusal(changed[0]):
+            raise CheckpointError(f"{found.path} was trained with {refused}; use that value, or name another run.name")
         if mode == "never" and found:
             raise CheckpointError(
                 f"run.resume = never, but {found.path} exists; name another run.name, or set run.resume=auto to go "
@@ -153,6 +152,9 @@ class Trainer:
             self._event("resumed", {"step": self.progress.step, "path": str(found.path)}, f"resumed from {where}")
             for note in notes:
                 self.reporter.note(note)
+            if changed[0]:
+                told = "; ".join(f"{key}: {show(old)} -> {show(new)}" for key, (old, new) in changed[0].items())
+                self._event("recipe_changed", {"changes": changed[0]}, f"recipe changed since then: {told}")
 
     def _take_progress(self, progress: Progress) -> None:
         self.progress, self.guard = progress, StepGuard(self.recipe.health, progress.health)
