@@ -1,4 +1,4 @@
-# make env | demo | test | lint | bench | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | lint | bench | chaos | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test lint bench clean
+.PHONY: env demo test lint bench chaos clean
 
 env: $(STAMP)
 
@@ -33,6 +33,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_step.py
+
+# A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos kills=$(or $(CHAOS_KILLS),100)
 
 clean:
 	rm -rf $(VENV) runs .cache *.egg-info .pytest_cache .hypothesis .ruff_cache

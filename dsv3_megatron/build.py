@@ -33,7 +33,7 @@ from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.initialise import initialise
+from dsv3_megatron.model.initialise import global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.optim.optimizer import build_optimizer
 from dsv3_megatron.pipeline import ModelStages
@@ -92,6 +92,15 @@ class Parts:
             engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
             self._engines[kind, microbatches] = (schedule, engine)
         return self._engines[kind, microbatches]
+
+
+def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
+    """Return this rank's parameters, of all its stages, by their names in the whole model."""
+    return {
+        global_name(name, parts.first_layer(stage)): parameter
+        for stage, chunk in parts.chunks.items()
+        for name, parameter in chunk.named_parameters()
+    }
 
 
 def choose_device(wanted: str, world: World) -> torch.device:

@@ -12,7 +12,15 @@ from dsv3_megatron.model.stage import forward_logits
 
 
 def continue_tokens(
-    parts: Parts, prompt: list[int], *, count: int, temperature: float, seed: int, window: int, end: int | None
+    parts: Parts,
+    prompt: list[int],
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+    window: int,
+    end: int | None,
+    top_p: float = 1.0,
 ) -> Iterator[int]:
     """Yield up to ``count`` tokens after ``prompt``.
 
@@ -21,6 +29,7 @@ def continue_tokens(
         temperature: 0.0 takes the likeliest token; above, sampling with a generator of its own.
         window: tokens of context the model was trained with; older ones are dropped.
         end: stop after this token, if given.
+        top_p: sample from the likeliest tokens that together have this much of the probability.
     """
     random = np.random.Generator(np.random.Philox(key=seed))
     tokens = list(prompt)
@@ -30,9 +39,20 @@ def continue_tokens(
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            chances = (logits / temperature).softmax(-1).cpu().numpy()
-            token = int(random.choice(len(chances), p=chances / chances.sum()))
+            chances = nucleus((logits / temperature).softmax(-1).cpu().numpy(), top_p)
+            token = int(random.choice(len(chances), p=chances))
         tokens.append(token)
         yield token
         if token == end:
             return
+
+
+def nucleus(chances: np.ndarray, top_p: float) -> np.ndarray:
+    """Return probabilities [V] with all but the likeliest set to zero: as few as together reach ``top_p``, one at least
+    (arXiv 1904.09751)."""
+    order = np.argsort(-chances, kind="stable")
+    before = np.cumsum(chances[order]) - chances[order]
+    kept = np.zeros_like(chances)
+    chosen = order[before < top_p]
+    kept[chosen] = chances[chosen]
+    return kept / kept.sum()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_megatron.build import Parts, build_parts, choose_device
+from dsv3_megatron.checkpoint.choose import choose_checkpoint
 from dsv3_megatron.checkpoint.load import Found, load_checkpoint
-from dsv3_megatron.checkpoint.manifest import newest_valid, read_content
+from dsv3_megatron.checkpoint.manifest import read_content
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
+from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.trainer import processes
-from parallel.errors import CheckpointError
 from parallel.settings import ParallelSettings
 from parallel.world import World
 
@@ -34,21 +34,19 @@ class TrainedModel:
 
 
 @contextmanager
-def trained_model(recipe: Recipe, directory: str | Path) -> Iterator[TrainedModel]:
-    """Load the newest valid checkpoint of a run for as long as the block lasts.
+def trained_model(recipe: Recipe, directory: str | Path, step: int | None = None) -> Iterator[TrainedModel]:
+    """Load the newest valid checkpoint of a run, or the one of ``step``, for as long as the block lasts.
 
-    Raises: CheckpointError: there is none, or none is valid.
+    An imported run's own tokenizer takes the place of the data's. Raises: CheckpointError: there is none, or it is
+    damaged.
     """
-    folder = RunDirectory(directory).checkpoints
-    path, wrong = newest_valid(folder)
-    if path is None:
-        raise CheckpointError(
-            wrong[0] if wrong else f"{folder} holds no checkpoint; train first, or name another run directory"
-        )
+    path = choose_checkpoint(directory, step).path
     alone = recipe.model_copy(update={"parallel": ParallelSettings()})
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
+    if (own := Path(directory) / "tokenizer.json").is_file():
+        data = replace(data, tokenizer=Tokenizer.load(own))
     with processes(world, device), torch.random.fork_rng(devices=[]):
         parts = build_parts(alone, alone.layout(1), device)
         content = read_content(path)

@@ -27,7 +27,8 @@ class StepMetrics:
     the cluster file. ``max_violation`` is MaxVio of the batch, mean over layers; ``max_violation_running`` that of the
     loads averaged over about a hundred steps; ``layer_violation`` the batch's by MoE layer, MTP modules last.
     ``rerouted_choices`` and ``dropped_choices`` count token-expert choices for which an expert had no room (null
-    where experts have no capacity). ``skipped`` counts steps skipped so far.
+    where experts have no capacity). ``skipped`` counts steps skipped so far. ``slowest_rank`` took ``slowest_ratio``
+    times the median rank's seconds for the same work when last compared.
     """
 
     step: int
@@ -51,6 +52,8 @@ class StepMetrics:
     rerouted_choices: int | None
     dropped_choices: int | None
     skipped: int
+    slowest_rank: int | None = None
+    slowest_ratio: float | None = None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

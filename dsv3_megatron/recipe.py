@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeI
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.health_settings import HealthSettings
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
@@ -36,6 +37,9 @@ class RunSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
     hang_seconds: float = Field(
         300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
+    )
+    abort_seconds: float | None = Field(
+        1800.0, gt=0, description="end the process, so that it is started anew, when nothing moves for so long"
     )
     evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
 
@@ -99,6 +103,7 @@ class Recipe(BaseModel):
     optim: OptimSettings
     data: DataSettings
     checkpoint: CheckpointSettings
+    health: HealthSettings = HealthSettings()
     cluster: ClusterSettings
     logging: LoggingSettings
 

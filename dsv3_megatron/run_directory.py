@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from parallel.errors import RecipeError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "hydra-core", "wandb", "tokenizers", "numpy")
@@ -44,6 +42,11 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def finished(self) -> Path:
+        """There once the run has consumed its steps or tokens: a scheduler that sees it need not start it again."""
+        return self.path / "finished"
+
+    @property
     def summary(self) -> Path:
         """What the run ended with."""
         return self.path / "summary.json"
@@ -64,16 +67,6 @@ class RunDirectory:
         """Write recipe.yaml and environment.json."""
         _write_atomically(self.recipe, resolved_recipe)
         _write_atomically(self.path / "environment.json", json.dumps(environment(world), indent=2) + "\n")
-
-    def other_architecture(self, model: dict[str, Any]) -> str | None:
-        """Return how the stored recipe differs from ``model``, as "model.key = old, not new"; None if it does not."""
-        if not self.recipe.exists():
-            return None
-        stored = OmegaConf.to_container(OmegaConf.load(self.recipe))["model"]
-        for key, value in model.items():
-            if key in stored and stored[key] != value:
-                return f"model.{key} = {stored[key]}, not {value}"
-        return None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""

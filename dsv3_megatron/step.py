@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,8 +87,17 @@ def run_pipeline(parts: Parts, batches: list[Batch], *, training: bool) -> tuple
     return parts.stages.loss, engine.waited_seconds
 
 
-def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepResult:
-    """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches."""
+def train_step(
+    parts: Parts,
+    batches: list[Batch],
+    values: StepValues,
+    allows: Callable[[float, float], bool] = lambda loss, norm: True,
+) -> StepResult:
+    """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches.
+
+    ``allows``: asked with the step's loss and gradient norm, the same on all ranks, before anything is changed; where
+    it says no, weights, moments and router biases stay as they are.
+    """
     for config in parts.configs:
         config.mtp_loss_scaling_factor = values.mtp_weight
         config.moe_aux_loss_coeff = values.balance_weight
@@ -102,14 +111,18 @@ def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepRe
     start = time.perf_counter()
     total, waited = run_pipeline(parts, batches, training=True)
     pipeline_seconds = time.perf_counter() - start
+    if parts.watchdog is not None:
+        parts.watchdog.enter("the end of the step: gradients, optimizer, metrics")
     tokens = _counted_tokens(parts, batches)
     finish_gradients(list(parts.ddps.values()), parts.groups, tokens=tokens, embedding_copy=parts.embedding_copy)
     loads = step_loads(parts)
     set_learning_rate(parts.optimizer, values.learning_rate)
-    updated, grad_norm, _ = parts.optimizer.step()
+    lm_loss = _mean_loss(parts, total)
+    parts.optimizer.prepare_grads()
+    grad_norm = float(parts.optimizer.get_grad_norm())
+    updated = allows(lm_loss, grad_norm) and parts.optimizer.step()[0]
     if updated:
         update_biases(parts, loads, values.bias_speed)
-    lm_loss = _mean_loss(parts, total)
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if parts.layout.pp > 1 else None
     mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
     return StepResult(
@@ -117,7 +130,7 @@ def train_step(parts: Parts, batches: list[Batch], values: StepValues) -> StepRe
         mtp_loss=mtp_loss,
         mtp_objective=mtp_objective,
         balance_loss=_balance_loss(parts, len(batches)) * values.balance_weight,
-        grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
+        grad_norm=grad_norm,
         loads=gather_loads(parts, loads),
         overflow=step_overflow(parts),
         # A GPU's sends return before they are done: standing in them measures nothing there.

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.build import Parts, build_parts, choose_device
+from dsv3_megatron.build import Parts, build_parts, choose_device, named_parameters
 from dsv3_megatron.checkpoint.load import candidates_of, find_checkpoint, load_checkpoint
+from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
-from dsv3_megatron.health import StopSignals
+from dsv3_megatron.health import HealthState, StepGuard, StopSignals, nonfinite_gradients
 from dsv3_megatron.metrics import (
     JsonLines,
     MetricsWriter,
@@ -35,7 +37,8 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
-from parallel.errors import CheckpointError
+from dsv3_megatron.stragglers import Slowest, WorkClock
+from parallel.errors import CheckpointError, HealthError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -65,6 +68,12 @@ class Progress:
     tokens: int = 0
     samples: int = 0
     skipped: int = 0
+    health: HealthState = field(default_factory=HealthState)
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> Progress:
+        """Return the progress that a checkpoint holds."""
+        return cls(**{**stored, "health": HealthState(**stored.get("health", {}))})
 
 
 class Trainer:
@@ -74,15 +83,17 @@ class Trainer:
         self.recipe, self.parts, self.data = recipe, parts, data
         self.regime = Regime(recipe.optim, recipe.data.sequence_length)
         self.directory = RunDirectory(recipe.run.directory)
-        self.progress = Progress()
+        self._take_progress(Progress())
+        self._clock = WorkClock(list(parts.chunks.values()), parts.device)
+        self._slowest: Slowest | None = None
         self.is_first = dist.get_rank() == 0
         self.reporter = reporter
         self._resolved_recipe = resolved_recipe
         self._writers: list[MetricsWriter] = []
         self._flops_per_token = training_flops_per_token(recipe.model, recipe.data.sequence_length)
         self._bytes_per_token = data.bytes_per_token() if self.is_first else None
-        self._running_loads = RunningLoads()
         self.saver = Saver(self.directory.checkpoints, recipe.checkpoint, parts, resolved_recipe, self._tell_save)
+        self._running_loads = RunningLoads()
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
@@ -96,6 +107,8 @@ class Trainer:
             layout = self.parts.layout
             self.directory.write_start(self._resolved_recipe, {"size": layout.world_size, "layout": asdict(layout)})
             self._writers = [JsonLines(self.directory.metrics, self.progress.step)]
+            if not self.finished:
+                self.directory.finished.unlink(missing_ok=True)
             logging = self.recipe.logging
             if logging.wandb != "disabled":
                 name, config = self.recipe.run.name, self.recipe.model_dump(mode="json")
@@ -112,14 +125,12 @@ class Trainer:
                 self._event("damaged", {"reason": message}, f"warning: {message}")
         if found is None and named and wrong:
             raise CheckpointError(f"checkpoint.load = {named}: {wrong[0].removeprefix('checkpoint: ')}")
-        refused = [None]
+        changed: list[Any] = [{}]
         if self.is_first and found:
-            refused = [self.directory.other_architecture(self.recipe.model.model_dump(mode="json"))]
-        dist.broadcast_object_list(refused, src=0)
-        if refused[0]:
-            raise CheckpointError(
-                f"{found.path} was trained with {refused[0]}; use that value, or name another run.name"
-            )
+            changed = [changes(read_recipe(found.recipe), self.recipe.model_dump(mode="json"))]
+        dist.broadcast_object_list(changed, src=0)
+        if refused := refusal(changed[0]):
+            raise CheckpointError(f"{found.path} was trained with {refused}; use that value, or name another run.name")
         if mode == "never" and found:
             raise CheckpointError(
                 f"run.resume = never, but {found.path} exists; name another run.name, or set run.resume=auto to go "
@@ -133,7 +144,7 @@ class Trainer:
         if not found:
             return
         notes = load_checkpoint(found, self.parts, training=True)
-        self.progress = Progress(**found.progress)
+        self._take_progress(Progress.of(found.progress))
         if found.path.parent == self.directory.checkpoints:
             self.saver.saved_step = self.progress.step
         if self.is_first:
@@ -141,6 +152,12 @@ class Trainer:
             self._event("resumed", {"step": self.progress.step, "path": str(found.path)}, f"resumed from {where}")
             for note in notes:
                 self.reporter.note(note)
+            if changed[0]:
+                told = "; ".join(f"{key}: {show(old)} -> {show(new)}" for key, (old, new) in changed[0].items())
+                self._event("recipe_changed", {"changes": changed[0]}, f"recipe changed since then: {told}")
+
+    def _take_progress(self, progress: Progress) -> None:
+        self.progress, self.guard = progress, StepGuard(self.recipe.health, progress.health)
 
     def _event(self, name: str, values: dict[str, Any], text: str) -> None:
         """Tell a person, and keep it in events.jsonl. On rank 0."""
@@ -192,7 +209,9 @@ class Trainer:
 
     def _asked_to_stop(self, signals: StopSignals) -> bool:
         """Return whether any rank was asked to stop; the same exchange moves a save under way on."""
+        self.parts.watchdog.enter("the exchange between steps")
         stop, *flags = signals.agreed(self.parts.device, self.saver.flags())
+        self.parts.watchdog.leave()
         self.saver.advance(Flags(*flags), self.progress.step)
         return bool(stop)
 
@@ -215,15 +234,20 @@ class Trainer:
             dp_rank=self.parts.data_rank,
             dp=self.parts.layout.dp,
         )
-        result = train_step(self.parts, batches, values)
+        result = train_step(self.parts, batches, values, self.guard.allows)
+        self.parts.watchdog.leave()
         seconds = time.perf_counter() - start
         tokens = batch * recipe.data.sequence_length
         progress.step += 1
         progress.samples += batch
         progress.tokens += tokens
         progress.skipped += result.skipped
+        self._look_for_stragglers()
         if not self.is_first:
             return
+        if self.guard.reason:
+            why = {"step": progress.step, "reason": self.guard.reason, "in_row": progress.health.skipped_in_row}
+            self._event("skipped", why, f"warning: step {progress.step} skipped: {self.guard.reason}")
         world = self.parts.layout.world_size
         tflops = tokens * self._flops_per_token / seconds / world / 1e12
         peak = recipe.cluster.peak_tflops.get("bf16") if self.parts.device.type == "cuda" else None
@@ -246,6 +270,8 @@ class Trainer:
             max_violation=result.max_violation,
             **self._load_metrics(result),
             skipped=progress.skipped,
+            slowest_rank=self._slowest.rank if self._slowest else None,
+            slowest_ratio=self._slowest.ratio if self._slowest else None,
         )
         for writer in self._writers:
             writer.write(metrics)
@@ -266,11 +292,52 @@ class Trainer:
         }
 
     def _between_steps(self) -> None:
+        if self.guard.exhausted:
+            self._give_up_or_roll_back()
         step, run = self.progress.step, self.recipe.run
         if run.evaluate_every_steps and step % run.evaluate_every_steps == 0 and not self.finished:
             self.evaluate()
         if self.saver.due(step) and not self.finished:
             self.saver.save(asdict(self.progress))
+
+    def _look_for_stragglers(self) -> None:
+        every = self.recipe.health.straggler_every_steps
+        if not every or self.progress.step % every or self.parts.layout.world_size == 1:
+            return
+        self._slowest = slowest = self._clock.compare()
+        if self.is_first and slowest.ratio > self.recipe.health.straggler_ratio:
+            text = (
+                f"warning: rank {slowest.rank} on {slowest.host} took {slowest.ratio:.1f} times the median rank's time"
+            )
+            self._event("straggler", {"step": self.progress.step, **asdict(slowest)}, text)
+
+    def _give_up_or_roll_back(self) -> None:
+        """After too many skipped steps: go back to the last checkpoint, past the data in between, or end the run."""
+        health, limit = self.progress.health, self.recipe.health.skip_limit
+        bad = nonfinite_gradients(named_parameters(self.parts))
+        what = f"{limit} steps in a row were skipped, the last because {self.guard.reason}"
+        what += f"; not finite: the gradient of {', '.join(bad)}" if bad else ""
+        if health.rollbacks >= self.recipe.health.rollbacks:
+            raise HealthError(
+                f"{what}; lower optim.learning_rate, look at the data from sample {self.progress.samples}, or set "
+                "health.rollbacks to go back to the last checkpoint and past this data"
+            )
+        self.saver.finish(self.progress.step)
+        candidates = checkpoints(self.directory.checkpoints) if self.is_first else []
+        found, wrong = find_checkpoint(candidates)
+        if found is None:
+            raise HealthError(f"{what}; there is no valid checkpoint to go back to ({'; '.join(wrong) or 'none'})")
+        load_checkpoint(found, self.parts, training=True)
+        failed_at, samples, rollbacks = self.progress.step, self.progress.samples, health.rollbacks + 1
+        self._take_progress(Progress.of(found.progress))
+        self.progress.samples, self.progress.health.rollbacks = samples, rollbacks
+        self.progress.health.skipped_in_row = 0
+        if self.is_first:
+            self._writers[0].close()
+            self._writers[0] = JsonLines(self.directory.metrics, self.progress.step)
+            values = {"step": failed_at, "to_step": self.progress.step, "samples": samples, "rollbacks": rollbacks}
+            text = f"warning: {what}; went back to {found.path}, goes on from sample {samples}"
+            self._event("rolled_back", values, text)
 
     def evaluate(self) -> dict[str, float]:
         """Return the held-out loss, in nats per token, and bits per byte where the data is text."""
@@ -292,7 +359,7 @@ class Trainer:
 
     def _summarise(self, before: Any, after: Any, seconds: float, stopped: bool) -> dict[str, Any]:
         summary = {
-            **asdict(self.progress),
+            **{k: v for k, v in asdict(self.progress).items() if k != "health"},
             "seconds": seconds,
             "stopped_by_signal": stopped,
             "before": before,
@@ -301,6 +368,8 @@ class Trainer:
         if self.is_first:
             if before or not self.directory.summary.exists():
                 self.directory.write_summary(summary)
+            if not stopped:
+                self.directory.finished.touch()
             for writer in self._writers:
                 writer.close()
         return summary
@@ -328,7 +397,11 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
     with processes(world, device):
         parts = build_parts(recipe, layout, device)
         parts.watchdog = Watchdog(
-            recipe.run.hang_seconds, rank=world.rank, world_size=world.size, store=process_group_store()
+            recipe.run.hang_seconds,
+            rank=world.rank,
+            world_size=world.size,
+            store=process_group_store(),
+            abort_seconds=recipe.run.abort_seconds,
         )
         try:
             trainer = Trainer(recipe, parts, data, reporter, resolved_recipe)

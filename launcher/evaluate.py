@@ -1,6 +1,7 @@
 """Held-out loss of a run: python launcher/evaluate.py run=RUN_DIRECTORY
 
-Prints loss in nats per token and, for text, bits per byte. Loads the newest valid checkpoint into one process.
+Prints loss in nats per token, for text bits per byte, and for every MTP depth how often its token is the model's own
+choice. Loads the newest valid checkpoint into one process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import load_resolved
@@ -27,6 +28,7 @@ class EvaluateArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to load the model from")
+    step: NonNegativeInt | None = Field(None, description="checkpoint to take; null = the newest valid one")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,14 +41,17 @@ def main(arguments: Sequence[str]) -> int:
     prepare_threads(1)
     from dsv3_megatron.data.samples import evaluation_batches
     from dsv3_megatron.load import trained_model
+    from dsv3_megatron.speculate import acceptance_rates
     from dsv3_megatron.step import evaluate_batches
 
-    with trained_model(recipe, given.run) as model:
+    with trained_model(recipe, given.run, given.step) as model:
         micro, count = recipe.optim.micro_batch, model.data.held_out_count
         batches = evaluation_batches(model.data.held_out, count=count, micro_batch=micro, dp_rank=0, dp=1)
         values = {"step": model.progress["step"], "held_out_loss": evaluate_batches(model.parts, batches)}
         if bytes_per_token := model.data.bytes_per_token():
             values["bits_per_byte"] = values["held_out_loss"] / math.log(2) / bytes_per_token
+        if depths := recipe.model.num_nextn_predict_layers:
+            values["mtp_acceptance"] = acceptance_rates(model.parts.whole_model, batches, depths)
     print(json.dumps(values))
     return 0
 

@@ -1,6 +1,7 @@
 """Continue a text: python launcher/generate.py run=RUN_DIRECTORY prompt=TEXT tokens=N temperature=T
 
 The model is loaded into this one process from the run's newest valid checkpoint, whatever layout wrote it.
+speculate=true drafts with the MTP modules and gives the greedy text in fewer passes of the model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import load_resolved
 from launcher.console import guarded
 from launcher.pretrain import prepare_threads
-from parallel.errors import DataError
+from parallel.errors import DataError, RecipeError
 
 
 class GenerateArguments(BaseModel):
@@ -29,7 +30,10 @@ class GenerateArguments(BaseModel):
     prompt: str = Field(min_length=1, description="text to go on from")
     tokens: PositiveInt = Field(100, description="tokens to add at most")
     temperature: NonNegativeFloat = Field(0.8, description="0 = always the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of so much probability")
     seed: NonNegativeInt = Field(0, description="of the sampling")
+    step: NonNegativeInt | None = Field(None, description="checkpoint to take; null = the newest valid one")
+    speculate: bool = Field(False, description="draft with the MTP modules: the greedy text in fewer passes")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,28 +42,35 @@ def main(arguments: Sequence[str]) -> int:
         print(arguments_help(__doc__, GenerateArguments))
         return 0
     given = parse_arguments(GenerateArguments, arguments)
+    if given.speculate and given.temperature > 0:
+        raise RecipeError(
+            f"speculate = true drafts greedy text, but temperature = {given.temperature}; set temperature=0"
+        )
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_threads(1)
     from dsv3_megatron.generate import continue_tokens
     from dsv3_megatron.load import trained_model
+    from dsv3_megatron.speculate import Speculation, speculate_tokens
 
-    with trained_model(recipe, given.run) as model:
+    with trained_model(recipe, given.run, given.step) as model:
         tokenizer = model.data.tokenizer
         if tokenizer is None:
             raise DataError(
                 f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"
             )
         prompt = [int(t) for t in tokenizer.encode(given.prompt)]
-        found = continue_tokens(
-            model.parts,
-            prompt,
-            count=given.tokens,
-            temperature=given.temperature,
-            seed=given.seed,
-            window=recipe.data.sequence_length,
-            end=tokenizer.end,
-        )
-        print(tokenizer.decode([*prompt, *found]))
+        common = {"count": given.tokens, "window": recipe.data.sequence_length, "end": tokenizer.end}
+        told = Speculation()
+        if given.speculate:
+            found = speculate_tokens(model.parts, prompt, told=told, **common)
+        else:
+            sampling = {"temperature": given.temperature, "seed": given.seed, "top_p": given.top_p}
+            found = continue_tokens(model.parts, prompt, **common, **sampling)
+        made = list(found)
+        print(tokenizer.decode([*prompt, *made]))
+        if given.speculate:
+            rate = f"{told.accepted}/{told.drafted} drafts accepted"
+            print(f"{len(made)} tokens in {told.passes} passes of the model, {rate}", file=sys.stderr)
     return 0
 
 

@@ -106,8 +106,6 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
     else:
         name = given.recipe or shipped_recipe(model)
         base = compose([f"recipe={name}"]).model_dump(mode="json")
-        if (folder / "tokenizer.json").is_file():
-            base["data"]["tokenizer"] = str(output / "tokenizer.json")
     base["model"] = model.model_dump(mode="json")
     base["precision"] = compose([f"precision={precision}"]).precision.model_dump(mode="json")
     base["run"] |= {"name": output.name, "directory": str(output)}

@@ -48,6 +48,12 @@ class ScheduleError(UserError):
     kind = "schedule"
 
 
+class HealthError(UserError):
+    """A run goes wrong in a way that more steps will not mend."""
+
+    kind = "health"
+
+
 class DoesNotFitError(UserError):
     """The job cannot run on the hardware named (exit code 3)."""
 

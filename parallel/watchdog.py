@@ -7,6 +7,8 @@ written. A rank that wrote nothing is named too: it is dead, or not stuck.
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 import threading
 import time
@@ -16,6 +18,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from parallel.actions import Step
+
+ABORTED = 70  # exit code of a process that ended itself: EX_SOFTWARE, so that a launcher sees a failure
 
 
 class Watchdog:
@@ -29,6 +33,7 @@ class Watchdog:
         world_size: int,
         store: dist.Store,
         report: Callable[[str], None] | None = None,
+        abort_seconds: float | None = None,
     ):
         """Watch this process from now on.
 
@@ -36,10 +41,13 @@ class Watchdog:
             timeout_seconds: how long one action may take; > 0.
             store: shared by all ranks; used only when something hangs.
             report: gets the text, on the first rank that notices; stderr by default.
+            abort_seconds: end the process when one action takes longer than this, after writing the stacks of all its
+                threads to stderr; what started it starts it anew. None = never.
         """
         self._timeout, self._rank, self._world_size = timeout_seconds, rank, world_size
         self._store = store
         self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._abort = abort_seconds
         self._main = threading.get_ident()
         self._since: float | None = None  # None = nothing is under way
         self._place = ""
@@ -52,9 +60,19 @@ class Watchdog:
 
     def begin(self, position: int, count: int, step: Step) -> None:
         """An action begins."""
+        if position == 0:
+            self._steps += 1
         stages = ", ".join(f"stage {p.stage} microbatch {p.microbatch}" for p in step.parts)
         self._place = f"action {position + 1} of {count}: {step} ({stages})"
         self._waits_for, self._told, self._since = "", False, time.monotonic()
+
+    def enter(self, place: str) -> None:
+        """Something that is no action of a schedule begins, such as the optimizer's part of a step."""
+        self._place, self._waits_for, self._told, self._since = place, "", False, time.monotonic()
+
+    def leave(self) -> None:
+        """It is over, and nothing is under way."""
+        self._since = None
 
     def waits(self, for_what: str) -> None:
         """The action waits for another rank."""
@@ -67,7 +85,6 @@ class Watchdog:
     def end(self) -> None:
         """The last action of a step is over."""
         self._since = None
-        self._steps += 1
 
     def close(self) -> None:
         """Stop watching."""
@@ -75,11 +92,17 @@ class Watchdog:
         self._thread.join(timeout=5)
 
     def _watch(self) -> None:
-        while not self._closing.wait(min(self._timeout / 4, 1.0)):
+        shortest = min(self._timeout, self._abort or self._timeout)
+        while not self._closing.wait(min(shortest / 4, 1.0)):
             since = self._since
             if since is not None and not self._told and time.monotonic() - since > self._timeout:
                 self._told = True
                 self._tell(time.monotonic() - since)
+            if since is not None and self._abort and time.monotonic() - since > self._abort:
+                faulthandler.dump_traceback(sys.stderr)
+                text = f"hang: rank {self._rank} ends itself after {self._abort:g} s in {self._place}"
+                print(text, file=sys.stderr, flush=True)
+                os._exit(ABORTED)
 
     def _tell(self, seconds: float) -> None:
         frame = sys._current_frames().get(self._main)

@@ -1,0 +1,43 @@
+"""Recipes against each other: what is told, what is refused, whatever is changed."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_megatron.checkpoint.recipe_changes import NOT_TOLD, _flat, changes, refusal
+from tests.tiny import small_recipe
+
+RECIPE = small_recipe().model_dump(mode="json")
+KEYS = sorted(_flat(RECIPE))
+
+
+def changed(key):
+    """Return the recipe with one key changed to a value it does not have."""
+    found = small_recipe().model_dump(mode="json")
+    section, name = found, key.split(".")
+    for part in name[:-1]:
+        section = section[part]
+    section[name[-1]] = "something else"
+    return found
+
+
+@given(st.sets(st.sampled_from(KEYS), max_size=4))
+@settings(deadline=None)
+def test_every_change_is_told_unless_no_number_depends_on_it_and_shapes_are_refused(keys):
+    now = RECIPE
+    for key in keys:
+        section, name = (now := _deep(now)), key.split(".")
+        for part in name[:-1]:
+            section = section[part]
+        section[name[-1]] = "something else"
+    silent = {k for k in keys if any(k == p or k.startswith(p + ".") for p in NOT_TOLD)}
+    found = changes(RECIPE, now)
+    assert set(found) == keys - silent
+    assert (refusal(found) is not None) == any(key.startswith("model.") for key in keys)
+
+
+def test_the_refusal_names_key_and_values():
+    assert refusal(changes(RECIPE, changed("model.v_head_dim"))) == "model.v_head_dim = 16, not something else"
+
+
+def _deep(values):
+    return {k: _deep(v) if isinstance(v, dict) else v for k, v in values.items()}

@@ -1,0 +1,61 @@
+"""Kills at random moments; the long form is ``make chaos``."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dsv3_megatron.checkpoint.manifest import newest_valid
+from tests.chaos import torment
+from tests.checkpoints import assert_same_tensors
+from tests.ranks import free_port
+from tests.tiny import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
+
+
+def test_chaos_of_kills_loses_no_step_beyond_the_last_checkpoint(tmp_path):
+    outcome = torment(KILLS, seed=7, place=tmp_path)
+    assert sum(outcome.kills.values()) == KILLS and set(outcome.kills) >= {"step", "save"}
+    assert outcome.lost_beyond_checkpoint == 0
+
+
+@pytest.mark.slow
+def test_chaos_under_torchrun_which_starts_the_ranks_again(tmp_path):
+    words = [
+        *SMALL,
+        "parallel.expert=2",
+        "run.steps=12",
+        "checkpoint.every_steps=2",
+        f"run.directory={tmp_path / 'run'}",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command = [*torchrun, "--master-port", str(free_port()), "launcher/pretrain.py", *words]
+    command += [f"run.directory={tmp_path / 'run'}"]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and running.poll() is None:
+        if newest_valid(tmp_path / "run" / "checkpoints")[0] and len(metrics.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.05)
+    ranks = [p for p in psutil.Process(running.pid).children(recursive=True) if "pretrain.py" in " ".join(p.cmdline())]
+    ranks[-1].send_signal(signal.SIGKILL)
+    _, stderr = running.communicate(timeout=240)
+    assert running.returncode == 0, stderr.decode()[-3000:]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events].count("resumed") == 1
+
+    calm = [*torchrun, "--master-port", str(free_port()), "launcher/pretrain.py", *words]
+    calm += [f"run.directory={tmp_path / 'calm'}"]
+    subprocess.run(calm, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    final = "checkpoints/step_00000012"
+    assert_same_tensors(tmp_path / "run" / final, tmp_path / "calm" / final)
