@@ -34,6 +34,9 @@ class RunSettings(BaseModel):
     steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
     tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
     resume: Literal["auto", "never", "required"] = "auto"
+    start_from: str | None = Field(
+        None, description="run directory whose newest weights a new run begins with; tokens are counted anew"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
     hang_seconds: float = Field(
         300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
