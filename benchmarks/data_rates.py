@@ -23,9 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import zstandard
 
-from dsv3_megatron.data.build import build
 from dsv3_megatron.data.prepare import PrepareOptions, prepare
-from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.stdlib import source_files
 from dsv3_megatron.data.tokenizer import Tokenizer
 
@@ -77,6 +75,10 @@ def main() -> None:
             starts.append(starting)
         ratio = statistics.median(t / o for t, o in zip(theirs, ours))
         working = statistics.median(t / (o - s) for t, o, s in zip(theirs, ours, starts))
+        # Imported late: workers import this file too, and should not wait for torch.
+        from dsv3_megatron.data.build import build
+        from dsv3_megatron.data.settings import DataSettings
+
         settings = DataSettings(
             source="indexed", path=str(folder / "out"), cache=str(folder / "cache"), sequence_length=4096, fim_rate=0.1,
             isolate_documents=True,

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dsv3_megatron.build import build_parts
 from dsv3_megatron.data.samples import Synthetic, evaluation_batches, step_batches
@@ -11,6 +12,7 @@ from dsv3_megatron.load import trained_model
 from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.step import evaluate_batches, train_step
 from launcher.compose import load_resolved
+from launcher.export_hf import main as export
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.end_to_end.test_data_and_regime import train
@@ -83,13 +85,32 @@ def test_the_average_is_saved_in_one_layout_and_goes_on_in_another(tmp_path):
     assert abs(average - trained) > 1e-3
 
 
+def test_the_average_is_exported_to_hugging_face(tmp_path, capsys):
+    over = ("optim.ema_decay=0.5", "run.steps=2", "optim.learning_rate=0.01", f"run.directory={tmp_path}/run")
+    assert train(1, *over) is None
+    for weights in ("trained", "ema"):
+        arguments = [f"run={tmp_path}/run", f"output={tmp_path}/{weights}", "dtype=fp32", "processes=1"]
+        assert export([*arguments, f"weights={weights}"]) == 0
+    trained, average = (load_file(next((tmp_path / w).glob("*.safetensors"))) for w in ("trained", "ema"))
+    assert trained.keys() == average.keys()
+    ((expected,),) = run_ranks(1, head_of, [tmp_path / "run"])
+    assert average["lm_head.weight"].tolist() == expected
+    assert not torch.equal(trained["lm_head.weight"], average["lm_head.weight"])
+
+
+def head_of(directory):
+    """Return the output head of a run's average."""
+    with trained_model(load_resolved(directory / "recipe.yaml"), directory, weights="ema") as model:
+        return model.parts.whole_model.output_layer.weight.tolist()
+
+
 def held_out_losses(directories):
     """Return (held-out loss of the weights, of their average) of each run."""
     found = []
     for directory in directories:
         recipe = load_resolved(directory / "recipe.yaml")
         for weights in ("trained", "ema"):
-            with trained_model(recipe, directory, weights) as model:
+            with trained_model(recipe, directory, weights=weights) as model:
                 batches = evaluation_batches(model.data.held_out, count=8, micro_batch=2, dp_rank=0, dp=1)
                 found.append(evaluate_batches(model.parts, batches))
     return list(zip(found[::2], found[1::2]))
