@@ -38,7 +38,7 @@ from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from dsv3_megatron.stragglers import Slowest, WorkClock
-from parallel.errors import CheckpointError, HealthError
+from parallel.errors import CheckpointError, HealthError, UserError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -377,11 +377,23 @@ class Trainer:
 
 @contextmanager
 def processes(world: World, device: torch.device):
-    """The default process group, for as long as the block lasts."""
+    """The default process group, for as long as the block lasts.
+
+    After an error that other ranks may not share the group is left as it is: taking it down waits for messages of ranks
+    that wait for this one. The process must then end without ceremony (launcher.pretrain), which closes its connections
+    and so ends the others.
+    """
     start_processes(world, device)
     try:
         yield
-    finally:
+    except UserError:
+        stop_processes()  # what a user can mend is raised by all ranks alike
+        raise
+    except BaseException:
+        if world.size == 1:
+            stop_processes()
+        raise
+    else:
         stop_processes()
 
 
