@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def main_of_rank() -> None:
-    """Run as one of several ranks: after an error that is no user's, end at once, so that no rank waits for this one."""
+    """Run as one of several ranks: after an error that is no user's, end at once, so that no rank waits for it."""
     try:
         code = guarded(main, speaks=os.environ.get("RANK", "0") == "0")
     except Exception:

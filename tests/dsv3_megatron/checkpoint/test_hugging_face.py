@@ -20,6 +20,7 @@ from dsv3_megatron.checkpoint.hugging_face_config import config_from_settings, s
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from dsv3_megatron.checkpoint.regions import Regions
 from dsv3_megatron.checkpoint.save import Saver
+from dsv3_megatron.generate import continue_tokens
 from dsv3_megatron.load import trained_model
 from dsv3_megatron.model.settings import ModelSettings, RopeScaling
 from dsv3_megatron.model.stage import forward_logits
@@ -168,6 +169,12 @@ def logits_of(directory, tokens):
         return forward_logits(model.parts.whole_model, tokens).float()
 
 
+def greedy_text(directory, prompt, count):
+    with trained_model(load_resolved(directory / "recipe.yaml"), directory) as model:
+        options = {"temperature": 0, "seed": 0, "window": 64, "end": model.data.tokenizer.end}
+        return list(continue_tokens(model.parts, prompt, count=count, **options))
+
+
 def boxes(directory):
     regions = Regions(newest_valid(directory / "checkpoints")[0])
     model = load_resolved(directory / "recipe.yaml").model
@@ -197,6 +204,8 @@ def test_an_export_has_the_logits_of_the_run_in_transformers(run, exported):
         expected = theirs(TOKENS).logits
     difference = (logits_of(run, TOKENS) - expected).abs().max().item()
     assert difference < 1e-4, f"{difference:.2e} of |logit| up to {expected.abs().max():.1f}"
+    greedy = theirs.generate(TOKENS[:1], max_new_tokens=12, do_sample=False)[0, 20:].tolist()
+    assert greedy == greedy_text(run, TOKENS[0].tolist(), 12)
     tokenizer = AutoTokenizer.from_pretrained(exported / "fp32")
     text = "def read(self, size=-1):\n    return 12345  # naïve ✓"
     with trained_model(load_resolved(run / "recipe.yaml"), run) as model:
