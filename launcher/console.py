@@ -93,29 +93,6 @@ class ConsoleReporter:
         print(f"\r\x1b[2K{text}" if self._live else text, flush=True)
 
 
-class FileProgress:
-    """How far a command is through its files; rewritten in place on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, what: str):
-        self._what, self._start, self._told = what, time.monotonic(), time.monotonic()
-        self._live = sys.stderr.isatty()
-
-    def files(self, done: int, count: int, size_bytes: int) -> None:
-        """Tell that ``done`` of ``count`` files are finished."""
-        now = time.monotonic()
-        if not self._live and now - self._told < 10 and done < count:
-            return
-        self._told = now
-        rate = size_bytes / max(now - self._start, 1e-9)
-        line = f"{self._what}: {done}/{count} files, {show_bytes(size_bytes)}, {show_bytes(int(rate))}/s"
-        print(f"\r\x1b[2K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the line as it is."""
-        if self._live:
-            print(file=sys.stderr)
-
-
 def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float) -> str:
     """Return everything one watches, in one line."""
     of = f"/{last_step}" if last_step else ""
@@ -139,7 +116,7 @@ def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float
 
 
 class ProgressLine:
-    """How far a long work over bytes is: share, rate, time left. Rewritten on a terminal, else a line now and then."""
+    """How far a long work is: rewritten in place on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, what: str):
         self._what, self._live = what, sys.stderr.isatty()
@@ -148,24 +125,33 @@ class ProgressLine:
         self._open = False
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """Show that ``done`` of ``total`` bytes are done."""
-        if self._start_bytes is None:
-            self._start, self._start_bytes = time.monotonic(), done  # a continued work begins somewhere
-        now = time.monotonic()
-        if now - self._shown_at < (0.2 if self._live else 10.0):
-            return
-        self._shown_at = now
-        rate = (done - self._start_bytes) / max(now - self._start, 1e-9)
+        """Show that ``done`` of ``total`` bytes are done: share, rate, time left."""
+        rate = self._rate(done)
         left = f", left {show_duration((total - done) / rate)}" if rate else ""
-        share = f"{done / max(total, 1):.0%} of {show_bytes(total)}, {show_bytes(rate)}/s"
-        text = f"{self._what}: {share}{left}  {note}"
-        print(f"\r\x1b[2K{text}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
-        self._open = self._live
+        self._show(f"{done / max(total, 1):.0%} of {show_bytes(total)}, {show_bytes(rate)}/s{left}  {note}")
+
+    def files(self, done: int, count: int, size_bytes: int) -> None:
+        """Show that ``done`` of ``count`` files, ``size_bytes`` in all, are finished."""
+        rate = self._rate(size_bytes)
+        self._show(f"{done}/{count} files, {show_bytes(size_bytes)}, {show_bytes(rate)}/s", last=done == count)
 
     def close(self) -> None:
-        """Leave the line."""
+        """Leave the line as it is."""
         if self._open:
             print(file=sys.stderr)
+
+    def _rate(self, done: int) -> float:
+        if self._start_bytes is None:
+            self._start, self._start_bytes = time.monotonic(), done  # a continued work begins somewhere
+        return (done - self._start_bytes) / max(time.monotonic() - self._start, 1e-9)
+
+    def _show(self, text: str, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._shown_at < (0.2 if self._live else 10.0) and not last:
+            return
+        self._shown_at, self._open = now, self._live
+        line = f"{self._what}: {text}"
+        print(f"\r\x1b[2K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
 
 
 def text_plot(values: Sequence[float], *, title: str, width: int = 72, height: int = 12) -> str:

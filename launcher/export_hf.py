@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from dsv3_megatron.recipe import Recipe
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import load_resolved
-from launcher.console import FileProgress, guarded
+from launcher.console import ProgressLine, guarded
 from parallel.errors import CheckpointError
 from parallel.units import parse_bytes, show_bytes
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     checkpoint = choose_checkpoint(given.run, given.step)
     for wrong in checkpoint.wrong:
         print(f"warning: {wrong}", file=sys.stderr)
-    shown = FileProgress("exporting")
+    shown = ProgressLine("exporting")
     size = export(
         recipe.model,
         checkpoint.path,

@@ -24,7 +24,7 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run_directory import RunDirectory
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import DEFAULT_RECIPE, build, compose, load_resolved, options, resolved_yaml
-from launcher.console import FileProgress, guarded
+from launcher.console import ProgressLine, guarded
 from launcher.export_hf import writable_folder
 from parallel.errors import CheckpointError, RecipeError
 from parallel.units import show_bytes
@@ -134,7 +134,7 @@ def import_weights(
 
     if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
         raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")
-    shown = FileProgress("importing")
+    shown = ProgressLine("importing")
     path = import_weights(
         model,
         folder,
