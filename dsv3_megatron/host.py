@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import multiprocessing
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,13 +35,14 @@ def adapt_host() -> None:
         _redirect_cuda_factories()
         _redirect_cuda_moves()
         _mend_cpu_split_sizes()
-        _fork_checkpoint_writers()
     _mend_without_transformer_engine()
     _score_groups_by_their_two_best()
     _mend_recompute_without_fp8()
     _number_layers_by_stage()
     _mend_overlapped_plan()
     _take_masks_by_depth()
+    _spare_collections_in_saves()
+    _start_no_writer_processes()
 
 
 @contextlib.contextmanager
@@ -219,19 +219,6 @@ def _mend_cpu_split_sizes() -> None:
     )
 
 
-def _fork_checkpoint_writers() -> None:
-    """Why: the first save starts a Manager by spawn, which imports the main program anew: 5 s, and a crash where that
-    has no main guard. A fork costs 0.1 s. Can go when the manager is made with the caller's context."""
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
-
-    def queue() -> object:
-        if writers._results_queue is None:
-            writers._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-        return writers._results_queue
-
-    writers._get_write_results_queue = queue
-
-
 # -- on every machine --------------------------------------------------------------------------------------------------
 
 
@@ -345,3 +332,21 @@ def _take_masks_by_depth() -> None:
         return roll(tensor, *args, **kwargs) if next_depth is None else next_depth()
 
     gpt.roll_tensor = roll_tensor
+
+
+def _spare_collections_in_saves() -> None:
+    """Why: gathering the optimizer's state calls ``gc.collect`` once a chain, most of what a save costs training: every
+    object of the process is visited to free tensors that reference counts free anyway. Can go when
+    distrib_optimizer.py no longer collects."""
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    distributed.gc = types.SimpleNamespace(collect=lambda *a, **k: 0)
+
+
+def _start_no_writer_processes() -> None:
+    """Why: planning a save starts a Manager process for the queue of its writer processes, 5 s and a crash where the
+    main program has no main guard. checkpoint.write writes by itself and needs no queue. Can go when the planning of
+    TorchDistSaveShardedStrategy.async_save asks for none."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
+
+    writers._get_write_results_queue = lambda: None

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from dsv3_megatron.build import Parts, build_parts, choose_device, named_parameters
-from dsv3_megatron.checkpoint.load import candidates_of, find_checkpoint, load_checkpoint
+from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
-from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal, show
+from dsv3_megatron.checkpoint.resume import choose_start
 from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
@@ -39,7 +39,7 @@ from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.start_from import nothing_to_start_from, other_model, starting_candidates
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from dsv3_megatron.stragglers import Slowest, WorkClock
-from parallel.errors import CheckpointError, HealthError
+from parallel.errors import CheckpointError, HealthError, UserError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -117,32 +117,9 @@ class Trainer:
             self.reporter.start(self._facts())
 
     def _resume(self) -> None:
-        """Go on from the newest valid checkpoint. Every rank decides alike: rank 0 looks, all check the files."""
-        named, mode = self.recipe.checkpoint.load, self.recipe.run.resume
-        candidates = candidates_of(self.directory.checkpoints, named) if self.is_first else []
-        found, wrong = find_checkpoint(candidates)
-        if self.is_first:
-            for message in wrong:
-                self._event("damaged", {"reason": message}, f"warning: {message}")
-        if found is None and named and wrong:
-            raise CheckpointError(f"checkpoint.load = {named}: {wrong[0].removeprefix('checkpoint: ')}")
-        changed: list[Any] = [{}]
-        if self.is_first and found:
-            changed = [changes(read_recipe(found.recipe), self.recipe.model_dump(mode="json"))]
-        dist.broadcast_object_list(changed, src=0)
-        if refused := refusal(changed[0]):
-            raise CheckpointError(f"{found.path} was trained with {refused}; use that value, or name another run.name")
-        if mode == "never" and found:
-            raise CheckpointError(
-                f"run.resume = never, but {found.path} exists; name another run.name, or set run.resume=auto to go "
-                "on from it"
-            )
-        if mode == "required" and not found:
-            raise CheckpointError(
-                f"run.resume = required, but {self.directory.checkpoints} holds no valid checkpoint; "
-                "set run.resume=auto"
-            )
-        if not found:
+        """Go on from the newest valid checkpoint, if there is one."""
+        start = choose_start(self.recipe, self.directory.checkpoints, self._tell_damage)
+        if (found := start.found) is None:
             if self.recipe.run.start_from:
                 self._start_from(self.recipe.run.start_from)
             return
@@ -155,9 +132,11 @@ class Trainer:
             self._event("resumed", {"step": self.progress.step, "path": str(found.path)}, f"resumed from {where}")
             for note in notes:
                 self.reporter.note(note)
-            if changed[0]:
-                told = "; ".join(f"{key}: {show(old)} -> {show(new)}" for key, (old, new) in changed[0].items())
-                self._event("recipe_changed", {"changes": changed[0]}, f"recipe changed since then: {told}")
+            if start.changed:
+                self._event("recipe_changed", {"changes": start.changed}, f"recipe changed since then: {start.change}")
+
+    def _tell_damage(self, message: str) -> None:
+        self._event("damaged", {"reason": message}, f"warning: {message}")
 
     def _start_from(self, start_from: str) -> None:
         """Begin with the weights of another run, counting anew."""
@@ -399,11 +378,23 @@ class Trainer:
 
 @contextmanager
 def processes(world: World, device: torch.device):
-    """The default process group, for as long as the block lasts."""
+    """The default process group, for as long as the block lasts.
+
+    After an error that other ranks may not share the group is left as it is: taking it down waits for messages of ranks
+    that wait for this one. The process must then end without ceremony (launcher.pretrain), which closes its connections
+    and so ends the others.
+    """
     start_processes(world, device)
     try:
         yield
-    finally:
+    except UserError:
+        stop_processes()  # what a user can mend is raised by all ranks alike
+        raise
+    except BaseException:
+        if world.size == 1:
+            stop_processes()
+        raise
+    else:
         stop_processes()
 
 

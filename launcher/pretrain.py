@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,5 +54,17 @@ def main(arguments: Sequence[str]) -> int:
     return run_command(train, arguments, __doc__)
 
 
+def main_of_rank() -> None:
+    """Run as one of several ranks: after an error that is no user's, end at once, so that no rank waits for it."""
+    try:
+        code = guarded(main, speaks=os.environ.get("RANK", "0") == "0")
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # interpreter shutdown would join the threads of connections that wait for other ranks
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(guarded(main, speaks=os.environ.get("RANK", "0") == "0"))
+    main_of_rank()

@@ -9,6 +9,7 @@ kill all complete checkpoints must be valid and the next life must begin at the 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -47,16 +48,12 @@ def live(rank: int, port: int, overrides: list[str], errors: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     os.dup2(os.open(f"{errors}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    import torch
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # asked where it stands
+    from launcher.pretrain import main_of_rank
 
-    from dsv3_megatron.trainer import run
-    from launcher.compose import compose, resolved_yaml
-    from launcher.console import SilentReporter
-    from parallel.world import World
-
-    torch.set_num_threads(1)
-    recipe = compose([*SMALL, *LAYOUT, *overrides])
-    run(recipe, World.from_environment(), SilentReporter(), resolved_yaml(recipe))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = ["pretrain.py", *SMALL, *LAYOUT, "logging.console_every_steps=1000000", *overrides]
+    main_of_rank()
 
 
 def start(overrides: list[str], errors: Path) -> list[Any]:
@@ -96,7 +93,7 @@ def wait_for(moment: str, directory: Path, choice: random.Random, ranks: list[An
     return False
 
 
-def kill_one(ranks: list[Any], choice: random.Random, moment: str, outcome: Outcome) -> None:
+def kill_one(ranks: list[Any], choice: random.Random, moment: str, outcome: Outcome, errors: Path) -> None:
     """Kill -9 one rank, and see the others end."""
     os.kill(ranks[choice.randrange(WORLD)].pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -104,10 +101,15 @@ def kill_one(ranks: list[Any], choice: random.Random, moment: str, outcome: Outc
     for rank in ranks:
         rank.join(timeout=max(0.1, killed + ENDS_WITHIN_SECONDS - time.monotonic()))
     left = [rank for rank in ranks if rank.is_alive()]
+    for rank in left if moment != "start" else ():
+        os.kill(rank.pid, signal.SIGUSR2)
+        rank.join(timeout=2)
     for rank in left:  # while they meet, survivors wait for whoever does not come; torchrun's agent ends them
         rank.kill()
         rank.join()
-    assert not left or moment == "start", f"{len(left)} ranks did not end within {ENDS_WITHIN_SECONDS} s of a kill"
+    if left and moment != "start":
+        stands = "\n".join(path.read_text()[-3000:] for path in sorted(errors.parent.glob(f"{errors.name}.*")))
+        raise AssertionError(f"{len(left)} ranks did not end within {ENDS_WITHIN_SECONDS} s of a kill\n{stands}")
     if not left:
         outcome.ended_seconds.append(time.monotonic() - killed)
 
@@ -150,7 +152,7 @@ def torment(kills: int, seed: int, place: Path, tell: Any = lambda text: None) -
         outcome.restarts += 1
         moment = choice.choice(("start", "step", "step", "save", "save"))
         if wait_for(moment, hurt, choice, ranks):
-            kill_one(ranks, choice, moment, outcome)
+            kill_one(ranks, choice, moment, outcome, hurt / "stderr")
         else:
             for rank in ranks:
                 rank.join(timeout=LIFE_SECONDS)

@@ -105,6 +105,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(entries, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors writes for the owner alone, and these are to travel
         _sync(partial)
     except Exception as error:  # safetensors has an error of its own for what the system says
         partial.unlink(missing_ok=True)

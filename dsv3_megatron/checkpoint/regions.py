@@ -36,6 +36,7 @@ class Regions:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._views: dict[_Chunk, tuple[np.ndarray, torch.dtype]] = {}
         stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         for key, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -70,17 +71,26 @@ class Regions:
         return found
 
     def _piece(self, chunk: _Chunk, box: tuple[slice, ...]) -> Tensor:
-        """Return a copy of a box of a chunk. torch tells where in the file a saved tensor's numbers begin."""
+        """Return a copy of a box of a chunk."""
+        if chunk not in self._views:
+            self._views[chunk] = self._view(chunk)
+        numbers, dtype = self._views[chunk]
+        return torch.from_numpy(np.array(numbers[box])).view(dtype).squeeze(-1)
+
+    def _view(self, chunk: _Chunk) -> tuple[np.ndarray, torch.dtype]:
+        """Return a chunk's bytes [..., bytes of a number] where they lie, and its dtype. torch tells where in the file
+        a saved tensor's numbers begin."""
         path = self._folder / chunk.file
         with path.open("rb") as file:
             view = _create_file_view(file, chunk.offset, chunk.length)
             described = torch.load(view, map_location="meta", weights_only=True)
             if chunk.file not in self._maps:
                 self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        begin = chunk.offset + described.untyped_storage()._checkpoint_offset
-        size = described.itemsize
-        begin += described.storage_offset() * size
-        raw = np.frombuffer(self._maps[chunk.file], np.uint8, described.untyped_storage().nbytes(), begin)
+        size, storage = described.itemsize, described.untyped_storage()
+        raw = np.frombuffer(
+            self._maps[chunk.file], np.uint8, storage.nbytes(), chunk.offset + storage._checkpoint_offset
+        )
+        raw = raw[described.storage_offset() * size :]
         strides = tuple(s * size for s in described.stride())
-        whole = np.lib.stride_tricks.as_strided(raw, (*described.shape, size), (*strides, 1), writeable=False)
-        return torch.from_numpy(np.array(whole[box])).view(described.dtype).squeeze(-1)
+        shape = (*described.shape, size)
+        return np.lib.stride_tricks.as_strided(raw, shape, (*strides, 1), writeable=False), described.dtype

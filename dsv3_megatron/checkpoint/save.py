@@ -237,7 +237,7 @@ class Saver:
         sync_folder(self.folder)
         with suppress(OSError):  # the checkpoint stands; these can wait for the next one
             self._point_to(target)
-            self._prune()
+            self._prune(save.step)
         return files
 
     def _point_to(self, target: Path) -> None:
@@ -245,10 +245,13 @@ class Saver:
         new.write_text(target.name + "\n")
         os.replace(new, self.folder / LATEST)
 
-    def _prune(self) -> None:
-        """Remove what is old, and what failed saves and killed processes have left."""
+    def _prune(self, step: int) -> None:
+        """Remove what is old, and what failed saves and killed processes have left.
+
+        Only checkpoints up to this step count: those of later steps are damaged, or the run would have gone on there.
+        """
         every = self.settings.keep_every_steps
-        for old in checkpoints(self.folder)[self.settings.keep :]:
+        for old in [path for path in checkpoints(self.folder) if step_of(path) <= step][self.settings.keep :]:
             if not (every and step_of(old) % every == 0):
                 os.replace(old, self.folder / f".{old.name}.old")  # half removed it is no checkpoint either
         for left in self.folder.glob(".step_*"):

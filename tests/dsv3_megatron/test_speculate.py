@@ -1,6 +1,9 @@
 """Self-speculation gives the greedy text in fewer passes; acceptance as a slow count says; top-p keeps a nucleus."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +23,14 @@ from dsv3_megatron.speculate import (
     speculate_tokens,
 )
 from dsv3_megatron.trainer import run as train
-from launcher import evaluate, generate
+from launcher import generate
 from launcher.compose import load_resolved, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import RecipeError
 from parallel.world import World
 from tests.tiny import small_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +102,8 @@ def test_acceptance_is_what_a_slow_count_says(model):
     assert rates[0] > 0.3, "an MTP module that has learned nothing would hit once in 256"
 
 
-def test_evaluate_prints_acceptance_and_generate_refuses_to_draft_samples(model, capsys):
+def test_generate_refuses_to_draft_samples(model):
     directory, _ = model
-    assert evaluate.__doc__ and "choice" in evaluate.__doc__
     with pytest.raises(RecipeError, match="temperature = 0.5"):
         generate.main([f"run={directory}", "prompt=x", "speculate=true", "temperature=0.5"])
 
@@ -118,18 +122,16 @@ def test_a_nucleus_is_the_fewest_likeliest_tokens_that_reach_p(weights, top_p):
     np.testing.assert_allclose(kept[chosen] / kept[chosen].sum(), chances[chosen] / chances[chosen].sum())
 
 
-def test_evaluate_on_a_run(model, tmp_path):
+def test_evaluate_on_a_run(model):
     """In a process of its own: the fixture's model is alive in this one."""
-    import subprocess
-    import sys
 
-    done = subprocess.run(
-        [sys.executable, "launcher/evaluate.py", f"run={model[0]}", "step=60"], capture_output=True, text=True
-    )
+    def evaluated(*words):
+        command = [sys.executable, "launcher/evaluate.py", f"run={model[0]}", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    done = evaluated("step=60")
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert len(values["mtp_acceptance"]) == 2 and values["step"] == 60
-    done = subprocess.run(
-        [sys.executable, "launcher/evaluate.py", f"run={model[0]}", "step=7"], capture_output=True, text=True
-    )
+    done = evaluated("step=7")
     assert done.returncode == 2 and "there are: 60" in done.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.checkpoints import assert_same_tensors
 from tests.end_to_end.test_run import FOUR_STEPS, copy_of, steps, train
 from tests.ranks import run_ranks
 from tests.tiny import Case, train_rank
@@ -66,10 +67,13 @@ def test_fp8_differs_from_float32_yet_little(reference):
         assert mine.lm_loss == pytest.approx(exact.lm_loss, rel=5e-3)
 
 
-def test_a_resumed_fp8_run_is_bit_exact(tmp_path):
-    layout = ("precision=fp8", "parallel.pipeline=2", "parallel.schedule=dualpipe")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_resumed_run_of_low_precision_is_bit_exact(tmp_path, precision):
+    layout = (f"precision={precision}", "parallel.pipeline=2", "parallel.schedule=dualpipe")
     train(2, *FOUR_STEPS, *layout, f"run.directory={tmp_path / 'whole'}")
     place = copy_of(tmp_path / "whole", tmp_path / "resumed", keep_steps=2)
     train(2, *FOUR_STEPS, *layout, f"run.directory={place}")
     for mine, theirs in zip(steps(place), steps(tmp_path / "whole"), strict=True):
         assert (mine["lm_loss"], mine["grad_norm"]) == (theirs["lm_loss"], theirs["grad_norm"])
+    final = "checkpoints/step_00000004"
+    assert_same_tensors(place / final, tmp_path / "whole" / final)

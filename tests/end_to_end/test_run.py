@@ -175,6 +175,22 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(undisturbed, tmp_p
         read_manifest(newest)
 
 
+def test_damaged_checkpoints_newer_than_the_run_do_not_push_out_its_own(undisturbed, tmp_path):
+    place = copy_of(undisturbed, tmp_path / "later", keep_steps=4)
+    for step in (4, 2):
+        manifest = place / f"checkpoints/step_{step:08d}/manifest.json"
+        manifest.write_text(manifest.read_text().replace('"step": ', '"step": 1'))
+    (refused,) = [x for x in train(1, *FOUR_STEPS, f"run.directory={place}") if x.startswith("refused")]
+    assert "no other checkpoint is valid" in refused and "remove the damaged ones (2)" in refused
+    (place / "checkpoints/step_00000002").rename(place / "elsewhere")
+    (place / "checkpoints/step_00000004").rename(place / "checkpoints/step_00000900")
+    import shutil
+
+    shutil.copytree(undisturbed / "checkpoints/step_00000002", place / "checkpoints/step_00000002")
+    train(1, *FOUR_STEPS, "checkpoint.keep=1", f"run.directory={place}")
+    assert newest_valid(place / "checkpoints")[0].name == "step_00000004"
+
+
 def test_resume_never_and_required_say_what_stands_in_the_way(undisturbed, tmp_path):
     (refused,) = train(1, *FOUR_STEPS, f"run.directory={undisturbed}", "run.resume=never")
     assert "run.resume = never" in refused and "run.name" in refused

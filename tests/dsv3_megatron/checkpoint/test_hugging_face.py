@@ -21,6 +21,7 @@ from dsv3_megatron.checkpoint.hugging_face_config import config_from_settings, s
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from dsv3_megatron.checkpoint.regions import Regions
 from dsv3_megatron.checkpoint.save import Saver
+from dsv3_megatron.generate import continue_tokens
 from dsv3_megatron.load import trained_model
 from dsv3_megatron.model.settings import ModelSettings, RopeScaling
 from dsv3_megatron.model.stage import forward_logits
@@ -169,6 +170,12 @@ def logits_of(directory, tokens):
         return forward_logits(model.parts.whole_model, tokens).float()
 
 
+def greedy_text(directory, prompt, count):
+    with trained_model(load_resolved(directory / "recipe.yaml"), directory) as model:
+        options = {"temperature": 0, "seed": 0, "window": 64, "end": model.data.tokenizer.end}
+        return list(continue_tokens(model.parts, prompt, count=count, **options))
+
+
 def boxes(directory):
     regions = Regions(newest_valid(directory / "checkpoints")[0])
     model = load_resolved(directory / "recipe.yaml").model
@@ -198,6 +205,8 @@ def test_an_export_has_the_logits_of_the_run_in_transformers(run, exported):
         expected = theirs(TOKENS).logits
     difference = (logits_of(run, TOKENS) - expected).abs().max().item()
     assert difference < 1e-4, f"{difference:.2e} of |logit| up to {expected.abs().max():.1f}"
+    greedy = theirs.generate(TOKENS[:1], max_new_tokens=12, do_sample=False)[0, 20:].tolist()
+    assert greedy == greedy_text(run, TOKENS[0].tolist(), 12)
     tokenizer = AutoTokenizer.from_pretrained(exported / "fp32")
     text = "def read(self, size=-1):\n    return 12345  # naïve ✓"
     with trained_model(load_resolved(run / "recipe.yaml"), run) as model:
@@ -341,3 +350,39 @@ def test_fp8_scales_stand_for_the_values(exported):
     assert data.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
     expected = read("fp32", name)
     torch.testing.assert_close(dequantise_weight(data, scales, torch.float32), expected, rtol=2**-4, atol=1e-3)
+
+
+TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+output_type: loglikelihood_rolling
+validation_split: validation
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
+def test_lm_eval_on_an_export_finds_the_bits_per_byte_of_the_run(run, exported, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="pip install -e '.[lm-eval]'")
+    for variable in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    texts = ["def read(self):", "import os, sys", "for x in range(10): print(x)"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "local_text.yaml").write_text(TASK.format(file=tmp_path / "texts.jsonl"))
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    arguments = f"pretrained={exported / 'fp32'},dtype=float32"
+    found = simple_evaluate("hf", arguments, tasks=["local_text"], task_manager=tasks, device="cpu", batch_size=1)
+    bits = 0.0
+    with trained_model(load_resolved(run / "recipe.yaml"), run) as model:
+        tokenizer = model.data.tokenizer
+        for text in texts:
+            ids = torch.tensor([[tokenizer.begin, *tokenizer.encode(text)]])
+            chances = forward_logits(model.parts.whole_model, ids[:, :-1]).float().log_softmax(-1)
+            bits -= chances.gather(-1, ids[:, 1:, None]).sum().item() / math.log(2)
+    expected = bits / sum(len(text.encode()) for text in texts)
+    assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-3)

@@ -241,6 +241,6 @@ def test_a_checkpoint_that_the_user_named_is_started_from_or_refused(runs, tmp_p
     (named / "__1_0.distcp").unlink()
     bad = {"overrides": [*words, f"run.directory={tmp_path / 'refused'}"]}
     (((notes, _), _),) = run_ranks(2, run_case, [bad])
-    assert f"checkpoint.load = {named}" in notes[-1] and "__1_0.distcp is missing" in notes[-1]
+    assert notes[-1].startswith(f"refused: checkpoint: {named}/__1_0.distcp is missing") and "begin anew" in notes[-1]
     with pytest.raises(CheckpointError, match="missing"):
         read_manifest(named)
