@@ -29,7 +29,22 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+        dist.init_process_group(
+            backend, store=_store_of_this_life(store), rank=world.rank, world_size=world.size, timeout=timeout
+        )
+
+
+def _store_of_this_life(store: dist.Store) -> dist.Store:
+    """Return a part of the store that no earlier start of the same ranks has written to.
+
+    torchrun --max-restarts on one node keeps its store, in which restarted ranks would find the addresses of the dead
+    and wait for them for ever (torch 2.13). Over several nodes the count differs from agent to agent; set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, which gives every start a new store.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupCollection:

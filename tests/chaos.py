@@ -30,6 +30,7 @@ WORLD = 4
 LAYOUT = ("parallel.pipeline=2", "parallel.expert=2", "checkpoint.every_steps=2", "checkpoint.keep=2")
 ENDS_WITHIN_SECONDS = 60  # of survivors after a kill; far above what they need, the machine may be busy
 LIFE_SECONDS = 600
+MOMENTS = ("save", "step", "start", "save", "step")
 
 
 @dataclass
@@ -150,7 +151,7 @@ def torment(kills: int, seed: int, place: Path, tell: Any = lambda text: None) -
         words = [steps, f"run.directory={hurt}", f"checkpoint.asynchronous={outcome.restarts % 2 == 0}"]
         ranks = start(words, hurt / "stderr")
         outcome.restarts += 1
-        moment = choice.choice(("start", "step", "step", "save", "save"))
+        moment = MOMENTS[sum(outcome.kills.values()) % len(MOMENTS)]
         if wait_for(moment, hurt, choice, ranks):
             kill_one(ranks, choice, moment, outcome, hurt / "stderr")
         else:
