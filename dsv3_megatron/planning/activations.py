@@ -12,7 +12,7 @@ from dsv3_megatron.model.stage import is_routed_expert
 from dsv3_megatron.planning.fake_stage import FakeStage, fake_stage, multiplies_in_fp8
 from dsv3_megatron.precision.products import EmulatedFp8
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Action
+from parallel.actions import Action, Schedule
 from parallel.layout import Layout
 
 
@@ -38,6 +38,23 @@ class StageMemory:
     peak_backward: int
     peak_weight_grad: int
     message: int
+
+
+def measure_stages(
+    recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule
+) -> list[StageMemory]:
+    """Return what every stage holds under the schedule; stages with the same layers are measured once."""
+    kinds = {step.kind for steps in schedule.ranks for step in steps}
+    planned, splits = "FB" in kinds, bool(kinds & {"I", "W"})
+    dense, known, found, first = recipe.model.first_k_dense_replace, {}, [], 0
+    for stage, count in enumerate(layers):
+        of_dense = max(0, min(first + count, dense) - first)
+        key = (stage == 0, stage == len(layers) - 1, of_dense, count)
+        if key not in known:
+            known[key] = measure_stage(recipe, layout, layers, stage, planned=planned, splits=splits)
+        found.append(known[key])
+        first += count
+    return found
 
 
 def measure_stage(

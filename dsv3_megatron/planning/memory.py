@@ -87,17 +87,23 @@ def optimizer_bytes(recipe: Recipe, layout: Layout, held: Held, *, copies: int) 
 
 
 def rank_memory(
-    recipe: Recipe, layout: Layout, schedule: Schedule, memory: Sequence[StageMemory], rank: int, messages: int
+    recipe: Recipe,
+    layout: Layout,
+    schedule: Schedule,
+    memory: Sequence[StageMemory],
+    held: Held,
+    rank: int,
+    messages: int,
 ) -> RankMemory:
     """Return the memory of pipeline rank ``rank``.
 
     Args:
         memory: of every stage.
+        held: the rank's parameters.
         messages: waiting to be taken or on their way (:func:`receives_ahead`).
     """
     place = schedule.placement
     stages = place.stages_of(rank)
-    held = held_parameters(recipe, layout, stages, memory, place.stages - 1)
     on_cpu = recipe.cluster.device == "cpu"
     copies = 2 if place.kind == "mirror" and place.ranks > 1 else 1
     activations, at = fullest_moment(schedule, rank, memory, sends_stay=on_cpu)

@@ -1,0 +1,227 @@
+"""The plan of a run: parameters, memory of every pipeline rank, traffic, time of a step, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from dsv3_megatron.model.costs import Parameters, count_parameters, training_flops_per_token
+from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.planning.activations import StageMemory, measure_stages
+from dsv3_megatron.planning.memory import Held, RankMemory, held_parameters, rank_memory, receives_ahead
+from dsv3_megatron.planning.steptime import StepModel, StepTime, step_time
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.schedule import schedule_of
+from dsv3_megatron.stages import layers_of_stages
+from parallel.actions import Schedule
+from parallel.errors import LayoutError, RecipeError
+from parallel.layout import Layout
+from parallel.links import Moved
+from parallel.simulator import Times
+
+Measure = Callable[[Recipe, Layout, tuple[int, ...], Schedule], list[StageMemory]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does on a cluster."""
+
+    recipe: Recipe
+    layout: Layout
+    layers: tuple[int, ...]
+    schedule: Schedule
+    stages: list[StageMemory]
+    held: list[Held]
+    ranks: list[RankMemory]
+    model: StepModel
+    step: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank is within its device's memory."""
+        return all(rank.fits for rank in self.ranks)
+
+    @property
+    def tightest(self) -> RankMemory:
+        """The rank that holds most."""
+        return max(self.ranks, key=lambda rank: rank.total_bytes)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Exact counts."""
+        return count_parameters(self.recipe.model)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step."""
+        return self.schedule.microbatches * self.recipe.optim.micro_batch * self.layout.dp
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.sequences * self.recipe.data.sequence_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole cluster."""
+        return self.tokens / self.step.seconds
+
+    def tflops_per_device(self, *, causal: bool) -> float:
+        """Return 10^12 operations a second and GPU, in the convention of arXiv 2505.09343: neither MTP nor the gate,
+        recomputation not counted."""
+        model = self.recipe.model.model_copy(update={"num_nextn_predict_layers": 0})
+        per_token = training_flops_per_token(model, self.recipe.data.sequence_length, causal=causal)
+        per_token -= 6 * self.recipe.model.num_moe_layers * self.recipe.model.n_routed_experts * model.hidden_size
+        return per_token * self.tokens_per_second / self.layout.world_size / 1e12
+
+    def mfu(self, *, causal: bool = True) -> float | None:
+        """Return the share of the BF16 peak (float32 in a float32 run); None where the peak is not known."""
+        peaks = self.recipe.cluster.peak_tflops
+        peak = peaks.get("fp32" if self.recipe.precision.parameters == "fp32" else "bf16")
+        return self.tflops_per_device(causal=causal) / peak if peak else None
+
+    @property
+    def gpu_hours_per_trillion_tokens(self) -> float:
+        """What a trillion tokens costs."""
+        return 1e12 / self.tokens_per_second * self.layout.world_size / 3600
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens of the whole run."""
+        run = self.recipe.run
+        return run.tokens if run.tokens is not None else run.steps * self.tokens
+
+    def traffic(self) -> dict[str, Moved]:
+        """Return what a GPU of the busiest kind sends in a step, by what for."""
+        traffic, many = self.model.traffic, self.schedule.microbatches
+        place = self.schedule.placement
+        mirrored = place.kind == "mirror" and place.ranks > 1
+        # A rank runs its stages for all microbatches that come by: under DualPipe half of them for each.
+        share = 0.5 if mirrored else 1.0
+        contents = [self.model.contents(s) for s in place.stages_of(self.tightest.pipeline_rank)]
+        moe = share * many * sum(c.get("moe", 0) for c in contents)
+        dense = share * many * sum(c.get("dense", 0) for c in contents)
+        fullest = max(self.held, key=lambda h: h.all)
+        messages = 0 if place.ranks == 1 else 2 * share * many * len(contents)
+        return {
+            "expert dispatch": traffic.dispatch() * (2 * moe),
+            "expert combine": traffic.combine() * (2 * moe),
+            "pipeline": traffic.send() * messages,
+            "tensor parallel": traffic.tensor(moe=True) * (2 * moe) + traffic.tensor(moe=False) * (2 * dense),
+            "context parallel": traffic.context() * (2 * (moe + dense)),
+            "gradient reduce-scatter": traffic.gradients(fullest, mirrored=mirrored),
+            "weight all-gather": traffic.weights(fullest, mirrored=mirrored),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plan.json."""
+        parameters, step = self.parameters, self.step
+        parallel = self.recipe.parallel
+        return {
+            "recipe": self.recipe.recipe,
+            "cluster": self.recipe.cluster.name,
+            "fits": self.fits,
+            "world_size": self.layout.world_size,
+            "parameters": {
+                "main": parameters.main,
+                "mtp": parameters.mtp,
+                "activated_per_token": parameters.activated_per_token,
+            },
+            "layout": {
+                **asdict(self.layout),
+                "schedule": parallel.schedule,
+                "chunks": parallel.chunks,
+                "stages": list(self.layers),
+                "recompute": list(parallel.recompute),
+                "micro_batch": self.recipe.optim.micro_batch,
+                "microbatches": self.schedule.microbatches,
+            },
+            "ranks": [{**asdict(rank), "total_bytes": rank.total_bytes} for rank in self.ranks],
+            "traffic": {
+                name: {"intra_node_bytes": m.intra_bytes, "inter_node_bytes": m.inter_bytes, "seconds": m.seconds}
+                for name, m in self.traffic().items()
+            },
+            "step": {
+                "seconds": step.seconds,
+                "bubble_seconds": step.bubble_seconds,
+                "pipeline_seconds": step.pipeline_seconds,
+                "gradient_tail_seconds": step.tail_seconds,
+                "optimizer_seconds": step.optimizer_seconds,
+                "tokens": self.tokens,
+                "tokens_per_second": self.tokens_per_second,
+                "mfu": self.mfu(),
+                "mfu_not_causal": self.mfu(causal=False),
+                "tflops_per_device": self.tflops_per_device(causal=True),
+                "gpu_hours_per_trillion_tokens": self.gpu_hours_per_trillion_tokens,
+            },
+        }
+
+
+def world_of(recipe: Recipe, asked: int | None = None) -> int:
+    """Return the ranks to plan for: what was asked, the cluster's, or the fewest that the layout needs.
+
+    Raises: LayoutError: the cluster is smaller than the layout, or than what was asked.
+    """
+    parallel, cluster = recipe.parallel, recipe.cluster
+    dense, experts = parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
+    stage = dense
+    while stage % experts:
+        stage += dense
+    least = parallel.pipeline * stage
+    world = asked or cluster.world_size or least
+    if cluster.world_size and world > cluster.world_size:
+        raise LayoutError(
+            f"world = {world:,}, but cluster={cluster.name} has {cluster.world_size:,} GPUs; "
+            f"ask for {cluster.world_size} or fewer, or raise cluster.nodes"
+        )
+    if world < least:
+        raise LayoutError(
+            f"parallel.pipeline = {parallel.pipeline} x parallel.expert = {parallel.expert} needs {least:,} GPUs, but "
+            f"cluster={cluster.name} has {world:,}; lower parallel.pipeline or parallel.expert, or take a larger cluster"
+        )
+    return world
+
+
+def make_plan(
+    recipe: Recipe,
+    world: int,
+    *,
+    measure: Measure | None = None,
+    times: Times | None = None,
+    fp8_dispatch: bool = False,
+) -> Plan:
+    """Return the plan of a recipe on ``world`` ranks.
+
+    Args:
+        measure: how stages' memory is found; None = by fake forwards of the real modules.
+        times: of the stages, where they were measured.
+        fp8_dispatch: tokens travel to experts in FP8 (megatron-core 0.16.1 sends BF16).
+    Raises: LayoutError, ScheduleError: it cannot be. RecipeError: the cluster file lacks what a price needs.
+    """
+    check_cluster(recipe)
+    layout, layers = recipe.layout(world), layers_of_stages(recipe)
+    tokens = recipe.run.tokens or 0
+    batch = Regime(recipe.optim, recipe.data.sequence_length).global_batch(tokens)
+    schedule = schedule_of(recipe, batch // (recipe.optim.micro_batch * layout.dp))
+    stages = (measure or measure_stages)(recipe, layout, layers, schedule)
+    place = schedule.placement
+    held = [
+        held_parameters(recipe, layout, place.stages_of(rank), stages, place.stages - 1) for rank in range(place.ranks)
+    ]
+    messages = receives_ahead(schedule)
+    ranks = [rank_memory(recipe, layout, schedule, stages, held[r], r, messages[r]) for r in range(place.ranks)]
+    model = StepModel(recipe, layout, layers, fp8_dispatch=fp8_dispatch)
+    return Plan(recipe, layout, layers, schedule, stages, held, ranks, model, step_time(model, schedule, held, times))
+
+
+def check_cluster(recipe: Recipe) -> None:
+    """Raise RecipeError where the cluster file lacks what the time model needs."""
+    cluster = recipe.cluster
+    for name in ("sms", "memory_terabytes_per_second", "peak_tflops"):
+        if not getattr(cluster, name):
+            raise RecipeError(
+                f"cluster.{name} = {getattr(cluster, name)}, but a step cannot be priced without it; "
+                f"give it, or plan for cluster=h800_2048, h100_1024, h200_256 or another with hardware facts"
+            )
