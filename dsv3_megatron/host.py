@@ -396,12 +396,13 @@ def balanced_dispatch() -> Iterator[None]:
             (module, "permute", permute),
             (module, "sort_chunks_by_idxs", sort_chunks_by_idxs),
         ):
-            stack.enter_context(_replaced(owner, name, stand_in))
+            stack.enter_context(replaced(owner, name, stand_in))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Let ``owner.name`` be ``value`` inside."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -7,26 +7,28 @@ kernels keep: attention its operands, output and one number a row (FlashAttentio
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import fake_tensor
-from torch.overrides import TorchFunctionMode
 
 from dsv3_megatron.build import parameter_dtype
-from dsv3_megatron.host import balanced_dispatch
+from dsv3_megatron.host import balanced_dispatch, replaced
+from dsv3_megatron.model import attention, attention_cache, dispatch, swiglu
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
 from dsv3_megatron.pipeline import ModelStages
-from dsv3_megatron.precision.policy import apply_fp8
-from dsv3_megatron.precision.products import EmulatedFp8
+from dsv3_megatron.precision.products import Fp8Products
+from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.recipe import Recipe
 from parallel.fake_world import fake_world
 from parallel.groups import build_groups
@@ -65,10 +67,13 @@ def fake_stage(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: i
         stack.enter_context(balanced_dispatch())
         stack.enter_context(_small_integers_known())
         stack.enter_context(_storages_not_copied())
+        stack.enter_context(replaced(fake_tensor.FakeTensor, "data_ptr", lambda x: x.untyped_storage()._cdata))
         stack.enter_context(fake_tensor.FakeTensorMode(allow_non_fake_inputs=True))
         memory = stack.enter_context(_FakeMemory(resolution_bytes=_resolution(recipe, alone)))
         if recipe.cluster.device != "cpu":
-            stack.enter_context(_FusedKernels())
+            stack.enter_context(_fused_leaves())
+            for owner, name in _KERNELS:
+                stack.enter_context(_as_one_kernel(owner, name, memory))
         config = transformer_config(recipe.model, recipe.parallel, alone, dtype=parameter_dtype(recipe))
         config.perform_initialization = False  # it compares random states, which are numbers
         chunk = build_stage(
@@ -81,9 +86,9 @@ def fake_stage(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: i
             groups=groups,
         )
         first = sum(layers[:stage])
-        apply_fp8(chunk, recipe.precision.fp8, first_layer=first, layers=recipe.model.num_hidden_layers)
-        if recipe.cluster.device != "cpu":
-            _multiply_in_kernels(chunk, memory)
+        make = Fp8Products if recipe.cluster.device == "cpu" else partial(_KernelProducts, memory=memory)
+        layers_in_all = recipe.model.num_hidden_layers
+        apply_fp8(chunk, recipe.precision.fp8, first_layer=first, layers=layers_in_all, make=make)
         yield _prepared(recipe, alone, chunk, stage, len(layers) - 1, memory)
 
 
@@ -133,31 +138,52 @@ class _FakeMemory(LiveMemory):
         return func(*args, **kwargs)
 
 
-class _KernelProducts:
+# What a GPU does in one kernel each; the emulation goes through float32 copies there.
+_KERNELS = (
+    (dispatch, "_exchange_fp8"),
+    (swiglu.SwiGLU, "forward"),
+    (swiglu._FromCache, "backward"),
+    (attention_cache.OutputCache, "keep"),
+    (attention_cache._Saved, "restore"),
+)
+
+
+@contextmanager
+def _as_one_kernel(owner: Any, name: str, memory: LiveMemory) -> Iterator[None]:
+    """Let a function leave nothing but its results."""
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def kernel(*operands: Any) -> Any:
+        with memory.as_one_kernel():
+            return original(*operands)
+
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    with replaced(owner, name, staticmethod(kernel) if static else kernel):
+        yield
+
+
+class _KernelProducts(Fp8Products):
     """Products that leave nothing but their results: the emulation's float32 operands are no GPU's."""
 
-    def __init__(self, inner: EmulatedFp8, memory: LiveMemory):
-        self._inner, self._memory = inner, memory
+    def __init__(self, settings: Fp8Settings, memory: LiveMemory):
+        super().__init__(settings)
+        self._memory = memory
 
-    def __getattr__(self, name: str) -> Any:
-        product = getattr(self._inner, name)
+    def forward(self, *operands: Any) -> Any:
+        """Return Y and what is kept."""
+        with self._memory.as_one_kernel():
+            return super().forward(*operands)
 
-        def as_one_kernel(*operands: Any) -> Any:
-            with self._memory.as_one_kernel():
-                return product(*operands)
+    def input_gradient(self, *operands: Any) -> Any:
+        """Return dX and what is kept of dY."""
+        with self._memory.as_one_kernel():
+            return super().input_gradient(*operands)
 
-        return as_one_kernel
-
-
-def _multiply_in_kernels(chunk: torch.nn.Module, memory: LiveMemory) -> None:
-    for module in chunk.modules():
-        if isinstance(getattr(module, "products", None), EmulatedFp8):
-            module.products = _KernelProducts(module.products, memory)
-
-
-def multiplies_in_fp8(module: torch.nn.Module) -> bool:
-    """Return whether a layer's products are in FP8."""
-    return isinstance(getattr(module, "products", None), EmulatedFp8 | _KernelProducts)
+    def weight_gradient(self, *operands: Any) -> Any:
+        """Return dW."""
+        with self._memory.as_one_kernel():
+            return super().weight_gradient(*operands)
 
 
 @contextmanager
@@ -165,40 +191,30 @@ def _small_integers_known() -> Iterator[None]:
     """Let fake tensors made from Python numbers keep them through arithmetic: row counts of experts become sizes.
 
     torch does so for single numbers (2.13: CONSTANT_NUMEL_LIMIT = 1)."""
-    before, fake_tensor.CONSTANT_NUMEL_LIMIT = fake_tensor.CONSTANT_NUMEL_LIMIT, 4096
-    try:
+    with replaced(fake_tensor, "CONSTANT_NUMEL_LIMIT", 4096):
         yield
-    finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
 @contextmanager
 def _storages_not_copied() -> Iterator[None]:
     """Let copies between storages do nothing: recomputation restores a discarded output that way, there are no numbers
     to copy, and torch's fake tensors keep both storages alive for ever after it (2.13)."""
-    before, torch.UntypedStorage.copy_ = torch.UntypedStorage.copy_, lambda storage, *source: storage
-    try:
+    with replaced(torch.UntypedStorage, "copy_", lambda storage, *source: storage):
         yield
-    finally:
-        torch.UntypedStorage.copy_ = before
 
 
-class _FusedKernels(TorchFunctionMode):
+@contextmanager
+def _fused_leaves() -> Iterator[None]:
     """Attention and norms as a GPU's fused kernels keep them for backward."""
 
-    def __enter__(self) -> Any:
-        self._plain_norm, RMSNorm.forward = RMSNorm.forward, lambda norm, x: _FusedNorm.apply(x, norm.weight)
-        return super().__enter__()
+    def fused_attention(query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Tensor:
+        return _FusedAttention.apply(query, key, value)
 
-    def __exit__(self, *error: Any) -> None:
-        RMSNorm.forward = self._plain_norm
-        super().__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Swap attention; leave all else."""
-        if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+    with (
+        replaced(attention, "_fused_attention", fused_attention),
+        replaced(RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
+    ):
+        yield
 
 
 class _FusedAttention(torch.autograd.Function):

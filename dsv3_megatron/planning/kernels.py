@@ -9,7 +9,6 @@ Legend: T tokens of a microbatch on this rank, R rows that the experts of this r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dsv3_megatron.planning.roofline import Device, Format

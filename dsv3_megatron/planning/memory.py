@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3_megatron.planning.activations import StageMemory
+from dsv3_megatron.planning.stage_memory import StageMemory
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Action, Schedule, Step
 from parallel.layout import Layout
@@ -133,7 +133,7 @@ def fullest_moment(
     """Return the most bytes of activations at once on a rank, and during which action.
 
     Between passes a microbatch holds ``kept`` (after its forward) or ``kept_owed`` (while its weight gradient is
-    owed); inside a pass it peaks. The two passes of an overlapped action peak together. ``sends_stay``: what was sent
+    owed); inside a pass it peaks. ``sends_stay``: what was sent
     is let go only at the end of the step, as gloo tells that a send has left only when it is waited for.
     """
     place, last = schedule.placement, schedule.stages - 1
@@ -149,7 +149,8 @@ def fullest_moment(
         for part in step.parts:
             stage = memory[part.stage]
             if part.kind == "F":
-                level += stage.peak_forward
+                # The peak of an overlapped backward was measured beside a forward: that one adds what it keeps.
+                level += stage.kept if step.kind == "FB" else stage.peak_forward
                 after += stage.kept
             elif part.kind in "BI":
                 level += stage.peak_backward - stage.kept

@@ -9,14 +9,13 @@ from typing import Any
 
 from dsv3_megatron.model.costs import Parameters, count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
-from dsv3_megatron.planning.activations import StageMemory, measure_stages
 from dsv3_megatron.planning.memory import Held, RankMemory, held_parameters, rank_memory, receives_ahead
+from dsv3_megatron.planning.stage_memory import StageMemory
 from dsv3_megatron.planning.steptime import StepModel, StepTime, step_time
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.schedule import schedule_of
 from dsv3_megatron.stages import layers_of_stages
 from parallel.actions import Schedule
-from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout
 from parallel.links import Moved
 from parallel.simulator import Times
@@ -35,8 +34,8 @@ class Plan:
     stages: list[StageMemory]
     held: list[Held]
     ranks: list[RankMemory]
-    model: StepModel
-    step: StepTime
+    model: StepModel | None
+    step: StepTime | None
 
     @property
     def fits(self) -> bool:
@@ -116,9 +115,8 @@ class Plan:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Return plan.json."""
-        parameters, step = self.parameters, self.step
-        parallel = self.recipe.parallel
+        """Return plan.json. ``step`` and ``traffic`` are null where the cluster file has no hardware facts."""
+        parameters, parallel = self.parameters, self.recipe.parallel
         return {
             "recipe": self.recipe.recipe,
             "cluster": self.recipe.cluster.name,
@@ -139,49 +137,31 @@ class Plan:
                 "microbatches": self.schedule.microbatches,
             },
             "ranks": [{**asdict(rank), "total_bytes": rank.total_bytes} for rank in self.ranks],
-            "traffic": {
-                name: {"intra_node_bytes": m.intra_bytes, "inter_node_bytes": m.inter_bytes, "seconds": m.seconds}
-                for name, m in self.traffic().items()
-            },
-            "step": {
-                "seconds": step.seconds,
-                "bubble_seconds": step.bubble_seconds,
-                "pipeline_seconds": step.pipeline_seconds,
-                "gradient_tail_seconds": step.tail_seconds,
-                "optimizer_seconds": step.optimizer_seconds,
-                "tokens": self.tokens,
-                "tokens_per_second": self.tokens_per_second,
-                "mfu": self.mfu(),
-                "mfu_not_causal": self.mfu(causal=False),
-                "tflops_per_device": self.tflops_per_device(causal=True),
-                "gpu_hours_per_trillion_tokens": self.gpu_hours_per_trillion_tokens,
-            },
+            "traffic": self._traffic_json() if self.model else None,
+            "step": self._step_json() if self.step else None,
         }
 
+    def _traffic_json(self) -> dict[str, Any]:
+        return {
+            name: {"intra_node_bytes": m.intra_bytes, "inter_node_bytes": m.inter_bytes, "seconds": m.seconds}
+            for name, m in self.traffic().items()
+        }
 
-def world_of(recipe: Recipe, asked: int | None = None) -> int:
-    """Return the ranks to plan for: what was asked, the cluster's, or the fewest that the layout needs.
-
-    Raises: LayoutError: the cluster is smaller than the layout, or than what was asked.
-    """
-    parallel, cluster = recipe.parallel, recipe.cluster
-    dense, experts = parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
-    stage = dense
-    while stage % experts:
-        stage += dense
-    least = parallel.pipeline * stage
-    world = asked or cluster.world_size or least
-    if cluster.world_size and world > cluster.world_size:
-        raise LayoutError(
-            f"world = {world:,}, but cluster={cluster.name} has {cluster.world_size:,} GPUs; "
-            f"ask for {cluster.world_size} or fewer, or raise cluster.nodes"
-        )
-    if world < least:
-        raise LayoutError(
-            f"parallel.pipeline = {parallel.pipeline} x parallel.expert = {parallel.expert} needs {least:,} GPUs, but "
-            f"cluster={cluster.name} has {world:,}; lower parallel.pipeline or parallel.expert, or take a larger cluster"
-        )
-    return world
+    def _step_json(self) -> dict[str, Any]:
+        step = self.step
+        return {
+            "seconds": step.seconds,
+            "bubble_seconds": step.bubble_seconds,
+            "pipeline_seconds": step.pipeline_seconds,
+            "gradient_tail_seconds": step.tail_seconds,
+            "optimizer_seconds": step.optimizer_seconds,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu(),
+            "mfu_not_causal": self.mfu(causal=False),
+            "tflops_per_device": self.tflops_per_device(causal=True),
+            "gpu_hours_per_trillion_tokens": self.gpu_hours_per_trillion_tokens,
+        }
 
 
 def make_plan(
@@ -190,38 +170,36 @@ def make_plan(
     *,
     measure: Measure | None = None,
     times: Times | None = None,
-    fp8_dispatch: bool = False,
 ) -> Plan:
     """Return the plan of a recipe on ``world`` ranks.
 
     Args:
         measure: how stages' memory is found; None = by fake forwards of the real modules.
         times: of the stages, where they were measured.
-        fp8_dispatch: tokens travel to experts in FP8 (megatron-core 0.16.1 sends BF16).
-    Raises: LayoutError, ScheduleError: it cannot be. RecipeError: the cluster file lacks what a price needs.
+    Raises: LayoutError, ScheduleError: it cannot be.
     """
-    check_cluster(recipe)
     layout, layers = recipe.layout(world), layers_of_stages(recipe)
     tokens = recipe.run.tokens or 0
     batch = Regime(recipe.optim, recipe.data.sequence_length).global_batch(tokens)
     schedule = schedule_of(recipe, batch // (recipe.optim.micro_batch * layout.dp))
-    stages = (measure or measure_stages)(recipe, layout, layers, schedule)
+    if measure is None:
+        from dsv3_megatron.planning.activations import measure_stages as measure  # torch: seconds to import
+    stages = measure(recipe, layout, layers, schedule)
     place = schedule.placement
     held = [
         held_parameters(recipe, layout, place.stages_of(rank), stages, place.stages - 1) for rank in range(place.ranks)
     ]
     messages = receives_ahead(schedule)
     ranks = [rank_memory(recipe, layout, schedule, stages, held[r], r, messages[r]) for r in range(place.ranks)]
-    model = StepModel(recipe, layout, layers, fp8_dispatch=fp8_dispatch)
-    return Plan(recipe, layout, layers, schedule, stages, held, ranks, model, step_time(model, schedule, held, times))
+    model = step = None
+    if missing_facts(recipe) is None:
+        model = StepModel(recipe, layout, layers)
+        step = step_time(model, schedule, held, times)
+    return Plan(recipe, layout, layers, schedule, stages, held, ranks, model, step)
 
 
-def check_cluster(recipe: Recipe) -> None:
-    """Raise RecipeError where the cluster file lacks what the time model needs."""
-    cluster = recipe.cluster
-    for name in ("sms", "memory_terabytes_per_second", "peak_tflops"):
-        if not getattr(cluster, name):
-            raise RecipeError(
-                f"cluster.{name} = {getattr(cluster, name)}, but a step cannot be priced without it; "
-                f"give it, or plan for cluster=h800_2048, h100_1024, h200_256 or another with hardware facts"
-            )
+def missing_facts(recipe: Recipe) -> str | None:
+    """Return which key of the cluster file a price of the step lacks, or None."""
+    return next(
+        (n for n in ("sms", "memory_terabytes_per_second", "peak_tflops") if not getattr(recipe.cluster, n)), None
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dsv3_megatron.planning.kernels import Kernels, PartTimes
 from dsv3_megatron.planning.memory import Held
 from dsv3_megatron.planning.roofline import Device
+from dsv3_megatron.planning.stage_memory import composition
 from dsv3_megatron.planning.traffic import Traffic
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Schedule
@@ -62,9 +63,9 @@ class StepTime:
 class StepModel:
     """Prices the stages of a recipe on a layout."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, layers: Sequence[int], *, fp8_dispatch: bool = False):
+    def __init__(self, recipe: Recipe, layout: Layout, layers: Sequence[int]):
         self.recipe, self.layout, self.layers = recipe, layout, tuple(layers)
-        self.traffic = Traffic(recipe, layout, fp8_dispatch=fp8_dispatch)
+        self.traffic = Traffic(recipe, layout)
         busy = recipe.cluster.communication_sms if layout.ep > 1 else 0
         self._whole = Kernels(recipe, layout, Device(recipe.cluster))
         self._beside = Kernels(recipe, layout, Device(recipe.cluster, busy))
@@ -78,16 +79,14 @@ class StepModel:
 
     def contents(self, stage: int) -> dict[str, int]:
         """Return how many of each part a stage has."""
-        model, first = self.recipe.model, sum(self.layers[:stage])
-        dense = max(0, min(first + self.layers[stage], model.first_k_dense_replace) - first)
-        found = {"dense": dense, "moe": self.layers[stage] - dense}
-        if stage == 0:
-            found["embedding"] = 1
-        if stage == len(self.layers) - 1:
-            depths = model.num_nextn_predict_layers
-            found["moe" if model.num_moe_layers else "dense"] += depths
-            found |= {"head": 1 + depths, "mtp_joint": depths}
-            found["embedding"] = found.get("embedding", 0) + (1 if depths else 0)
+        parts = composition(self.recipe.model, self.layers, stage)
+        found = {
+            "dense": parts.dense,
+            "moe": parts.moe,
+            "embedding": parts.embeddings,
+            "head": parts.predictions,
+            "mtp_joint": parts.mtp,
+        }
         return {name: count for name, count in found.items() if count}
 
     def stage(self, stage: int) -> StageWork:
@@ -136,9 +135,7 @@ def overlapped(forward: StageWork, backward: StageWork) -> float:
     return max(sum(p.kernels_beside for p in parts), sum(p.exchanges for p in parts))
 
 
-def step_time(
-    model: StepModel, schedule: Schedule, held: Sequence[Held], times: Times | None = None
-) -> StepTime:
+def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times: Times | None = None) -> StepTime:
     """Return the time of a step.
 
     Args:
@@ -161,9 +158,7 @@ def step_time(
     return StepTime(timeline, timeline.makespan, end - timeline.makespan, update, bubble)
 
 
-def _reduced(
-    model: StepModel, schedule: Schedule, timeline: Timeline, rank: int, held: Held, mirrored: bool
-) -> float:
+def _reduced(model: StepModel, schedule: Schedule, timeline: Timeline, rank: int, held: Held, mirrored: bool) -> float:
     """Return when a rank's gradients are reduced: stage by stage, each after its last weight gradient anywhere."""
     place = schedule.placement
     done: dict[int, float] = {}

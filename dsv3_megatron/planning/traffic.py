@@ -15,7 +15,9 @@ from parallel.links import Fabric, Link, Moved, expert_exchange, nodes_reached
 def fabric_of(cluster: ClusterSettings) -> Fabric:
     """Return the cluster's links. Raises RecipeError when it has several nodes or GPUs and no link for them."""
     if cluster.gpus_per_node > 1 and cluster.intra_node is None:
-        raise RecipeError(f"cluster.intra_node = null, but cluster={cluster.name} has several GPUs a node; give its link")
+        raise RecipeError(
+            f"cluster.intra_node = null, but cluster={cluster.name} has several GPUs a node; give its link"
+        )
     if (cluster.nodes or 1) > 1 and cluster.inter_node is None:
         raise RecipeError(f"cluster.inter_node = null, but cluster={cluster.name} has several nodes; give its link")
 
@@ -42,12 +44,13 @@ class LayerTraffic:
 class Traffic:
     """Prices what ranks of a layout send to each other."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, *, fp8_dispatch: bool = False):
+    def __init__(self, recipe: Recipe, layout: Layout):
         self.recipe, self.layout, self.fabric = recipe, layout, fabric_of(recipe.cluster)
         self.size = 2 if recipe.precision.parameters == "bf16" else 4
         self.tokens = recipe.optim.micro_batch * recipe.data.sequence_length / (layout.cp * layout.tp)
         self.message_bytes = round(self.tokens * recipe.model.hidden_size * self.size)
-        self.fp8_dispatch = fp8_dispatch
+        fp8 = recipe.precision.fp8
+        self.fp8_dispatch = fp8 is not None and fp8.dispatch == "e4m3"
 
     def dispatch(self) -> Moved:
         """Return one dispatch: FP8 with a float32 scale per 128 numbers, or the parameters' format."""
@@ -60,9 +63,7 @@ class Traffic:
 
     def _exchange(self, token_bytes: float) -> Moved:
         model, members = self.recipe.model, self.layout.group("ep", 0)
-        nodes = nodes_reached(
-            self.fabric.nodes_of(members), model.n_group, model.topk_group, model.num_experts_per_tok
-        )
+        nodes = nodes_reached(self.fabric.nodes_of(members), model.n_group, model.topk_group, model.num_experts_per_tok)
         return expert_exchange(
             self.fabric,
             members,
