@@ -69,7 +69,7 @@ class LiveMemory(TorchDispatchMode):
 
     @contextmanager
     def as_one_kernel(self) -> Iterator[None]:
-        """Look for no peak inside: what is made and dropped there lives in a kernel's registers on the machine meant."""
+        """Look for no peak inside: what comes and goes there stays in a kernel's registers on the machine meant."""
         before, self._looking = self._looking, False
         try:
             yield

@@ -19,8 +19,8 @@ class Times:
     """How long actions take, stage by stage, in one unit (the user's: seconds, milliseconds, multiples of F).
 
     A whole backward takes ``input_grad + weight_grad``. An overlapped action of stages s and t takes
-    ``overlap * (forward[s] + input_grad[t] + weight_grad[t])``; overlap below 1 is what hiding communication gains. Where
-    ``pairs`` is given, it takes ``pairs[s][t]`` instead.
+    ``overlap * (forward[s] + input_grad[t] + weight_grad[t])``; overlap below 1 is what hiding communication gains.
+    Where ``pairs`` is given, it takes ``pairs[s][t]`` instead.
     """
 
     forward: tuple[float, ...]

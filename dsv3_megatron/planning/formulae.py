@@ -73,7 +73,7 @@ class _Sizes:
         g, d = self.g, self.d
         cached = self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
         if recomputed:
-            kept = 0.0 if not cached else 0.0
+            kept = 0.0
         elif cached:
             kept = g * d * _WITH_SCALES + 2 * g * width * _WITH_SCALES
         else:

@@ -27,7 +27,7 @@ def world_of(recipe: Recipe, asked: int | None = None) -> int:
     if world < least:
         raise LayoutError(
             f"parallel.pipeline = {parallel.pipeline} x parallel.expert = {parallel.expert} needs {least:,} GPUs, but "
-            f"cluster={cluster.name} has {world:,}; lower parallel.pipeline or parallel.expert, or take a larger cluster"
+            f"cluster={cluster.name} has {world:,}; lower one of the two, or take a larger cluster"
         )
     return world
 

@@ -109,9 +109,11 @@ def rank_memory(
     activations, at = fullest_moment(schedule, rank, memory, sends_stay=on_cpu)
     activations += max(memory[s].held for s in stages)
     weight = 2 if recipe.precision.parameters == "bf16" else 4
+    fp8 = recipe.precision.fp8
+    only_fp8 = fp8 is not None and fp8.hold_weights
     return RankMemory(
         pipeline_rank=rank,
-        weights_bytes=held.all * weight,
+        weights_bytes=(held.all - (held.in_fp8 if only_fp8 else 0)) * weight,
         # Transformer Engine keeps an FP8 weight by rows and by columns (blockwise scaling on Hopper); the emulation
         # keeps what survives FP8 in float32.
         fp8_weights_bytes=held.in_fp8 * (4 if on_cpu else 2),

@@ -93,13 +93,14 @@ class Plan:
         return run.tokens if run.tokens is not None else run.steps * self.tokens
 
     def traffic(self) -> dict[str, Moved]:
-        """Return what a GPU of the busiest kind sends in a step, by what for."""
+        """Return what one GPU sends in a step, by what for, on the pipeline rank with the most MoE layers."""
         traffic, many = self.model.traffic, self.schedule.microbatches
         place = self.schedule.placement
         mirrored = place.kind == "mirror" and place.ranks > 1
         # A rank runs its stages for all microbatches that come by: under DualPipe half of them for each.
         share = 0.5 if mirrored else 1.0
-        contents = [self.model.contents(s) for s in place.stages_of(self.tightest.pipeline_rank)]
+        by_rank = [[self.model.contents(s) for s in place.stages_of(rank)] for rank in range(place.ranks)]
+        contents = max(by_rank, key=lambda stages: sum(c.get("moe", 0) for c in stages))
         moe = share * many * sum(c.get("moe", 0) for c in contents)
         dense = share * many * sum(c.get("dense", 0) for c in contents)
         fullest = max(self.held, key=lambda h: h.all)
