@@ -106,8 +106,9 @@ def expert_exchange(
         return Moved()
     inside = size // spans
     across = nodes * (spans - 1) / spans if spans > 1 else 0.0
-    # Never more copies inside than a token has experts, or ranks there are to hand it to.
-    handed = min(experts_per_token, nodes * inside) * (inside - 1) / inside
+    # Two experts of a token may lie on one rank of a node, which then gets the token once.
+    ranks_reached = inside * (1 - (1 - 1 / inside) ** (experts_per_token / nodes))
+    handed = nodes * ranks_reached * (inside - 1) / inside
     intra, inter = tokens * handed * token_bytes, tokens * across * token_bytes
     # DeepEP's bandwidths count a token's own node as reached over the network (its README): so does the time.
     wire = tokens * nodes * token_bytes if spans > 1 else 0.0

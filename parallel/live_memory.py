@@ -35,7 +35,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operation and register what it made."""
         out = self.run(func, args, kwargs or {})
-        if self.register(out) >= self._resolution and self._looking:
+        if self._register(out, (args, kwargs)) >= self._resolution and self._looking:
             self.peak_bytes = max(self.peak_bytes, self.current_bytes())
         return out
 
@@ -43,15 +43,19 @@ class LiveMemory(TorchDispatchMode):
         """Carry an operation out; what a subclass may do in another way."""
         return func(*args, **kwargs)
 
-    def register(self, out: Any) -> int:
+    def _register(self, out: Any, operands: Any) -> int:
         """Count the storages among an operation's outputs; return the bytes of the largest new one, -1 for none."""
-        largest = -1
+        largest, before = -1, None
         for tensor in tree_leaves(out):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
-            if known is None or known() is not storage:  # addresses are used again
+            if known is not None and known() is storage:
+                continue
+            if before is None:  # what works in place, or gives a view, may return a storage older than this count
+                before = {x.untyped_storage()._cdata for x in tree_leaves(operands) if isinstance(x, torch.Tensor)}
+            if storage._cdata not in before:
                 self._storages[storage._cdata] = weakref.ref(storage)
                 largest = max(largest, storage.nbytes())
         return largest

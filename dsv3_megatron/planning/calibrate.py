@@ -55,10 +55,14 @@ def times_from_file(path: Path, recipe: Recipe) -> Times:
     try:
         return Measured.model_validate(json.loads(path.read_text())).times(len(layers_of_stages(recipe)))
     except OSError as error:
-        raise RecipeError(f"calibrate = {path} cannot be read ({error.strerror}); name a file of measured times") from None
+        raise RecipeError(
+            f"calibrate = {path} cannot be read ({error.strerror}); name a file of measured times"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple", "float", "constrained")))
+        key = ".".join(
+            str(part) for part in first["loc"] if not str(part).startswith(("tuple", "float", "constrained"))
+        )
         raise RecipeError(f"calibrate = {path}: {key}: {first['msg']}; see docs/planning.md for its keys") from None
     except ValueError as error:
         raise RecipeError(f"calibrate = {path}: {error}; see docs/planning.md for its keys") from None

@@ -23,7 +23,10 @@ from parallel.simulator import Timeline, Times, simulate
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of one pass of one stage: kernels on all SMs, kernels beside communication, exchanges."""
+    """Seconds of one pass of one stage: kernels on all SMs, kernels beside communication, exchanges with experts.
+
+    Gathers and scatters of TP and CP lie between the kernels that need them: they count as kernels.
+    """
 
     kernels: float
     kernels_beside: float
@@ -92,26 +95,30 @@ class StepModel:
     def stage(self, stage: int) -> StageWork:
         """Return the passes of a stage."""
         contents = self.contents(stage)
-        exchanges = self._exchanges(contents)
+        exchanges, gathers = self._exchanges(contents), self._gathers(contents)
 
         def work(which: str) -> Work:
             whole, beside = (
                 sum(count * self.parts[name][i].total(which) for name, count in contents.items()) for i in (0, 1)
             )
-            return Work(whole, beside, exchanges[which])
+            return Work(whole + gathers[which], beside + gathers[which], exchanges[which])
 
         return StageWork(work("F"), work("I"), work("W"))
 
     def _exchanges(self, contents: dict[str, int]) -> dict[str, float]:
-        """Return the seconds of a stage's exchanges in a forward and a backward.
+        """Return the seconds of a stage's dispatches and combines in each pass.
 
-        The backward of a combine is a dispatch, that of a dispatch a combine; gathers become scatters.
+        The backward of a combine is a dispatch, that of a dispatch a combine.
         """
-        moe, layers = contents.get("moe", 0), contents.get("moe", 0) + contents.get("dense", 0)
-        seconds = moe * (self.traffic.dispatch().seconds + self.traffic.combine().seconds)
-        seconds += moe * self.traffic.tensor(moe=True).seconds
-        seconds += contents.get("dense", 0) * self.traffic.tensor(moe=False).seconds
-        seconds += layers * self.traffic.context().seconds
+        one = self.traffic.dispatch().seconds + self.traffic.combine().seconds
+        seconds = contents.get("moe", 0) * one
+        return {"F": seconds, "I": seconds, "W": 0.0}
+
+    def _gathers(self, contents: dict[str, int]) -> dict[str, float]:
+        """Return the seconds of TP's and CP's collectives in each pass; backward scatters what forward gathers."""
+        moe, dense = contents.get("moe", 0), contents.get("dense", 0)
+        seconds = moe * self.traffic.tensor(moe=True).seconds + dense * self.traffic.tensor(moe=False).seconds
+        seconds += (moe + dense) * self.traffic.context().seconds
         return {"F": seconds, "I": seconds, "W": 0.0}
 
     def times(self) -> Times:

@@ -97,7 +97,8 @@ def _head(plan: Plan) -> list[str]:
         f"                {counts.activated_per_token:>19,}  activated per token",
         f"                {counts.attention:>19,}  attention, a layer",
         f"                {counts.dense_layer:>19,}  dense layer",
-        f"                {counts.moe_layer:>19,}  MoE layer, {recipe.model.n_routed_experts} experts of {counts.routed_expert:,}",
+        f"                {counts.moe_layer:>19,}  MoE layer, {recipe.model.n_routed_experts} experts of "
+        f"{counts.routed_expert:,}",
         f"                {counts.embedding:>19,}  embedding, and as many in the head",
     ]
 
@@ -142,7 +143,8 @@ def _time(plan: Plan) -> list[str]:
     for name, moved in plan.traffic().items():
         if moved.intra_bytes or moved.inter_bytes:
             lines.append(
-                f"  {name:<36} {show_bytes(moved.intra_bytes):>17} {show_bytes(moved.inter_bytes):>15} {moved.seconds:18.2f}"
+                f"  {name:<36} {show_bytes(moved.intra_bytes):>17} {show_bytes(moved.inter_bytes):>15} "
+                f"{moved.seconds:18.2f}"
             )
     step = plan.step
     mfu, open_mfu = plan.mfu(), plan.mfu(causal=False)
@@ -151,8 +153,8 @@ def _time(plan: Plan) -> list[str]:
     cost = run_hours * plan.recipe.cluster.dollars_per_gpu_hour
     lines += [
         "",
-        f"step            {step.seconds:.2f} s: pipeline {step.pipeline_seconds:.2f} (bubble {step.bubble_seconds:.2f}, mean "
-        f"over ranks), gradients after it {step.tail_seconds:.2f}, optimizer and weights {step.optimizer_seconds:.2f}",
+        f"step            {step.seconds:.2f} s: pipeline {step.pipeline_seconds:.2f} (bubble {step.bubble_seconds:.2f}, "
+        f"mean over ranks), gradients after it {step.tail_seconds:.2f}, optimizer and weights {step.optimizer_seconds:.2f}",
         f"                {show_count(plan.tokens)} tokens, {show_count(plan.tokens_per_second)} tokens/s, "
         f"{plan.tokens_per_second / plan.layout.world_size:,.0f} a GPU",
         f"                {plan.tflops_per_device(causal=True):.0f} TFLOP/s a GPU causal, "

@@ -56,7 +56,9 @@ def memory_bars(ranks: list[RankMemory]) -> str:
     ]
     for number, (name, colour, _) in enumerate(_PARTS):
         x = _LEFT + 110 * number
-        parts.append(f'<rect x="{x}" y="8" width="14" height="12" fill="{colour}"/><text x="{x + 19}" y="18">{name}</text>')
+        parts.append(
+            f'<rect x="{x}" y="8" width="14" height="12" fill="{colour}"/><text x="{x + 19}" y="18">{name}</text>'
+        )
     for number, rank in enumerate(ranks):
         y, x = 34 + _ROW * number, float(_LEFT)
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 13}" text-anchor="end">rank {rank.pipeline_rank}</text>')
@@ -72,5 +74,7 @@ def memory_bars(ranks: list[RankMemory]) -> str:
     if limit:
         x, low = _LEFT + limit * scale, 34 + _ROW * len(ranks)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="28" y2="{low}" stroke="#c00000" stroke-width="2"/>')
-        parts.append(f'<text x="{x:.1f}" y="{low + 14}" text-anchor="middle" fill="#c00000">{limit / GIB:.0f} GiB</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{low + 14}" text-anchor="middle" fill="#c00000">{limit / GIB:.0f} GiB</text>'
+        )
     return "\n".join([*parts, "</svg>"])
