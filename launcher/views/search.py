@@ -77,7 +77,7 @@ def recipe_file(recipe: Recipe, overrides: Sequence[str], found: Found, name: st
     sections.setdefault("parallel", []).append("  stages: null")
     lines = [
         "# @package _global_",
-        f"# Found by python launcher/plan.py {given} search=true: {found.seconds:.2f} s a step predicted, not measured.",
+        f"# Found by python launcher/plan.py {given} search=true: {found.seconds:.2f} s a step, not measured.",
         "defaults:",
         f"  - {recipe.recipe}",
         f"  - override /cluster: {recipe.cluster.name}",
