@@ -5,7 +5,7 @@
     python launcher/plan.py recipe=dsv3_671b search=true             ranked layouts of the same GPUs; best as a recipe
     python launcher/plan.py recipe=dsv3_671b show=precision          which tensor of every module is in which format
     python launcher/plan.py recipe=dsv3_671b show=regime             what changes over the run, and a plot (svg=FILE)
-    python launcher/plan.py recipe=dsv3_671b show=regime at=12.15T   the values in force then
+    python launcher/plan.py recipe=dsv3_671b show=regime at=12.15T  the values in force then
 
 The plan is printed as a table and written to plan.json (output=FILE to choose); report=FILE.html adds a page with the
 timeline and memory bars. Exit code 3 when it does not fit. Its own keys:
@@ -16,7 +16,8 @@ timeline and memory bars. Exit code 3 when it does not fit. Its own keys:
     search=true        try hundreds of layouts; top=N rows (20), save=NAME writes recipes/recipe/NAME.yaml
     advice=false       skip the search for overrides that would help
 
-With show=VIEW the keys are show, format (text or json), output (a file), at and svg. All other keys are overrides of the recipe.
+With show=VIEW the keys are show, format (text or json), output (a file), at and svg. All others are overrides of the
+recipe.
 """
 
 from __future__ import annotations

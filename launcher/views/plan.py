@@ -153,8 +153,9 @@ def _time(plan: Plan) -> list[str]:
     cost = run_hours * plan.recipe.cluster.dollars_per_gpu_hour
     lines += [
         "",
-        f"step            {step.seconds:.2f} s: pipeline {step.pipeline_seconds:.2f} (bubble {step.bubble_seconds:.2f}, "
-        f"mean of ranks), gradients after it {step.tail_seconds:.2f}, optimizer and weights {step.optimizer_seconds:.2f}",
+        f"step            {step.seconds:.2f} s: pipeline {step.pipeline_seconds:.2f} (mean bubble "
+        f"{step.bubble_seconds:.2f}), gradients after it {step.tail_seconds:.2f}, optimizer and weights "
+        f"{step.optimizer_seconds:.2f}",
         f"                {show_count(plan.tokens)} tokens, {show_count(plan.tokens_per_second)} tokens/s, "
         f"{plan.tokens_per_second / plan.layout.world_size:,.0f} a GPU",
         f"                {plan.tflops_per_device(causal=True):.0f} TFLOP/s a GPU causal, "

@@ -70,7 +70,8 @@ def memory_bars(ranks: list[RankMemory]) -> str:
                 f"<title>{hint}</title></rect>"
             )
             x += wide
-        parts.append(f'<text x="{x + 4:.1f}" y="{y + 13}">{rank.total_bytes / GIB:.1f} GiB</text>')
+        end = max(x, _LEFT + (limit or 0) * scale) + 6
+        parts.append(f'<text x="{end:.1f}" y="{y + 13}">{rank.total_bytes / GIB:.1f} GiB</text>')
     if limit:
         x, low = _LEFT + limit * scale, 34 + _ROW * len(ranks)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="28" y2="{low}" stroke="#c00000" stroke-width="2"/>')
