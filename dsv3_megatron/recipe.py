@@ -70,6 +70,10 @@ class ClusterSettings(BaseModel):
         default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
     )
     sms: NonNegativeInt = 0
+    communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")
+    memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
+    reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
+    dollars_per_gpu_hour: float = Field(2.0, ge=0)
     intra_node: LinkSettings | None = None
     inter_node: LinkSettings | None = None
     launcher: Literal["torchrun", "slurm"] = "torchrun"
