@@ -27,7 +27,7 @@ class CoreAttention(MegatronModule):
     Takes MLA's unequal widths (Q 192, V 128 in DeepSeek-V3), context parallelism and packed documents.
     """
 
-    cache_in_e5m6 = False  # set by the precision policy: what is kept of the output for backward
+    output_cache = "high"  # set by the precision policy: what is kept of the output for backward
 
     def __init__(
         self,
@@ -64,7 +64,8 @@ class CoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
             return self._documents(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist(), dropout)
-        cache = OutputCache() if self.cache_in_e5m6 and torch.is_grad_enabled() else None
+        one_copy = self.output_cache != "high" and torch.is_grad_enabled()
+        cache = OutputCache(self.output_cache) if one_copy else None
         mask = None
         if self.cp_group is not None and self.cp_group.size() > 1:
             positions = _zigzag_positions(query.shape[0], self.cp_group.rank(), self.cp_group.size(), query.device)

@@ -1,13 +1,15 @@
-"""The attention's output kept in E5M6 for backward, once for two: the attention itself and the linear layer after it.
+"""The attention's output kept for backward once for two: the attention itself and the linear layer after it.
 
-The paper keeps this one activation finer than FP8, because the attention's own backward reads it too
-(arXiv 2412.19437 section 3.3.3). Fused attention saves its output inside autograd; the copy it saves is exchanged here.
+The paper keeps this one activation in E5M6, finer than FP8, because the attention's own backward reads it too
+(arXiv 2412.19437 section 3.3.3); here it may also stay as it is. Fused attention saves its output inside autograd; the
+copy it saves is exchanged here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
-        self.cache: E5M6 | None = None
+        self.cache: E5M6 | _AsItIs | None = None
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
 
     def restore(self) -> Tensor:
@@ -33,15 +35,27 @@ class _Saved:
         kept = self.cache.dequantise().to(self.dtype).view(sequence, batch, heads, -1)
         return F.pad(kept, (0, width - kept.shape[-1])).permute(1, 2, 0, 3)
 
-    def exchange(self, cache: E5M6) -> None:
+    def exchange(self, cache: E5M6 | _AsItIs) -> None:
         """Forget the tensor."""
         self.cache, self.tensor = cache, None
 
 
-class OutputCache:
-    """Keeps one attention's output in E5M6. Use: run the attention inside ``watch()``, then ``keep(out, flat)``."""
+class _AsItIs:
+    """An output that is kept in its own dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self, flat: Tensor):
+        self._flat = flat
+
+    def dequantise(self) -> Tensor:
+        """Return it in float32."""
+        return self._flat.float()
+
+
+class OutputCache:
+    """Keeps one attention's output once. Use: run the attention inside ``watch()``, then ``keep(out, flat)``."""
+
+    def __init__(self, kind: Literal["once", "e5m6"]) -> None:
+        self._kind = kind
         self._saved: list[_Saved] = []
 
     @contextmanager
@@ -56,13 +70,13 @@ class OutputCache:
             yield
 
     def keep(self, out: Tensor | None, flat: Tensor) -> Tensor:
-        """Return ``flat`` [S, B, H * V] marked as kept in E5M6; ``out`` [B, H, S, V or wider] is what attention gave.
+        """Return ``flat`` [S, B, H * V] marked as kept; ``out`` [B, H, S, V or wider] is what attention gave.
 
         Attention that saved its probabilities and not its output, or went document by document (``out`` None), has
         nothing to exchange: the linear layer after it uses the cache all the same.
         """
         with torch.no_grad():
-            cache = quantise_e5m6(flat.detach())
+            cache = quantise_e5m6(flat.detach()) if self._kind == "e5m6" else _AsItIs(flat.detach())
         for saved in self._saved:
             if saved.tensor.data_ptr() == out.data_ptr() and saved.tensor.shape == out.shape:
                 saved.exchange(cache)

@@ -97,11 +97,17 @@ def make_te_backend() -> BackendSpecProvider:
         def grouped_mlp_modules(
             self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
         ) -> tuple[type, MLPSubmodules]:
-            """TE's grouped layers."""
-            return super().grouped_mlp_modules(moe_use_grouped_gemm, moe_use_legacy_grouped_gemm)
+            """TE's grouped layers, in experts that can keep SwiGLU's input in FP8."""
+            from dsv3_megatron.model.experts import TEGroupedExperts
 
-        def activation_func(self) -> None:
-            """SwiGLU is megatron-core's own, so that its input can be what is kept for backward."""
+            _, layers = super().grouped_mlp_modules(moe_use_grouped_gemm, moe_use_legacy_grouped_gemm)
+            return TEGroupedExperts, layers
+
+        def activation_func(self) -> type:
+            """SwiGLU, which can keep its input in FP8 and compute its output again."""
+            from dsv3_megatron.model.swiglu import SwiGLU
+
+            return SwiGLU
 
     return TEBackend()
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import Tensor
 
 from dsv3_megatron.model.linear import WeightGradients, Wiring, separable_product
+from dsv3_megatron.model.swiglu import give_back
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
 
 
@@ -52,6 +53,30 @@ class GroupedExperts(TEGroupedMLP):
             key = f"{prefix}experts.{name}.weight"
             found[f"{prefix}{name}.weight"] = getattr(self, name).sharded_weight(key, sharded_offsets)
         return found
+
+
+class TEGroupedExperts(TEGroupedMLP):
+    """megatron-core's grouped experts on Transformer Engine, whose SwiGLU keeps its input in FP8 where the policy asks.
+
+    TE's second layer keeps a copy of its input; here it is told to keep the input itself, whose memory is given back
+    after the forward and filled again from SwiGLU's cache before the backward (arXiv 2412.19437 section 3.3.3).
+    """
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Return ([T, D], no bias) from tokens [T, D] sorted by expert, counts [E] and router weights [T]."""
+        if not self.activation_func.cache_in_fp8 or not torch.is_grad_enabled():
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
+        counts = tokens_per_expert.tolist()
+        x, padded = self.quantization_padding(permuted_local_hidden_states, counts)
+        probs, _ = self.quantization_padding(permuted_probs.unsqueeze(-1), counts)
+        gate_up, _ = self.linear_fc1(x, padded)
+        activated = self.activation_func(gate_up, probs)
+        self.linear_fc2.save_original_input = True
+        output, _ = self.linear_fc2(activated, padded)
+        give_back(activated, output)
+        return self.quantization_unpadding(output, counts), None
 
 
 class GroupedLinear(torch.nn.Module):

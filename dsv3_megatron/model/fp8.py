@@ -43,8 +43,8 @@ def apply_fp8(
             count += 1
         if hasattr(module, "cache_in_fp8"):
             module.cache_in_fp8 = fp8.swiglu_cache == "e4m3"
-        if hasattr(module, "cache_in_e5m6"):
-            module.cache_in_e5m6 = fp8.attention_output_cache == "e5m6"
+        if hasattr(module, "output_cache"):
+            module.output_cache = fp8.attention_output_cache
         if isinstance(module, MoELayer) and fp8.dispatch == "e4m3":
             dispatch_in_fp8(module)
     return count

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_megatron.precision.kept import offer
+from dsv3_megatron.precision.kept import kept_of, offer
 from dsv3_megatron.precision.tiles import Quantised, quantise
 
 _TILE = (1, 128)
@@ -46,6 +46,25 @@ def swiglu(gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     out = F.silu(gate) * up
     return out if probs is None else (out * probs).to(gate_up.dtype)
+
+
+def give_back(activated: Tensor, output: Tensor) -> None:
+    """Free the memory of SwiGLU's output now, and fill it again from the cache when the gradient of ``output`` comes.
+
+    For layers that keep ``activated`` itself for backward, and compute ``output`` from it.
+    """
+    cache, storage = kept_of(activated), activated.untyped_storage()
+    assert cache is not None, "SwiGLU kept no cache"
+    size = storage.nbytes()
+
+    def fill(grad: Tensor) -> None:
+        with torch.no_grad():
+            again = cache.dequantise().to(activated.dtype).contiguous()
+        storage.resize_(size)
+        storage.copy_(again.untyped_storage())  # below autograd, which would take it for a change
+
+    storage.resize_(0)
+    output.register_hook(fill)
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ class _Sizes:
         query_latent = model.q_lora_rank or 0
         latents = query_latent + model.kv_lora_rank
         down = query_latent + model.kv_lora_rank + model.qk_rope_head_dim
-        in_e5m6 = self.fp8 is not None and self.fp8.attention_output_cache == "e5m6"
-        out = self.g * heads * v * (1.5 + 4 / 128 if in_e5m6 else self.size)
-        if self.fp8 and not in_e5m6:
+        output_cache = self.fp8.attention_output_cache if self.fp8 else None
+        out = self.g * heads * v * (1.5 + 4 / 128 if output_cache == "e5m6" else self.size)
+        if output_cache == "high":
             out += self.g * heads * v * _WITH_SCALES  # the linear layer's own copy
         kept = out + self.g * heads * 4 + self.t * down * self.size
         # Without FP8 the two down-projections keep one norm output between them, and none if that is computed again.

@@ -12,6 +12,7 @@ from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.planning.memory import Held, RankMemory, held_parameters, rank_memory, receives_ahead
 from dsv3_megatron.planning.stage_memory import StageMemory
 from dsv3_megatron.planning.steptime import StepModel, StepTime, step_time
+from dsv3_megatron.precision.on_te import as_carried_out
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.schedule import schedule_of
 from dsv3_megatron.stages import layers_of_stages
@@ -179,6 +180,7 @@ def make_plan(
         times: of the stages, where they were measured.
     Raises: LayoutError, ScheduleError: it cannot be.
     """
+    recipe = _as_carried_out(recipe)
     layout, layers = recipe.layout(world), layers_of_stages(recipe)
     tokens = recipe.run.tokens or 0
     batch = Regime(recipe.optim, recipe.data.sequence_length).global_batch(tokens)
@@ -197,6 +199,14 @@ def make_plan(
         model = StepModel(recipe, layout, layers)
         step = step_time(model, schedule, held, times)
     return Plan(recipe, layout, layers, schedule, stages, held, ranks, model, step)
+
+
+def _as_carried_out(recipe: Recipe) -> Recipe:
+    """Return the recipe with what its backend does otherwise than its precision says."""
+    if recipe.backend != "te" or recipe.precision.fp8 is None:
+        return recipe
+    precision = recipe.precision.model_copy(update={"fp8": as_carried_out(recipe.precision.fp8)})
+    return recipe.model_copy(update={"precision": precision})
 
 
 def missing_facts(recipe: Recipe) -> str | None:

@@ -6,6 +6,7 @@ import torch
 
 from dsv3_megatron.precision import transformer_engine
 from dsv3_megatron.precision.hopper import why_not
+from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.shapes import check_shapes
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import LayoutError, RecipeError
@@ -37,4 +38,4 @@ def check_precision(recipe: Recipe, backend: str, device: torch.device) -> list[
         )
     check_shapes(recipe)
     told = transformer_engine.check_installed(fp8, device)
-    return [*([told] if told else []), *transformer_engine.deviations(fp8)]
+    return [*([told] if told else []), *deviations(fp8)]

@@ -61,8 +61,8 @@ def _linear_rows(fp8: Fp8Settings | None, high: str) -> Iterator[Row]:
     yield Row(classes[0], "e4m3", fp8.activation_tile, scale, rounding)
     tile = kept or along_tokens.get(fp8.activation_tile, fp8.activation_tile)
     yield Row(classes[1], "e4m3", tile, scale, rounding)
-    held = "e4m3 (there is no other copy)" if fp8.hold_weights else "e4m3"
-    yield Row(classes[2], held, fp8.weight_tile, scale, rounding)
+    yield Row(classes[2], "e4m3", fp8.weight_tile, scale, rounding)
+    yield Row("linear weights between products", "e4m3 only" if fp8.hold_weights else high)
     tiles = fp8.gradient_tile
     yield Row(classes[3], gradient, f"{tiles} dgrad, {along_tokens.get(tiles, tiles)} wgrad", scale, rounding)
 
@@ -78,6 +78,8 @@ def _cache_rows(fp8: Fp8Settings | None, high: str) -> Iterator[Row]:
         yield Row(attention, high)
     elif fp8.attention_output_cache == "high":
         yield Row(attention, f"e4m3, as other linear inputs; {high} for the attention")
+    elif fp8.attention_output_cache == "once":
+        yield Row(attention, f"{high}, one copy", "128x1, cut in backward")
     else:
         yield Row(attention, "e5m6", "1x128, cut to 128x1 in backward", scale, "nearest even, saturating")
 

@@ -42,8 +42,10 @@ class Fp8Settings(BaseModel):
     swiglu_cache: Literal["high", "e4m3"] = Field(
         "e4m3", description="what SwiGLU keeps for backward: its input in FP8 1x128, its output computed again"
     )
-    attention_output_cache: Literal["high", "e5m6"] = Field(
-        "e5m6", description="the input of the linear after attention, kept for its and the attention's backward"
+    attention_output_cache: Literal["high", "once", "e5m6"] = Field(
+        "e5m6",
+        description="the input of the linear after attention: e5m6 or once (high precision) = one copy for its and the "
+        "attention's backward; high = the attention's copy, and the linear's in FP8",
     )
     hold_weights: bool = Field(False, description="parameters of linear layers exist in FP8 only (te backend)")
 

@@ -56,16 +56,6 @@ def check_policy(fp8: Fp8Settings) -> None:
         )
 
 
-def deviations(fp8: Fp8Settings) -> list[str]:
-    """Return where TE does something else than the policy's words, a line each, to be told at the start of a run."""
-    found = []
-    if fp8.swiglu_cache == "e4m3":
-        found.append("te keeps the input of SwiGLU in BF16; precision.fp8.swiglu_cache works on the torch backend")
-    if fp8.attention_output_cache == "e5m6":
-        found.append("te keeps the input of the linear after attention in BF16, once for both, not in E5M6")
-    return found
-
-
 def prepare_environment(precision: PrecisionSettings) -> None:
     """Tell TE about scales. Must run before TE is imported for the first time: it reads this once."""
     if precision.fp8 is not None:

@@ -19,8 +19,8 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
     """Return the policy of a recipe and the formats of every parameter's products, as text or JSON."""
     warnings.filterwarnings("ignore")
+    from dsv3_megatron.precision.on_te import deviations
     from dsv3_megatron.precision.policy import policy
-    from dsv3_megatron.precision.transformer_engine import deviations
 
     recipe = compose(list(overrides))
     rows, modules = policy(recipe.precision), formats_as_built(recipe)

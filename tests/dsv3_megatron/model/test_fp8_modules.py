@@ -57,6 +57,18 @@ class Config:
     attention_dropout = 0.0
 
 
+def test_one_copy_in_high_precision_changes_no_gradient():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(24, 2, 3, 48), torch.randn(24, 2, 3, 48), torch.randn(24, 2, 3, 32)
+    attention = CoreAttention(Config(), 1, None, "self")
+    plain, exact = gradients(attention, query, key, value)
+    attention.output_cache = "once"
+    out, found = gradients(attention, query, key, value)
+    assert torch.equal(out, plain) and all(torch.equal(a, b) for a, b in zip(found, exact))
+    kept = kept_of(attention(query.clone().requires_grad_(), key, value))
+    assert torch.equal(kept.dequantise(), plain)
+
+
 @pytest.mark.parametrize("widths", [(32, 32), (48, 32)])  # of q and k, of v: the second pads v
 def test_attention_backward_reads_the_e5m6_copy_of_its_output(widths):
     torch.manual_seed(0)
@@ -64,7 +76,7 @@ def test_attention_backward_reads_the_e5m6_copy_of_its_output(widths):
     query, key, value = torch.randn(24, 2, 3, qk), torch.randn(24, 2, 3, qk), torch.randn(24, 2, 3, v)
     attention = CoreAttention(Config(), 1, None, "self")
     plain, exact = gradients(attention, query, key, value)
-    attention.cache_in_e5m6 = True
+    attention.output_cache = "e5m6"
     out, found = gradients(attention, query, key, value)
     assert torch.equal(out, plain)
     errors = [((mine - theirs).norm() / theirs.norm()).item() for mine, theirs in zip(found, exact)]

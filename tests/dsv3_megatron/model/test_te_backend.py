@@ -85,6 +85,15 @@ def test_mtp_is_in_fp8_under_every_schedule(schedule):
     assert counts["TEColumnParallelLinear"] == [(3 + 1) * passes, passes]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_experts_compute_swiglu_again_from_its_fp8_input(plain, schedule):
+    # Products are in high precision here, dispatch too: what differs from plain training is SwiGLU's cache alone.
+    found = train(*FP8, "precision.fp8.dispatch=high", f"parallel.schedule={schedule}")
+    assert found["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-7)
+    assert found["losses"][1] != plain["losses"][1]
+    assert found["losses"][1] == pytest.approx(plain["losses"][1], rel=1e-3)
+
+
 def test_scales_are_told_to_te_before_it_is_imported():
     exact = (*FP8, "precision.fp8.power_of_two_scales=false")
     assert "losses" in train(*exact)

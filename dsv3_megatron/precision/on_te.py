@@ -1,0 +1,25 @@
+"""Where Transformer Engine carries the FP8 policy out otherwise. No torch: asked by plans and tables."""
+
+from __future__ import annotations
+
+from dsv3_megatron.precision.settings import Fp8Settings
+
+
+def deviations(fp8: Fp8Settings) -> list[str]:
+    """Return where TE does something else than the policy's words, a line each, to be told at the start of a run."""
+    found = []
+    if fp8.swiglu_cache == "e4m3":
+        found.append(
+            "te keeps, of dense and shared experts, SwiGLU's output in E4M3 too: only routed ones compute it again"
+        )
+    if fp8.attention_output_cache != "once":
+        found.append("te keeps the input of the linear after attention in BF16, one copy (attention_output_cache=once)")
+    return found
+
+
+def as_carried_out(fp8: Fp8Settings) -> Fp8Settings:
+    """Return the policy with what TE does instead of it, for a plan of what will run.
+
+    megatron-core lets the linear after attention keep its input as the attention gave it, since TE 2.6.
+    """
+    return fp8.model_copy(update={"attention_output_cache": "once"})
