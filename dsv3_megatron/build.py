@@ -35,6 +35,7 @@ from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.initialise import global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
+from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.optim.optimizer import build_optimizer
 from dsv3_megatron.pipeline import ModelStages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
@@ -61,6 +62,7 @@ class Parts:
     embedding_copy: torch.nn.Parameter | None
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
     watchdog: Watchdog | None = None
+    ema: Ema | None = None
     extra_states: dict[str, Any] = field(default_factory=dict)  # name -> checkpoint.state.ExtraState
 
     @property
@@ -165,7 +167,10 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         embedding_is_shared=shared,
         always_splits=settings.delay_wgrad_compute,
     )
-    return Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
+    parts = Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
+    if recipe.optim.ema_decay is not None:
+        parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
+    return parts
 
 
 def _build_chunks(

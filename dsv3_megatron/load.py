@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +19,11 @@ from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.trainer import processes
+from parallel.errors import CheckpointError
 from parallel.settings import ParallelSettings
 from parallel.world import World
+
+Weights = Literal["trained", "ema"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,14 @@ class TrainedModel:
 
 
 @contextmanager
-def trained_model(recipe: Recipe, directory: str | Path, step: int | None = None) -> Iterator[TrainedModel]:
+def trained_model(
+    recipe: Recipe, directory: str | Path, step: int | None = None, weights: Weights = "trained"
+) -> Iterator[TrainedModel]:
     """Load the newest valid checkpoint of a run, or the one of ``step``, for as long as the block lasts.
 
-    An imported run's own tokenizer takes the place of the data's. Raises: CheckpointError: there is none, or it is
-    damaged.
+    ``weights``: those trained, or their average over the last steps (optim.ema_decay).
+    An imported run's own tokenizer takes the place of the data's. Raises: CheckpointError: there is none, it is
+    damaged, or it holds no average.
     """
     path = choose_checkpoint(directory, step).path
     alone = recipe.model_copy(update={"parallel": ParallelSettings()})
@@ -50,6 +56,11 @@ def trained_model(recipe: Recipe, directory: str | Path, step: int | None = None
     with processes(world, device), torch.random.fork_rng(devices=[]):
         parts = build_parts(alone, alone.layout(1), device)
         content = read_content(path)
-        found = Found(path, content["progress"], optimizer=content["optimizer"])
-        load_checkpoint(found, parts, training=False)
+        found = Found(path, content["progress"], tuple(content["extra"]), content["optimizer"])
+        extra = ("ema",) if weights == "ema" else ()
+        if extra and (parts.ema is None or "ema" not in found.extra):
+            raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")
+        load_checkpoint(found, parts, training=False, extra=extra)
+        if extra:
+            parts.ema.copy_into_weights()
         yield TrainedModel(parts, data, path, found.progress)

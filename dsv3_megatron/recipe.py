@@ -34,6 +34,9 @@ class RunSettings(BaseModel):
     steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
     tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
     resume: Literal["auto", "never", "required"] = "auto"
+    start_from: str | None = Field(
+        None, description="run directory whose newest weights a new run begins with; tokens are counted anew"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
     hang_seconds: float = Field(
         300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
@@ -67,6 +70,10 @@ class ClusterSettings(BaseModel):
         default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
     )
     sms: NonNegativeInt = 0
+    communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")
+    memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
+    reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
+    dollars_per_gpu_hour: float = Field(2.0, ge=0)
     intra_node: LinkSettings | None = None
     inter_node: LinkSettings | None = None
     launcher: Literal["torchrun", "slurm"] = "torchrun"

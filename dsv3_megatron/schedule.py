@@ -20,7 +20,9 @@ def stage_times(recipe: Recipe) -> Times:
     """Return the relative times of the recipe's stages: what ``auto`` searches with."""
     layers = layers_of_stages(recipe)
     on_gpu = recipe.cluster.device != "cpu"
-    return Times.of(len(layers), cost=stage_costs(recipe.model, layers), **(_GPU if on_gpu else {}))
+    return Times.of(
+        len(layers), cost=stage_costs(recipe.model, layers, recipe.data.sequence_length), **(_GPU if on_gpu else {})
+    )
 
 
 def evaluation_schedule(recipe: Recipe, microbatches: int) -> Schedule:

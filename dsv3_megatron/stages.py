@@ -10,17 +10,18 @@ from parallel.actions import Placement
 
 def layers_of_stages(recipe: Recipe) -> tuple[int, ...]:
     """Return the decoder layers of each stage: as the recipe says, or balanced."""
-    return recipe.parallel.stages or balanced_stages(recipe.model, recipe.placement())
+    return recipe.parallel.stages or balanced_stages(recipe.model, recipe.placement(), recipe.data.sequence_length)
 
 
-def balanced_stages(model: ModelSettings, placement: Placement) -> tuple[int, ...]:
+def balanced_stages(model: ModelSettings, placement: Placement, sequence_length: int = 0) -> tuple[int, ...]:
     """Return how many decoder layers each stage gets so that the costliest rank is as cheap as possible.
 
     What is balanced is the sum over the stages a rank holds: under DualPipe a rank works on two, r and P - 1 - r.
-    Counts what a token multiplies: a layer, the output head (last stage), an MTP module with its share of the head
-    (last stage). Of equally good splits the one whose leading stages are fuller is taken.
+    Counts what a token multiplies, attention over the sequence included: a layer, the output head (last stage), an
+    MTP module with its share of the head (last stage). Of equally good splits the one whose leading stages are fuller
+    is taken.
     """
-    cost = multiplied_parameters(model)
+    cost = multiplied_parameters(model, sequence_length)
     tail = cost.head + model.num_nextn_predict_layers * (cost.mtp_module + cost.head)
     layer, stages = cost.layer or 1, placement.stages
     held = [placement.stages_of(rank) for rank in range(placement.ranks)]

@@ -120,7 +120,11 @@ def train_step(
     lm_loss = _mean_loss(parts, total)
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
+    if parts.ema is not None:
+        parts.ema.wait()  # it still reads the weights of the step before
     updated = allows(lm_loss, grad_norm) and parts.optimizer.step()[0]
+    if parts.ema is not None and updated:
+        parts.ema.start()
     if updated:
         update_biases(parts, loads, values.bias_speed)
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if parts.layout.pp > 1 else None

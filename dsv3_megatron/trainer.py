@@ -36,9 +36,10 @@ from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.start_from import nothing_to_start_from, other_model, starting_candidates
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from dsv3_megatron.stragglers import Slowest, WorkClock
-from parallel.errors import HealthError, UserError
+from parallel.errors import CheckpointError, HealthError, UserError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -119,6 +120,8 @@ class Trainer:
         """Go on from the newest valid checkpoint, if there is one."""
         start = choose_start(self.recipe, self.directory.checkpoints, self._tell_damage)
         if (found := start.found) is None:
+            if self.recipe.run.start_from:
+                self._start_from(self.recipe.run.start_from)
             return
         notes = load_checkpoint(found, self.parts, training=True)
         self._take_progress(Progress.of(found.progress))
@@ -134,6 +137,25 @@ class Trainer:
 
     def _tell_damage(self, message: str) -> None:
         self._event("damaged", {"reason": message}, f"warning: {message}")
+
+    def _start_from(self, start_from: str) -> None:
+        """Begin with the weights of another run, counting anew."""
+        found, wrong = find_checkpoint(starting_candidates(start_from) if self.is_first else [])
+        if found is None:
+            raise nothing_to_start_from(start_from, wrong)
+        refused: list[Any] = [None]
+        if self.is_first:
+            refused = [other_model(found.recipe, self.recipe.model_dump(mode="json"))]
+        dist.broadcast_object_list(refused, src=0)
+        if refused[0]:
+            raise CheckpointError(
+                f"run.start_from = {start_from} was trained with {refused[0]}; use that value, or another run"
+            )
+        notes = load_checkpoint(found, self.parts, training=True)
+        if self.is_first:
+            self._event("started_from", {"path": str(found.path)}, f"started from {found.path}, counting anew")
+            for note in notes:
+                self.reporter.note(note)
 
     def _take_progress(self, progress: Progress) -> None:
         self.progress, self.guard = progress, StepGuard(self.recipe.health, progress.health)

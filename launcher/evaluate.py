@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
@@ -28,6 +29,7 @@ class EvaluateArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to load the model from")
+    weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
     step: NonNegativeInt | None = Field(None, description="checkpoint to take; null = the newest valid one")
 
 
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     from dsv3_megatron.speculate import acceptance_rates
     from dsv3_megatron.step import evaluate_batches
 
-    with trained_model(recipe, given.run, given.step) as model:
+    with trained_model(recipe, given.run, given.step, given.weights) as model:
         micro, count = recipe.optim.micro_batch, model.data.held_out_count
         batches = evaluation_batches(model.data.held_out, count=count, micro_batch=micro, dp_rank=0, dp=1)
         values = {"step": model.progress["step"], "held_out_loss": evaluate_batches(model.parts, batches)}

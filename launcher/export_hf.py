@@ -36,6 +36,7 @@ class ExportArguments(BaseModel):
     run: str = Field(description="run directory to take the weights from")
     output: str = Field(description="folder to write")
     dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="fp8 = 128x128 blocks with weight_scale_inv")
+    weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
     step: int | None = Field(None, description="checkpoint to take; null = the newest valid one")
     shard: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = Field(5 * 2**30, description="bytes of a file")
     processes: PositiveInt | None = Field(None, description="files written at once; null = one a core, 8 at most")
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_resolved(Path(given.run) / RECIPE)
     output = writable_folder(Path(given.output))
     from dsv3_megatron.checkpoint.choose import choose_checkpoint
-    from dsv3_megatron.checkpoint.exporting import export
+    from dsv3_megatron.checkpoint.exporting import EMA, export
 
     checkpoint = choose_checkpoint(given.run, given.step)
     for wrong in checkpoint.wrong:
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         dtype=given.dtype,
         shard_bytes=given.shard,
         processes=given.processes or min(8, os.cpu_count() or 1),
+        prefix=EMA if given.weights == "ema" else "",
         progress=shown.files,
     )
     shown.close()

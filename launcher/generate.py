@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
@@ -27,6 +28,7 @@ class GenerateArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to load the model from")
+    weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
     prompt: str = Field(min_length=1, description="text to go on from")
     tokens: PositiveInt = Field(100, description="tokens to add at most")
     temperature: NonNegativeFloat = Field(0.8, description="0 = always the likeliest token")
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.speculate import Speculation, speculate_tokens
 
-    with trained_model(recipe, given.run, given.step) as model:
+    with trained_model(recipe, given.run, given.step, given.weights) as model:
         tokenizer = model.data.tokenizer
         if tokenizer is None:
             raise DataError(

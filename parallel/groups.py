@@ -65,6 +65,7 @@ def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupColle
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
         order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=dist.get_backend() != "fake",  # a fake world's store cannot start gloo
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     _check_members(groups, layout)

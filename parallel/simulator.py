@@ -20,6 +20,7 @@ class Times:
 
     A whole backward takes ``input_grad + weight_grad``. An overlapped action of stages s and t takes
     ``overlap * (forward[s] + input_grad[t] + weight_grad[t])``; overlap below 1 is what hiding communication gains.
+    Where ``pairs`` is given, it takes ``pairs[s][t]`` instead.
     """
 
     forward: tuple[float, ...]
@@ -27,6 +28,7 @@ class Times:
     weight_grad: tuple[float, ...]
     overlap: float = 1.0
     send: float = 0.0
+    pairs: tuple[tuple[float, ...], ...] | None = None
 
     @classmethod
     def of(
@@ -69,6 +71,8 @@ class Times:
 
     def duration(self, step: Step) -> float:
         """Return the duration of an action."""
+        if step.kind == "FB" and self.pairs is not None:
+            return self.pairs[step.forward.stage][step.backward.stage]
         alone = sum(map(self.of_pass, step.parts))
         return alone * self.overlap if step.kind == "FB" else alone
 

@@ -27,6 +27,7 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight
 from parallel.errors import CheckpointError
 
+EMA = "ema."  # begins the keys of the average of the weights (optim.ema)
 INDEX = "model.safetensors.index.json"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -40,6 +41,7 @@ class Shard:
     name: str
     dtype: str
     tensors: tuple[Published, ...]
+    prefix: str = ""  # of the keys in the checkpoint: "" for the weights trained, "ema." for their average
 
     @property
     def record(self) -> Path:
@@ -47,7 +49,9 @@ class Shard:
         return self.folder / f".{self.name}.done"
 
 
-def plan_shards(model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: str, shard_bytes: int) -> list[Shard]:
+def plan_shards(
+    model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: str, shard_bytes: int, prefix: str = ""
+) -> list[Shard]:
     """Return the files to write, each of at most ``shard_bytes`` (one tensor at least), in the published order."""
     groups: list[list[Published]] = [[]]
     size = 0
@@ -60,7 +64,7 @@ def plan_shards(model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: 
         size += needed
     count = len(groups)
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-    return [Shard(checkpoint, folder, name, dtype, tuple(group)) for name, group in zip(names, groups)]
+    return [Shard(checkpoint, folder, name, dtype, tuple(group), prefix) for name, group in zip(names, groups)]
 
 
 def file_bytes(tensor: Published, dtype: str) -> int:
@@ -97,7 +101,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
         return kept
     regions, entries = Regions(shard.checkpoint), {}
     for tensor in shard.tensors:
-        entries |= as_stored(tensor, regions.read(tensor.key, tensor.start, tensor.extent), shard.dtype)
+        entries |= as_stored(tensor, regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent), shard.dtype)
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(entries, partial, metadata={"format": "pt"})
@@ -125,7 +129,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
 def _source(shard: Shard) -> str:
     """Return what a shard was made of: another checkpoint or dtype makes it anew."""
     files = read_content(shard.checkpoint)["files"]
-    return f"{files['.metadata']['xxh3']} {shard.dtype} {len(shard.tensors)}"
+    return f"{files['.metadata']['xxh3']} {shard.prefix}{shard.dtype} {len(shard.tensors)}"
 
 
 def _finished(shard: Shard) -> dict[str, Any] | None:
@@ -142,10 +146,13 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def check_shapes(model: ModelSettings, checkpoint: Path) -> None:
+def check_shapes(model: ModelSettings, checkpoint: Path, prefix: str = "") -> None:
     """Raise CheckpointError where a checkpoint's tensors are not those of the model."""
     stored = Regions(checkpoint).shapes
-    for key, shape in our_shapes(model).items():
+    if prefix == EMA and not any(key.startswith(EMA) for key in stored):
+        raise CheckpointError(f"weights = ema, but {checkpoint} holds no average; train with optim.ema_decay=0.999")
+    for name, shape in our_shapes(model).items():
+        key = prefix + name
         if stored.get(key) != shape:
             raise CheckpointError(
                 f"{checkpoint}: {key} has shape {stored.get(key)}, the recipe's model needs {shape}; "
@@ -161,6 +168,7 @@ def export(
     dtype: str,
     shard_bytes: int,
     processes: int,
+    prefix: str = "",
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
 ) -> int:
     """Write the weights of a checkpoint, whose manifest was checked, and their index; return the bytes of tensors.
@@ -168,10 +176,11 @@ def export(
     Args:
         dtype: fp32, bf16 or fp8 (128x128 blocks).
         processes: workers; each holds one shard in memory.
+        prefix: "" for the weights trained, EMA for their average.
         progress: told (shards done, shards, bytes done) after each shard.
     """
-    check_shapes(model, checkpoint)
-    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes)
+    check_shapes(model, checkpoint, prefix)
+    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix)
     (folder / INDEX).unlink(missing_ok=True)
     weight_map, size = {}, 0
     for number, (shard, record) in enumerate(run_all(write_shard, shards, processes)):

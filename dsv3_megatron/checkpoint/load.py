@@ -74,13 +74,14 @@ def candidates_of(folder: Path, named: str | None) -> list[Path]:
     return own or ([Path(named)] if named else [])
 
 
-def load_checkpoint(found: Found, parts: Parts, *, training: bool) -> list[str]:
+def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[str, ...] = ()) -> list[str]:
     """Fill this rank's stages from a checkpoint written in any layout; return what a person should know.
 
-    ``training``: optimizer, extra states and random generators too.
+    ``training``: optimizer, all extra states and random generators too. ``extra``: extra states to fill besides.
     Raises: CheckpointError: the checkpoint is of another model.
     """
-    extra = tuple(sorted(set(found.extra) & set(parts.extra_states))) if training else ()
+    if training:
+        extra = tuple(sorted(set(found.extra) & set(parts.extra_states)))
     state = whole_state(parts, loading=True, extra=extra, optimizer=training and found.optimizer)
     kept = {} if found.optimizer else _take_module_states(state["model"])
     try:
@@ -92,6 +93,8 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool) -> list[str]:
         ) from error
     for stage, chunk in parts.chunks.items():
         chunk.load_state_dict(state["model"][f"stage{stage}"] | kept.get(f"stage{stage}", {}))
+    for name in extra:
+        parts.extra_states[name].load_state(state["extra"][name])
     return _resume_training(found, parts, state, extra) if training else []
 
 
@@ -110,8 +113,6 @@ def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: t
         parts.optimizer.load_state_dict(state["optimizer"])
     else:
         parts.optimizer.reload_model_params()  # master weights are those just loaded; moments begin at zero
-    for name in extra:
-        parts.extra_states[name].load_state(state["extra"][name])
     notes = []
     for name in sorted(set(parts.extra_states) - set(extra)):
         parts.extra_states[name].begin_anew()

@@ -74,20 +74,30 @@ class Multiplied:
     mtp_module: int
 
 
-def multiplied_parameters(model: ModelSettings) -> Multiplied:
-    """Return what balances stages: the parameters that one token is multiplied with."""
+def multiplied_parameters(model: ModelSettings, sequence_length: int = 0) -> Multiplied:
+    """Return what balances stages: the parameters that one token is multiplied with.
+
+    With a sequence length a layer's attention core counts too, as parameters that would be as much work: half the
+    sequence lies before a token, and each earlier token costs it a head width of query and value.
+    """
     d = model.hidden_size
     active = (model.num_experts_per_tok + model.n_shared_experts) * 3 * d * model.moe_intermediate_size
     feed_forward = active + model.n_routed_experts * d if model.num_moe_layers else 3 * d * model.intermediate_size
-    layer = attention_parameters(model) + feed_forward
+    layer = attention_parameters(model) + feed_forward + attention_core(model, sequence_length)
     return Multiplied(layer, model.vocab_size * d, layer + 2 * d * d)
 
 
-def stage_costs(model: ModelSettings, layers_of_stages: Sequence[int]) -> tuple[float, ...]:
+def attention_core(model: ModelSettings, sequence_length: int) -> int:
+    """Return the parameters that would be as much work for a token as attention over the tokens before it."""
+    width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    return model.num_attention_heads * width * sequence_length // 2
+
+
+def stage_costs(model: ModelSettings, layers_of_stages: Sequence[int], sequence_length: int = 0) -> tuple[float, ...]:
     """Return what each stage costs, in multiples of the mean: the parameters a token is multiplied with there."""
-    per = multiplied_parameters(model)
+    per = multiplied_parameters(model, sequence_length)
     d = model.hidden_size
-    dense = attention_parameters(model) + 3 * d * model.intermediate_size
+    dense = attention_parameters(model) + 3 * d * model.intermediate_size + attention_core(model, sequence_length)
     costs, first = [], 0
     for layers in layers_of_stages:
         of_dense = max(0, min(first + layers, model.first_k_dense_replace) - first)

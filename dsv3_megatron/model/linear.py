@@ -163,6 +163,7 @@ class DuplicatedLinear(torch.nn.Module):
         **unused: object,
     ):
         super().__init__()
+        self.tp_group = None  # megatron-core names none for a duplicated layer; model.stage.build_stage sets it
         self.config = config
         self.weight = torch.nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -194,5 +195,6 @@ class DuplicatedLinear(torch.nn.Module):
             prefix,
             {},
             sharded_offsets,
+            tp_group=self.tp_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+from dsv3_megatron.model.linear import DuplicatedLinear
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
 
@@ -49,6 +50,9 @@ def build_stage(
     for name, parameter in module.named_parameters():
         if is_routed_expert(name):
             parameter.allreduce = False  # as in GroupedLinear; TE's layers need the same at EP 1
+    for part in module.modules():
+        if isinstance(part, DuplicatedLinear) and groups is not None:
+            part.tp_group = groups.tp  # which of the TP ranks' copies a checkpoint takes
     keep_bias_in_float32(module)
     return module
 

@@ -64,6 +64,9 @@ class OptimSettings(BaseModel):
     ] = (0.9, 0.95)
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="keep an average of the weights in host memory: share of it a step keeps; null = none"
+    )
     mtp_weight: Curve = Field(0.3, description="weight of the multi-token-prediction loss (lambda)")
     mtp_depth_decay: Curve = Field(
         1.0, description="weight of an MTP depth relative to the depth before it; 1 = all alike, as in the paper"

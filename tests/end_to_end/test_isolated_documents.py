@@ -68,7 +68,9 @@ def test_packed_documents_have_the_gradients_of_documents_alone(tmp_path, depth)
     expected = expected["results"][0]
     packed = [row(documents) for documents in pieces()]
     for ranks, layouts in LAYOUTS.items():
-        if depth > 1 and ranks != 2:
+        if depth > 1:  # what differs with the depth: the plain and the planned path
+            layouts = layouts[:3:2] if ranks == 2 else []
+        if not layouts:
             continue
         for layout, found in zip(
             layouts, run_ranks(ranks, train_rank, [case(packed, *common, *more, reference=path) for more in layouts])

@@ -1,0 +1,225 @@
+"""The kernels of every part of the model, pass by pass: what runs, on which sizes, and how long it takes on a device.
+
+A part is a dense layer, a MoE layer, the embedding, the head with its loss, or what joins an MTP module. Passes are
+those of the schedule: F forward, I input gradient (recomputation included), W weight gradient.
+
+Legend: T tokens of a microbatch on this rank, R rows that the experts of this rank get, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from dsv3_megatron.planning.roofline import Device, Format
+from dsv3_megatron.recipe import Recipe
+from parallel.layout import Layout
+
+Pass = str  # F, I or W
+Kind = str  # what a kernel does, for tables
+
+
+@dataclass
+class PartTimes:
+    """Seconds of one part of the model, by pass and kind of kernel."""
+
+    passes: dict[Pass, Counter[Kind]] = field(default_factory=lambda: {p: Counter() for p in "FIW"})
+
+    def add(self, which: Pass, kind: Kind, seconds: float) -> None:
+        """Count a kernel."""
+        self.passes[which][kind] += seconds
+
+    def total(self, which: Pass) -> float:
+        """Return the seconds of a pass."""
+        return sum(self.passes[which].values())
+
+    def __add__(self, other: PartTimes) -> PartTimes:
+        return PartTimes({p: self.passes[p] + other.passes[p] for p in "FIW"})
+
+    def __mul__(self, times: float) -> PartTimes:
+        return PartTimes({p: Counter({k: v * times for k, v in c.items()}) for p, c in self.passes.items()})
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear layer as a rank sees it: [rows, width_in] x [width_in, width_out], ``groups`` of them as one kernel."""
+
+    name: str
+    rows: float
+    width_in: int
+    width_out: int
+    groups: int = 1
+
+
+class Kernels:
+    """Prices the parts of a recipe's model on one rank of a layout."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, device: Device):
+        self.recipe, self.layout, self.device, self.model = recipe, layout, device, recipe.model
+        self.sequences = recipe.optim.micro_batch
+        self.tokens = self.sequences * recipe.data.sequence_length / (layout.cp * layout.tp)  # sequence-sharded over TP
+        self.gathered = self.tokens * layout.tp  # where TP ranks share the widths instead
+        self.rows = self.tokens * self.model.num_experts_per_tok * layout.expert_tp
+        self.high: Format = "bf16" if recipe.precision.parameters == "bf16" else "fp32"
+        self.fp8 = recipe.precision.fp8 is not None
+        self.form: Format = "fp8" if self.fp8 else self.high
+        self.size = 2 if self.high == "bf16" else 4
+        self.recompute = set(recipe.parallel.recompute)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def layer(self, *, moe: bool) -> PartTimes:
+        """Return a decoder layer without its exchanges."""
+        times = PartTimes()
+        self._attention(times)
+        if moe:
+            self._experts(times)
+        else:
+            self._feed_forward(times, self.model.intermediate_size, "mlp")
+        # Two norms and two residual sums: read, write; read two, write one.
+        around = self.device.memory(self.tokens * self.model.hidden_size * self.size * 2)
+        self._norms(times, 2 * around)
+        times.add("F", "residual", 3 * around)
+        times.add("I", "residual", 3 * around)
+        if "full" in self.recompute:
+            self._again(times, "F")
+        return times
+
+    def embedding(self) -> PartTimes:
+        """Return the lookup and its gradient."""
+        times = PartTimes()
+        nbytes = self.gathered * self.model.hidden_size * self.size
+        times.add("F", "embedding", self.device.memory(2 * nbytes))
+        times.add("I", "embedding", self.device.memory(3 * nbytes))
+        return times
+
+    def head(self) -> PartTimes:
+        """Return final norm, output head and loss of one prediction."""
+        times, model = PartTimes(), self.model
+        words = model.vocab_size // self.layout.tp
+        product = self.device.product(self.gathered, words, model.hidden_size, self.high)
+        times.add("F", "head", product)
+        # The head is no splittable layer: both gradients belong to the backward of the last stage.
+        times.add("I", "head", 2 * product)
+        logits = self.gathered * words
+        # Forward: read BF16, write and read float32 twice (maximum, exponentials). Backward: read float32, write BF16.
+        times.add("F", "loss", self.device.memory(logits * (2 + 4 * 4)))
+        times.add("I", "loss", self.device.memory(logits * (4 + 2)))
+        self._norms(times, self.device.memory(2 * self.tokens * model.hidden_size * self.size))
+        return times
+
+    def mtp_joint(self) -> PartTimes:
+        """Return what an MTP module has besides its layer and its head: two norms and the projection."""
+        times, model = PartTimes(), self.model
+        self._linear(times, _Linear("mtp", self.gathered, 2 * model.hidden_size, model.hidden_size // self.layout.tp))
+        self._norms(times, 2 * self.device.memory(2 * self.tokens * model.hidden_size * self.size))
+        return times
+
+    # -- inside a layer ------------------------------------------------------------------------------------------------
+
+    def _attention(self, times: PartTimes) -> None:
+        model, device, tp = self.model, self.device, self.layout.tp
+        heads = model.num_attention_heads // tp
+        qk, v = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+        up, down = [], []
+        if model.q_lora_rank is None:
+            down.append(_Linear("attention", self.gathered, model.hidden_size, heads * qk))
+        else:
+            down.append(_Linear("attention", self.tokens, model.hidden_size, model.q_lora_rank))
+            up.append(_Linear("attention", self.gathered, model.q_lora_rank, heads * qk))
+        down.append(_Linear("attention", self.tokens, model.hidden_size, model.kv_lora_rank + model.qk_rope_head_dim))
+        up.append(_Linear("attention", self.gathered, model.kv_lora_rank, heads * (model.qk_nope_head_dim + v)))
+        out = _Linear("attention", self.gathered, heads * v, model.hidden_size)
+        for linear in (*down, *up, out):
+            self._linear(times, linear)
+        # RoPE and joining: read and write every query and key once.
+        rope = device.memory(self.gathered * heads * (2 * qk) * 2 * self.size)
+        times.add("F", "rope", rope)
+        times.add("I", "rope", rope)
+        latents = sum(x.width_in for x in up)
+        self._norms(times, device.memory(2 * self.tokens * latents * self.size))
+        if "mla_up" in self.recompute:
+            for linear in up:
+                self._forward(times, linear, "I")
+            times.add("I", "rope", rope)
+        # Below the diagonal only; a CP rank's two zigzag pieces have its even share of the pairs.
+        pairs = self.sequences * self.recipe.data.sequence_length**2 / 2 / self.layout.cp
+        times.add("F", "attention core", device.attention(2 * pairs * heads * (qk + v)))
+        times.add("I", "attention core", device.attention(2 * pairs * heads * (3 * qk + 2 * v), backward=True))
+        if "attention" in self.recompute:
+            times.add("I", "attention core", device.attention(2 * pairs * heads * (qk + v)))
+
+    def _feed_forward(self, times: PartTimes, width: int, recomputed_by: str) -> None:
+        """SwiGLU with its two layers, for a dense layer or the shared experts."""
+        width //= self.layout.tp
+        first = _Linear("feed-forward", self.gathered, self.model.hidden_size, 2 * width)
+        second = _Linear("feed-forward", self.gathered, width, self.model.hidden_size)
+        self._linear(times, first)
+        self._linear(times, second)
+        activation = self._swiglu(times, self.gathered * width)
+        if recomputed_by in self.recompute:
+            self._forward(times, first, "I")
+            self._forward(times, second, "I")
+            times.add("I", "swiglu", activation)
+
+    def _experts(self, times: PartTimes) -> None:
+        model, layout = self.model, self.layout
+        if model.n_shared_experts:
+            self._feed_forward(times, model.n_shared_experts * model.moe_intermediate_size, "shared_experts")
+        gate = self.device.product(self.tokens, model.n_routed_experts, model.hidden_size, self.high)
+        times.add("F", "gate", gate)
+        times.add("I", "gate", 2 * gate)
+        local, width = model.n_routed_experts // layout.ep, model.moe_intermediate_size // layout.expert_tp
+        first = _Linear("experts", self.rows / local, model.hidden_size, 2 * width, local)
+        second = _Linear("experts", self.rows / local, width, model.hidden_size, local)
+        self._linear(times, first)
+        self._linear(times, second)
+        activation = self._swiglu(times, self.rows * width)
+        if "moe_act" in self.recompute or "moe" in self.recompute:
+            times.add("I", "swiglu", activation)
+        if "moe" in self.recompute:
+            self._forward(times, first, "I")
+            self._forward(times, second, "I")
+
+    def _swiglu(self, times: PartTimes, outputs: float) -> float:
+        """Count SwiGLU of ``outputs`` numbers; return its forward's seconds."""
+        forward = self.device.memory(outputs * 3 * self.size)  # reads two, writes one
+        times.add("F", "swiglu", forward)
+        times.add("I", "swiglu", self.device.memory(outputs * 5 * self.size))  # reads three, writes two
+        return forward
+
+    def _norms(self, times: PartTimes, forward: float) -> None:
+        times.add("F", "norm", forward)
+        times.add("I", "norm", 1.5 * forward)  # reads input and gradient, writes one
+        if "norm" in self.recompute:
+            times.add("I", "norm", forward)
+
+    # -- linear layers -------------------------------------------------------------------------------------------------
+
+    def _linear(self, times: PartTimes, linear: _Linear) -> None:
+        """Count the three products of a layer and the casts of their operands."""
+        self._forward(times, linear, "F")
+        rows, k, n, groups = linear.rows, linear.width_in, linear.width_out, linear.groups
+        times.add("I", f"{linear.name} products", self.device.product(rows, k, n, self.form, groups=groups))
+        weight_gradient = self.device.weight_gradient(n, k, rows, self.form, groups=groups)
+        times.add("W", f"{linear.name} products", weight_gradient)
+        if self.fp8:
+            # The output's gradient, cut by rows for one product and by columns for the other.
+            times.add("I", "casts", self._cast(groups * rows * n))
+            times.add("I", "casts", self._cast(groups * rows * n))
+
+    def _forward(self, times: PartTimes, linear: _Linear, which: Pass) -> None:
+        rows, k, n, groups = linear.rows, linear.width_in, linear.width_out, linear.groups
+        times.add(which, f"{linear.name} products", self.device.product(rows, n, k, self.form, groups=groups))
+        if self.fp8:
+            times.add(which, "casts", self._cast(groups * rows * k))
+            if which == "F":
+                times.add(which, "casts", self._cast(groups * rows * k))  # again by columns, for the weight gradient
+
+    def _cast(self, numbers: float) -> float:
+        return self.device.cast(numbers * (self.size + 1))
+
+    def _again(self, times: PartTimes, which: Pass) -> None:
+        """Count a whole forward once more in the backward."""
+        for kind, seconds in list(times.passes[which].items()):
+            times.add("I", kind, seconds)

@@ -1,0 +1,181 @@
+"""How long a step takes: kernels and exchanges of every stage, the real schedule simulated over them, and the tail.
+
+A pass run alone does its kernels and its exchanges one after the other, on all SMs. Where a schedule overlaps a forward
+with a backward (FB), kernels run on the SMs that communication leaves, and the pair takes as long as the longer of the
+two: what DualPipe is for. A stage's gradients are reduced as soon as its last weight gradient is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv3_megatron.planning.kernels import Kernels, PartTimes
+from dsv3_megatron.planning.memory import Held
+from dsv3_megatron.planning.roofline import Device
+from dsv3_megatron.planning.stage_memory import composition
+from dsv3_megatron.planning.traffic import Traffic
+from dsv3_megatron.recipe import Recipe
+from parallel.actions import Schedule
+from parallel.layout import Layout
+from parallel.simulator import Timeline, Times, simulate
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one pass of one stage: kernels on all SMs, kernels beside communication, exchanges with experts.
+
+    Gathers and scatters of TP and CP lie between the kernels that need them: they count as kernels.
+    """
+
+    kernels: float
+    kernels_beside: float
+    exchanges: float
+
+    @property
+    def alone(self) -> float:
+        """Run by itself, nothing hidden."""
+        return self.kernels + self.exchanges
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """The passes of one stage."""
+
+    forward: Work
+    input_grad: Work
+    weight_grad: Work
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    timeline: Timeline
+    pipeline_seconds: float
+    tail_seconds: float
+    optimizer_seconds: float
+    bubble_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The step."""
+        return self.pipeline_seconds + self.tail_seconds + self.optimizer_seconds
+
+
+class StepModel:
+    """Prices the stages of a recipe on a layout."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, layers: Sequence[int]):
+        self.recipe, self.layout, self.layers = recipe, layout, tuple(layers)
+        self.traffic = Traffic(recipe, layout)
+        busy = recipe.cluster.communication_sms if layout.ep > 1 else 0
+        self._whole = Kernels(recipe, layout, Device(recipe.cluster))
+        self._beside = Kernels(recipe, layout, Device(recipe.cluster, busy))
+        self.parts = {name: (self._part(self._whole, name), self._part(self._beside, name)) for name in _PARTS}
+
+    @staticmethod
+    def _part(kernels: Kernels, name: str) -> PartTimes:
+        if name in ("dense", "moe"):
+            return kernels.layer(moe=name == "moe")
+        return getattr(kernels, name)()
+
+    def contents(self, stage: int) -> dict[str, int]:
+        """Return how many of each part a stage has."""
+        parts = composition(self.recipe.model, self.layers, stage)
+        found = {
+            "dense": parts.dense,
+            "moe": parts.moe,
+            "embedding": parts.embeddings,
+            "head": parts.predictions,
+            "mtp_joint": parts.mtp,
+        }
+        return {name: count for name, count in found.items() if count}
+
+    def stage(self, stage: int) -> StageWork:
+        """Return the passes of a stage."""
+        contents = self.contents(stage)
+        exchanges, gathers = self._exchanges(contents), self._gathers(contents)
+
+        def work(which: str) -> Work:
+            whole, beside = (
+                sum(count * self.parts[name][i].total(which) for name, count in contents.items()) for i in (0, 1)
+            )
+            return Work(whole + gathers[which], beside + gathers[which], exchanges[which])
+
+        return StageWork(work("F"), work("I"), work("W"))
+
+    def _exchanges(self, contents: dict[str, int]) -> dict[str, float]:
+        """Return the seconds of a stage's dispatches and combines in each pass.
+
+        The backward of a combine is a dispatch, that of a dispatch a combine.
+        """
+        one = self.traffic.dispatch().seconds + self.traffic.combine().seconds
+        seconds = contents.get("moe", 0) * one
+        return {"F": seconds, "I": seconds, "W": 0.0}
+
+    def _gathers(self, contents: dict[str, int]) -> dict[str, float]:
+        """Return the seconds of TP's and CP's collectives in each pass; backward scatters what forward gathers."""
+        moe, dense = contents.get("moe", 0), contents.get("dense", 0)
+        seconds = moe * self.traffic.tensor(moe=True).seconds + dense * self.traffic.tensor(moe=False).seconds
+        seconds += (moe + dense) * self.traffic.context().seconds
+        return {"F": seconds, "I": seconds, "W": 0.0}
+
+    def times(self) -> Times:
+        """Return what the simulator needs."""
+        stages = [self.stage(s) for s in range(len(self.layers))]
+        return Times(
+            forward=tuple(s.forward.alone for s in stages),
+            input_grad=tuple(s.input_grad.alone for s in stages),
+            weight_grad=tuple(s.weight_grad.alone for s in stages),
+            send=self.traffic.send().seconds,
+            pairs=tuple(tuple(overlapped(f, b) for b in stages) for f in stages),
+        )
+
+
+_PARTS = ("dense", "moe", "embedding", "head", "mtp_joint")
+
+
+def overlapped(forward: StageWork, backward: StageWork) -> float:
+    """Return what a forward of one stage takes with a whole backward of another: kernels or exchanges, the longer."""
+    parts = (forward.forward, backward.input_grad, backward.weight_grad)
+    return max(sum(p.kernels_beside for p in parts), sum(p.exchanges for p in parts))
+
+
+def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times: Times | None = None) -> StepTime:
+    """Return the time of a step.
+
+    Args:
+        held: parameters of every pipeline rank.
+        times: of the stages; None = the model's own (others: measured ones, see ``calibrate``).
+    """
+    times = times or model.times()
+    timeline = simulate(schedule, times)
+    mirrored = schedule.placement.kind == "mirror" and schedule.placement.ranks > 1
+    end = max(_reduced(model, schedule, timeline, rank, held[rank], mirrored) for rank in range(len(held)))
+    fullest = max(held, key=lambda h: h.all)
+    device = Device(model.recipe.cluster)
+    copies = 2 if mirrored else 1
+    shard = fullest.dense / (model.layout.dp * model.layout.cp * copies) + fullest.experts / (
+        model.layout.expert_dp * copies
+    )
+    # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most.
+    update = device.memory(34 * shard) + model.traffic.weights(fullest, mirrored=mirrored).seconds
+    bubble = sum(timeline.bubble) / len(timeline.bubble)
+    return StepTime(timeline, timeline.makespan, end - timeline.makespan, update, bubble)
+
+
+def _reduced(model: StepModel, schedule: Schedule, timeline: Timeline, rank: int, held: Held, mirrored: bool) -> float:
+    """Return when a rank's gradients are reduced: stage by stage, each after its last weight gradient anywhere."""
+    place = schedule.placement
+    done: dict[int, float] = {}
+    for other, steps in enumerate(schedule.ranks):
+        for step, end in zip(steps, timeline.ends[other]):
+            for part in step.parts:
+                if part.kind != "F" and part.stage in place.stages_of(rank):
+                    done[part.stage] = max(done.get(part.stage, 0.0), end)
+    share = model.traffic.gradients(held, mirrored=mirrored).seconds / max(len(done), 1)
+    now = 0.0
+    for end in sorted(done.values()):
+        now = max(now, end) + share
+    return max(now, timeline.makespan)

@@ -1,0 +1,115 @@
+"""What one GPU sends in a step, by what for and over which class of links."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv3_megatron.planning.memory import Held
+from dsv3_megatron.recipe import ClusterSettings, Recipe
+from parallel.errors import RecipeError
+from parallel.layout import Layout
+from parallel.links import Fabric, Link, Moved, expert_exchange, nodes_reached
+
+
+def fabric_of(cluster: ClusterSettings) -> Fabric:
+    """Return the cluster's links. Raises RecipeError when it has several nodes or GPUs and no link for them."""
+    if cluster.gpus_per_node > 1 and cluster.intra_node is None:
+        raise RecipeError(
+            f"cluster.intra_node = null, but cluster={cluster.name} has several GPUs a node; give its link"
+        )
+    if (cluster.nodes or 1) > 1 and cluster.inter_node is None:
+        raise RecipeError(f"cluster.inter_node = null, but cluster={cluster.name} has several nodes; give its link")
+
+    def link(name: str) -> Link:
+        settings = getattr(cluster, name) or cluster.intra_node
+        if settings is None:  # one GPU: nothing is ever sent
+            return Link(1e9, 0.0)
+        return Link(settings.gigabytes_per_second * 1e9, settings.latency_microseconds * 1e-6)
+
+    return Fabric(max(cluster.gpus_per_node, 1), link("intra_node"), link("inter_node"))
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """What a layer sends for one microbatch in its forward, and in its backward."""
+
+    dispatch: Moved
+    combine: Moved
+    tensor: Moved
+    context: Moved
+    dispatch_backward: Moved
+
+
+class Traffic:
+    """Prices what ranks of a layout send to each other."""
+
+    def __init__(self, recipe: Recipe, layout: Layout):
+        self.recipe, self.layout, self.fabric = recipe, layout, fabric_of(recipe.cluster)
+        self.size = 2 if recipe.precision.parameters == "bf16" else 4
+        self.tokens = recipe.optim.micro_batch * recipe.data.sequence_length / (layout.cp * layout.tp)
+        self.message_bytes = round(self.tokens * recipe.model.hidden_size * self.size)
+        fp8 = recipe.precision.fp8
+        self.fp8_dispatch = fp8 is not None and fp8.dispatch == "e4m3"
+
+    def dispatch(self) -> Moved:
+        """Return one dispatch: FP8 with a float32 scale per 128 numbers, or the parameters' format."""
+        hidden = self.recipe.model.hidden_size
+        return self._exchange(hidden + hidden / 128 * 4 if self.fp8_dispatch else hidden * self.size)
+
+    def combine(self) -> Moved:
+        """Return one combine."""
+        return self._exchange(self.recipe.model.hidden_size * self.size)
+
+    def _exchange(self, token_bytes: float) -> Moved:
+        model, members = self.recipe.model, self.layout.group("ep", 0)
+        nodes = nodes_reached(self.fabric.nodes_of(members), model.n_group, model.topk_group, model.num_experts_per_tok)
+        return expert_exchange(
+            self.fabric,
+            members,
+            tokens=self.tokens,
+            experts_per_token=model.num_experts_per_tok,
+            nodes=nodes,
+            token_bytes=token_bytes,
+        )
+
+    def tensor(self, *, moe: bool) -> Moved:
+        """Return the gathers and scatters of sequence parallelism of one layer's forward (its backward has as many)."""
+        if self.layout.tp == 1:
+            return Moved()
+        whole = self.tokens * self.layout.tp * self.recipe.model.hidden_size * self.size
+        blocks = 2 if not moe or self.recipe.model.n_shared_experts else 1
+        return self.fabric.ring(self.layout.group("tp", 0), whole) * (2 * blocks)
+
+    def context(self) -> Moved:
+        """Return the gather of keys and values of one layer's forward."""
+        if self.layout.cp == 1:
+            return Moved()
+        model = self.recipe.model
+        widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+        tokens = self.tokens * self.layout.tp * self.layout.cp
+        whole = tokens * model.num_attention_heads / self.layout.tp * widths * self.size
+        return self.fabric.ring(self.layout.group("cp", 0), whole)
+
+    def send(self) -> Moved:
+        """Return one message to the neighbouring pipeline rank."""
+        if self.layout.pp == 1:
+            return Moved()
+        return self.fabric.send(0, self.layout.world_size // self.layout.pp, self.message_bytes)
+
+    def gradients(self, held: Held, *, mirrored: bool) -> Moved:
+        """Return the reduce-scatter of a step's float32 gradients."""
+        return self._over_copies(held, 4, mirrored)
+
+    def weights(self, held: Held, *, mirrored: bool) -> Moved:
+        """Return the all-gather of updated weights."""
+        return self._over_copies(held, self.size, mirrored)
+
+    def _over_copies(self, held: Held, size: int, mirrored: bool) -> Moved:
+        dense, experts = self.layout.group("dp_cp", 0), self.layout.group("expert_dp", 0)
+        if mirrored:
+            dense, experts = self.layout.mirrored(dense), self.layout.mirrored(experts)
+        return self._ring(dense, held.dense * size) + self._ring(experts, held.experts * size)
+
+    def _ring(self, members: Sequence[int], nbytes: float) -> Moved:
+        return self.fabric.ring(members, nbytes)

@@ -1,0 +1,168 @@
+"""The plan as a table in the terminal, plan.json and, where asked for, an HTML page."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.compose import compose
+from parallel.errors import RecipeError
+from parallel.units import show_bytes, show_count, show_duration
+
+if TYPE_CHECKING:
+    from dsv3_megatron.planning.plan import Plan
+
+GIB = 2**30
+
+
+def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:
+    """Print and write the plan of a recipe; return 0, or 3 when it does not fit."""
+    warnings.filterwarnings("ignore")
+    recipe = compose(list(overrides))
+    world = _number(options, "world")
+    from dsv3_megatron.planning.layout_check import check_layout, world_of
+
+    world = world_of(recipe, world)
+    check_layout(recipe, world)
+    if options.get("search") == "true":
+        from launcher.views.search import search_run
+
+        return search_run(recipe, world, list(overrides), options)
+    from dsv3_megatron.planning.plan import make_plan
+
+    plan = make_plan(recipe, world, measure=_measure(options), times=_times(options, recipe))
+    help_wanted = options.get("advice", "true") != "false"
+    print("\n".join(text_of(plan, advise=help_wanted)))
+    write(Path(options.get("output", "plan.json")), json.dumps(plan.as_json(), indent=1) + "\n", "output")
+    if "report" in options:
+        from launcher.views.plan_report import html_of
+
+        write(Path(options["report"]), html_of(plan), "report")
+    return 0 if plan.fits else 3
+
+
+def _measure(options: dict[str, str]) -> object:
+    if options.get("fast") != "true":
+        return None
+    from dsv3_megatron.planning.formulae import estimate_stages
+
+    return estimate_stages
+
+
+def _times(options: dict[str, str], recipe: object) -> object:
+    if "calibrate" not in options:
+        return None
+    from dsv3_megatron.planning.calibrate import times_from_file
+
+    return times_from_file(Path(options["calibrate"]), recipe)
+
+
+def _number(options: dict[str, str], key: str) -> int | None:
+    if key not in options:
+        return None
+    if not options[key].isdecimal() or int(options[key]) < 1:
+        raise RecipeError(f"{key} = {options[key]} is not a number of 1 or more; write {key}=N")
+    return int(options[key])
+
+
+def write(path: Path, text: str, key: str) -> None:
+    """Write a file. Raises RecipeError naming ``key`` where that cannot be."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise RecipeError(
+            f"{key} = {path} cannot be written ({error.strerror}); name a file in a folder that exists"
+        ) from None
+
+
+def text_of(plan: Plan, *, advise: bool = True) -> list[str]:
+    """Return the plan as lines of text."""
+    return [*_head(plan), "", *_memory(plan, advise=advise), *_time(plan)]
+
+
+def _head(plan: Plan) -> list[str]:
+    recipe, counts = plan.recipe, plan.parameters
+    cluster = recipe.cluster
+    return [
+        f"recipe={recipe.recipe} cluster={cluster.name}: {plan.layout.world_size:,} ranks, {plan.layout.describe()}, "
+        f"{recipe.parallel.schedule}, {plan.schedule.microbatches} microbatches of {recipe.optim.micro_batch} x "
+        f"{recipe.data.sequence_length:,} tokens",
+        f"stages          {' '.join(map(str, plan.layers))} layers; recompute [{', '.join(recipe.parallel.recompute)}]",
+        "",
+        f"parameters      {counts.main:>19,}  main",
+        f"                {counts.mtp:>19,}  MTP",
+        f"                {counts.activated_per_token:>19,}  activated per token",
+        f"                {counts.attention:>19,}  attention, a layer",
+        f"                {counts.dense_layer:>19,}  dense layer",
+        f"                {counts.moe_layer:>19,}  MoE layer, {recipe.model.n_routed_experts} experts of "
+        f"{counts.routed_expert:,}",
+        f"                {counts.embedding:>19,}  embedding, and as many in the head",
+    ]
+
+
+def _memory(plan: Plan, *, advise: bool) -> list[str]:
+    lines = [
+        "memory of a GPU by pipeline rank, GiB",
+        "  rank  params  weights  in FP8  gradients  optimizer  activations  live  messages  reserve    total   limit",
+    ]
+    for rank, held in zip(plan.ranks, plan.held):
+        limit = f"{rank.limit_bytes / GIB:7.1f}" if rank.limit_bytes else "      -"
+        reserve = rank.reserved_bytes + rank.fragmentation_bytes
+        lines.append(
+            f"  {rank.pipeline_rank:4}  {show_count(held.all):>6}  {rank.weights_bytes / GIB:7.1f}  "
+            f"{rank.fp8_weights_bytes / GIB:6.1f}  {rank.gradients_bytes / GIB:9.1f}  "
+            f"{rank.optimizer_bytes / GIB:9.1f}  {rank.activations_bytes / GIB:11.1f}  {rank.live_microbatches:4}  "
+            f"{rank.messages_bytes / GIB:8.2f}  {reserve / GIB:7.1f}  {rank.total_bytes / GIB:7.1f}  {limit}"
+            f"{'' if rank.fits else '  does not fit'}"
+        )
+    tightest = plan.tightest
+    where = f"tightest is rank {tightest.pipeline_rank}: {show_bytes(tightest.total_bytes)}"
+    if tightest.limit_bytes:
+        spare = tightest.limit_bytes - tightest.total_bytes
+        where += (
+            f" of {show_bytes(tightest.limit_bytes)}, {show_bytes(abs(spare))} {'spare' if spare >= 0 else 'too much'}"
+        )
+    lines.append(f"  {where}; fullest at {tightest.fullest_action}")
+    if advise:
+        from dsv3_megatron.planning.advice import advice
+
+        lines += [f"  {line}" for line in advice(plan)]
+    return [*lines, ""]
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.step is None:
+        from dsv3_megatron.planning.plan import missing_facts
+
+        name = plan.recipe.cluster.name
+        return [f"time            not priced: cluster={name} gives no {missing_facts(plan.recipe)}"]
+    lines = ["sent by one GPU in a step               inside the node   between nodes   seconds if alone"]
+    for name, moved in plan.traffic().items():
+        if moved.intra_bytes or moved.inter_bytes:
+            lines.append(
+                f"  {name:<36} {show_bytes(moved.intra_bytes):>17} {show_bytes(moved.inter_bytes):>15} "
+                f"{moved.seconds:18.2f}"
+            )
+    step = plan.step
+    mfu, open_mfu = plan.mfu(), plan.mfu(causal=False)
+    hours = plan.gpu_hours_per_trillion_tokens
+    run_hours = hours * plan.budget_tokens / 1e12
+    cost = run_hours * plan.recipe.cluster.dollars_per_gpu_hour
+    lines += [
+        "",
+        f"step            {step.seconds:.2f} s: pipeline {step.pipeline_seconds:.2f} (mean bubble "
+        f"{step.bubble_seconds:.2f}), gradients after it {step.tail_seconds:.2f}, optimizer and weights "
+        f"{step.optimizer_seconds:.2f}",
+        f"                {show_count(plan.tokens)} tokens, {show_count(plan.tokens_per_second)} tokens/s, "
+        f"{plan.tokens_per_second / plan.layout.world_size:,.0f} a GPU",
+        f"                {plan.tflops_per_device(causal=True):.0f} TFLOP/s a GPU causal, "
+        f"{plan.tflops_per_device(causal=False):.0f} not" + (f"; MFU {mfu:.1%} and {open_mfu:.1%}" if mfu else ""),
+        f"run             {hours / 1e3:.1f}K GPU-hours per trillion tokens; {show_count(plan.budget_tokens)} tokens: "
+        f"{show_duration(run_hours / plan.layout.world_size * 3600)}, {show_count(run_hours)} GPU-hours, "
+        f"{show_count(cost)} dollars",
+        "                priced from published kernels and links, not measured (docs/planning.md)",
+    ]
+    return lines

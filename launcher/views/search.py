@@ -1,0 +1,100 @@
+"""search=true: layouts ranked in a table, the winner as a recipe file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.compose import RECIPES
+from parallel.errors import DoesNotFitError, RecipeError
+
+if TYPE_CHECKING:
+    from dsv3_megatron.planning.search import Found
+    from dsv3_megatron.recipe import Recipe
+
+GIB = 2**30
+
+
+def search_run(recipe: Recipe, world: int, overrides: Sequence[str], options: dict[str, str]) -> int:
+    """Search, print the best, write the winner; return 0, or raise what a user can mend."""
+    from dsv3_megatron.planning.plan import missing_facts
+    from dsv3_megatron.planning.search import search_layouts, why_it_wins
+
+    if missing := missing_facts(recipe):
+        raise RecipeError(
+            f"cluster.{missing} is not given by cluster={recipe.cluster.name}, and layouts are ranked by time"
+        )
+    top = int(options.get("top", "20")) if options.get("top", "20").isdecimal() else 20
+    start = time.monotonic()
+    own, found, tried = search_layouts(recipe, world, progress=_progress())
+    print(
+        f"recipe={recipe.recipe} cluster={recipe.cluster.name}: {tried} layouts of {world:,} GPUs tried in "
+        f"{time.monotonic() - start:.0f} s, {len(found)} can be, {sum(f.fits for f in found)} fit"
+    )
+    print("\n".join(table(found[:top], own)))
+    if not found or not found[0].fits:
+        raise DoesNotFitError(
+            f"no layout of {world:,} GPUs fits cluster={recipe.cluster.name}; take more or larger GPUs"
+        )
+    if own is not None:
+        print(
+            f"\nthe first {why_it_wins(found[0], own)}"
+            if found[0].seconds < own.seconds
+            else "\nnone beats the recipe's own"
+        )
+    name = options.get("save", f"{recipe.recipe}_searched")
+    path = RECIPES / "recipe" / f"{name}.yaml" if "save" in options else Path(f"{name}.yaml")
+    from launcher.views.plan import write
+
+    write(path, recipe_file(recipe, overrides, found[0], name), "save")
+    print(f"the first as a recipe: {path}")
+    return 0
+
+
+def table(found: Sequence[Found], own: Found | None) -> list[str]:
+    """Return the ranked layouts, the recipe's own last."""
+    lines = ["  step s  bubble s    GiB  fits  overrides"]
+    for row in [*found, *([own] if own else [])]:
+        words = " ".join(word.removeprefix("parallel.") for word in row.overrides) or "(the recipe's own)"
+        lines.append(
+            f"  {row.seconds:6.2f}  {row.bubble_seconds:8.2f}  {row.largest_bytes / GIB:5.1f}  "
+            f"{'yes' if row.fits else 'no':<4}  {words}"
+        )
+    return lines
+
+
+def recipe_file(recipe: Recipe, overrides: Sequence[str], found: Found, name: str) -> str:
+    """Return a recipe that is the given one with the layout found."""
+    given = " ".join(overrides)
+    sections: dict[str, list[str]] = {}
+    for word in found.overrides:
+        key, _, value = word.partition("=")
+        section, _, field = key.partition(".")
+        sections.setdefault(section, []).append(f"  {field}: {value.replace(',', ', ')}")
+    sections.setdefault("parallel", []).append("  stages: null")
+    lines = [
+        "# @package _global_",
+        f"# Found by python launcher/plan.py {given} search=true: {found.seconds:.2f} s a step, not measured.",
+        "defaults:",
+        f"  - {recipe.recipe}",
+        f"  - override /cluster: {recipe.cluster.name}",
+        "  - _self_",
+        "",
+        f"recipe: {name}",
+    ]
+    for section, fields in sections.items():
+        lines += [f"{section}:", *fields]
+    return "\n".join(lines) + "\n"
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    if not sys.stderr.isatty():
+        return lambda *of: None
+
+    def show(name: str, done: int, of: int) -> None:
+        print(f"\r\x1b[2K{name} {done}/{of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,116 @@
+"""The average of the weights on the host: its recurrence, in every kind of layout, beside training."""
+
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsv3_megatron.build import build_parts
+from dsv3_megatron.data.samples import Synthetic, evaluation_batches, step_batches
+from dsv3_megatron.load import trained_model
+from dsv3_megatron.optim.ema import Ema
+from dsv3_megatron.step import evaluate_batches, train_step
+from launcher.compose import load_resolved
+from launcher.export_hf import main as export
+from parallel.groups import start_processes, stop_processes
+from parallel.world import World
+from tests.end_to_end.test_data_and_regime import train
+from tests.ranks import run_ranks
+from tests.tiny import VALUES, named_weights, small_recipe
+
+DECAY = 0.7
+
+
+def average_in_training(overrides):
+    """Train three steps; return the largest difference of the average from its recurrence on this rank."""
+    recipe, world = small_recipe(f"optim.ema_decay={DECAY}", *overrides), World.from_environment()
+    start_processes(world, torch.device("cpu"), timeout_seconds=120)
+    try:
+        parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+        expected = {k: v.double().clone() for k, v in named_weights(parts).items()}
+        for number in range(3):
+            batches = step_batches(
+                Synthetic(256, 32, seed=5), first=8 * number, global_batch=8, micro_batch=recipe.optim.micro_batch,
+                dp_rank=parts.data_rank, dp=parts.layout.dp,
+            )  # fmt: skip
+            train_step(parts, batches, VALUES)
+            for name, weight in named_weights(parts).items():
+                expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.double()
+        with parts.ema.in_place():
+            found = {k: v.clone() for k, v in named_weights(parts).items()}
+        moved = max((found[k] - v).abs().max().item() for k, v in named_weights(parts).items())
+        return max((found[k] - e).abs().max().item() for k, e in expected.items()), moved
+    finally:
+        stop_processes()
+
+
+def test_the_average_is_its_recurrence_in_every_layout():
+    dual = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")
+    for ranks, cases in ((1, [()]), (2, [("parallel.expert=2",), dual, (*dual, "precision=bf16")])):
+        for case, results in zip(cases, run_ranks(ranks, average_in_training, cases)):
+            for error, moved in results:
+                assert error < 1e-6 < 1e-4 < moved, case
+
+
+def test_averaging_runs_beside_training_and_is_waited_for():
+    layer = torch.nn.Linear(4, 4, bias=False)
+    before = layer.weight.detach().clone()
+    ema, gate = Ema({0: layer}, 0.5, None), threading.Event()
+    update = ema._update
+    ema._update = lambda: (gate.wait(10), update())
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    ema.start()  # returns while the thread has not begun
+    assert torch.equal(ema.average["stage0.weight"], before)
+    gate.set()
+    ema.wait()
+    torch.testing.assert_close(ema.average["stage0.weight"], before + 0.5)
+    with ema.in_place():
+        torch.testing.assert_close(layer.weight.detach(), before + 0.5)
+    torch.testing.assert_close(layer.weight.detach(), before + 1.0)
+    ema.copy_into_weights()
+    torch.testing.assert_close(layer.weight.detach(), before + 0.5)
+
+
+def test_the_average_is_saved_in_one_layout_and_goes_on_in_another(tmp_path):
+    over = ("optim.ema_decay=0.5", "run.steps=4", "checkpoint.every_steps=2", "optim.learning_rate=0.01")
+    assert train(1, *over, f"run.directory={tmp_path}/whole") is None
+    dual = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1", "parallel.expert=2")
+    assert train(4, *over, *dual, "run.steps=2", f"run.directory={tmp_path}/torn") is None
+    assert train(2, *over, "parallel.tensor=2", f"run.directory={tmp_path}/torn") is None
+    ((losses,),) = run_ranks(1, held_out_losses, [[tmp_path / "whole", tmp_path / "torn"]])
+    (trained, average), (torn_trained, torn_average) = losses
+    assert torn_trained == pytest.approx(trained, rel=1e-5) and torn_average == pytest.approx(average, rel=1e-5)
+    assert abs(average - trained) > 1e-3
+
+
+def test_the_average_is_exported_to_hugging_face(tmp_path, capsys):
+    over = ("optim.ema_decay=0.5", "run.steps=2", "optim.learning_rate=0.01", f"run.directory={tmp_path}/run")
+    assert train(1, *over) is None
+    for weights in ("trained", "ema"):
+        arguments = [f"run={tmp_path}/run", f"output={tmp_path}/{weights}", "dtype=fp32", "processes=1"]
+        assert export([*arguments, f"weights={weights}"]) == 0
+    trained, average = (load_file(next((tmp_path / w).glob("*.safetensors"))) for w in ("trained", "ema"))
+    assert trained.keys() == average.keys()
+    ((expected,),) = run_ranks(1, head_of, [tmp_path / "run"])
+    assert average["lm_head.weight"].tolist() == expected
+    assert not torch.equal(trained["lm_head.weight"], average["lm_head.weight"])
+
+
+def head_of(directory):
+    """Return the output head of a run's average."""
+    with trained_model(load_resolved(directory / "recipe.yaml"), directory, weights="ema") as model:
+        return model.parts.whole_model.output_layer.weight.tolist()
+
+
+def held_out_losses(directories):
+    """Return (held-out loss of the weights, of their average) of each run."""
+    found = []
+    for directory in directories:
+        recipe = load_resolved(directory / "recipe.yaml")
+        for weights in ("trained", "ema"):
+            with trained_model(recipe, directory, weights=weights) as model:
+                batches = evaluation_batches(model.data.held_out, count=8, micro_batch=2, dp_rank=0, dp=1)
+                found.append(evaluate_batches(model.parts, batches))
+    return list(zip(found[::2], found[1::2]))

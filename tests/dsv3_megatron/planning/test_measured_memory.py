@@ -1,0 +1,86 @@
+"""What the planner says a microbatch holds, against what real runs hold: tensors counted while they train."""
+
+import gc
+
+import pytest
+import torch
+
+from dsv3_megatron.build import build_parts
+from dsv3_megatron.data.samples import Synthetic, step_batches
+from dsv3_megatron.planning.activations import measure_stages
+from dsv3_megatron.planning.memory import fullest_moment
+from dsv3_megatron.schedule import schedule_of
+from dsv3_megatron.stages import layers_of_stages
+from dsv3_megatron.step import run_pipeline
+from parallel.groups import start_processes, stop_processes
+from parallel.live_memory import LiveMemory
+from parallel.world import World
+from tests.ranks import run_ranks
+from tests.tiny import small_recipe
+
+WIDER = ("data.sequence_length=128", "optim.micro_batch=2", "optim.global_batch=16")
+CASES = {
+    1: [("parallel.recompute=[]",), ("parallel.recompute=[norm,mla_up,moe_act]",)],
+    2: [
+        ("parallel.pipeline=2", "parallel.schedule=1f1b"),
+        ("parallel.pipeline=2", "parallel.schedule=dualpipe"),
+        ("parallel.expert=2",),
+        ("parallel.tensor=2", "parallel.expert=2"),
+    ],
+}
+
+
+def _recipe(overrides):
+    return small_recipe(*WIDER, *overrides)
+
+
+def measured(overrides):
+    """Return (most bytes alive in a step, passes run, most microbatches live) of this rank."""
+    recipe, world = _recipe(overrides), World.from_environment()
+    start_processes(world, torch.device("cpu"), timeout_seconds=200)
+    try:
+        parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+        batches = step_batches(
+            Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5),
+            first=0,
+            global_batch=recipe.optim.global_batch,
+            micro_batch=recipe.optim.micro_batch,
+            dp_rank=parts.data_rank,
+            dp=parts.layout.dp,
+        )
+        run_pipeline(parts, batches, training=True)
+        gc.collect()
+        live, passes, memory = [], [0], LiveMemory()
+        run = parts.stages.run
+
+        def counted(forward, activation, emit, backward, *rest):
+            passes[0] += (forward is not None) + (backward is not None)
+            run(forward, activation, emit, backward, *rest)
+            live.append(len(parts.stages._live))
+
+        parts.stages.run = counted
+        gc.disable()
+        with memory:
+            run_pipeline(parts, batches, training=True)
+        gc.enable()
+        rank = parts.groups.pp.rank()
+        return memory.peak_bytes, passes[0], max(live), rank
+    finally:
+        stop_processes()
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_predicted_activations_are_those_of_a_run_within_five_percent(world):
+    found = run_ranks(world, measured, CASES[world])
+    for overrides, ranks in zip(CASES[world], found):
+        recipe = _recipe(overrides)
+        layout, layers = recipe.layout(world), layers_of_stages(recipe)
+        many = recipe.optim.global_batch // (recipe.optim.micro_batch * layout.dp)
+        schedule = schedule_of(recipe, many)
+        stages = measure_stages(recipe, layout, layers, schedule)
+        for peak, passes, live, rank in ranks:
+            predicted, at = fullest_moment(schedule, rank, stages, sends_stay=True)
+            print(overrides, rank, peak, predicted, predicted / peak - 1, at, passes, live)
+            assert predicted == pytest.approx(peak, rel=0.05), (overrides, rank, str(at))
+            assert passes == sum(part.kind != "W" for step in schedule.ranks[rank] for part in step.parts)
+            assert live in (schedule.peak_microbatches[rank], schedule.peak_microbatches[rank] - 1)

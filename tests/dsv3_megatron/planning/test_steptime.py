@@ -1,0 +1,67 @@
+"""The time model: the table it is fitted to, what must follow from it, and published steps it was not built from."""
+
+import json
+
+import pytest
+
+from dsv3_megatron.planning.calibrate import times_from_file
+from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.plan import make_plan
+from dsv3_megatron.planning.roofline import DEEPGEMM, Device
+from dsv3_megatron.recipe import ClusterSettings
+from launcher.compose import compose
+from parallel.errors import RecipeError
+
+H800 = ClusterSettings(name="h", sms=132, memory_terabytes_per_second=3.35, peak_tflops={"fp8": 1979, "bf16": 989.5})
+
+
+@pytest.mark.parametrize("row", DEEPGEMM)
+def test_products_take_what_deepgemm_publishes(row):
+    m, n, k, rate = row
+    groups = 1 if m == 4096 else 4
+    seconds = Device(H800).product(m / groups, n, k, "fp8", groups=groups)
+    assert 2 * m * n * k / seconds / 1e12 == pytest.approx(rate, rel=0.03)
+
+
+def test_kernels_are_slower_beside_communication():
+    alone, beside = Device(H800), Device(H800, 20)
+    assert beside.product(4096, 7168, 7168, "fp8") > 1.1 * alone.product(4096, 7168, 7168, "fp8")
+
+
+def test_deepseek_step_is_predicted_within_fifteen_percent():
+    plan = make_plan(compose(["recipe=dsv3_671b"]), 2048, measure=estimate_stages)
+    assert plan.step.seconds == pytest.approx(19.926, rel=0.15)
+    assert plan.step.bubble_seconds == pytest.approx(2.06, rel=0.15)
+    assert plan.tokens == 62_914_560
+    # The published conventions: 385 and 432 TFLOP/s at 1,541.7 tokens/s a GPU.
+    per_token = plan.tflops_per_device(causal=True) / (plan.tokens_per_second / 2048)
+    assert per_token * 1541.7 == pytest.approx(385, rel=0.002)
+    assert plan.tflops_per_device(causal=False) / plan.tflops_per_device(causal=True) == pytest.approx(
+        432 / 385, rel=2e-3
+    )
+
+
+def test_measured_times_replace_the_roofline(tmp_path):
+    recipe = compose(["recipe=dsv3_671b"])
+    path = tmp_path / "times.json"
+    path.write_text(
+        json.dumps({"forward": 0.0576, "input_grad": 0.084, "weight_grad": 0.042, "overlapped": 0.139, "send": 0.0013})
+    )
+    plan = make_plan(recipe, 2048, measure=estimate_stages, times=times_from_file(path, recipe))
+    # By hand: (P/2 - 1)(F&B + B - 3W) is waiting of equal stages; sends add to it.
+    assert plan.step.bubble_seconds == pytest.approx(7 * (0.139 + 0.126 - 3 * 0.042), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "calibrate"),
+        ('{"forward": [1.0], "input_grad": 1.0, "weight_grad": 1.0}', "forward has 1 numbers"),
+        ("{}", "forward"),
+    ],
+)
+def test_bad_calibration_is_one_line(tmp_path, text, says):
+    path = tmp_path / "times.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        times_from_file(path, compose(["recipe=dsv3_671b"]))

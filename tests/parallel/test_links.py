@@ -1,0 +1,59 @@
+"""Bytes over links, against counting every copy of every token."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.links import Fabric, Link, expert_exchange, nodes_reached
+
+FABRIC = Fabric(8, Link(160e9, 0.0), Link(40e9, 0.0))
+
+
+def _choices(experts, groups, chosen_groups, topk, rng):
+    """Return the experts of one token under group-limited routing, evenly drawn."""
+    each, per_group = topk // chosen_groups, experts // groups
+    picked = []
+    for group in rng.sample(range(groups), chosen_groups):
+        picked += [group * per_group + e for e in rng.sample(range(per_group), each)]
+    return picked
+
+
+@pytest.mark.parametrize(("ranks", "groups", "chosen"), [(64, 8, 4), (32, 8, 4), (16, 8, 4), (128, 8, 4), (64, 1, 1)])
+def test_exchange_moves_the_bytes_that_counting_every_token_gives(ranks, groups, chosen):
+    rng, tokens, experts, topk = random.Random(0), 3000, 256, 8
+    per_rank, inter, intra, nodes_seen = experts // ranks, 0, 0, 0
+    for token in range(tokens):
+        sender = token % ranks
+        wanted = {e // per_rank for e in _choices(experts, groups, chosen, topk, rng)}
+        nodes = {rank // 8 for rank in wanted}
+        nodes_seen += len(nodes)
+        inter += len(nodes - {sender // 8})
+        intra += sum(rank % 8 != sender % 8 for rank in wanted)  # handed on from the same-index GPU of the node
+    nodes = nodes_reached(ranks // 8, groups, chosen, topk)
+    moved = expert_exchange(FABRIC, range(ranks), tokens=tokens, experts_per_token=topk, nodes=nodes, token_bytes=1)
+    assert nodes == pytest.approx(nodes_seen / tokens, rel=0.02)
+    assert moved.inter_bytes == pytest.approx(inter, rel=0.03)
+    assert moved.intra_bytes == pytest.approx(intra, rel=0.08)
+
+
+@given(st.sampled_from([2, 4, 8, 16, 64]), st.integers(1, 10**9))
+def test_a_ring_sends_as_much_as_its_ranks_receive(size, nbytes):
+    moved = FABRIC.ring(range(size), nbytes)
+    inside, nodes = min(size, 8), max(1, size // 8)
+    # A reduce-scatter leaves each rank 1/size of the buffer, summed from size - 1 others.
+    received = nbytes / inside * (inside - 1) + nbytes / inside / nodes * (nodes - 1)
+    assert moved.intra_bytes + moved.inter_bytes == pytest.approx(received)
+
+
+def test_group_limited_routing_sends_less_between_nodes_than_free_routing():
+    limited, free = nodes_reached(8, 8, 4, 8), nodes_reached(8, 1, 1, 8)
+    assert limited == 4.0
+    assert free == pytest.approx(8 * (1 - (7 / 8) ** 8))
+
+
+def test_one_rank_sends_nothing():
+    nothing = expert_exchange(FABRIC, [0], tokens=10, experts_per_token=8, nodes=1, token_bytes=1)
+    moved = [nothing, FABRIC.ring([3], 100)]
+    assert [(m.intra_bytes, m.inter_bytes, m.seconds) for m in moved] == [(0, 0, 0)] * 2
