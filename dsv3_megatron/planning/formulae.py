@@ -143,7 +143,8 @@ def _stage(sizes: _Sizes, layers: tuple[int, ...], stage: int, *, planned: bool,
         logits = sizes.g * model.vocab_size / sizes.layout.tp
         kept += parts.predictions * sizes.prediction()
         forward = max(forward, logits * (sizes.size + 4))
-        backward = max(backward, logits * (sizes.size + 8))
+        if planned:  # beside another forward; alone, probabilities are let go as their gradients come
+            backward = max(backward, logits * (sizes.size + 8))
         kept += model.num_nextn_predict_layers * (2 * sizes.t * sizes.d * sizes.linear + message)
     parameters, experts, in_fp8 = stage_parameters(sizes.recipe, sizes.layout, layers, stage)
     largest = 2 * model.moe_intermediate_size * sizes.d * model.n_routed_experts / sizes.layout.ep if parts.moe else 0

@@ -25,12 +25,12 @@ def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:
     world = _number(options, "world")
     from dsv3_megatron.planning.layout_check import check_layout, world_of
 
-    world = world_of(recipe, world)
-    check_layout(recipe, world)
-    if options.get("search") == "true":
+    if options.get("search") == "true":  # the recipe's own layout need not be possible there
         from launcher.views.search import search_run
 
-        return search_run(recipe, world, list(overrides), options)
+        return search_run(recipe, world or recipe.cluster.world_size or 1, list(overrides), options)
+    world = world_of(recipe, world)
+    check_layout(recipe, world)
     from dsv3_megatron.planning.plan import make_plan
 
     plan = make_plan(recipe, world, measure=_measure(options), times=_times(options, recipe))

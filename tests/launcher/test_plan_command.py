@@ -87,7 +87,7 @@ def test_search_ranks_layouts_and_writes_the_first_as_a_recipe(tmp_path, monkeyp
     monkeypatch.setattr(search_view, "RECIPES", tmp_path)
     (tmp_path / "recipe").mkdir()
     code = main(
-        ["recipe=dsv3_671b", "cluster=h800_256", "optim.global_batch=1024", "search=true", "top=3", "save=found"]
+        ["recipe=dsv3_671b", "cluster=h200_256", "optim.global_batch=1024", "search=true", "top=3", "save=found"]
     )
     out = capsys.readouterr().out
     assert code == 0
