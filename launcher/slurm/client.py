@@ -21,6 +21,8 @@ _KNOWN = {  # what sbatch says -> the key to mend
     "not available": "cluster.nodes, cluster.gpus_per_node or cluster.slurm.memory ask for more than the partition has "
     "(`sinfo -o '%P %D %c %m %G'`)",
     r"[Ii]nvalid feature": "cluster.slurm.constraint names no feature of this cluster's nodes",
+    r"establish a configuration source": "SLURM is installed here but belongs to no cluster; log in to the cluster, or "
+    "set SLURM_CONF",
     r"[Rr]eservation": "cluster.slurm.reservation is not one that you may use (`scontrol show reservation`)",
 }
 

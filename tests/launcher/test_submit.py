@@ -152,6 +152,7 @@ def test_without_slurm_the_line_says_so(monkeypatch, tmp_path):
         ("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition "
          "name specified", "cluster.partition names no partition"),
         ("sbatch: error: Unable to contact slurm controller (connect failure)", "cannot reach the controller"),
+        ("sbatch: fatal: Could not establish a configuration source", "belongs to no cluster; log in"),
         ("sbatch: error: something new", "sbatch refused: something new"),
     ],
 )  # fmt: skip
