@@ -84,7 +84,11 @@ def cancelled(job, directory):
 def stand_in(tmp_path, body):
     """Return an executable that takes Python's place in a job. $run is the run directory."""
     file = tmp_path / "stand in"
-    file.write_text("#!/bin/bash\nfor word; do [[ $word == run.directory=* ]] && run=${word#*=}; done\n" + body)
+    head = """#!/bin/bash
+for word; do [[ $word == run.directory=* ]] && run=${word#*=}; done
+run=${run#"'"} run=${run%"'"}
+"""
+    file.write_text(head + body)
     file.chmod(0o755)
     return f"cluster.slurm.python='{file}'"
 
@@ -216,7 +220,7 @@ def test_slurm_judges_a_script_without_running_it(cluster, tmp_path, capsys):
         main([*ON_CPUS, f"run.directory={tmp_path / 'a'}", "cluster.partition=nowhere"])
     assert "\n" not in str(caught.value)
     with pytest.raises(ClusterError, match="ask for more than the partition has"):
-        main([*ON_CPUS, f"run.directory={tmp_path / 'a'}", "cluster.nodes=8"])
+        main([*ON_CPUS, f"run.directory={tmp_path / 'a'}", "cluster.nodes=8", "dry_run=test"])
 
 
 @pytest.mark.skipif("SLURM_LONG" not in os.environ, reason="takes three minutes; set SLURM_LONG=1")
