@@ -1,4 +1,4 @@
-# make env | demo | test | lint | bench | chaos | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-slurm | test-docker | lint | docs | bench | chaos | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test lint bench chaos clean
+.PHONY: env demo test test-slurm test-docker lint docs bench chaos clean slurm-installed
 
 env: $(STAMP)
 
@@ -24,12 +24,34 @@ demo: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
-test: $(STAMP)
+test: $(STAMP) slurm-installed
 	$(BIN)/python -m pytest
+
+# submit.py on a real SLURM of three nodes, on this machine.
+test-slurm: $(STAMP) slurm-installed
+	$(BIN)/python -m pytest tests/slurm tests/launcher/test_submit.py
+
+# Debian's packages, where they can be installed; elsewhere the tests that need them are skipped, saying so.
+PACKAGES := slurm-wlm munge shellcheck chromium
+slurm-installed:
+	@if command -v slurmctld >/dev/null && command -v shellcheck >/dev/null && command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES)) >/dev/null 2>&1 \
+	    || echo "packages: $(PACKAGES) could not be installed; tests that need them are skipped"; \
+	else echo "packages: no root or no apt-get here; without $(PACKAGES) the tests that need them are skipped"; fi
+
+# Runs the steps of docker/Dockerfile.cpu in a clean Debian; root, and some minutes.
+test-docker: $(STAMP)
+	$(BIN)/python -m tests.docker.clean_root
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/tally lint --ignore 'tally/*' --fail-level style --slow-checks off docker/Dockerfile docker/Dockerfile.cpu
+
+docs: $(STAMP)
+	$(BIN)/python launcher/reference.py
+	$(BIN)/python -m pytest tests/docs
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_step.py

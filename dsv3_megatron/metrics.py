@@ -1,4 +1,4 @@
-"""What a step reports, and where it is written: metrics.jsonl always, W&B unless disabled."""
+"""What a step reports, and metrics.jsonl, where it is always written. Other writers: writers.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-
-from parallel.errors import PackageError
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class StepMetrics:
     rerouted_choices: int | None
     dropped_choices: int | None
     skipped: int
+    data_seconds: float | None = None
+    pipeline_seconds: float | None = None
+    update_seconds: float | None = None
     slowest_rank: int | None = None
     slowest_ratio: float | None = None
 
@@ -69,6 +71,9 @@ class MetricsWriter(Protocol):
 
     def write(self, metrics: StepMetrics) -> None:
         """Keep one step."""
+
+    def loads(self, step: int, loads: np.ndarray) -> None:
+        """Keep the tokens of every expert in a step, [MoE layers, E]; asked for every so many steps."""
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Keep values that are no step: an evaluation, the summary."""
@@ -91,6 +96,9 @@ class JsonLines:
     def write(self, metrics: StepMetrics) -> None:
         """Append one step. NaN and infinity become null: they are not JSON."""
         self._file.write(json.dumps({k: _json_number(v) for k, v in asdict(metrics).items()}) + "\n")
+
+    def loads(self, step: int, loads: np.ndarray) -> None:
+        """Nothing: they have a file of their own, expert_load.jsonl."""
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Nothing: evaluations and the summary have files of their own."""
@@ -121,39 +129,3 @@ def _complete_lines(path: Path) -> list[str]:
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class WandbRun:
-    """A Weights & Biases run, offline unless asked otherwise; the files go to <run directory>/wandb."""
-
-    def __init__(self, directory: Path, mode: str, project: str, name: str, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise PackageError(
-                "logging.wandb needs the wandb package; pip install wandb, or set logging.wandb=disabled"
-            ) from None
-        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=120)
-        try:
-            self._run = wandb.init(
-                project=project, name=name, config=config, mode=mode, dir=str(directory), settings=settings
-            )
-        except wandb.errors.Error as error:
-            raise PackageError(
-                f"logging.wandb = {mode} failed ({str(error).splitlines()[0]}); log in, or set logging.wandb=offline"
-            ) from None
-
-    def write(self, metrics: StepMetrics) -> None:
-        """Log one step under the names of metrics.jsonl."""
-        values = {k: v for k, v in asdict(metrics).items() if v is not None}
-        for number, violation in enumerate(values.pop("layer_violation", ())):
-            values[f"layer_violation/{number:02d}"] = violation
-        self._run.log(values, step=metrics.step)
-
-    def event(self, name: str, values: dict[str, Any]) -> None:
-        """Put values into the run's summary, under ``name``."""
-        self._run.summary.update({f"{name}_{key}": value for key, value in values.items()})
-
-    def close(self) -> None:
-        """End the run."""
-        self._run.finish()

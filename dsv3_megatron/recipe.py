@@ -12,6 +12,7 @@ from dsv3_megatron.health_settings import HealthSettings
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from dsv3_megatron.slurm_settings import SlurmSettings, TimeLimit
 from parallel.actions import Placement
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
@@ -77,8 +78,11 @@ class ClusterSettings(BaseModel):
     intra_node: LinkSettings | None = None
     inter_node: LinkSettings | None = None
     launcher: Literal["torchrun", "slurm"] = "torchrun"
-    partition: str | None = None
-    time_limit: str | None = None
+    partition: str | None = Field(None, description="SLURM partition; null = the cluster's default")
+    time_limit: TimeLimit | None = Field(
+        None, description="of one job: minutes, or such as 24:00:00; a run goes on over many"
+    )
+    slurm: SlurmSettings = SlurmSettings()
 
     @property
     def world_size(self) -> int | None:
@@ -93,6 +97,12 @@ class LoggingSettings(BaseModel):
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "dsv3-megatron"
+    wandb_group: str | None = Field(None, description="runs shown together; null = the recipe's name")
+    tensorboard: bool = Field(False, description="event files in <run directory>/tensorboard too")
+    report_every_seconds: NonNegativeInt = Field(
+        60, description="report.html is written anew so often, and at the end; 0 = never"
+    )
+    expert_load_every_steps: PositiveInt = Field(50, description="load of every expert is kept every so many steps")
     console_every_steps: PositiveInt = 1
 
 

@@ -51,6 +51,31 @@ class RunDirectory:
         """What the run ended with."""
         return self.path / "summary.json"
 
+    @property
+    def refused(self) -> Path:
+        """One line; there when starting the same recipe again cannot help. Batch jobs read it."""
+        return self.path / "refused"
+
+    @property
+    def report(self) -> Path:
+        """What the run did, for a browser."""
+        return self.path / "report.html"
+
+    @property
+    def schedule(self) -> Path:
+        """Drawing of a step's pipeline schedule."""
+        return self.path / "schedule.svg"
+
+    @property
+    def expert_load(self) -> Path:
+        """Tokens of every expert, one JSON object for each step at which they were kept."""
+        return self.path / "expert_load.jsonl"
+
+    def forget_end(self) -> None:
+        """Take back that the run has ended: it is started anew on purpose."""
+        for path in (self.finished, self.refused, self.path / "starts"):
+            path.unlink(missing_ok=True)
+
     def create(self) -> None:
         """Make the folders. Raises RecipeError when the place cannot be written."""
         try:

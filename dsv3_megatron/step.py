@@ -47,6 +47,7 @@ class StepResult:
     loads: np.ndarray | None  # tokens per expert of every MoE layer of the model, MTP's last: [layers, experts] float64
     overflow: tuple[int, int] | None  # choices (rerouted, dropped) for want of room, where experts have a capacity
     bubble_fraction: float | None
+    pipeline_seconds: float
     skipped: bool
 
     @property
@@ -139,6 +140,7 @@ def train_step(
         overflow=step_overflow(parts),
         # A GPU's sends return before they are done: standing in them measures nothing there.
         bubble_fraction=bubble if parts.device.type == "cpu" else None,
+        pipeline_seconds=pipeline_seconds,
         skipped=not updated,
     )
 

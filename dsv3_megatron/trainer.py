@@ -25,7 +25,6 @@ from dsv3_megatron.metrics import (
     JsonLines,
     MetricsWriter,
     StepMetrics,
-    WandbRun,
     append_event,
     peak_memory_bytes,
 )
@@ -39,6 +38,7 @@ from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.start_from import nothing_to_start_from, other_model, starting_candidates
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from dsv3_megatron.stragglers import Slowest, WorkClock
+from dsv3_megatron.writers import open_writers
 from parallel.errors import CheckpointError, HealthError, UserError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
@@ -110,10 +110,8 @@ class Trainer:
             self._writers = [JsonLines(self.directory.metrics, self.progress.step)]
             if not self.finished:
                 self.directory.finished.unlink(missing_ok=True)
-            logging = self.recipe.logging
-            if logging.wandb != "disabled":
-                name, config = self.recipe.run.name, self.recipe.model_dump(mode="json")
-                self._writers.append(WandbRun(self.directory.path, logging.wandb, logging.wandb_project, name, config))
+            progress = self.progress
+            self._writers += open_writers(self.recipe, layout, progress.step, progress.tokens, self.reporter.note)
             self.reporter.start(self._facts())
 
     def _resume(self) -> None:
@@ -235,6 +233,7 @@ class Trainer:
             dp_rank=self.parts.data_rank,
             dp=self.parts.layout.dp,
         )
+        data_seconds = time.perf_counter() - start
         result = train_step(self.parts, batches, values, self.guard.allows)
         self.parts.watchdog.leave()
         seconds = time.perf_counter() - start
@@ -271,12 +270,20 @@ class Trainer:
             max_violation=result.max_violation,
             **self._load_metrics(result),
             skipped=progress.skipped,
+            **self._split_seconds(data_seconds, result.pipeline_seconds, seconds),
             slowest_rank=self._slowest.rank if self._slowest else None,
             slowest_ratio=self._slowest.ratio if self._slowest else None,
         )
         for writer in self._writers:
             writer.write(metrics)
+            if result.loads is not None and progress.step % recipe.logging.expert_load_every_steps == 0:
+                writer.loads(progress.step, result.loads)
         self.reporter.step(metrics, recipe.run.steps)
+
+    def _split_seconds(self, data: float, pipeline: float, whole: float) -> dict[str, float]:
+        if self.parts.device.type != "cpu":
+            return {}
+        return {"data_seconds": data, "pipeline_seconds": pipeline, "update_seconds": whole - data - pipeline}
 
     def _load_metrics(self, result: StepResult) -> dict[str, Any]:
         rerouted, dropped = result.overflow or (None, None)

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     tell_sample(given)
     checkpoint = max(directory.checkpoints.glob("step_*"))
     print(f"\nrun directory  {directory.path}\ncheckpoint     {checkpoint}\nplot           {plot}")
+    print(f"report         {directory.report} (open it in a browser)")
     print(f"metrics        {directory.metrics} (and {directory.path}/wandb: `wandb sync` uploads it)")
     print(
         "\nTry next\n"

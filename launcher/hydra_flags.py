@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -80,22 +81,38 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*choices)]
 
 
-def run_many(main: Callable[[Recipe], int | None], overrides: Sequence[str]) -> int:
-    """Run every combination, one after another, each in a run directory of its own; stop at the first failure."""
+def quoted(value: object) -> str:
+    """Return a value as an override takes it whatever it holds: spaces, commas, quotes, dollar signs."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./+-]+", text):
+        return text
+    # Backslashes are taken as they stand, but for those in front of a quote, which are doubled.
+    text = re.sub(r"(\\*)'", lambda found: 2 * found[1] + "\\'", text)
+    text = re.sub(r"(\\+)$", lambda found: 2 * found[1], text)
+    return "'" + text.replace("${", "\\${") + "'"
+
+
+def recipes_of_sweep(overrides: Sequence[str]) -> list[tuple[Recipe, list[str]]]:
+    """Return every combination's recipe, checked, with the overrides that make it: each with a run of its own."""
     points = sweep(overrides)
     varying = [i for i in range(len(points[0]))] if points else []
     varying = [i for i in varying if len({point[i] for point in points}) > 1]
     recipes = []
-    for point in points:  # all are checked before the first starts
+    for point in points:
         recipe = compose(point)
         suffix = ",".join(point[i] for i in varying).replace("/", "_")
         if suffix and not any(o.startswith("run.directory=") for o in point):
-            run = recipe.run.model_copy(
-                update={"name": f"{recipe.run.name}-{suffix}", "directory": f"{recipe.run.directory}-{suffix}"}
-            )
-            recipe = recipe.model_copy(update={"run": run})
-        recipes.append(recipe)
-    for number, recipe in enumerate(recipes):
+            named = {"name": f"{recipe.run.name}-{suffix}", "directory": f"{recipe.run.directory}-{suffix}"}
+            recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=named)})
+            point = [*point, *(f"run.{key}={quoted(value)}" for key, value in named.items())]
+        recipes.append((recipe, point))
+    return recipes
+
+
+def run_many(main: Callable[[Recipe], int | None], overrides: Sequence[str]) -> int:
+    """Run every combination, one after another, each in a run directory of its own; stop at the first failure."""
+    recipes = recipes_of_sweep(overrides)  # all are checked before the first starts
+    for number, (recipe, _) in enumerate(recipes):
         print(f"[{number + 1}/{len(recipes)}] {recipe.run.name}", file=sys.stderr)
         if code := main(recipe) or 0:
             return code

@@ -10,14 +10,17 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run_lock import run_lock
 from launcher.compose import resolved_yaml, run_command
 from launcher.console import ConsoleReporter, SilentReporter, guarded
+from parallel.errors import RunInUseError, UserError
 from parallel.world import World
 
 
@@ -33,7 +36,8 @@ def train(recipe: Recipe) -> int:
 
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
-    summary = run(recipe, world, reporter, resolved_yaml(recipe))
+    with run_lock(recipe.run.directory) if first else nullcontext():
+        summary = run(recipe, world, reporter, resolved_yaml(recipe))
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
     return 0
@@ -51,7 +55,22 @@ def prepare_threads(world_size: int) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0 trained, 2 bad input, 3 does not fit."""
-    return run_command(train, arguments, __doc__)
+    try:
+        return run_command(train, arguments, __doc__)
+    except UserError as error:
+        leave_word(error)
+        raise
+
+
+def leave_word(error: UserError) -> None:
+    """Tell the batch job that starting again cannot help: torchrun would turn the exit code into 1.
+
+    A run directory in use is no such case: its owner may be a rank that died on another host a minute ago.
+    """
+    file = os.environ.get("DSV3_REFUSED_FILE")
+    if file and not isinstance(error, RunInUseError):
+        with suppress(OSError):
+            Path(file).write_text(f"{error}\n")
 
 
 def main_of_rank() -> None:

@@ -54,6 +54,18 @@ class HealthError(UserError):
     kind = "health"
 
 
+class ClusterError(UserError):
+    """SLURM is missing, refuses, or is asked for something it cannot know."""
+
+    kind = "cluster"
+
+
+class RunInUseError(UserError):
+    """Another job trains in this run directory."""
+
+    kind = "run"
+
+
 class DoesNotFitError(UserError):
     """The job cannot run on the hardware named (exit code 3)."""
 

@@ -1,0 +1,34 @@
+"""Names of the metrics where they are looked at in groups: W&B, TensorBoard, dashboards. metrics.jsonl keeps the plain
+keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "train": ("step", "tokens", "loss", "lm_loss", "learning_rate", "grad_norm", "global_batch", "skipped"),
+    "mtp": ("mtp_loss",),
+    "moe": (
+        "balance_loss", "max_violation", "max_violation_running", "layer_violation", "rerouted_choices",
+        "dropped_choices",
+    ),
+    "pipeline": ("bubble_fraction", "slowest_rank", "slowest_ratio"),
+    "speed": (
+        "step_seconds", "data_seconds", "pipeline_seconds", "update_seconds", "tokens_per_second", "tflops_per_device",
+        "mfu",
+    ),
+    "memory": ("memory_peak_bytes",),
+    "evaluation": ("held_out_loss", "bits_per_byte"),
+}  # fmt: skip
+NAMES = {key: f"{group}/{key.removeprefix(group + '_')}" for group, keys in GROUPS.items() for key in keys}
+
+
+def grouped(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) of every metric that has one; a list gets a name for each of its entries."""
+    for key, value in values.items():
+        if isinstance(value, (list, tuple)):
+            yield from ((f"{NAMES[key]}/{n:02d}", float(v)) for n, v in enumerate(value))
+        elif value is not None and math.isfinite(value):
+            yield NAMES[key], value

@@ -1,0 +1,105 @@
+"""Weights & Biases: offline unless asked otherwise, one run over all starts of a run directory."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv3_megatron.metric_names import NAMES, grouped
+from dsv3_megatron.metrics import StepMetrics
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run_directory import RunDirectory
+from parallel.errors import PackageError
+
+_PATIENCE_SECONDS = 30  # at the start, for a server that does not answer
+_LOAD_BINS = np.linspace(0.0, 4.0, 33)  # of an expert's load over the mean; what is above goes into the last
+
+
+class WandbRun:
+    """Logs under grouped names (train/, moe/, ...), over tokens. metrics.jsonl stays the truth: whatever happens to
+    W&B, the run goes on."""
+
+    def __init__(self, recipe: Recipe, tell: Callable[[str], None]):
+        try:
+            import wandb
+        except ImportError:
+            raise PackageError(
+                "logging.wandb needs the wandb package; pip install wandb, or set logging.wandb=disabled"
+            ) from None
+        self._wandb, self._directory, self._name = wandb, RunDirectory(recipe.run.directory), recipe.run.name
+        logging = recipe.logging
+        options = {
+            "id": run_id(self._directory.path),
+            "resume": "allow",  # a requeued job goes on with the same curves
+            "project": logging.wandb_project,
+            "name": recipe.run.name,
+            "group": logging.wandb_group or recipe.recipe,
+            "job_type": "pretrain",
+            "config": recipe.model_dump(mode="json"),
+            "dir": str(self._directory.path),
+            "settings": wandb.Settings(
+                silent=True, console="off", x_disable_stats=True, init_timeout=_PATIENCE_SECONDS
+            ),
+        }
+        try:
+            self._run = wandb.init(mode=logging.wandb, **options)
+        except wandb.errors.Error as error:
+            if logging.wandb != "online":
+                raise PackageError(
+                    f"logging.wandb = {logging.wandb} failed ({_first_line(error)}); set logging.wandb=disabled"
+                ) from None
+            tell(
+                f"warning: logging.wandb = online failed ({_first_line(error)}); this start is kept offline, "
+                f"`wandb sync {self._directory.path}/wandb/offline-run-*` uploads it"
+            )
+            wandb.teardown()  # its service holds the id of the start that failed
+            self._run = wandb.init(mode="offline", **options)
+        self._run.define_metric("*", step_metric=NAMES["tokens"])
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Log one step."""
+        self._run.log(dict(grouped(asdict(metrics))), step=metrics.step)
+
+    def loads(self, step: int, loads: np.ndarray) -> None:
+        """Log for every MoE layer, of loads [L, E], a histogram of its experts' loads over their mean."""
+        values = {}
+        for layer, load in enumerate(loads):
+            relative = np.minimum(load / max(load.mean(), 1e-9), _LOAD_BINS[-1])
+            histogram = self._wandb.Histogram(np_histogram=np.histogram(relative, bins=_LOAD_BINS))
+            values[f"moe/load/layer_{layer:02d}"] = histogram
+        self._run.log(values, step=step)
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Log an evaluation; its newest values are in the summary too."""
+        numbers = {NAMES[k]: v for k, v in values.items() if k != "step" and k in NAMES}
+        self._run.log(numbers, step=values.get("step"))
+        self._run.summary.update(numbers)
+
+    def close(self) -> None:
+        """Add report and schedule as an artifact, and end the run."""
+        with suppress(Exception):  # nothing W&B can do may spoil the end of a run whose files are all written
+            artifact = self._wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]+", "_", self._name) + "-report", type="report")
+            for path in (self._directory.report, self._directory.schedule, self._directory.recipe):
+                if path.exists():
+                    artifact.add_file(str(path))
+            self._run.log_artifact(artifact)
+        self._run.finish()
+
+
+def run_id(directory: Path) -> str:
+    """Return the run's W&B id: made once, kept in the run directory, the same after every requeue."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,37 @@
+"""Which writers a recipe asks for, beside metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsv3_megatron.metrics import MetricsWriter
+from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.report.writer import ReportWriter, draw_schedule
+from dsv3_megatron.run_directory import RunDirectory
+from parallel.layout import Layout
+
+
+def open_writers(
+    recipe: Recipe, layout: Layout, first_step: int, tokens: int, tell: Callable[[str], None]
+) -> list[MetricsWriter]:
+    """Return the writers of a run that begins after ``first_step`` steps and ``tokens`` tokens; on rank 0.
+
+    The report comes first: when W&B closes, it takes the finished report along.
+    Raises: PackageError: one of them needs a package that is not installed.
+    """
+    logging, run = recipe.logging, RunDirectory(recipe.run.directory)
+    batch = Regime(recipe.optim, recipe.data.sequence_length).global_batch(tokens)
+    draw_schedule(recipe, batch // (recipe.optim.micro_batch * layout.dp), run.schedule)
+    writers: list[MetricsWriter] = []
+    if logging.report_every_seconds:
+        writers.append(ReportWriter(run.path, logging.report_every_seconds))
+    if logging.wandb != "disabled":
+        from dsv3_megatron.wandb_run import WandbRun
+
+        writers.append(WandbRun(recipe, tell))
+    if logging.tensorboard:
+        from dsv3_megatron.tensorboard_run import TensorBoardRun
+
+        writers.append(TensorBoardRun(run.path, first_step))
+    return writers

@@ -1,0 +1,156 @@
+"""Create the W&B workspace that the repository describes; without a server, check it and print it.
+
+python launcher/dashboard.py                                checks dashboards/training.yaml and prints its panels
+python launcher/dashboard.py entity=TEAM project=PROJECT    creates the workspace there and prints its address
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dsv3_megatron.metric_names import NAMES
+from launcher.arguments import arguments_help, parse_arguments
+from launcher.console import guarded
+from parallel.errors import PackageError, RecipeError
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Arguments(BaseModel):
+    """Keys of the command."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Path = Field(_ROOT / "dashboards" / "training.yaml", description="the dashboard")
+    entity: str | None = Field(None, description="W&B team or user; none = only check and print")
+    project: str = Field("dsv3-megatron", description="W&B project, logging.wandb_project of the recipes")
+
+
+class Panel(BaseModel):
+    """One line plot over tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    y: tuple[str, ...] = Field(min_length=1)
+    log_y: bool = False
+
+
+class Section(BaseModel):
+    """Panels under a heading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    panels: tuple[Panel, ...] = Field(min_length=1)
+
+
+class Dashboard(BaseModel):
+    """A workspace."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    sections: tuple[Section, ...] = Field(min_length=1)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check, print, and where an entity is named create; return the exit code."""
+    if {"--help", "-h"} & set(arguments):
+        print(arguments_help(__doc__, Arguments))
+        return 0
+    asked = parse_arguments(Arguments, arguments)
+    dashboard = load(asked.file)
+    if asked.entity is None:
+        print(describe(dashboard))
+        return 0
+    print(create(dashboard, asked.entity, asked.project))
+    return 0
+
+
+def load(path: Path) -> Dashboard:
+    """Return the dashboard of a file. Raises RecipeError: unreadable, or a metric that no run logs."""
+    try:
+        dashboard = Dashboard.model_validate(yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise RecipeError(f"file = {path} cannot be read ({error.strerror}); name a file of dashboards/") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"file = {path} is not YAML ({str(error).splitlines()[0]})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{path.name}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    known = set(NAMES.values())
+    for section in dashboard.sections:
+        for panel in section.panels:
+            for name in panel.y:
+                if name.removesuffix("/*") not in known:
+                    raise RecipeError(
+                        f"{path.name}: panel {panel.title!r} shows {name}, which no run logs; there are: "
+                        f"{', '.join(sorted(known))}"
+                    )
+    return dashboard
+
+
+def describe(dashboard: Dashboard) -> str:
+    """Return the workspace as text."""
+    lines = [dashboard.name]
+    for section in dashboard.sections:
+        lines.append(f"\n{section.name}")
+        for panel in section.panels:
+            lines.append(f"  {panel.title:<34} {', '.join(panel.y)}{'  (log)' if panel.log_y else ''}")
+    return "\n".join(lines)
+
+
+def workspace(dashboard: Dashboard, entity: str, project: str):
+    """Return the dashboard as wandb-workspaces' object. Raises PackageError where the package is missing."""
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError:
+        raise PackageError(
+            "entity needs the wandb-workspaces package; pip install -e '.[dashboard]', or leave entity out to print"
+        ) from None
+    sections = []
+    for section in dashboard.sections:
+        plots = []
+        for panel in section.panels:
+            every = [name for name in panel.y if name.endswith("/*")]
+            plots.append(
+                panels.LinePlot(
+                    title=panel.title,
+                    x=NAMES["tokens"],
+                    y=[name for name in panel.y if not name.endswith("/*")],
+                    metric_regex=f"^{every[0].removesuffix('/*')}/" if every else None,
+                    log_y=panel.log_y,
+                )
+            )
+        sections.append(workspaces.Section(name=section.name, panels=plots, is_open=True))
+    settings = workspaces.WorkspaceSettings(x_axis=NAMES["tokens"])
+    return workspaces.Workspace(
+        entity=entity, project=project, name=dashboard.name, sections=sections, settings=settings
+    )
+
+
+def create(dashboard: Dashboard, entity: str, project: str) -> str:
+    """Save the workspace on the server; return its address. Raises PackageError with the server's first line."""
+    made = workspace(dashboard, entity, project)
+    try:
+        made.save()
+    except Exception as error:  # the client has many kinds for: not logged in, no such team, no network
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PackageError(
+            f"entity = {entity}: W&B did not take the workspace ({said}); `wandb login` first, or leave entity out"
+        ) from None
+    return made.url
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

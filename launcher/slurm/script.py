@@ -1,0 +1,214 @@
+"""The batch script: plain text that a cluster engineer can read, edit and submit by hand.
+
+Each line of it is there for a fault that was seen on a real SLURM; the comments in the script say which.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from launcher.hydra_flags import quoted
+from launcher.slurm.job import ROOT, Job
+
+PRETRAIN = ROOT / "launcher" / "pretrain.py"
+
+
+def render(job: Job) -> str:
+    """Return the script. Every value that a user wrote is quoted for the shell."""
+    parts = [
+        "#!/bin/bash",
+        *_directives(job),
+        "",
+        *_what(job),
+        "# shellcheck disable=SC2016  # what stands in single quotes is meant literally",
+        "",
+        "set -uo pipefail",
+        *job.recipe.cluster.slurm.setup,
+        *_point(job),
+        _BEFORE.format(max_starts=job.recipe.cluster.slurm.max_starts).strip("\n"),
+        "",
+        *_environment(job),
+        "",
+        *_training(job),
+        (_AFTER_CHAINED if job.chained else _AFTER).strip("\n"),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _directives(job: Job) -> list[str]:
+    cluster, slurm = job.recipe.cluster, job.recipe.cluster.slurm
+    values = {
+        "job-name": job.name,
+        "partition": cluster.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "reservation": slurm.reservation,
+        "exclude": slurm.exclude,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.memory,
+        "time": cluster.time_limit,
+        "signal": f"USR1@{slurm.warning_seconds}",
+        "open-mode": "append",
+        "chdir": job.working_directory,
+        "output": _log_pattern(job.directory / ("slurm-%A_%a.out" if len(job.points) > 1 else "slurm-%j.out")),
+    }
+    lines = [f"#SBATCH --{name}={_directive(str(value))}" for name, value in values.items() if value is not None]
+    lines.append("#SBATCH --requeue")
+    if slurm.exclusive:
+        lines.append("#SBATCH --exclusive")
+    if len(job.points) > 1:
+        limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
+        lines.append(f"#SBATCH --array=0-{len(job.points) - 1}{limit}")
+    return lines + [f"#SBATCH {option}" for option in slurm.options]
+
+
+def _directive(value: str) -> str:
+    """Return a value as an #SBATCH line takes it: sbatch knows double quotes and the backslash."""
+    if all(c.isalnum() or c in "-_.,:/@%=+[]*" for c in value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _log_pattern(path: Path) -> str:
+    """Return the path of a log with SLURM's own percent signs only in the file's name."""
+    return f"{str(path.parent).replace('%', '%%')}/{path.name}"
+
+
+def _what(job: Job) -> list[str]:
+    world = job.nodes * job.ranks_per_node
+    return [
+        f"# {job.recipe.recipe}: {job.nodes} nodes x {job.ranks_per_node} ranks = {world:,} ranks; "
+        f"{job.recipe.layout(world).describe()}.",
+        "# Written by launcher/submit.py. `sbatch FILE` submits it by hand; `submit.py status run=...` tells of it.",
+    ]
+
+
+def _point(job: Job) -> list[str]:
+    """Return where the run lives and what makes it; of a sweep, by the number in the array."""
+    if len(job.points) == 1:
+        return ["job=$SLURM_JOB_ID", *_assignments(job.points[0].directory, job.points[0].overrides, "")]
+    lines = [
+        "# The last task of an array has the array's own number: requeueing that would restart every point.",
+        "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
+        'case "$SLURM_ARRAY_TASK_ID" in',
+    ]
+    for number, point in enumerate(job.points):
+        lines += [f"  {number})", *_assignments(point.directory, point.overrides, "    "), "    ;;"]
+    return [*lines, '  *) echo "no point $SLURM_ARRAY_TASK_ID in this sweep" >&2; exit 2 ;;', "esac"]
+
+
+def _assignments(directory: Path, overrides: tuple[str, ...], indent: str) -> list[str]:
+    return [
+        f"{indent}run={shlex.quote(str(directory))}",
+        f"{indent}overrides=(",
+        *(f"{indent}  {shlex.quote(word)}" for word in (*overrides, f"run.directory={quoted(directory)}")),
+        f"{indent})",
+    ]
+
+
+_BEFORE = """
+mkdir -p "$run/checkpoints" "$run/logs"
+# A later job of a chain, or a requeue that came too late: nothing to do, or nothing that could go well.
+[ -e "$run/finished" ] && exit 0
+[ -e "$run/refused" ] && {{ cat "$run/refused" >&2; exit 2; }}
+
+# Requeued for as long as the run makes progress: starts are counted since the newest checkpoint changed. A limit on
+# SLURM_RESTART_COUNT alone would end a long run in short slots.
+newest=$(find "$run/checkpoints" -maxdepth 1 -type d -name 'step_????????' -printf '%f\\n' | sort | tail -n 1)
+seen=none starts=0
+[ -s "$run/starts" ] && read -r seen starts <"$run/starts"
+[ "$seen" = "${{newest:-nothing}}" ] || starts=0
+starts=$((starts + 1))
+echo "${{newest:-nothing}} $starts" >"$run/starts"
+if [ "$starts" -gt {max_starts} ]; then
+  echo "cluster: {max_starts} starts without a new checkpoint (newest: ${{newest:-none}}); mend the run, submit again" |
+    tee "$run/refused" >&2
+  exit 1
+fi
+"""
+
+
+def _environment(job: Job) -> list[str]:
+    lines = [
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
+        "# A mistake in the recipe is written there, and ends the job for good.",
+        'export DSV3_REFUSED_FILE="$run/refused"',
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
+        "# Without it restarted ranks meet under different prefixes of the store (pytorch#108158, #135712).",
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+    ]
+    environment = job.recipe.cluster.slurm.environment
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    return [
+        *lines,
+        "# What this start ran with; no secrets: only variables of these families.",
+        'env | grep -E "^(SLURM|NCCL|UCX|GLOO|NVSHMEM|CUDA|TORCH|OMP|MASTER)_" | sort '
+        '>"$run/logs/environment-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.txt"',
+    ]
+
+
+def _training(job: Job) -> list[str]:
+    slurm = job.recipe.cluster.slurm
+    inside = ["bash", "-c", '\'trap "" USR1; exec "$@"\'', "torchrun", '"${train[@]}"']
+    container: list[str] = []
+    mounts = list(dict.fromkeys((f"{ROOT}:{ROOT}", f"{job.directory}:{job.directory}", *slurm.mounts)))
+    if slurm.container == "pyxis":
+        container = [
+            f"--container-image={shlex.quote(slurm.image)}",
+            f"--container-mounts={shlex.quote(','.join(mounts))}",
+            f"--container-workdir={shlex.quote(str(job.working_directory))}",
+        ]
+    elif slurm.container == "apptainer":
+        binds = [f"--bind={shlex.quote(mount)}" for mount in mounts]
+        nv = ["--nv"] if job.recipe.cluster.device == "cuda" else []
+        inside[-1:-1] = ["apptainer", "exec", *nv, *binds, shlex.quote(slurm.image)]  # it, too, must not die of USR1
+    step = [
+        "srun",
+        "--kill-on-bad-exit=1",  # the first node to fail ends the others in seconds, not after NCCL's timeout
+        '--cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"',
+        "--cpu-bind=none",
+        "--open-mode=append",
+        '--output="${run//%/%%}/logs/%N-%n-$SLURM_JOB_ID.log"',
+        *container,
+    ]
+    return [
+        "# One agent a node; ranks meet at the first node. A new meeting for every start.",
+        "train=(",
+        f"  {shlex.quote(job.python)} -m torch.distributed.run",
+        f'  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} --max-restarts={slurm.restarts}',
+        '  --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"',
+        '  --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
+        f'  {shlex.quote(str(PRETRAIN))} "${{overrides[@]}}"',
+        ")",
+        "# SLURM's warning goes to every process of the step. The agent would die of it, so it ignores it; the ranks",
+        "# set a handler of their own: they finish the step, save and leave with 0.",
+        " \\\n  ".join([" ".join(step[:4]), " ".join(step[4:6]), *container, " ".join(inside)]),
+        "rc=$?",
+    ]
+
+
+_AFTER = """
+# Judged by what the run left, never by a code of its own: torchrun turns every failure into 1.
+[ -e "$run/finished" ] && exit 0
+[ -e "$run/refused" ] && { cat "$run/refused" >&2; exit 2; }
+# No trap for TERM anywhere above: scancel ends this shell before the next line, and the job stays cancelled.
+echo "srun left with $rc before the run was finished; requeue (start $starts since ${newest:-the beginning})" >&2
+scontrol requeue "$job"
+"""
+
+_AFTER_CHAINED = """
+# Judged by what the run left, never by a code of its own: torchrun turns every failure into 1.
+[ -e "$run/finished" ] && exit 0
+[ -e "$run/refused" ] && { cat "$run/refused" >&2; exit 2; }
+# A job of a chain: after the warning before the time limit the next job goes on; a failure is tried again here.
+[ "$rc" -eq 0 ] && exit 0
+# No trap for TERM anywhere above: scancel ends this shell before the next line, and the job stays cancelled.
+echo "srun left with $rc before the run was finished; requeue (start $starts since ${newest:-the beginning})" >&2
+scontrol requeue "$job"
+"""

@@ -1,0 +1,106 @@
+"""What became of submitted jobs: state beside the run's own last words."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dsv3_megatron.run_directory import RunDirectory
+from launcher.slurm.client import job_facts
+from parallel.errors import ClusterError
+from parallel.units import show_count, show_duration
+
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "REQUEUED", "RESIZING")
+
+
+def jobs_file(directory: Path) -> Path:
+    """Return where the jobs of a run are noted, an object a line."""
+    return directory / "jobs.jsonl"
+
+
+def note_job(directory: Path, job: str, dependency: str | None) -> None:
+    """Keep the number of a submitted job."""
+    line = {"job": job, "submitted": datetime.now(UTC).isoformat(timespec="seconds"), "dependency": dependency}
+    with jobs_file(directory).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def jobs_of(directory: Path) -> list[dict[str, Any]]:
+    """Return the jobs noted, oldest first. Raises ClusterError when none was ever submitted from here."""
+    if not jobs_file(directory).is_file():
+        raise ClusterError(f"run = {directory} has no jobs.jsonl: no job was submitted for it; see launcher/submit.py")
+    return [json.loads(line) for line in jobs_file(directory).read_text().splitlines() if line.strip()]
+
+
+def active_jobs(directory: Path) -> list[str]:
+    """Return the jobs of a run that wait or run."""
+    if not jobs_file(directory).is_file():
+        return []
+    active = []
+    for noted in jobs_of(directory):
+        if any(facts.get("JobState") in ACTIVE for facts in job_facts(noted["job"])):
+            active.append(noted["job"])
+    return active
+
+
+def status_text(directory: Path) -> str:
+    """Return the jobs of a run, their states, and where the run stands."""
+    lines = []
+    for noted in jobs_of(directory)[-10:]:
+        facts = job_facts(noted["job"])
+        if not facts:
+            lines.append(f"job {noted['job']:<10} ended longer ago than the controller remembers")
+        for task in facts:
+            lines.append(_job_line(task))
+    return "\n".join([*lines, *_run_lines(RunDirectory(directory))])
+
+
+def _job_line(facts: dict[str, str]) -> str:
+    parts = [f"job {facts.get('JobId', '?'):<10} {facts.get('JobState', '?'):<10}"]
+    if facts.get("JobState") == "PENDING":
+        parts.append(f"waits: {facts.get('Reason')}")
+    elif facts.get("NodeList", "(null)") != "(null)":
+        parts.append(f"{facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts['NodeList']}")
+    if facts.get("Restarts", "0") != "0":
+        parts.append(f"restarts {facts['Restarts']}")
+    if facts.get("JobState") in ("FAILED", "NODE_FAIL", "TIMEOUT", "CANCELLED"):
+        parts.append(f"reason {facts.get('Reason')}, exit code {facts.get('ExitCode')}")
+    return "  ".join(parts)
+
+
+def _run_lines(run: RunDirectory) -> list[str]:
+    lines = []
+    steps = run.read_metrics()
+    if steps:
+        last = steps[-1]
+        age = show_duration(max(0.0, time.time() - run.metrics.stat().st_mtime))
+        lines.append(
+            f"step {last['step']}  loss {last['lm_loss'] if last['lm_loss'] is not None else float('nan'):.4f}  "
+            f"{show_count(last['tokens'])} tokens  {show_count(last['tokens_per_second'])} tok/s  "
+            f"skipped {last['skipped']}  ({age} ago)"
+        )
+    else:
+        lines.append("no step yet")
+    saved = sorted(p.name for p in run.checkpoints.glob("step_*") if p.name[5:].isdigit())
+    lines.append(f"newest checkpoint: {saved[-1] if saved else 'none'}")
+    if run.finished.exists():
+        lines.append("finished")
+    if run.refused.exists():
+        lines.append(f"stopped for good: {run.refused.read_text().strip()}")
+    return lines
+
+
+def log_text(directory: Path, lines: int) -> str:
+    """Return the tail of the newest log of the job and of every node that wrote one in the newest start."""
+    newest = jobs_of(directory)[-1]["job"]
+    files = sorted(directory.glob(f"slurm-{newest}*.out")) + sorted((directory / "logs").glob(f"*-{newest}.log"))
+    if not files:
+        raise ClusterError(f"job {newest} of run = {directory} has written no log yet; ask status for its state")
+    parts = []
+    for file in files:
+        tail = file.read_text(errors="replace").splitlines()[-lines:]
+        parts.append(f"==> {file} <==\n" + "\n".join(tail))
+    return "\n\n".join(parts)

@@ -1,0 +1,163 @@
+"""report.html: from files alone, every panel filled, no network, readable on a phone; looked at by a real browser."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, thinned
+from dsv3_megatron.report.facts import read_run
+from dsv3_megatron.report.page import page, write_report
+from dsv3_megatron.report.panels import PANELS
+from dsv3_megatron.report.writer import draw_schedule
+from launcher.compose import compose, resolved_yaml
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+)  # fmt: skip
+
+
+def metrics(step, tokens):
+    return {
+        "step": step, "tokens": tokens, "loss": 8.0 / step, "lm_loss": 7.0 / step + 1, "mtp_loss": 7.5 / step + 1,
+        "balance_loss": 1e-4, "learning_rate": 1e-3, "grad_norm": 1.0 + 50 * (step == 40), "global_batch": 8,
+        "step_seconds": 2.0, "tokens_per_second": 1000.0, "tflops_per_device": 0.5, "mfu": None,
+        "bubble_fraction": 0.2, "memory_peak_bytes": 3 * 2**30, "max_violation": 0.5, "max_violation_running": 0.2,
+        "layer_violation": [0.4, 0.6], "rerouted_choices": None, "dropped_choices": None, "skipped": 1,
+        "data_seconds": 0.1, "pipeline_seconds": 1.5, "update_seconds": 0.4,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory as a pipeline of two leaves it after sixty steps, a skip and a restart."""
+    directory = tmp_path_factory.mktemp("report") / "run"
+    directory.mkdir()
+    name = "<script>alert('x')</script> & a very long name " + "x" * 60
+    recipe = compose(["recipe=dsv3_tiny", "parallel.pipeline=2", "parallel.schedule=dualpipe", f'run.name="{name}"'])
+    (directory / "recipe.yaml").write_text(resolved_yaml(recipe))
+    (directory / "environment.json").write_text(json.dumps({"world": {"size": 2}, "git_commit": "0123456789abc"}))
+    lines = [metrics(step, 4096 * step) for step in range(1, 61)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "tok')
+    stamp = "2026-01-01T00:0{}:00+00:00"
+    events = [
+        {"event": "started", "time": stamp.format(0)},
+        {"event": "held_out", "time": stamp.format(1), "step": 20, "held_out_loss": 1.5, "bits_per_byte": 1.0},
+        {"event": "saved", "time": stamp.format(1), "step": 20, "path": "step_20", "stall_seconds": 1.0},
+        {"event": "resumed", "time": stamp.format(2), "step": 20, "path": "step_20"},
+        {"event": "skipped", "time": stamp.format(3), "step": 40, "reason": "<b>gradient</b>"},
+    ]
+    (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    loads = [[100.0 + 10 * layer + expert for expert in range(16)] for layer in range(4)]
+    (directory / "expert_load.jsonl").write_text(json.dumps({"step": 50, "loads": loads}) + "\n")
+    draw_schedule(recipe, 8, directory / "schedule.svg")
+    write_report(directory)
+    return directory
+
+
+def test_every_panel_is_filled(run):
+    facts = read_run(run)
+    for title, panel in PANELS.items():
+        assert 'class="none">n' not in panel(facts), title
+    text = (run / "report.html").read_text()
+    assert "60 of 200" in text and "skipped</dt><dd>1" in text and "0123456789"[:9] in text
+    assert "skipped at step 40" in text and "resumed at step 20" in text
+
+
+def test_what_others_wrote_cannot_become_markup(run):
+    text = (run / "report.html").read_text()
+    assert "<script" not in text and "<b>gradient" not in text
+    assert "&lt;script&gt;" in text and "&lt;b&gt;gradient" in text
+
+
+def test_the_report_asks_for_nothing_from_anywhere(run):
+    text = (run / "report.html").read_text()
+    assert "default-src 'none'" in text
+    outside = re.sub(r'xmlns="[^"]*"', "", text)
+    assert not re.search(r"https?://|@import|url\((?!#)", outside)
+
+
+def test_effective_time_is_useful_seconds_over_all(run):
+    assert read_run(run).effective_time == pytest.approx(120 / 180)
+
+
+def test_a_run_that_has_just_begun_has_a_report(run, tmp_path):
+    shutil.copy(run / "recipe.yaml", tmp_path / "recipe.yaml")
+    text = page(read_run(tmp_path))
+    assert text.count('class="none"') >= 5 and 'http-equiv="refresh"' in text
+
+
+def test_the_plan_shows_where_the_run_stands(run):
+    facts = read_run(run)
+    recipe = facts.recipe
+    now = Regime(recipe.optim, recipe.data.sequence_length).learning_rate(facts.last["tokens"])
+    assert f"now <b>{now:.2e}</b>" in PANELS["Learning rate"](facts)
+    assert facts.budget_tokens == 200 * recipe.optim.global_batch * 256
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
+def test_thinning_keeps_the_extremes_and_the_order(values):
+    points = list(enumerate(values))
+    kept = thinned(points, most=50)
+    assert len(kept) <= 100 and kept == sorted(kept)
+    assert min(v for _, v in kept) == min(values) and max(v for _, v in kept) == max(values)
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=20), st.booleans())
+def test_any_numbers_can_be_drawn(values, logarithmic):
+    svg = draw(Chart([Series("a", list(enumerate(values)))], "x", "y", logarithmic=logarithmic))
+    assert "nan" not in svg and "inf" not in svg.replace("info", "")
+    finite = [v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
+    assert bool(finite) == ("<svg" in svg)
+
+
+def test_the_heat_map_shows_who_is_busy():
+    svg = heat_map([[0, 0, 4, 0], [1, 1, 1, 1]], "layers", "experts")
+    assert re.search(r'class="h8" d="M2 0h1v1h-1z"', svg)
+    assert re.search(r'class="h4" d="(M\d 1h1v1h-1z){4}"', svg)
+    assert re.search(r'class="h0" d="(M\d 0h1v1h-1z){3}"', svg)
+
+
+def browser(directory, *words):
+    words = ("timeout", "120", CHROMIUM, *FLAGS, f"--user-data-dir={directory / 'profile'}", *words)
+    return subprocess.run(words, capture_output=True, text=True, timeout=150)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install with: apt-get install chromium")
+def test_a_browser_shows_it_on_desk_and_phone(run, tmp_path):
+    """The page is framed at three widths by a page of ours that reports what the browser laid out."""
+    text = (run / "report.html").read_text()
+    text = re.sub(r'<meta http-equiv="(Content-Security-Policy|refresh)"[^>]*>', "", text)  # lets our probe run
+    probe = (
+        "<script>onload=()=>{const wide=document.documentElement.scrollWidth-innerWidth;"
+        "const low=[...document.querySelectorAll('section')].filter(s=>s.getBoundingClientRect().height<40).length;"
+        "const font=matchMedia('(prefers-color-scheme:dark)').matches;"
+        "const back=getComputedStyle(document.body).backgroundColor;"
+        "parent.postMessage([innerWidth,wide,low,document.querySelectorAll('svg').length,font,back].join(' '),'*')}"
+        "</script>"
+    )
+    (tmp_path / "inner.html").write_text(text.replace("</body>", probe + "</body>"))
+    frames = "".join(f'<iframe src="inner.html" width="{w}" height="900"></iframe>' for w in (360, 768, 1280))
+    listen = "<script>onmessage=e=>document.querySelector('pre').append(e.data+';')</script>"
+    outer = f"<!doctype html><pre></pre>{frames}{listen}"
+    (tmp_path / "outer.html").write_text(outer)
+    page_url = f"file://{tmp_path}/outer.html"
+    for scheme, dark in (("1", "false"), ("0", "true")):
+        done = browser(tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=5000",
+                       "--allow-file-access-from-files", "--dump-dom", page_url)  # fmt: skip
+        found = re.search(r"<pre>(.*?);?</pre>", done.stdout, re.S)
+        assert found and found[1], done.stderr[-2000:]
+        told = [line.split(" ", 5) for line in found[1].split(";") if line]
+        assert sorted(int(t[0]) for t in told) == [360, 768, 1280]
+        for width, overflow, low, drawings, is_dark, background in told:
+            assert int(overflow) <= 0, f"scrolls sideways at {width}"
+            assert low == "0" and int(drawings) >= 11
+            assert is_dark == dark and background == ("rgb(16, 21, 27)" if dark == "true" else "rgb(246, 247, 249)")

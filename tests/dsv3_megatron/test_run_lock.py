@@ -1,0 +1,88 @@
+"""One job at a time in a run directory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsv3_megatron.run_lock import STALE_SECONDS, run_lock
+from parallel.errors import RunInUseError
+
+
+def lock_of(directory, age_seconds=0.0, **owner):
+    """Write a lock as another owner would have left it."""
+    path = directory / "lock"
+    path.write_text(json.dumps({"host": "elsewhere", "process": 1, "job": None, "since": "x", **owner}))
+    then = time.time() - age_seconds
+    os.utime(path, (then, then))
+
+
+def test_the_lock_is_there_while_the_run_lasts(tmp_path):
+    with run_lock(tmp_path):
+        owner = json.loads((tmp_path / "lock").read_text())
+        assert owner["process"] == os.getpid()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_second_trainer_is_refused_with_owner_and_age(tmp_path):
+    lock_of(tmp_path, age_seconds=30, job="77")
+    with (
+        pytest.raises(RunInUseError, match=r"job 77, process 1 on elsewhere \(last sign of life (29|30|31)") as caught,
+        run_lock(tmp_path),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "lock").read_text())["job"] == "77"
+
+
+def test_a_live_process_on_this_host_holds_it_however_old(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        lock_of(tmp_path, age_seconds=10 * STALE_SECONDS, host=os.uname().nodename, process=sleeper.pid)
+        with pytest.raises(RunInUseError), run_lock(tmp_path):
+            pass
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    with run_lock(tmp_path):  # the same lock, its owner dead
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_torn_lock_is_nobodys(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_silent_owner_elsewhere_is_taken_over(tmp_path):
+    lock_of(tmp_path, age_seconds=STALE_SECONDS + 5)
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_requeued_job_takes_its_own_lock_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    lock_of(tmp_path, age_seconds=1, job="12")
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_lock_that_was_taken_over_is_left_to_its_new_owner(tmp_path):
+    with run_lock(tmp_path):
+        lock_of(tmp_path)
+    assert json.loads((tmp_path / "lock").read_text())["host"] == "elsewhere"
+
+
+def test_a_batch_job_is_told_of_mistakes_but_not_of_a_lock(tmp_path, monkeypatch):
+    from launcher.pretrain import leave_word
+    from parallel.errors import RecipeError
+
+    monkeypatch.setenv("DSV3_REFUSED_FILE", str(tmp_path / "refused"))
+    leave_word(RunInUseError("another"))
+    assert not (tmp_path / "refused").exists()
+    leave_word(RecipeError("a key"))
+    assert (tmp_path / "refused").read_text() == "recipe: a key\n"

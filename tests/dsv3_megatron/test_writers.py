@@ -1,0 +1,128 @@
+"""W&B and TensorBoard: everything a step reports arrives, read back with their own readers."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3_megatron.metric_names import GROUPS, NAMES, grouped
+from dsv3_megatron.metrics import StepMetrics
+from dsv3_megatron.wandb_run import WandbRun, run_id
+from dsv3_megatron.writers import open_writers
+from launcher.compose import compose
+from parallel.layout import Layout
+
+KINDS = {"int": 3, "float": 0.5, "int | None": 2, "float | None": 0.25, "list[float] | None": [0.5, 0.75]}
+METRICS = StepMetrics(**{field.name: KINDS[field.type] for field in fields(StepMetrics)})
+LOADS = np.arange(32.0).reshape(2, 16)
+HELD_OUT = {"held_out_loss": 1.5, "bits_per_byte": 0.75, "step": 3}
+
+
+def recipe(directory, *words):
+    return compose(["recipe=dsv3_tiny", "parallel.pipeline=2", "run.name=a b", f"run.directory={directory}", *words])
+
+
+def records(directory):
+    """Return what W&B's own reader finds in the newest offline run."""
+    newest = max((directory / "wandb").glob("offline-run-*"))
+    wandb = Path(sys.executable).parent / "wandb"
+    done = subprocess.run([wandb, "leet", "inspect", "--json", newest], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def life(directory, step, *words):
+    """One start of a run: a step, loads, an evaluation."""
+    writers = open_writers(recipe(directory, *words), Layout(pp=2), step - 1, 0, print)
+    for writer in writers:
+        writer.write(replace(METRICS, step=step))
+        writer.loads(step, LOADS)
+        writer.event("held_out", {**HELD_OUT, "step": step})
+        writer.close()
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """The run directory of a run that was started twice, and what W&B wrote in each life."""
+    directory = tmp_path_factory.mktemp("wandb") / "run"
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text("{}\n")
+    life(directory, 3, "logging.report_every_seconds=0", "logging.tensorboard=true")
+    first = records(directory)
+    life(directory, 4, "logging.report_every_seconds=0", "logging.tensorboard=true")
+    return directory, first, records(directory)
+
+
+def history(records):
+    return {k: v for record in records if record["type"] == "history" for k, v in record["history"]["item"].items()}
+
+
+def test_every_metric_has_a_name_in_a_group():
+    missing = {field.name for field in fields(StepMetrics)} - set(NAMES)
+    assert not missing
+    assert len(set(NAMES.values())) == len(NAMES) == sum(len(keys) for keys in GROUPS.values())
+
+
+def test_the_offline_file_holds_every_metric(offline):
+    found = history(offline[1])
+    for name, value in grouped(asdict(METRICS)):
+        assert name in found, f"{name} is not among {sorted(found)}"
+        assert float(found[name]) == value
+    assert float(found["evaluation/held_out_loss"]) == 1.5 and float(found["evaluation/bits_per_byte"]) == 0.75
+
+
+def test_expert_load_is_a_histogram_of_every_layer(offline):
+    found = history(offline[1])
+    for layer, load in enumerate(LOADS):
+        name = f"moe/load/layer_{layer:02d}"
+        assert found[f"{name}._type"] == "histogram"
+        expected, _ = np.histogram(load / load.mean(), bins=found[f"{name}.bins"])
+        assert list(found[f"{name}.values"]) == list(expected) and expected.sum() == load.size
+
+
+def test_the_config_is_the_resolved_recipe(offline):
+    [run] = [r["run"] for r in offline[1] if r["type"] == "run"][:1]
+    text = json.dumps(run)
+    assert "n_routed_experts" in text and '"schedule"' in text
+    assert run["run_group"] == "dsv3_tiny"
+
+
+def test_schedule_and_recipe_are_artifacts(offline):
+    text = json.dumps([r for r in offline[1] if "artifact" in json.dumps(r)])
+    assert "schedule.svg" in text and "recipe.yaml" in text
+
+
+def test_a_requeued_run_keeps_its_id(offline):
+    directory, first, second = offline
+    ids = {
+        r["run"].get("run_id", r["run"].get("id")) for records in (first, second) for r in records if r["type"] == "run"
+    }
+    assert ids == {run_id(directory)}
+    assert float(history(second)["train/step"]) == 4
+
+
+def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
+    import dsv3_megatron.wandb_run as module
+
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 2)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    told = []
+    writer = WandbRun(recipe(tmp_path, "logging.wandb=online"), told.append)
+    writer.write(METRICS)
+    writer.close()
+    assert len(told) == 1 and "kept offline" in told[0] and "\n" not in told[0]
+    assert "train/lm_loss" in history(records(tmp_path))
+
+
+def test_tensorboard_reads_every_metric_back(offline):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = event_accumulator.EventAccumulator(str(offline[0] / "tensorboard"))
+    reader.Reload()
+    scalars = set(reader.Tags()["scalars"])
+    assert {name for name, _ in grouped(asdict(METRICS))} <= scalars
+    assert [e.step for e in reader.Scalars("train/lm_loss")] == [3, 4]
+    assert "moe/load/layer_01" in reader.Tags()["histograms"]
