@@ -53,7 +53,9 @@ class Arguments(BaseModel):
 
     steps: int = Field(400, ge=60, description="steps of 4,096 tokens each")
     jobs: int = Field(2, description="trainings side by side, one thread each")
-    variants: str = Field(",".join(VARIANTS), description="which to train; all that were trained are reported")
+    variants: str = Field(
+        ",".join(VARIANTS), description="which to train; all that were, at least half, are reported; none = report only"
+    )
 
 
 def train(name: str, steps: int) -> None:
@@ -79,15 +81,21 @@ def directory(name: str, steps: int) -> Path:
 
 
 def losses(name: str, steps: int) -> list[float] | None:
-    """Return a variant's loss curve, smoothed, or None where it is not trained to the end."""
+    """Return a variant's loss curve as far as it was trained, smoothed, or None where that is not worth a figure."""
     path = directory(name, steps) / "metrics.jsonl"
     raw = [json.loads(line)["lm_loss"] for line in path.read_text().splitlines()] if path.exists() else []
-    if len(raw) < steps:
+    if len(raw) < steps // 2:
         return None
     smooth = [raw[0]]
     for value in raw[1:]:
         smooth.append(0.9 * smooth[-1] + 0.1 * value)
     return smooth
+
+
+def held_out(name: str, steps: int) -> float:
+    """Return the held-out loss after the last step."""
+    summary = json.loads((directory(name, steps) / "summary.json").read_text())
+    return round(summary["after"]["held_out_loss"], 5)
 
 
 def trained_at(steps: int) -> str:
@@ -102,13 +110,14 @@ def report(steps: int) -> dict:
     rows = {}
     for name, curve in curves.items():
         relative = [100 * (mine - theirs) / theirs for mine, theirs in zip(curve, reference)]
-        summary = json.loads((directory(name, steps) / "summary.json").read_text())
-        late = relative[steps // 4 :]
+        late, finished = relative[steps // 4 :], len(curve) >= steps
         rows[name] = {
             "meaning": MEANING[name],
+            "steps": len(curve),
             "final_smoothed_loss": round(curve[-1], 5),
-            "held_out_loss": round(summary["after"]["held_out_loss"], 5),
+            "held_out_loss": held_out(name, steps) if finished else None,
             "difference_percent_at_the_end": round(relative[-1], 4),
+            "mean_difference_percent_after_a_quarter": round(sum(late) / len(late), 4),
             "largest_difference_percent_after_a_quarter": round(max(late, key=abs), 4),
             "difference_percent": [round(value, 4) for value in relative[:: max(1, steps // 100)]],
         }
@@ -140,7 +149,8 @@ def main() -> None:
     """Train what is missing, then print and write the table."""
     arguments = parse_arguments(Arguments, sys.argv[1:])
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda name: train(name, arguments.steps), arguments.variants.split(",")))
+        wanted = [name for name in arguments.variants.split(",") if name in VARIANTS]
+        list(pool.map(lambda name: train(name, arguments.steps), wanted))
     rows = report(arguments.steps)
     import torch
 
@@ -151,15 +161,16 @@ def main() -> None:
         ).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "tokens_each": arguments.steps * 4096,
+        "tokens_a_step": 4096,
         "variants": rows,
     }
     RESULTS.write_text(json.dumps(made, indent=1) + "\n")
-    print(f"{'variant':<24}{'final loss':>11}{'held-out':>10}{'end, %':>9}{'largest, %':>12}")
+    print(f"{'variant':<24}{'steps':>6}{'final loss':>11}{'held-out':>10}{'end, %':>9}{'mean, %':>9}{'largest, %':>12}")
     for name, row in rows.items():
         print(
-            f"{name:<24}{row['final_smoothed_loss']:>11}{row['held_out_loss']:>10}"
-            f"{row['difference_percent_at_the_end']:>9}{row['largest_difference_percent_after_a_quarter']:>12}"
+            f"{name:<24}{row['steps']:>6}{row['final_smoothed_loss']:>11}{row['held_out_loss'] or '-':>10}"
+            f"{row['difference_percent_at_the_end']:>9}{row['mean_difference_percent_after_a_quarter']:>9}"
+            f"{row['largest_difference_percent_after_a_quarter']:>12}"
         )
 
 
