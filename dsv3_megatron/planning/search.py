@@ -135,10 +135,10 @@ def _run(
 
 def why_it_wins(best: Found, own: Found) -> str:
     """Return in words where the time that the best layout saves over the recipe's own comes from."""
-    gains = {
-        "less work a rank": own.busy_seconds - best.busy_seconds,
-        "less waiting": own.bubble_seconds - best.bubble_seconds,
-        "shorter tail": own.tail_seconds - best.tail_seconds,
+    changes = {
+        "work of a rank": best.busy_seconds - own.busy_seconds,
+        "waiting": best.bubble_seconds - own.bubble_seconds,
+        "tail": best.tail_seconds - own.tail_seconds,
     }
-    parts = [f"{name} ({value:+.2f} s)" for name, value in gains.items() if abs(value) >= 0.005]
+    parts = [f"{name} {value:+.2f} s" for name, value in changes.items() if abs(value) >= 0.005]
     return f"{own.seconds - best.seconds:.2f} s shorter than the recipe's own: {', '.join(parts) or 'the same'}"
