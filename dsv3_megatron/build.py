@@ -205,11 +205,12 @@ def _build_chunks(
             )
         chunk.to(device)
         std = recipe.model.initializer_range
-        initialise(chunk, first_layer=sum(layers[:stage]), std=std, seed=recipe.run.seed, groups=groups)
+        first = sum(layers[:stage])
+        initialise(chunk, first_layer=first, std=std, seed=recipe.run.seed, groups=groups)
         keep_bias_in_float32(chunk)
         if backend.name == "te" and fp8 is not None:
             exempt_no_mtp(chunk)
-        apply_fp8(chunk, fp8, first_layer=sum(layers[:stage]), layers=recipe.model.num_hidden_layers, make=make)
+        apply_fp8(chunk, fp8, first_layer=first, layers=recipe.model.num_hidden_layers, make=make)
         chunks[stage] = chunk
     return chunks
 

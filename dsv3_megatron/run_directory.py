@@ -90,12 +90,12 @@ class RunDirectory:
 
     def write_start(self, resolved_recipe: str, world: dict[str, Any]) -> None:
         """Write recipe.yaml and environment.json."""
-        _write_atomically(self.recipe, resolved_recipe)
-        _write_atomically(self.path / "environment.json", json.dumps(environment(world), indent=2) + "\n")
+        write_atomically(self.recipe, resolved_recipe)
+        write_atomically(self.path / "environment.json", json.dumps(environment(world), indent=2) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
-        _write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the steps written so far."""
@@ -104,7 +104,8 @@ class RunDirectory:
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from dsv3_megatron.fits import OVERLAPPING
 from dsv3_megatron.precision import transformer_engine
 from dsv3_megatron.precision.hopper import why_not
 from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.shapes import check_shapes
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import LayoutError, RecipeError
-
-_OVERLAPPED = ("dualpipe", "dualpipev", "auto")
 
 
 def check_precision(recipe: Recipe, backend: str, device: torch.device) -> list[str]:
@@ -30,7 +29,7 @@ def check_precision(recipe: Recipe, backend: str, device: torch.device) -> list[
         reason = why_not(fp8, device)
         how = f"emulated ({reason})" if reason else "by torch's block-scaled products where shapes allow"
         return [f"FP8 of linear layers is {how}; formats: launcher/plan.py show=precision"]
-    if fp8.scaling == "delayed" and recipe.parallel.schedule in _OVERLAPPED:
+    if fp8.scaling == "delayed" and recipe.parallel.schedule in OVERLAPPING:
         raise LayoutError(
             f"precision.fp8.scaling = delayed under parallel.schedule={recipe.parallel.schedule} would train without "
             "FP8 on te (megatron-core's overlapped plan opens no autocast for it); set scaling=current, or "

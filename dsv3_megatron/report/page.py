@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
 from dsv3_megatron.report.facts import RunFacts, read_run
 from dsv3_megatron.report.panels import PANELS, WIDE
+from dsv3_megatron.run_directory import write_atomically
 from parallel.units import show_count, show_duration
 
 _REFRESH_SECONDS = 60
@@ -17,9 +17,7 @@ _REFRESH_SECONDS = 60
 def write_report(directory: Path) -> Path:
     """Write report.html of a run directory, whole or not at all; return its path."""
     path = directory / "report.html"
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page(read_run(directory)))
-    os.replace(temporary, path)
+    write_atomically(path, page(read_run(directory)))
     return path
 
 
