@@ -55,6 +55,9 @@ class LinkSettings(BaseModel):
 
     gigabytes_per_second: float = Field(gt=0, description="10^9 bytes a second a GPU can send, as achieved")
     latency_microseconds: float = Field(ge=0)
+    own_node: bool = Field(
+        False, description="between nodes: counts what stays on its node as sent, as DeepEP's benchmark prints it"
+    )
 
 
 class ClusterSettings(BaseModel):
@@ -70,8 +73,14 @@ class ClusterSettings(BaseModel):
     peak_tflops: dict[Literal["fp32", "bf16", "fp8"], float] = Field(
         default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
     )
+    architecture: Literal["hopper", "blackwell"] = Field(
+        "hopper", description="which published kernels the planner prices with (dsv3_megatron/planning/efficiency.py)"
+    )
     sms: NonNegativeInt = 0
     communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")
+    exchange_sms: NonNegativeInt = Field(
+        0, description="SMs that dispatch and combine had where links were measured; 0 = the links alone bound them"
+    )
     memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
     reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
     dollars_per_gpu_hour: float = Field(2.0, ge=0)

@@ -14,6 +14,8 @@ timeline and memory bars. Exit code 3 when it does not fit. Its own keys:
     report=FILE.html   timeline of one step and memory by rank, self-contained
     calibrate=FILE     stage times measured on a real GPU instead of the roofline's (docs/planning.md)
     search=true        try hundreds of layouts; top=N rows (20), save=NAME writes recipes/recipe/NAME.yaml
+    assume=overlap     as if interleaved and 1F1B hid exchanges behind another microbatch's kernels, as in other
+                       frameworks; here DualPipe and DualPipeV alone do
     advice=false       skip the search for overrides that would help
 
 With show=VIEW the keys are show, format (text or json), output (a file), at and svg. All others are overrides of the
@@ -37,7 +39,7 @@ from parallel.errors import RecipeError
 View = Callable[[Sequence[str], dict[str, str]], str]
 VIEWS: dict[str, View] = {"precision": show_precision, "regime": show_regime}
 _OF_VIEWS = ("show", "format", "output", "at", "svg")
-_OWN = (*_OF_VIEWS, "world", "report", "calibrate", "search", "top", "save", "advice")
+_OWN = (*_OF_VIEWS, "world", "report", "calibrate", "search", "top", "save", "advice", "assume")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -25,11 +25,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes of GPUs: a fast link inside, a slower one between."""
+    """Nodes of GPUs: a fast link inside, a slower one between.
+
+    ``own_node``: the slower link's bandwidth counts, of dispatches and combines, what stays on its node as sent too, as
+    DeepEP's benchmark prints it (its README).
+    """
 
     gpus_per_node: int
     intra: Link
     inter: Link
+    own_node: bool = False
 
     def nodes_of(self, members: Sequence[int]) -> int:
         """Return how many nodes a group of ranks lies on."""
@@ -90,6 +95,21 @@ def nodes_reached(nodes: int, groups: int, chosen_groups: int, experts_per_token
     return nodes * (1 - none_here)
 
 
+def ranks_reached(ranks: int, experts: int, groups: int, chosen_groups: int, experts_per_token: int) -> float:
+    """Return on how many of ``ranks`` one token's experts lie, on average, with even routing.
+
+    Two experts of a token may lie on one rank, which then gets the token once. Experts are spread as for
+    :func:`nodes_reached`; those of a chosen group are taken to be a whole number, the nearest.
+    """
+    here, in_group = experts // ranks, experts // groups
+    if here >= in_group:
+        spanned = here // in_group
+        return ranks * (1 - math.comb(groups - spanned, chosen_groups) / math.comb(groups, chosen_groups))
+    each = min(max(1, round(experts_per_token / chosen_groups)), in_group)
+    elsewhere = math.comb(in_group - here, each) / math.comb(in_group, each)
+    return chosen_groups * in_group / here * (1 - elsewhere)
+
+
 def expert_exchange(
     fabric: Fabric, members: Sequence[int], *, tokens: float, experts_per_token: int, nodes: float, token_bytes: float
 ) -> Moved:
@@ -110,7 +130,6 @@ def expert_exchange(
     ranks_reached = inside * (1 - (1 - 1 / inside) ** (experts_per_token / nodes))
     handed = nodes * ranks_reached * (inside - 1) / inside
     intra, inter = tokens * handed * token_bytes, tokens * across * token_bytes
-    # DeepEP's bandwidths count a token's own node as reached over the network (its README): so does the time.
-    wire = tokens * nodes * token_bytes if spans > 1 else 0.0
+    wire = tokens * (nodes if fabric.own_node and spans > 1 else across) * token_bytes
     seconds = max(fabric.intra.seconds(intra), fabric.inter.seconds(wire) if spans > 1 else 0.0)
     return Moved(intra, inter, seconds)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from dsv3_megatron.planning.roofline import Device, Format
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
+from parallel.links import ranks_reached
 
 Pass = str  # F, I or W
 Kind = str  # what a kernel does, for tables
@@ -62,6 +63,7 @@ class Kernels:
         self.rows = self.tokens * self.model.num_experts_per_tok * layout.expert_tp
         self.high: Format = "bf16" if recipe.precision.parameters == "bf16" else "fp32"
         self.fp8 = recipe.precision.fp8 is not None
+        self.cached = self.fp8 and recipe.precision.fp8.swiglu_cache == "e4m3"
         self.form: Format = "fp8" if self.fp8 else self.high
         self.size = 2 if self.high == "bf16" else 4
         self.recompute = set(recipe.parallel.recompute)
@@ -144,10 +146,12 @@ class Kernels:
             times.add("I", "rope", rope)
         # Below the diagonal only; a CP rank's two zigzag pieces have its even share of the pairs.
         pairs = self.sequences * self.recipe.data.sequence_length**2 / 2 / self.layout.cp
-        times.add("F", "attention core", device.attention(2 * pairs * heads * (qk + v)))
-        times.add("I", "attention core", device.attention(2 * pairs * heads * (3 * qk + 2 * v), backward=True))
+        pairs *= heads
+        core = device.attention(pairs, 2 * (qk + v))
+        times.add("F", "attention core", core)
+        times.add("I", "attention core", device.attention_backward(pairs, 2 * (3 * qk + 2 * v)))
         if "attention" in self.recompute:
-            times.add("I", "attention core", device.attention(2 * pairs * heads * (qk + v)))
+            times.add("I", "attention core", core)
 
     def _feed_forward(self, times: PartTimes, width: int, recomputed_by: str) -> None:
         """SwiGLU with its two layers, for a dense layer or the shared experts."""
@@ -175,7 +179,8 @@ class Kernels:
         self._linear(times, first)
         self._linear(times, second)
         activation = self._swiglu(times, self.rows * width)
-        if "moe_act" in self.recompute or "moe" in self.recompute:
+        self._sort(times)
+        if ("moe_act" in self.recompute and not self.cached) or "moe" in self.recompute:
             times.add("I", "swiglu", activation)
         if "moe" in self.recompute:
             self._forward(times, first, "I")
@@ -184,9 +189,32 @@ class Kernels:
     def _swiglu(self, times: PartTimes, outputs: float) -> float:
         """Count SwiGLU of ``outputs`` numbers; return its forward's seconds."""
         forward = self.device.memory(outputs * 3 * self.size)  # reads two, writes one
+        backward = self.device.memory(outputs * 5 * self.size)  # reads three, writes two
+        if self.cached:  # its input is kept in FP8, and its output made once more on the way
+            forward += self.device.memory(outputs * 2)
+            backward = self.device.memory(outputs * (2 + 4 * self.size))
         times.add("F", "swiglu", forward)
-        times.add("I", "swiglu", self.device.memory(outputs * 5 * self.size))  # reads three, writes two
+        times.add("I", "swiglu", backward)
         return forward
+
+    def _sort(self, times: PartTimes) -> None:
+        """Count sorting received tokens by expert, one copy for each, and bringing them together again afterwards.
+
+        A token that two experts of this rank want comes once. Backward does the same, the other way round.
+        """
+        model = self.model
+        received = (
+            self.tokens
+            * self.layout.expert_tp
+            * ranks_reached(
+                self.layout.ep, model.n_routed_experts, model.n_group, model.topk_group, model.num_experts_per_tok
+            )
+        )
+        moved = (received + self.rows) * self.model.hidden_size
+        dispatched = 1 + 4 / 128 if self.fp8 and self.recipe.precision.fp8.dispatch == "e4m3" else self.size
+        seconds = self.device.memory(moved * dispatched) + self.device.memory(moved * self.size)
+        times.add("F", "sorting", seconds)
+        times.add("I", "sorting", seconds)
 
     def _norms(self, times: PartTimes, forward: float) -> None:
         times.add("F", "norm", forward)

@@ -10,6 +10,7 @@ from typing import Any
 from dsv3_megatron.model.costs import Parameters, count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.planning.memory import Held, RankMemory, held_parameters, rank_memory, receives_ahead
+from dsv3_megatron.planning.pairing import paired
 from dsv3_megatron.planning.stage_memory import StageMemory
 from dsv3_megatron.planning.steptime import StepModel, StepTime, step_time
 from dsv3_megatron.precision.on_te import as_carried_out
@@ -172,12 +173,14 @@ def make_plan(
     *,
     measure: Measure | None = None,
     times: Times | None = None,
+    overlap: bool = False,
 ) -> Plan:
     """Return the plan of a recipe on ``world`` ranks.
 
     Args:
         measure: how stages' memory is found; None = by fake forwards of the real modules.
         times: of the stages, where they were measured.
+        overlap: plan as if the schedule overlapped forwards with backwards, ours or not.
     Raises: LayoutError, ScheduleError: it cannot be.
     """
     recipe = _as_carried_out(recipe)
@@ -185,6 +188,7 @@ def make_plan(
     tokens = recipe.run.tokens or 0
     batch = Regime(recipe.optim, recipe.data.sequence_length).global_batch(tokens)
     schedule = schedule_of(recipe, batch // (recipe.optim.micro_batch * layout.dp))
+    schedule = paired(schedule) if overlap else schedule
     if measure is None:
         from dsv3_megatron.planning.activations import measure_stages as measure  # torch: seconds to import
     stages = measure(recipe, layout, layers, schedule)

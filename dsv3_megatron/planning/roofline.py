@@ -1,7 +1,6 @@
-"""How long a kernel takes on a GPU that nobody has here: hardware peaks times efficiencies that others have measured.
+"""How long a kernel takes on a GPU that nobody has here: peaks, times the shares of them that others have measured.
 
-Every efficiency is fitted to a published table and is a share of a peak of the cluster file, so that it carries over to
-GPUs with other peaks; that it does is an assumption. No number here was chosen to hit a step time.
+The shares and their sources: :mod:`~dsv3_megatron.planning.efficiency`.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from dsv3_megatron.planning.efficiency import EFFICIENCIES, Efficiency
 from dsv3_megatron.recipe import ClusterSettings
 
 Format = Literal["fp8", "bf16", "fp32"]
 
 # DeepGEMM's README, first release: FP8 products with fine-grained scales on an H800 (132 SMs), M, N, K -> TFLOP/s.
-# The rows with training's M; those with M = 64 and 128 are bound by memory and give MEMORY_SHARE.
+# The rows with training's M; those with M = 64 and 128 are bound by memory.
 DEEPGEMM = (
     (4096, 2112, 7168, 1058),
     (4096, 24576, 1536, 990),
@@ -30,17 +30,6 @@ DEEPGEMM = (
     (8 * 4096, 7168, 2048, 1093),
 )
 _H800_SMS, _H800_FP8 = 132, 1979.0
-# The fastest memory-bound row of that table: 2,668 of 3,350 GB/s.
-MEMORY_SHARE = 2668 / 3350
-# FlashAttention-3 on an H100, head dimension 128, causal, 4K tokens: 579 TFLOP/s forward (arXiv 2407.08608, figure 5;
-# torch's benchmark suite measured 590). Backward: figure 6 has 542 without the causal mask only; the mask is taken to
-# cost what it costs the forward there, 579 of 638.
-ATTENTION_FORWARD, ATTENTION_BACKWARD = 579 / 989.5, 542 * 579 / 638 / 989.5
-# DeepSeek's published profile (deepseek-ai/profile-data, train.json: 4,096 tokens, 112 of an H800's 132 SMs), a layer:
-# 4.78e12 operations of FP8 weight gradients, added to float32, in 8.2 ms; 7.0e9 bytes of casts in 4.2 ms. No table of
-# microbenchmarks has these two, so the profile is no test of them.
-WEIGHT_GRADIENT_SHARE = 4.78e12 / 8.2e-3 / (1979e12 * 112 / 132)
-CAST_SHARE = 7.0e9 / 4.2e-3 / 3350e9
 _TILE = 128
 
 
@@ -76,6 +65,11 @@ class Device:
     busy_sms: int = 0
 
     @property
+    def efficiency(self) -> Efficiency:
+        """What its architecture's kernels reach."""
+        return EFFICIENCIES[self.cluster.architecture]
+
+    @property
     def _share_of_sms(self) -> float:
         return (self.cluster.sms - self.busy_sms) / self.cluster.sms
 
@@ -90,6 +84,8 @@ class Device:
             return 0.0
         sms = self.cluster.sms - self.busy_sms
         most, half = _fit()
+        if form == "fp8" and self.efficiency.fp8_at_7168 is not None:
+            most = self.efficiency.fp8_at_7168 * (1 + half / 7168)
         tiles = groups * math.ceil(m / _TILE) * math.ceil(n / _TILE)
         filled = groups * (m / _TILE) * (n / _TILE) / (math.ceil(tiles / sms) * sms)
         rate = self.peak(form) * self._share_of_sms * most / (1 + half / k) * min(1.0, filled)
@@ -99,19 +95,27 @@ class Device:
 
     def weight_gradient(self, m: float, n: float, k: float, form: Format, *, groups: int = 1) -> float:
         """Return the time of products [m, k] x [k, n] that are added to float32 gradients."""
-        if form == "fp8":
-            return 2.0 * groups * m * n * k / (self.peak(form) * self._share_of_sms * WEIGHT_GRADIENT_SHARE)
+        share = self.efficiency.fp8_weight_gradient
+        if form == "fp8" and share is not None:
+            return 2.0 * groups * m * n * k / (self.peak(form) * self._share_of_sms * share)
         return self.product(m, n, k, form, groups=groups) + self.memory(8 * groups * m * n)
 
     def cast(self, nbytes: float) -> float:
         """Return the time to quantise: read, find scales, write, transposed or not."""
-        return nbytes / (self.cluster.memory_terabytes_per_second * 1e12 * CAST_SHARE)
+        return nbytes / (self.cluster.memory_terabytes_per_second * 1e12 * self.efficiency.cast)
 
-    def attention(self, operations: float, *, backward: bool = False) -> float:
-        """Return the time of attention's products, ``operations`` of them, causal halves already left out."""
-        share = ATTENTION_BACKWARD if backward else ATTENTION_FORWARD
+    def attention(self, pairs: float, operations_of_pair: float) -> float:
+        """Return the time of attention's forward over ``pairs`` of query and key, summed over heads, causal halves
+        already left out; ``operations_of_pair``: two for every channel of a key and of a value."""
+        return self._attention(pairs * operations_of_pair, self.efficiency.attention_forward(operations_of_pair))
+
+    def attention_backward(self, pairs: float, operations_of_pair: float) -> float:
+        """Return the time of attention's backward, its own recomputation of the scores included."""
+        return self._attention(pairs * operations_of_pair, self.efficiency.attention_backward)
+
+    def _attention(self, operations: float, share: float) -> float:
         return operations / (self.peak("bf16") * self._share_of_sms * share)
 
     def memory(self, nbytes: float) -> float:
         """Return the time to move bytes to and from the device's memory. A few SMs less do not slow it."""
-        return nbytes / (self.cluster.memory_terabytes_per_second * 1e12 * MEMORY_SHARE)
+        return nbytes / (self.cluster.memory_terabytes_per_second * 1e12 * self.efficiency.memory)

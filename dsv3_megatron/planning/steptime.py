@@ -23,7 +23,8 @@ from parallel.simulator import Timeline, Times, simulate
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of one pass of one stage: kernels on all SMs, kernels beside communication, exchanges with experts.
+    """Seconds of one pass of one stage: kernels on all SMs, kernels beside communication; exchanges with experts alone,
+    and on the SMs they have beside kernels.
 
     Gathers and scatters of TP and CP lie between the kernels that need them: they count as kernels.
     """
@@ -31,6 +32,7 @@ class Work:
     kernels: float
     kernels_beside: float
     exchanges: float
+    exchanges_beside: float
 
     @property
     def alone(self) -> float:
@@ -101,25 +103,30 @@ class StepModel:
             whole, beside = (
                 sum(count * self.parts[name][i].total(which) for name, count in contents.items()) for i in (0, 1)
             )
-            return Work(whole + gathers[which], beside + gathers[which], exchanges[which])
+            gathered, exchanged = gathers[which], exchanges[which]
+            slower = self.traffic.slower_beside_kernels
+            return Work(whole + gathered, beside + gathered, exchanged, exchanged * slower)
 
         return StageWork(work("F"), work("I"), work("W"))
 
     def _exchanges(self, contents: dict[str, int]) -> dict[str, float]:
         """Return the seconds of a stage's dispatches and combines in each pass.
 
-        The backward of a combine is a dispatch, that of a dispatch a combine.
+        The backward of a combine is a dispatch, that of a dispatch a combine. Recomputing a whole MoE layer exchanges
+        its tokens once more.
         """
         one = self.traffic.dispatch().seconds + self.traffic.combine().seconds
         seconds = contents.get("moe", 0) * one
-        return {"F": seconds, "I": seconds, "W": 0.0}
+        again = seconds if {"full", "moe"} & set(self.recipe.parallel.recompute) else 0.0
+        return {"F": seconds, "I": seconds + again, "W": 0.0}
 
     def _gathers(self, contents: dict[str, int]) -> dict[str, float]:
         """Return the seconds of TP's and CP's collectives in each pass; backward scatters what forward gathers."""
         moe, dense = contents.get("moe", 0), contents.get("dense", 0)
         seconds = moe * self.traffic.tensor(moe=True).seconds + dense * self.traffic.tensor(moe=False).seconds
         seconds += (moe + dense) * self.traffic.context().seconds
-        return {"F": seconds, "I": seconds, "W": 0.0}
+        again = seconds if "full" in self.recipe.parallel.recompute else 0.0
+        return {"F": seconds, "I": seconds + again, "W": 0.0}
 
     def times(self) -> Times:
         """Return what the simulator needs."""
@@ -139,7 +146,7 @@ _PARTS = ("dense", "moe", "embedding", "head", "mtp_joint")
 def overlapped(forward: StageWork, backward: StageWork) -> float:
     """Return what a forward of one stage takes with a whole backward of another: kernels or exchanges, the longer."""
     parts = (forward.forward, backward.input_grad, backward.weight_grad)
-    return max(sum(p.kernels_beside for p in parts), sum(p.exchanges for p in parts))
+    return max(sum(p.kernels_beside for p in parts), sum(p.exchanges_beside for p in parts))
 
 
 def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times: Times | None = None) -> StepTime:

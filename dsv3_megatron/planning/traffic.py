@@ -27,7 +27,9 @@ def fabric_of(cluster: ClusterSettings) -> Fabric:
             return Link(1e9, 0.0)
         return Link(settings.gigabytes_per_second * 1e9, settings.latency_microseconds * 1e-6)
 
-    return Fabric(max(cluster.gpus_per_node, 1), link("intra_node"), link("inter_node"))
+    between = cluster.inter_node or cluster.intra_node
+    own_node = between is not None and between.own_node
+    return Fabric(max(cluster.gpus_per_node, 1), link("intra_node"), link("inter_node"), own_node)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ class Traffic:
         self.message_bytes = round(self.tokens * recipe.model.hidden_size * self.size)
         fp8 = recipe.precision.fp8
         self.fp8_dispatch = fp8 is not None and fp8.dispatch == "e4m3"
+
+    @property
+    def slower_beside_kernels(self) -> float:
+        """How much longer a dispatch or combine takes on the SMs that kernels leave it than where its bandwidth was
+        measured: each SM moves its own share of the tokens."""
+        cluster = self.recipe.cluster
+        if not cluster.communication_sms or not cluster.exchange_sms:
+            return 1.0
+        return max(1.0, cluster.exchange_sms / cluster.communication_sms)
 
     def dispatch(self) -> Moved:
         """Return one dispatch: FP8 with a float32 scale per 128 numbers, or the parameters' format."""

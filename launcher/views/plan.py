@@ -33,7 +33,10 @@ def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:
     check_layout(recipe, world)
     from dsv3_megatron.planning.plan import make_plan
 
-    plan = make_plan(recipe, world, measure=_measure(options), times=_times(options, recipe))
+    overlap = _overlap(options)
+    plan = make_plan(recipe, world, measure=_measure(options), times=_times(options, recipe), overlap=overlap)
+    if overlap:
+        print("assume=overlap: planned as if every backward of the steady phase ran beside a forward")
     help_wanted = options.get("advice", "true") != "false"
     print("\n".join(text_of(plan, advise=help_wanted)))
     write(Path(options.get("output", "plan.json")), json.dumps(plan.as_json(), indent=1) + "\n", "output")
@@ -58,6 +61,13 @@ def _times(options: dict[str, str], recipe: object) -> object:
     from dsv3_megatron.planning.calibrate import times_from_file
 
     return times_from_file(Path(options["calibrate"]), recipe)
+
+
+def _overlap(options: dict[str, str]) -> bool:
+    assumed = options.get("assume")
+    if assumed not in (None, "overlap"):
+        raise RecipeError(f"assume = {assumed} is not known; write assume=overlap or leave it out")
+    return assumed is not None
 
 
 def _number(options: dict[str, str], key: str) -> int | None:

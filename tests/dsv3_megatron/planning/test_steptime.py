@@ -6,8 +6,10 @@ import pytest
 
 from dsv3_megatron.planning.calibrate import times_from_file
 from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.kernels import Kernels
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.planning.roofline import DEEPGEMM, Device
+from dsv3_megatron.planning.steptime import StepModel
 from dsv3_megatron.recipe import ClusterSettings
 from launcher.compose import compose
 from parallel.errors import RecipeError
@@ -39,6 +41,33 @@ def test_deepseek_step_is_predicted_within_fifteen_percent():
     assert plan.tflops_per_device(causal=False) / plan.tflops_per_device(causal=True) == pytest.approx(
         432 / 385, rel=2e-3
     )
+
+
+def test_recomputing_whole_layers_exchanges_their_tokens_once_more():
+    def backward(*recompute):
+        recipe = compose(["recipe=dsv3_671b", "parallel.schedule=1f1b", f"parallel.recompute=[{','.join(recompute)}]"])
+        return StepModel(recipe, recipe.layout(2048), (4,) * 15 + (1,)).stage(5)
+
+    plain, whole = backward(), backward("full")
+    assert whole.input_grad.exchanges == pytest.approx(2 * plain.input_grad.exchanges)
+    assert whole.forward == plain.forward
+
+
+def test_exchanges_take_longer_on_fewer_sms_than_they_were_measured_with():
+    recipe = compose(["recipe=dsv3_671b"])  # 20 SMs, of DeepEP's 24
+    stage = StepModel(recipe, recipe.layout(2048), (4,) * 15 + (1,)).stage(5)
+    assert stage.forward.exchanges_beside == pytest.approx(1.2 * stage.forward.exchanges)
+
+
+@pytest.mark.parametrize(("expert", "twice"), [(128, 1 / 31), (64, 3 / 31), (32, 7 / 31)])
+def test_sorting_reads_each_token_of_a_rank_once_and_writes_a_copy_for_each_of_its_experts(expert, twice):
+    """Two of a token's 8 experts come from each of its 4 groups of 32: the other one is here with chance ``twice``."""
+    recipe = compose(["recipe=dsv3_671b", f"parallel.expert={expert}", "precision.fp8.dispatch=high"])
+    device = Device(recipe.cluster)
+    seconds = Kernels(recipe, recipe.layout(2048), device).layer(moe=True).passes["F"]["sorting"]
+    rows = 4096 * 8
+    moved = rows + rows * (1 - twice / 2)
+    assert seconds == pytest.approx(2 * device.memory(moved * 7168 * 2))
 
 
 def test_measured_times_replace_the_roofline(tmp_path):
