@@ -39,6 +39,15 @@ def test_plan_of_the_paper_keeps_its_contract(tmp_path, capsys):
     assert "tightest is rank" in out
 
 
+def test_a_cluster_without_hardware_facts_leaves_prices_null_and_every_key_there(tmp_path):
+    _, priced = _plan(tmp_path, "recipe=dsv3_671b", "--fast", "advice=false")
+    code, plan = _plan(tmp_path, "recipe=dsv3_671b", "cluster=slurm", "cluster.nodes=256", "--fast", "advice=false")
+    assert code == 0
+    assert plan["step"].keys() == priced["step"].keys()
+    assert plan["step"].pop("tokens") == priced["step"]["tokens"] == 62_914_560
+    assert set(plan["step"].values()) == {None}
+
+
 @pytest.mark.parametrize("recipe", options("recipe"))
 def test_every_shipped_recipe_has_a_plan(tmp_path, recipe):
     code, plan = _plan(tmp_path, f"recipe={recipe}", "--fast", "advice=false")
