@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_exit_code_3_and_the_table_all_the_same(tmp_path, c
     ("arguments", "says"),
     [
         (["cluster=h8_2048"], "did you mean h800_2048"),
-        (["cluster=h100_8"], "needs 1,024 GPUs, but cluster=h100_8 has 8"),
+        (["cluster=h100_8"], "needs 1,024 GPUs, but cluster=h100_8 has 8; nearest that can be: parallel."),
         (["world=4096"], "has 2,048 GPUs"),
         (["world=none"], "write world=N"),
         (["parallel.expert=48"], "nearest that do: 32, 64"),
@@ -78,6 +78,16 @@ def test_what_cannot_be_is_one_line(arguments, says):
     with pytest.raises(UserError, match=re.escape(says)) as caught:
         main(["recipe=dsv3_671b", "--fast", *arguments])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cluster", ["h100_8", "h200_1", "h800_256"])
+def test_the_nearest_layout_that_is_named_can_be(tmp_path, cluster):
+    arguments = ["recipe=dsv3_671b", f"cluster={cluster}", "--fast", "advice=false"]
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    named = str(caught.value).split("nearest that can be: ")[1].split()
+    code, plan = _plan(tmp_path, *arguments, *named)
+    assert code == (0 if plan["fits"] else 3)
 
 
 def test_report_holds_timeline_and_bars_and_needs_nothing_else(tmp_path):
