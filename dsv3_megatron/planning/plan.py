@@ -22,6 +22,19 @@ from parallel.layout import Layout
 from parallel.links import Moved
 from parallel.simulator import Times
 
+# Keys of plan.json's step that need the cluster's hardware facts.
+_PRICED = (
+    "seconds",
+    "bubble_seconds",
+    "pipeline_seconds",
+    "gradient_tail_seconds",
+    "optimizer_seconds",
+    "tokens_per_second",
+    "mfu",
+    "mfu_not_causal",
+    "tflops_per_device",
+    "gpu_hours_per_trillion_tokens",
+)
 Measure = Callable[[Recipe, Layout, tuple[int, ...], Schedule], list[StageMemory]]
 
 
@@ -118,7 +131,8 @@ class Plan:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Return plan.json. ``step`` and ``traffic`` are null where the cluster file has no hardware facts."""
+        """Return plan.json. ``traffic``, and in ``step`` all but ``tokens``, are null where the cluster file has no
+        hardware facts."""
         parameters, parallel = self.parameters, self.recipe.parallel
         return {
             "recipe": self.recipe.recipe,
@@ -141,7 +155,7 @@ class Plan:
             },
             "ranks": [{**asdict(rank), "total_bytes": rank.total_bytes} for rank in self.ranks],
             "traffic": self._traffic_json() if self.model else None,
-            "step": self._step_json() if self.step else None,
+            "step": self._step_json(),
         }
 
     def _traffic_json(self) -> dict[str, Any]:
@@ -152,6 +166,8 @@ class Plan:
 
     def _step_json(self) -> dict[str, Any]:
         step = self.step
+        if step is None:  # every key all the same, so that what reads the file need not ask
+            return {**dict.fromkeys(_PRICED), "tokens": self.tokens}
         return {
             "seconds": step.seconds,
             "bubble_seconds": step.bubble_seconds,

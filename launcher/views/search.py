@@ -21,12 +21,14 @@ GIB = 2**30
 def search_run(recipe: Recipe, world: int, overrides: Sequence[str], options: dict[str, str]) -> int:
     """Search, print the best, write the winner; return 0, or raise what a user can mend."""
     from dsv3_megatron.planning.plan import missing_facts
-    from dsv3_megatron.planning.search import search_layouts, why_it_wins
+    from dsv3_megatron.planning.search import other_degrees, search_layouts, why_it_wins
 
     if missing := missing_facts(recipe):
         raise RecipeError(
             f"cluster.{missing} is not given by cluster={recipe.cluster.name}, and layouts are ranked by time"
         )
+    if options.get("save") == "":
+        raise RecipeError("save = is no name; write save=NAME, or leave it out")
     top = int(options.get("top", "20")) if options.get("top", "20").isdecimal() else 20
     start = time.monotonic()
     own, found, tried = search_layouts(recipe, world, progress=_progress())
@@ -40,11 +42,12 @@ def search_run(recipe: Recipe, world: int, overrides: Sequence[str], options: di
             f"no layout of {world:,} GPUs fits cluster={recipe.cluster.name}; take more or larger GPUs"
         )
     if own is not None:
-        print(
-            f"\nthe first {why_it_wins(found[0], own)}"
-            if found[0].seconds < own.seconds
-            else "\nnone beats the recipe's own"
-        )
+        if found[0].seconds < own.seconds * 0.9995:
+            print("\nthe first is " + why_it_wins(found[0], own, "the recipe's own"))
+        else:
+            print("\nnone beats the recipe's own")
+    if (other := other_degrees(found)) is not None:
+        print(f"the first is {why_it_wins(found[0], other, 'the next of other degrees')}")
     name = options.get("save", f"{recipe.recipe}_searched")
     path = RECIPES / "recipe" / f"{name}.yaml" if "save" in options else Path(f"{name}.yaml")
     from launcher.views.plan import write
@@ -74,7 +77,8 @@ def recipe_file(recipe: Recipe, overrides: Sequence[str], found: Found, name: st
         key, _, value = word.partition("=")
         section, _, field = key.partition(".")
         sections.setdefault(section, []).append(f"  {field}: {value.replace(',', ', ')}")
-    sections.setdefault("parallel", []).append("  stages: null")
+    if not any(word.startswith("parallel.stages=") for word in found.overrides):
+        sections.setdefault("parallel", []).append("  stages: null")
     lines = [
         "# @package _global_",
         f"# Found by python launcher/plan.py {given} search=true: {found.seconds:.2f} s a step, not measured.",

@@ -39,6 +39,15 @@ def test_plan_of_the_paper_keeps_its_contract(tmp_path, capsys):
     assert "tightest is rank" in out
 
 
+def test_a_cluster_without_hardware_facts_leaves_prices_null_and_every_key_there(tmp_path):
+    _, priced = _plan(tmp_path, "recipe=dsv3_671b", "--fast", "advice=false")
+    code, plan = _plan(tmp_path, "recipe=dsv3_671b", "cluster=slurm", "cluster.nodes=256", "--fast", "advice=false")
+    assert code == 0
+    assert plan["step"].keys() == priced["step"].keys()
+    assert plan["step"].pop("tokens") == priced["step"]["tokens"] == 62_914_560
+    assert set(plan["step"].values()) == {None}
+
+
 @pytest.mark.parametrize("recipe", options("recipe"))
 def test_every_shipped_recipe_has_a_plan(tmp_path, recipe):
     code, plan = _plan(tmp_path, f"recipe={recipe}", "--fast", "advice=false")
@@ -57,7 +66,7 @@ def test_what_does_not_fit_is_exit_code_3_and_the_table_all_the_same(tmp_path, c
     ("arguments", "says"),
     [
         (["cluster=h8_2048"], "did you mean h800_2048"),
-        (["cluster=h100_8"], "needs 1,024 GPUs, but cluster=h100_8 has 8"),
+        (["cluster=h100_8"], "needs 1,024 GPUs, but cluster=h100_8 has 8; nearest that can be: parallel."),
         (["world=4096"], "has 2,048 GPUs"),
         (["world=none"], "write world=N"),
         (["parallel.expert=48"], "nearest that do: 32, 64"),
@@ -69,6 +78,16 @@ def test_what_cannot_be_is_one_line(arguments, says):
     with pytest.raises(UserError, match=re.escape(says)) as caught:
         main(["recipe=dsv3_671b", "--fast", *arguments])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cluster", ["h100_8", "h200_1", "h800_256"])
+def test_the_nearest_layout_that_is_named_can_be(tmp_path, cluster):
+    arguments = ["recipe=dsv3_671b", f"cluster={cluster}", "--fast", "advice=false"]
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    named = str(caught.value).split("nearest that can be: ")[1].split()
+    code, plan = _plan(tmp_path, *arguments, *named)
+    assert code == (0 if plan["fits"] else 3)
 
 
 def test_report_holds_timeline_and_bars_and_needs_nothing_else(tmp_path):
