@@ -134,6 +134,19 @@ def test_the_warning_saves_requeues_and_goes_on_bit_exact(undisturbed, cluster, 
     same_losses(run, undisturbed)
 
 
+def test_a_warning_before_there_are_ranks_is_kept(cluster, tmp_path):
+    """The agents are still importing torch: they ignore the signal, and nobody else is there to hear it."""
+    run = tmp_path / "warned early"
+    [job] = submit(run, "run.steps=4")
+    wait_for(lambda: list((run / "logs").glob("environment-*")), 60, lambda: f"{facts(job)}\n{logs(run)}")
+    time.sleep(1)  # srun has started the shells around the agents
+    assert not (run / "lock").exists()
+    subprocess.run(["scancel", "-s", "USR1", job], check=True)
+    assert wait_for_end(job, run) == "COMPLETED", logs(run)
+    assert facts(job)["Restarts"] == "1" and "asked to stop before the first step" in logs(run)
+    assert [s["step"] for s in steps(run)] == [1, 2, 3, 4]
+
+
 def test_scancel_leaves_a_valid_checkpoint_and_no_requeue(cluster, tmp_path):
     run = tmp_path / "cancelled"
     [job] = submit(run, "run.steps=2000")
@@ -226,7 +239,16 @@ def test_slurm_judges_a_script_without_running_it(cluster, tmp_path, capsys):
 @pytest.mark.skipif("SLURM_LONG" not in os.environ, reason="takes three minutes; set SLURM_LONG=1")
 def test_the_time_limit_itself_warns_and_the_run_goes_on(undisturbed, cluster, tmp_path):
     run = tmp_path / "timed"
-    [job] = submit(run, "run.steps=1000000", "cluster.time_limit=2", "cluster.slurm.warning_seconds=60")
+    words = (
+        "run.steps=1000000",
+        "checkpoint.every_steps=0",
+        "cluster.time_limit=2",
+        "cluster.slurm.warning_seconds=60",
+    )
+    [job] = submit(run, *words)
     wait_for(lambda: facts(job)["Restarts"] == "1", 180, lambda: f"{facts(job)}\n{logs(run)}")
+    last = steps(run)[-1]["step"]
     wait_for(lambda: resumed(run), 120, lambda: logs(run))
+    [saved] = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if '"resumed"' in line]
+    assert saved["step"] == last > 0  # no step lost: the only save is the warning's
     cancelled(job, run)
