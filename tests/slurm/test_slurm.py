@@ -6,6 +6,7 @@ What trains is small; jobs whose training does not matter run a stand-in for Pyt
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 
@@ -13,8 +14,10 @@ import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from launcher.slurm.client import job_facts
+from launcher.slurm.job import ROOT
 from launcher.submit import main
 from parallel.errors import ClusterError
+from tests.docs.test_docs import commands
 from tests.tiny import SMALL
 
 pytestmark = pytest.mark.slow
@@ -117,6 +120,17 @@ def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     assert "COMPLETED" in text and "step 40 " in text and "finished" in text
     assert main(["logs", f"run={undisturbed}", "lines=3"]) == 0
     assert "finished: 40 steps" in capsys.readouterr().out
+
+
+def test_the_command_of_the_page_runs(cluster, tmp_path, capsys):
+    """What docs/slurm.md offers to try on one machine, with a smaller model."""
+    [command] = [c for c in commands(ROOT / "docs" / "slurm.md") if "cluster.device=cpu" in c]
+    run = tmp_path / "by hand"
+    [job] = submit(run, *SMALL, "run.steps=3", base=shlex.split(command)[2:])
+    assert wait_for_end(job, run) == "COMPLETED", logs(run)
+    capsys.readouterr()
+    assert main(["status", f"run={run}"]) == 0
+    assert "step 3 " in capsys.readouterr().out
 
 
 def test_the_warning_saves_requeues_and_goes_on_bit_exact(undisturbed, cluster, tmp_path, capsys):
