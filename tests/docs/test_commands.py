@@ -102,7 +102,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", EVERY)
+@pytest.mark.parametrize("command", EVERY, ids=lambda command: command[:70])
 def test_the_command_runs(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for pattern, word in STAND_INS:

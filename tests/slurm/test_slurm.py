@@ -119,7 +119,8 @@ def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     text = capsys.readouterr().out
     assert "COMPLETED" in text and "step 40 " in text and "finished" in text
     assert main(["logs", f"run={undisturbed}", "lines=3"]) == 0
-    assert "finished: 40 steps" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "finished: 40 steps" in text and text.index("COMPLETED") < text.index("step 40 ") < text.index("==>")
 
 
 def test_the_command_of_the_page_runs(cluster, tmp_path, capsys):
@@ -161,11 +162,15 @@ def test_a_warning_before_there_are_ranks_is_kept(cluster, tmp_path):
     assert [s["step"] for s in steps(run)] == [1, 2, 3, 4]
 
 
-def test_scancel_leaves_a_valid_checkpoint_and_no_requeue(cluster, tmp_path):
+def test_cancelling_leaves_a_valid_checkpoint_and_no_requeue(cluster, tmp_path, capsys):
     run = tmp_path / "cancelled"
     [job] = submit(run, "run.steps=2000")
     at_step(run, 6)
-    assert cancelled(job, run) == "CANCELLED"
+    capsys.readouterr()
+    assert main(["cancel", f"run={run}"]) == 0  # scancel
+    text = capsys.readouterr().out
+    assert f"cancelled {job}" in text and f"job {job}" in text and re.search(r"step \d+  loss", text)
+    assert wait_for_end(job, run, 60) == "CANCELLED"
     found, wrong = newest_valid(run / "checkpoints")
     assert found is not None and not wrong
     assert facts(job)["Restarts"] == "0"
