@@ -1,4 +1,4 @@
-"""A run's health: signals that end it after the step in hand, and steps that are not taken.
+"""A run's health: steps that are not taken, and a stop that all ranks agree on.
 
 A step whose loss or gradient norm is not finite, or lies far above the recent ones, is skipped: weights, moments and
 router biases stay, its tokens count as consumed. The rule for "far" is OLMo-core's SkipStepOptimizer: more than six
@@ -9,19 +9,14 @@ progress that checkpoints hold, so that a resumed run decides as the undisturbed
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from dsv3_megatron.health_settings import HealthSettings
-
-# Ctrl-C, a scheduler's end, a closed terminal, SLURM's warning
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
@@ -80,28 +75,8 @@ def nonfinite_gradients(parameters: dict[str, torch.nn.Parameter], most: int = 3
     return list(dict.fromkeys(name for names in found for name in names))[:most]
 
 
-class StopSignals:
-    """Turns the first signal into a wish to stop, which all ranks then share; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in STOPPING:
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
-        signal.signal(number, self._before[number])  # torchrun passes Ctrl-C on: a second one is meant
-
-    def agreed(self, device: torch.device, flags: Sequence[int] = ()) -> list[int]:
-        """Return whether any rank was asked to stop (1 or 0), then each of ``flags``: the largest over all ranks."""
-        told = torch.tensor([int(self.wanted), *flags], device=device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return told.tolist()
+def stop_agreed(wanted: bool, device: torch.device, flags: Sequence[int] = ()) -> list[int]:
+    """Return whether any rank was asked to stop (1 or 0), then each of ``flags``: the largest over all ranks."""
+    told = torch.tensor([int(wanted), *flags], device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return told.tolist()

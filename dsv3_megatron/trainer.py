@@ -20,7 +20,7 @@ from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
-from dsv3_megatron.health import HealthState, StepGuard, StopSignals, nonfinite_gradients
+from dsv3_megatron.health import HealthState, StepGuard, nonfinite_gradients, stop_agreed
 from dsv3_megatron.metrics import (
     JsonLines,
     MetricsWriter,
@@ -37,12 +37,15 @@ from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.start_from import nothing_to_start_from, other_model, starting_candidates
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
+from dsv3_megatron.stop_signals import StopSignals
 from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
 from parallel.errors import CheckpointError, HealthError, UserError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
+
+EARLY_STOP = "asked to stop before the first step: nothing to save, the next start goes on from here"
 
 
 class Reporter(Protocol):
@@ -193,23 +196,32 @@ class Trainer:
         by_steps = run.steps is not None and self.progress.step >= run.steps
         return by_steps or (run.tokens is not None and self.progress.tokens >= run.tokens)
 
-    def train(self) -> dict[str, Any]:
+    def train(self, signals: StopSignals) -> dict[str, Any]:
         """Train to the end, or until a signal asks to stop; return the summary. Saves in both cases."""
-        start = time.perf_counter()
-        before = self.evaluate() if not self.finished else None
-        with StopSignals() as signals:
-            while not self.finished and not self._asked_to_stop(signals):
+        start, first_step, before = time.perf_counter(), self.progress.step, None
+        with signals:
+            stop = False if self.finished else self._asked_to_stop(signals)  # asked while the run was starting
+            if not stop and not self.finished:
+                before = self.evaluate()
+            while not self.finished and not stop and not self._asked_to_stop(signals):
                 self._one_step()
                 self._between_steps()
             stopped = not self.finished
-        self.saver.save_finally(asdict(self.progress))
+        if stopped and self.progress.step == first_step:
+            self._tell_early_stop()
+        else:
+            self.saver.save_finally(asdict(self.progress))
         after = self.evaluate() if not stopped else None
         return self._summarise(before, after, time.perf_counter() - start, stopped)
+
+    def _tell_early_stop(self) -> None:
+        if self.is_first:
+            self._event("stopped_early", {"step": self.progress.step}, EARLY_STOP)
 
     def _asked_to_stop(self, signals: StopSignals) -> bool:
         """Return whether any rank was asked to stop; the same exchange moves a save under way on."""
         self.parts.watchdog.enter("the exchange between steps")
-        stop, *flags = signals.agreed(self.parts.device, self.saver.flags())
+        stop, *flags = stop_agreed(signals.wanted, self.parts.device, self.saver.flags())
         self.parts.watchdog.leave()
         self.saver.advance(Flags(*flags), self.progress.step)
         return bool(stop)
@@ -405,16 +417,25 @@ def processes(world: World, device: torch.device):
         stop_processes()
 
 
-def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) -> dict[str, Any]:
+def run(
+    recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str, signals: StopSignals | None = None
+) -> dict[str, Any]:
     """Train a recipe on this rank of a world; return the summary.
 
+    ``signals`` may have listened since the process began: a warning that came meanwhile ends the run at the next place
+    where ranks can agree on it, with nothing but ``stopped_by_signal`` in the summary if no model was built yet.
     Raises: UserError: what a user can mend, before any process group or data exists where that is possible.
     """
+    signals = signals or StopSignals()
     layout = check_world(recipe, world)
     device = choose_device(recipe.run.device, world)
     told = check_precision(recipe, backend_name(recipe.backend, device), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     with processes(world, device):
+        if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
+            if world.rank == 0:
+                reporter.note(EARLY_STOP)
+            return {"stopped_by_signal": True}
         parts = build_parts(recipe, layout, device)
         parts.watchdog = Watchdog(
             recipe.run.hang_seconds,
@@ -428,6 +449,12 @@ def run(recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str) 
             trainer.prepare()
             for line in told if trainer.is_first else ():
                 reporter.note(line)
-            return trainer.train()
+            return trainer.train(signals)
         finally:
             parts.watchdog.close()
+
+
+def _warned(signals: StopSignals, world: World, device: torch.device) -> bool:
+    if world.rank == 0:  # one rank asks the file system for all
+        signals.look_back()
+    return bool(stop_agreed(signals.wanted, device)[0])

@@ -15,6 +15,7 @@ import numpy as np
 from dsv3_megatron.metric_names import NAMES, grouped
 from dsv3_megatron.metrics import StepMetrics
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.row_numbers import RowNumbers
 from dsv3_megatron.run_directory import RunDirectory
 from parallel.errors import PackageError
 
@@ -24,9 +25,9 @@ _LOAD_BINS = np.linspace(0.0, 4.0, 33)  # of an expert's load over the mean; wha
 
 class WandbRun:
     """Logs under grouped names (train/, moe/, ...), over tokens. metrics.jsonl stays the truth: whatever happens to
-    W&B, the run goes on."""
+    W&B, the run goes on. Every row says its training step and tokens; one that is done again is a row more."""
 
-    def __init__(self, recipe: Recipe, tell: Callable[[str], None]):
+    def __init__(self, recipe: Recipe, first_step: int, tokens: int, tell: Callable[[str], None]):
         try:
             import wandb
         except ImportError:
@@ -62,10 +63,18 @@ class WandbRun:
             wandb.teardown()  # its service holds the id of the start that failed
             self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("*", step_metric=NAMES["tokens"])
+        self._rows = RowNumbers(self._directory.path / "wandb_rows")
+        self._place = {NAMES["step"]: first_step, NAMES["tokens"]: tokens}
 
     def write(self, metrics: StepMetrics) -> None:
         """Log one step."""
-        self._run.log(dict(grouped(asdict(metrics))), step=metrics.step)
+        values = dict(grouped(asdict(metrics)))
+        self._place = {name: values[name] for name in self._place}
+        self._log(values)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        """Log a row at the place in the run where the last step has led."""
+        self._run.log({**self._place, **values}, step=self._rows.take(), commit=True)
 
     def loads(self, step: int, loads: np.ndarray) -> None:
         """Log for every MoE layer, of loads [L, E], a histogram of its experts' loads over their mean."""
@@ -74,12 +83,12 @@ class WandbRun:
             relative = np.minimum(load / max(load.mean(), 1e-9), _LOAD_BINS[-1])
             histogram = self._wandb.Histogram(np_histogram=np.histogram(relative, bins=_LOAD_BINS))
             values[f"moe/load/layer_{layer:02d}"] = histogram
-        self._run.log(values, step=step)
+        self._log(values)
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Log an evaluation; its newest values are in the summary too."""
         numbers = {NAMES[k]: v for k, v in values.items() if k != "step" and k in NAMES}
-        self._run.log(numbers, step=values.get("step"))
+        self._log(numbers)
         self._run.summary.update(numbers)
 
     def close(self) -> None:

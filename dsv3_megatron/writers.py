@@ -29,7 +29,7 @@ def open_writers(
     if logging.wandb != "disabled":
         from dsv3_megatron.wandb_run import WandbRun
 
-        writers.append(WandbRun(recipe, tell))
+        writers.append(WandbRun(recipe, first_step, tokens, tell))
     if logging.tensorboard:
         from dsv3_megatron.tensorboard_run import TensorBoardRun
 

@@ -11,9 +11,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from dsv3_megatron.stop_signals import StopSignals
+
+# A warning that comes during the imports below, which take seconds, is kept too.
+SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.recipe import Recipe
@@ -24,8 +30,11 @@ from parallel.errors import RunInUseError, UserError
 from parallel.world import World
 
 
-def train(recipe: Recipe) -> int:
-    """Train on this rank of the world that torchrun started; return the exit code."""
+def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
+    """Train on this rank of the world that torchrun started; return the exit code.
+
+    ``signals``: listens already, since the process began.
+    """
     world = World.from_environment()
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second
     prepare_threads(world.size)
@@ -37,7 +46,7 @@ def train(recipe: Recipe) -> int:
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
     with run_lock(recipe.run.directory) if first else nullcontext():
-        summary = run(recipe, world, reporter, resolved_yaml(recipe))
+        summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
     return 0
@@ -56,7 +65,7 @@ def prepare_threads(world_size: int) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0 trained, 2 bad input, 3 does not fit."""
     try:
-        return run_command(train, arguments, __doc__)
+        return run_command(partial(train, signals=SIGNALS), arguments, __doc__)
     except UserError as error:
         leave_word(error)
         raise

@@ -5,7 +5,7 @@
     python launcher/submit.py recipe=R cluster=C chain=5         five jobs, each when the one before has ended
     python launcher/submit.py --multirun recipe=R cluster=C optim.learning_rate=1e-4,3e-4      a job array
     python launcher/submit.py status run=RUN_DIRECTORY           the jobs' states beside the run's last step
-    python launcher/submit.py logs run=RUN_DIRECTORY [lines=20]  the tail of every node's log
+    python launcher/submit.py logs run=RUN_DIRECTORY [lines=20]  the same, and the tail of every node's log
     python launcher/submit.py cancel run=RUN_DIRECTORY           end them; the newest checkpoint stays
 
 A job saves before its time limit and requeues itself until the run is finished; a failure is tried again from the
@@ -166,14 +166,14 @@ def look_after(what: str, asked: OneRun) -> int:
     if what == "status":
         print(status_text(run))
     elif what == "logs":
-        print(log_text(run, asked.lines))
+        print(f"{status_text(run)}\n\n{log_text(run, asked.lines)}")
     else:
         jobs_of(run)
         if not (active := active_jobs(run)):
             print("no job of this run waits or runs")
             return 0
         client.cancel(active)
-        print(f"cancelled {', '.join(active)}")
+        print(f"cancelled {', '.join(active)}\n{status_text(run)}")
     return 0
 
 

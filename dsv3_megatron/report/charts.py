@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -120,8 +121,15 @@ def _grid(low: float, high: float, y_of: Callable[[float], float], chart: Chart)
     for tick in ticks:
         y = f"{y_of(tick):.1f}"
         parts.append(f'<path class="grid" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y}" dy="4" text-anchor="end">{escape(chart.show(tick))}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y}" dy="4" text-anchor="end">{escape(short(chart.show(tick)))}</text>')
     return parts
+
+
+def short(number: str) -> str:
+    """Return a number's text without what an axis has no room for on a phone: 4.00e-03 is 4e-3, 7.000 is 7."""
+    number = re.sub(r"(\.\d*?)0+(?=e|$)", r"\1", number)
+    number = re.sub(r"\.(?=e|$)", "", number)
+    return re.sub(r"e([+-])0*(\d*)$", lambda e: f"e{e[1].strip('+')}{e[2]}" if e[2] else "", number)
 
 
 def _x_labels(low: float, high: float, x_of: Callable[[float], float], name: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from dsv3_megatron.stop_signals import WARNED_FILE
 from launcher.hydra_flags import quoted
 from launcher.slurm.job import ROOT, Job
 
@@ -139,6 +140,7 @@ def _environment(job: Job) -> list[str]:
         "MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
         "# A mistake in the recipe is written there, and ends the job for good.",
         'export DSV3_REFUSED_FILE="$run/refused"',
+        f'export {WARNED_FILE}="$run/logs/warned-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
         "# Without it restarted ranks meet under different prefixes of the store (pytorch#108158, #135712).",
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
@@ -153,9 +155,16 @@ def _environment(job: Job) -> list[str]:
     ]
 
 
+# A shell waits for its child again after every signal that it takes; it ignores the warning while the child is made.
+_KEEP_WARNING = f"""
+  trap "" USR1; "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
+  wait $!; rc=$?; while kill -0 $! 2>/dev/null; do wait $!; rc=$?; done; exit $rc
+"""
+
+
 def _training(job: Job) -> list[str]:
     slurm = job.recipe.cluster.slurm
-    inside = ["bash", "-c", '\'trap "" USR1; exec "$@"\'', "torchrun", '"${train[@]}"']
+    inside = ["bash", "-c", '"$keep_warning"', "torchrun", '"${train[@]}"']
     container: list[str] = []
     mounts = list(dict.fromkeys((f"{ROOT}:{ROOT}", f"{job.directory}:{job.directory}", *slurm.mounts)))
     if slurm.container == "pyxis":
@@ -187,7 +196,9 @@ def _training(job: Job) -> list[str]:
         f'  {shlex.quote(str(PRETRAIN))} "${{overrides[@]}}"',
         ")",
         "# SLURM's warning goes to every process of the step. The agent would die of it, so it ignores it; the ranks",
-        "# set a handler of their own: they finish the step, save and leave with 0.",
+        "# set a handler of their own: they finish the step, save and leave with 0. A warning that comes before there",
+        "# are ranks is kept in a file that they read. TERM is the agent's business, too: it gives the ranks time.",
+        f"keep_warning='{_KEEP_WARNING}'",
         " \\\n  ".join([" ".join(step[:4]), " ".join(step[4:6]), *container, " ".join(inside)]),
         "rc=$?",
     ]

@@ -2,16 +2,18 @@
 
 `make test-docker`, as root. FROM becomes debootstrap of the release the base image is made from, with its Python; ENV,
 ARG, RUN, COPY, USER and WORKDIR are done in a chroot as the file says, from a context that .dockerignore has filtered;
-then the entry point, the health check and one training step are run in it. What it cannot show: layers, the base image
-itself, HEALTHCHECK's schedule.
+then a container's life is played: the image's CMD (`make demo`) through its ENTRYPOINT, HEALTHCHECK's command before,
+during and after. What it cannot show: layers, the base image itself, HEALTHCHECK's schedule.
 
-    python -m tests.docker.clean_root [FOLDER]        FOLDER is kept, so that a second call is faster
+    python -m tests.docker.clean_root [FOLDER]        keeps FOLDER/base, the Debian, for the next call, and FOLDER/root
+    CLEAN_ROOT_CMD="python launcher/pretrain.py ..."  run that in place of the image's CMD
     CLEAN_ROOT_SHARE=/some/wheels:/other              folders of this machine that its pip configuration points to
 """
 
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import shlex
@@ -19,10 +21,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("/etc/resolv.conf", "/etc/ssl/certs", "/etc/pip.conf", "/etc/xdg/pip", "/etc/apt/apt.conf.d")
+# Host names, resolver: an engine gives them to a container, too. The rest: how this machine reaches packages.
+SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs", "/etc/pip.conf", "/etc/xdg/pip", "/etc/apt/apt.conf.d")
+HEALTH_SECONDS = 15  # between two health checks; the file's own interval is a minute
 PASSED_ON = re.compile(r"(PIP|SSL|REQUESTS|CURL)_.*|.*_(proxy|PROXY)")
 
 
@@ -64,18 +69,23 @@ class CleanRoot:
     """A Debian in a folder, and what the instructions so far have set."""
 
     def __init__(self, folder: Path, context_folder: Path):
-        self.folder, self.context = folder, context_folder
+        self.debian, self.folder, self.context = folder / "base", folder / "root", context_folder
         self.user, self.directory = "root", "/"
         self.variables = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/root", "LANG": "C.UTF-8"}
         self.variables |= {k: v for k, v in os.environ.items() if PASSED_ON.fullmatch(k)}
+        self.entry: list[str] = []
+        self.command: list[str] = []
+        self.health: list[str] = []
         self._mounts: list[Path] = []
 
     def base(self, image: str) -> None:
         """Make the Debian that the base image stands on."""
         version, release = re.fullmatch(r"python:(\d+\.\d+)\.\d+-slim-(\w+)", image).groups()
-        if not (self.folder / "usr/bin/python3").exists():
+        if not (self.debian / "usr/bin/python3").exists():
             packages = f"ca-certificates,python{version},python3-venv,python3-pip"
-            run(["debootstrap", "--variant=minbase", f"--include={packages}", release, str(self.folder)])
+            run(["debootstrap", "--variant=minbase", f"--include={packages}", release, str(self.debian)])
+        shutil.rmtree(self.folder, ignore_errors=True)
+        run(["cp", "-a", str(self.debian), str(self.folder)])
         python = self.folder / "usr/local/bin/python"
         python.unlink(missing_ok=True)
         python.symlink_to(f"/usr/bin/python{version}")
@@ -105,23 +115,17 @@ class CleanRoot:
 
     def shell(self, command: str) -> None:
         """Run a command as the image's user, in its directory."""
+        run(self.inside(command))
+
+    def inside(self, command: str) -> list[str]:
+        """Return what runs a command as the image's user, in its directory."""
         variables = [f"{k}={v}" for k, v in self.variables.items()]
         home = "/root" if self.user == "root" else f"/home/{self.user}"
         inside = f"cd {shlex.quote(self.directory)} && {command}"
-        run(
-            [
-                "chroot",
-                f"--userspec={self._ids()}",
-                str(self.folder),
-                "/usr/bin/env",
-                "-i",
-                *variables,
-                f"HOME={home}",
-                "/bin/sh",
-                "-c",
-                inside,
-            ]
-        )
+        return [
+            *("chroot", f"--userspec={self._ids()}", str(self.folder)),
+            *("/usr/bin/env", "-i", *variables, f"HOME={home}", "/bin/sh", "-c", inside),
+        ]
 
     def _ids(self) -> str:
         if self.user == "root":
@@ -157,6 +161,28 @@ class CleanRoot:
             )
         run(["chroot", str(self.folder), "chown", f"{owner}:{owner}", "/" + str(inside.relative_to(self.folder))])
 
+    def volume(self, folders: list[str]) -> None:
+        """Make a volume's folder as an engine does: one that the image lacks belongs to root."""
+        for folder in folders:
+            (self.folder / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
+
+    def live(self, command: list[str]) -> None:
+        """Run a container's command through the entry point, asking the health check as an engine would."""
+        check = shlex.join(self.health)
+        self.shell(check)
+        container = subprocess.Popen(self.inside(f"exec {shlex.join([*self.entry, *command])}"))
+        asked = 0
+        while container.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                container.wait(timeout=HEALTH_SECONDS)
+                break
+            self.shell(check)
+            asked += 1
+        if container.returncode:
+            sys.exit(f"clean_root: the container's command left with {container.returncode}")
+        self.shell(f"{check} && ls runs/*/finished")
+        print(f"healthy before, {asked} times during and after {shlex.join(command)}")
+
     def do(self, keyword: str, rest: str) -> None:
         """Carry out one instruction."""
         print(f"{keyword} {rest[:100]}", flush=True)
@@ -170,6 +196,14 @@ class CleanRoot:
             self.user = rest
         elif keyword == "WORKDIR":
             self.directory = rest
+        elif keyword == "VOLUME":
+            self.volume(json.loads(rest))
+        elif keyword == "ENTRYPOINT":
+            self.entry = json.loads(rest)
+        elif keyword == "CMD":
+            self.command = json.loads(rest)
+        elif keyword == "HEALTHCHECK":
+            self.health = json.loads(rest.partition("CMD ")[2])
         elif keyword in ("ENV", "ARG"):
             for word in shlex.split(rest):
                 name, _, value = word.partition("=")
@@ -196,17 +230,14 @@ def main(arguments: list[str]) -> int:
         try:
             for keyword, rest in instructions((ROOT / "docker" / "Dockerfile.cpu").read_text()):
                 root.do(keyword, rest)
-            root.shell("docker/health.sh")
             root.shell("test $(id -un) = trainer")
-            root.shell(
-                "docker/entrypoint.sh python launcher/pretrain.py recipe=dsv3_tiny run.steps=1 logging.wandb=disabled"
-            )
-            root.shell("docker/health.sh && test -e runs/dsv3_tiny/finished")
+            asked = shlex.split(os.environ.get("CLEAN_ROOT_CMD", "")) or root.command
+            root.live(asked)
         finally:
             root.close()
             if not arguments:
                 shutil.rmtree(folder, ignore_errors=True)
-    print("clean_root: every step of docker/Dockerfile.cpu ran; a training step, entry point and health check too")
+    print(f"clean_root: every step of docker/Dockerfile.cpu ran, then {shlex.join(asked)}, healthy throughout")
     return 0
 
 

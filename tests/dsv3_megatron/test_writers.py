@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,38 @@ def test_a_requeued_run_keeps_its_id(offline):
     assert float(history(second)["train/step"]) == 4
 
 
+def rows(records):
+    return [r["history"]["item"] for r in records if r["type"] == "history"]
+
+
+def test_steps_done_again_are_rows_of_their_own(tmp_path, capfd):
+    """After a rollback (same process) and after a kill (next process), which resumes from an older step."""
+    numbers, losses = [], []
+    for steps in (((1, 4.0), (2, 3.0), (3, 9.0), (2, 2.5), (3, 2.0)), ((2, 2.25), (3, 1.0))):
+        writer = WandbRun(recipe(tmp_path), steps[0][0] - 1, 0, print)
+        for step, loss in steps:
+            writer.write(replace(METRICS, step=step, tokens=10 * step, lm_loss=loss))
+            writer.loads(step, LOADS)
+            writer.event("held_out", {**HELD_OUT, "step": step})
+        writer.close()
+        found = rows(records(tmp_path))
+        numbers += [int(row["_step"]) for row in found]
+        losses += [(row["train/step"], row["train/lm_loss"]) for row in found if "train/lm_loss" in row]
+        assert all(row["train/tokens"] == 10 * row["train/step"] for row in found)
+        assert sum("evaluation/held_out_loss" in row for row in found) == len(steps)
+    assert losses == [(1, 4.0), (2, 3.0), (3, 9.0), (2, 2.5), (3, 2.0), (2, 2.25), (3, 1.0)]
+    assert all(a < b for a, b in pairwise(numbers)), numbers
+    assert "monotonically" not in capfd.readouterr().err
+
+
+def test_a_held_out_loss_before_the_first_step_lies_where_the_run_goes_on(tmp_path):
+    writer = WandbRun(recipe(tmp_path), 7, 70, print)
+    writer.event("held_out", {**HELD_OUT, "step": 7})
+    writer.close()
+    [row] = rows(records(tmp_path))
+    assert (row["train/step"], row["train/tokens"], row["evaluation/held_out_loss"]) == (7, 70, 1.5)
+
+
 def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
     import dsv3_megatron.wandb_run as module
 
@@ -111,7 +144,7 @@ def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     told = []
-    writer = WandbRun(recipe(tmp_path, "logging.wandb=online"), told.append)
+    writer = WandbRun(recipe(tmp_path, "logging.wandb=online"), 0, 0, told.append)
     writer.write(METRICS)
     writer.close()
     assert len(told) == 1 and "kept offline" in told[0] and "\n" not in told[0]

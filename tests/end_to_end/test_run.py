@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -243,3 +244,47 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
     path, wrong = newest_valid(place / "checkpoints")
     assert path is not None and not wrong, stderr.decode()[-2000:]
     assert read_manifest(path)["step"] == len(steps(place)) >= 2
+
+
+WARNED_WHEN_BUILT = """
+import os, runpy, signal, sys
+from dsv3_megatron.trainer import Trainer
+prepare = Trainer.prepare
+Trainer.prepare = lambda self: (prepare(self), os.kill(os.getpid(), signal.SIGUSR1))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def keeps_warnings(process):
+    """Return whether a process has a handler of SIGUSR1 by now."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc whether a handler is there")
+@pytest.mark.parametrize("moment", ["before there were ranks", "imports", "built"])
+def test_a_warning_while_the_run_starts_is_remembered(tmp_path, moment):
+    """As under SLURM's batch script: the shell around the agent ignores the warning, and the ranks inherit that."""
+    place, file = tmp_path / "warned", tmp_path / "warning"
+    if moment == "before there were ranks":
+        file.touch()
+    script = ["-c", WARNED_WHEN_BUILT] if moment == "built" else []
+    words = [sys.executable, *script, "launcher/pretrain.py", *SMALL, "run.steps=100000", f"run.directory={place}"]
+    running = subprocess.Popen(
+        ["bash", "-c", 'trap "" USR1; exec "$@"', "sh", *words],
+        cwd=ROOT, env={**os.environ, "DSV3_WARNED_FILE": str(file)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        while moment == "imports" and not keeps_warnings(running):
+            assert running.poll() is None, running.communicate()
+        if moment == "imports":
+            running.send_signal(signal.SIGUSR1)
+        stdout, stderr = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 0, stderr.decode()[-2000:]
+    assert "asked to stop before the first step" in stdout.decode()
+    assert not (place / "finished").exists() and newest_valid(place / "checkpoints")[0] is None
+    assert not (place / "metrics.jsonl").exists() or not steps(place)

@@ -6,6 +6,7 @@ What trains is small; jobs whose training does not matter run a stand-in for Pyt
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 
@@ -13,8 +14,10 @@ import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from launcher.slurm.client import job_facts
+from launcher.slurm.job import ROOT
 from launcher.submit import main
 from parallel.errors import ClusterError
+from tests.docs.test_docs import commands
 from tests.tiny import SMALL
 
 pytestmark = pytest.mark.slow
@@ -116,7 +119,19 @@ def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     text = capsys.readouterr().out
     assert "COMPLETED" in text and "step 40 " in text and "finished" in text
     assert main(["logs", f"run={undisturbed}", "lines=3"]) == 0
-    assert "finished: 40 steps" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "finished: 40 steps" in text and text.index("COMPLETED") < text.index("step 40 ") < text.index("==>")
+
+
+def test_the_command_of_the_page_runs(cluster, tmp_path, capsys):
+    """What docs/slurm.md offers to try on one machine, with a smaller model."""
+    [command] = [c for c in commands(ROOT / "docs" / "slurm.md") if "cluster.device=cpu" in c]
+    run = tmp_path / "by hand"
+    [job] = submit(run, *SMALL, "run.steps=3", base=shlex.split(command)[2:])
+    assert wait_for_end(job, run) == "COMPLETED", logs(run)
+    capsys.readouterr()
+    assert main(["status", f"run={run}"]) == 0
+    assert "step 3 " in capsys.readouterr().out
 
 
 def test_the_warning_saves_requeues_and_goes_on_bit_exact(undisturbed, cluster, tmp_path, capsys):
@@ -134,11 +149,28 @@ def test_the_warning_saves_requeues_and_goes_on_bit_exact(undisturbed, cluster, 
     same_losses(run, undisturbed)
 
 
-def test_scancel_leaves_a_valid_checkpoint_and_no_requeue(cluster, tmp_path):
+def test_a_warning_before_there_are_ranks_is_kept(cluster, tmp_path):
+    """The agents are still importing torch: they ignore the signal, and nobody else is there to hear it."""
+    run = tmp_path / "warned early"
+    [job] = submit(run, "run.steps=4")
+    wait_for(lambda: list((run / "logs").glob("environment-*")), 60, lambda: f"{facts(job)}\n{logs(run)}")
+    time.sleep(1)  # srun has started the shells around the agents
+    assert not (run / "lock").exists()
+    subprocess.run(["scancel", "-s", "USR1", job], check=True)
+    assert wait_for_end(job, run) == "COMPLETED", logs(run)
+    assert facts(job)["Restarts"] == "1" and "asked to stop before the first step" in logs(run)
+    assert [s["step"] for s in steps(run)] == [1, 2, 3, 4]
+
+
+def test_cancelling_leaves_a_valid_checkpoint_and_no_requeue(cluster, tmp_path, capsys):
     run = tmp_path / "cancelled"
     [job] = submit(run, "run.steps=2000")
     at_step(run, 6)
-    assert cancelled(job, run) == "CANCELLED"
+    capsys.readouterr()
+    assert main(["cancel", f"run={run}"]) == 0  # scancel
+    text = capsys.readouterr().out
+    assert f"cancelled {job}" in text and f"job {job}" in text and re.search(r"step \d+  loss", text)
+    assert wait_for_end(job, run, 60) == "CANCELLED"
     found, wrong = newest_valid(run / "checkpoints")
     assert found is not None and not wrong
     assert facts(job)["Restarts"] == "0"
@@ -226,7 +258,16 @@ def test_slurm_judges_a_script_without_running_it(cluster, tmp_path, capsys):
 @pytest.mark.skipif("SLURM_LONG" not in os.environ, reason="takes three minutes; set SLURM_LONG=1")
 def test_the_time_limit_itself_warns_and_the_run_goes_on(undisturbed, cluster, tmp_path):
     run = tmp_path / "timed"
-    [job] = submit(run, "run.steps=1000000", "cluster.time_limit=2", "cluster.slurm.warning_seconds=60")
+    words = (
+        "run.steps=1000000",
+        "checkpoint.every_steps=0",
+        "cluster.time_limit=2",
+        "cluster.slurm.warning_seconds=60",
+    )
+    [job] = submit(run, *words)
     wait_for(lambda: facts(job)["Restarts"] == "1", 180, lambda: f"{facts(job)}\n{logs(run)}")
+    last = steps(run)[-1]["step"]
     wait_for(lambda: resumed(run), 120, lambda: logs(run))
+    [saved] = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines() if '"resumed"' in line]
+    assert saved["step"] == last > 0  # no step lost: the only save is the warning's
     cancelled(job, run)

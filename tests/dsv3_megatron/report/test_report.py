@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.optim.regime import Regime
-from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, thinned
+from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, short, thinned
 from dsv3_megatron.report.facts import read_run
 from dsv3_megatron.report.page import page, write_report
 from dsv3_megatron.report.panels import PANELS
@@ -119,6 +119,11 @@ def test_any_numbers_can_be_drawn(values, logarithmic):
     assert bool(finite) == ("<svg" in svg)
 
 
+def test_an_axis_says_numbers_shortly():
+    given = ("4.00e-03", "0.00e+00", "2.20e-04", "1.00e+10", "7.000", "0.25", "100", "1.500K", "0")
+    assert [short(g) for g in given] == ["4e-3", "0", "2.2e-4", "1e10", "7", "0.25", "100", "1.500K", "0"]
+
+
 def test_the_heat_map_shows_who_is_busy():
     svg = heat_map([[0, 0, 4, 0], [1, 1, 1, 1]], "layers", "experts")
     assert re.search(r'class="h8" d="M2 0h1v1h-1z"', svg)
@@ -139,9 +144,11 @@ def test_a_browser_shows_it_on_desk_and_phone(run, tmp_path):
     probe = (
         "<script>onload=()=>{const wide=document.documentElement.scrollWidth-innerWidth;"
         "const low=[...document.querySelectorAll('section')].filter(s=>s.getBoundingClientRect().height<40).length;"
+        "const cut=[...document.querySelectorAll('section>svg text')].filter(t=>{const a=t.getBoundingClientRect(),"
+        "b=t.closest('svg').getBoundingClientRect();return a.left<b.left-1||a.right>b.right+1}).length;"
         "const font=matchMedia('(prefers-color-scheme:dark)').matches;"
         "const back=getComputedStyle(document.body).backgroundColor;"
-        "parent.postMessage([innerWidth,wide,low,document.querySelectorAll('svg').length,font,back].join(' '),'*')}"
+        "parent.postMessage([innerWidth,wide,low,cut,document.querySelectorAll('svg').length,font,back].join(' '),'*')}"
         "</script>"
     )
     (tmp_path / "inner.html").write_text(text.replace("</body>", probe + "</body>"))
@@ -155,9 +162,10 @@ def test_a_browser_shows_it_on_desk_and_phone(run, tmp_path):
                        "--allow-file-access-from-files", "--dump-dom", page_url)  # fmt: skip
         found = re.search(r"<pre>(.*?);?</pre>", done.stdout, re.S)
         assert found and found[1], done.stderr[-2000:]
-        told = [line.split(" ", 5) for line in found[1].split(";") if line]
+        told = [line.split(" ", 6) for line in found[1].split(";") if line]
         assert sorted(int(t[0]) for t in told) == [360, 768, 1280]
-        for width, overflow, low, drawings, is_dark, background in told:
+        for width, overflow, low, cut, drawings, is_dark, background in told:
             assert int(overflow) <= 0, f"scrolls sideways at {width}"
+            assert cut == "0", f"{cut} texts are cut off at {width}"
             assert low == "0" and int(drawings) >= 11
             assert is_dark == dark and background == ("rgb(16, 21, 27)" if dark == "true" else "rgb(246, 247, 249)")

@@ -1,0 +1,31 @@
+"""Numbers for W&B's rows, each larger than every one before it, over all starts of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsv3_megatron.run_directory import write_atomically
+
+_BLOCK = 100  # rows between two writes; as many numbers at most stay unused when a run is killed
+
+
+class RowNumbers:
+    """W&B drops a row whose number ("step") is not larger than the last one's, wherever that came from.
+
+    A training step cannot be that number: after a rollback, or a restart from an older checkpoint, steps are done
+    again, and an evaluation shares its step with the step. The number says nothing, training step and tokens are
+    columns. The file holds the first number that no start has taken.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        text = path.read_text().strip() if path.exists() else ""
+        self._next = self._end = int(text) if text.isdigit() else 0
+
+    def take(self) -> int:
+        """Return the next number."""
+        if self._next == self._end:
+            self._end += _BLOCK
+            write_atomically(self._path, f"{self._end}\n")
+        self._next += 1
+        return self._next - 1

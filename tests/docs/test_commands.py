@@ -1,0 +1,131 @@
+"""Every command of README and docs is run: small, and in a temporary folder. What cannot be run here is taken in as far
+as it goes without its work being done; each such kind stands in ``NOT_RUN`` with its reason."""
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+
+from dsv3_megatron.fits import check_world
+from launcher.compose import RECIPES, compose
+from parallel.errors import ClusterError
+from parallel.world import World
+from tests.docs.test_docs import PAGES, commands
+from tests.tiny import SMALL
+
+ROOT = RECIPES.parent
+KEPT = ("data=", "model.vocab_size=")  # the text and its tokenizer stay those of the recipe
+TINY = (
+    *(word for word in SMALL if not word.startswith(KEPT)),
+    "data.sequence_length=32", "data.held_out=0.001", "logging.report_every_seconds=0",
+)  # fmt: skip
+NOT_RUN = {
+    r"make ": "installs, or takes minutes, or is what runs this test; make -n says what it would do",
+    r"torchrun .*pretrain\.py": "tests/end_to_end starts torchrun; composed, and laid out over its ranks",
+    r"torchrun ": "no command but a mention of a flag",
+    r"python benchmarks/": "minutes to hours, some on a GPU; compiled",
+    r"python launcher/submit\.py (status|logs|cancel)": "needs a job: tests/slurm; refused for want of one",
+    r"python launcher/submit\.py$": "no command but a mention; its help",
+    r"python launcher/submit\.py": "tests/slurm submits; dry_run=true",
+    r"python launcher/plan\.py .*search=true": "minutes, and writes into recipes/; composed",
+    r"python launcher/plan\.py (?!.*(show=|--fast))": "measures for a minute, tests/launcher does; by formulae",
+    r"python launcher/dashboard\.py .*entity=": "needs a server; without entity",
+    r"python launcher/reference\.py": "rewrites a page of the repository, which a test compares; its help",
+}
+STAND_INS = (  # what a page leaves to the reader, or takes too many steps for
+    (r"\bNAME\b", "dsv3_tiny"), (r"input=FOLDER", "input=exported"), (r"run\.steps=\d+", "run.steps=2"),
+    (r"(every_steps|\bstep)=50\b", r"\1=1"), (r"tokens=80", "tokens=4"), (r"vocab_size=2048", "vocab_size=300"),
+)  # fmt: skip
+EVERY = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+
+
+def in_process(script, words):
+    """Run a script of ours, told by its path, on arguments."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(words)
+
+
+def without_work(reason, command, words):
+    """Take a command in as its entry in NOT_RUN says."""
+    script = next((word for word in words if word.endswith(".py")), None)
+    arguments = words[words.index(script) + 1 :] if script else []
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif "laid out" in reason:
+        recipe, ranks = compose(arguments), int(words[words.index("--nproc-per-node") + 1])
+        check_world(recipe, World(rank=0, size=ranks, local_rank=0))
+    elif "compiled" in reason:
+        compile((ROOT / script).read_text(), script, "exec")
+    elif "want of one" in reason:
+        with pytest.raises(ClusterError, match=r"has no jobs\.jsonl"):
+            in_process(script, arguments)
+    elif "its help" in reason:
+        assert in_process(script, ["--help"]) == 0
+    elif "dry_run" in reason:
+        assert in_process(script, [*(w for w in arguments if not w.startswith("dry_run=")), "dry_run=true"]) == 0
+    elif "composed" in reason:
+        compose([word for word in arguments if word.split("=")[0] not in ("search", "save")])
+    elif "by formulae" in reason:
+        assert in_process(script, [*arguments, "--fast"]) == 0
+    elif "without entity" in reason:
+        assert in_process(script, [word for word in arguments if not word.startswith("entity=")]) == 0
+    else:
+        assert "mention" in reason, command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder as a reader has it: a trained run under the names that the pages use, documents, an exported model."""
+    folder = tmp_path_factory.mktemp("reader")
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    (folder / ".cache").symlink_to(ROOT / ".cache")  # the standard library's tokens: made once
+    (folder / "code").mkdir()
+    for module in (importlib, shlex, shutil):
+        shutil.copy(module.__file__, folder / "code" / f"{module.__name__}.py")
+    text = b'{"text": "' + b"a few words of the web " * 40 + b'"}\n'
+    (folder / "web.jsonl.zst").write_bytes(zstandard.compress(text * 20))
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ["recipe=dsv3_tiny", "run.steps=2", "run.name=demo", "checkpoint.every_steps=1", *TINY]
+        assert in_process("launcher/pretrain.py", words) == 0
+        assert in_process("launcher/export_hf.py", ["run=runs/demo", "output=exported"]) == 0
+    for name in ("dsv3_tiny", "dsv3_tiny_2k"):
+        shutil.copytree(folder / "runs" / "demo", folder / "runs" / name)
+    shutil.copy(folder / "exported" / "config.json", folder / "config.json")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EVERY, ids=lambda command: command[:70])
+def test_the_command_runs(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for pattern, word in STAND_INS:
+        command = re.sub(pattern, word, command)
+    words = shlex.split(command, comments=True)
+    command = shlex.join(words)
+    if reason := next((why for pattern, why in NOT_RUN.items() if re.match(pattern, command)), None):
+        without_work(reason, command, words)
+        return
+    assert words[0] == "python"
+    script, *arguments = words[1:]
+    if script == "launcher/pretrain.py" and not {"--help", "--cfg"} & set(arguments):
+        of_another_model = not {"recipe=dsv3_tiny", "recipe=dsv3_tiny_2k"} & set(arguments)
+        arguments += [word for word in TINY if not (of_another_model and word.startswith("model."))]
+        arguments += [] if "run.steps=2" in arguments else ["run.steps=2"]
+    output = next((word.partition("=")[2] for word in arguments if word.startswith("output=")), None)
+    if output and (folder / output).is_dir() and output != "exported":
+        shutil.rmtree(folder / output)
+    assert in_process(script, arguments) == 0
+    assert output is None or Path(output).exists()
+
+
+def test_every_reason_is_needed():
+    """A kind of command that no page holds any longer needs no exception."""
+    for pattern in NOT_RUN:
+        assert any(re.match(pattern, shlex.join(shlex.split(c, comments=True))) for c in EVERY), pattern
