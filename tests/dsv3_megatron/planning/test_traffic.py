@@ -1,0 +1,58 @@
+"""What a plan says is sent, against counting: the schedule's own messages, and every token of every expert group."""
+
+import random
+
+import pytest
+
+from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.plan import make_plan
+from launcher.compose import compose
+from parallel.transfers import Transfers
+
+SCHEDULES = [
+    ("parallel.schedule=dualpipe",),
+    ("parallel.schedule=1f1b",),
+    ("parallel.schedule=dualpipev", "parallel.pipeline=8", "parallel.expert=32"),
+    ("parallel.schedule=interleaved", "parallel.chunks=2", "parallel.pipeline=8", "optim.global_batch=16384"),
+]
+
+
+@pytest.mark.parametrize("overrides", SCHEDULES, ids=lambda words: words[0])
+def test_pipeline_bytes_are_those_of_the_messages_that_the_schedule_sends(overrides):
+    plan = make_plan(compose(["recipe=dsv3_671b", *overrides]), 2048, measure=estimate_stages)
+    sent, received = [0] * plan.layout.pp, [0] * plan.layout.pp
+    for rank, queues in enumerate(Transfers.of(plan.schedule).queues):
+        for message in (m for queue in queues.values() for m in queue):
+            sent[rank] += message.source == rank
+            received[rank] += message.target == rank
+    assert sum(sent) == sum(received)
+    moved = plan.traffic()["pipeline"]
+    planned = (moved.intra_bytes + moved.inter_bytes) / plan.model.traffic.message_bytes
+    assert planned == pytest.approx(max(sent))  # ranks inside the pipeline; those at its ends send less
+
+
+def test_every_byte_that_ranks_dispatch_arrives_at_ranks():
+    """Routing drawn token by token over EP 64: what all ranks send over each class of links is what all receive, and is
+    what the plan says one rank sends, times 64."""
+    recipe = compose(["recipe=dsv3_671b", "precision.fp8.dispatch=high"])
+    plan = make_plan(recipe, 2048, measure=estimate_stages)
+    rng, each = random.Random(0), 60
+    sent, received = {"intra": 0, "inter": 0}, {"intra": 0, "inter": 0}
+    for rank in range(64):
+        for _ in range(each):
+            groups = rng.sample(range(8), 4)
+            experts = [32 * group + e for group in groups for e in rng.sample(range(32), 2)]
+            targets = {expert // 4 for expert in experts}
+            for node in {target // 8 for target in targets}:
+                landing = node * 8 + rank % 8  # the rank of the same place in the other node hands on
+                if node != rank // 8:
+                    sent["inter"] += 1
+                    received["inter"] += landing // 8 == node
+                onward = {t for t in targets if t // 8 == node} - {landing}
+                sent["intra"] += len(onward)
+                received["intra"] += sum(t % 8 != landing % 8 for t in onward)
+    assert sent == received
+    token = recipe.model.hidden_size * 2
+    planned = plan.model.traffic.dispatch()
+    assert planned.inter_bytes / 4096 / token == pytest.approx(sent["inter"] / 64 / each, rel=0.03)
+    assert planned.intra_bytes / 4096 / token == pytest.approx(sent["intra"] / 64 / each, rel=0.03)
