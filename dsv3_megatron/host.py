@@ -35,6 +35,7 @@ def adapt_host() -> None:
         _redirect_cuda_factories()
         _redirect_cuda_moves()
         _mend_cpu_split_sizes()
+    _exchange_nothing_in_groups_of_one()
     _mend_without_transformer_engine()
     _score_groups_by_their_two_best()
     _mend_recompute_without_fp8()
@@ -69,8 +70,19 @@ def _current_device() -> torch.device:
 
 def _leave_functions_uncompiled() -> None:
     """Why: megatron decorates small functions with torch.compile at import, which costs 3 s of inductor import and
-    some 6 s of C++ compilation in the first step on a CPU. Can go when megatron decorates lazily."""
+    some 6 s of C++ compilation in the first step on a CPU. Can go when megatron decorates lazily.
+
+    torch's own optimizers and checkpointing ask torch._dynamo to look away, which imports it for a second; where
+    nothing is compiled their functions stand for themselves (torch 2.11 to 2.13). Can go when
+    test_a_run_compiles_nothing passes without it."""
+    import torch.utils.checkpoint
+
     torch.compile = lambda function=None, *a, **k: function if function is not None else (lambda inner: inner)
+    for owner in (torch.optim.Optimizer, torch.utils.checkpoint):
+        for function in vars(owner).values():
+            if "_disable_dynamo" in getattr(getattr(function, "__code__", None), "co_qualname", ""):
+                plain = function.__wrapped__
+                setattr(plain, "__dynamo_disable", plain)
 
 
 class _Event:
@@ -220,6 +232,25 @@ def _mend_cpu_split_sizes() -> None:
 
 
 # -- on every machine --------------------------------------------------------------------------------------------------
+
+
+def _exchange_nothing_in_groups_of_one() -> None:
+    """Why: with one data-parallel rank (of the experts: wherever EP is all of DP) gradients are reduced and weights
+    gathered all the same, in place, from a buffer into itself; gloo copies them twice. Can go when
+    test_a_group_of_one_exchanges_nothing passes without it."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    def unless_alone(collective: Callable) -> Callable:
+        @functools.wraps(collective)
+        def call(output: torch.Tensor, source: torch.Tensor, *args: object, group: object, **how: object) -> object:
+            if group.size() == 1 and output.data_ptr() == source.data_ptr():
+                return None
+            return collective(output, source, *args, group=group, **how)
+
+        return call
+
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
 
 
 def _mend_without_transformer_engine() -> None:

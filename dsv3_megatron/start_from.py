@@ -11,6 +11,7 @@ from typing import Any
 
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal
+from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run_directory import RunDirectory
 from parallel.errors import CheckpointError
 
@@ -20,6 +21,27 @@ MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings")  # what con
 def starting_candidates(start_from: str) -> list[Path]:
     """Return the checkpoints of the run directory ``start_from``, newest first."""
     return checkpoints(RunDirectory(start_from).checkpoints)
+
+
+def check_start(recipe: Recipe) -> None:
+    """Refuse what can be refused before data is read and a model is built. Raises CheckpointError."""
+    start_from = recipe.run.start_from
+    if not start_from or checkpoints(RunDirectory(recipe.run.directory).checkpoints):
+        return
+    found = starting_candidates(start_from)
+    if not found:
+        raise nothing_to_start_from(start_from, [])
+    stored = found[0] / "recipe.yaml"
+    if stored.is_file():  # else the checkpoint is damaged, which is told when its checksums are read
+        refuse_other_model(start_from, other_model(stored, recipe.model_dump(mode="json")))
+
+
+def refuse_other_model(start_from: str, difference: str | None) -> None:
+    """Raise CheckpointError where ``other_model`` found a difference."""
+    if difference:
+        raise CheckpointError(
+            f"run.start_from = {start_from} was trained with {difference}; use that value, or another run"
+        )
 
 
 def nothing_to_start_from(start_from: str, wrong: list[str]) -> CheckpointError:

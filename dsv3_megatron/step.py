@@ -18,7 +18,7 @@ from dsv3_megatron.build import Parts
 from dsv3_megatron.gradients import finish_gradients
 from dsv3_megatron.loads import gather_loads, step_loads, step_overflow, update_biases
 from dsv3_megatron.model.depth_masks import with_depth_masks
-from dsv3_megatron.optim.optimizer import set_learning_rate
+from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
 from dsv3_megatron.pipeline import Batch
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
@@ -123,7 +123,7 @@ def train_step(
     grad_norm = float(parts.optimizer.get_grad_norm())
     if parts.ema is not None:
         parts.ema.wait()  # it still reads the weights of the step before
-    updated = allows(lm_loss, grad_norm) and parts.optimizer.step()[0]
+    updated = allows(lm_loss, grad_norm) and clip_and_step(parts.optimizer, grad_norm)
     if parts.ema is not None and updated:
         parts.ema.start()
     if updated:

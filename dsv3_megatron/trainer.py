@@ -35,12 +35,18 @@ from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run_directory import RunDirectory
-from dsv3_megatron.start_from import nothing_to_start_from, other_model, starting_candidates
+from dsv3_megatron.start_from import (
+    check_start,
+    nothing_to_start_from,
+    other_model,
+    refuse_other_model,
+    starting_candidates,
+)
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
 from dsv3_megatron.stop_signals import StopSignals
 from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
-from parallel.errors import CheckpointError, HealthError, UserError
+from parallel.errors import HealthError, UserError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -148,10 +154,7 @@ class Trainer:
         if self.is_first:
             refused = [other_model(found.recipe, self.recipe.model_dump(mode="json"))]
         dist.broadcast_object_list(refused, src=0)
-        if refused[0]:
-            raise CheckpointError(
-                f"run.start_from = {start_from} was trained with {refused[0]}; use that value, or another run"
-            )
+        refuse_other_model(start_from, refused[0])
         notes = load_checkpoint(found, self.parts, training=True)
         if self.is_first:
             self._event("started_from", {"path": str(found.path)}, f"started from {found.path}, counting anew")
@@ -428,6 +431,7 @@ def run(
     """
     signals = signals or StopSignals()
     layout = check_world(recipe, world)
+    check_start(recipe)
     device = choose_device(recipe.run.device, world)
     told = check_precision(recipe, backend_name(recipe.backend, device), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)

@@ -74,8 +74,11 @@ def train_rank(case: Case) -> dict[str, Any]:
             source = SimpleNamespace(sample=case.samples.__getitem__)
         gradients: list[dict[str, Tensor]] = []
         results: list[StepResult] = []
-        step = parts.optimizer.step
-        parts.optimizer.step = lambda: (gradients.append(whole_gradients(parts)), step())[1]
+
+        def keep_gradients(loss: float, norm: float) -> bool:
+            gradients.append(whole_gradients(parts))
+            return True
+
         for number in range(case.steps):
             batches = step_batches(
                 source,
@@ -85,7 +88,7 @@ def train_rank(case: Case) -> dict[str, Any]:
                 dp_rank=parts.data_rank,
                 dp=parts.layout.dp,
             )
-            results.append(train_step(parts, batches, case.values))
+            results.append(train_step(parts, batches, case.values, keep_gradients))
         weights = {k: v.clone() for k, v in named_weights(parts).items()}
         biases = {
             f"bias.{global_name(k, parts.first_layer(stage))}": v.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return key -> (value stored, value now) for every key both have that differs, lists and phases whole."""
-    old, new = _flat(stored), _flat(now)
-    both = [key for key in old if key in new and old[key] != new[key]]
-    return {key: (old[key], new[key]) for key in both if not _within(key, NOT_TOLD)}
+    """Return key -> (value stored, value now) for every key both have that differs, lists and phases whole.
+
+    A section that one of the two has switched off (null) differs as a whole.
+    """
+    return {key: pair for key, pair in _differences(stored, now, "") if not _within(key, NOT_TOLD)}
 
 
 def refusal(found: dict[str, tuple[Any, Any]]) -> str | None:
@@ -42,11 +44,11 @@ def _within(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for name in old:
+        if name not in new:
+            continue
+        if isinstance(old[name], dict) and isinstance(new[name], dict):
+            yield from _differences(old[name], new[name], f"{prefix}{name}.")
+        elif old[name] != new[name]:
+            yield prefix + name, (old[name], new[name])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.samples import SampleSource, Synthetic, TokenWindows
+from dsv3_megatron.data.samples import Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.tokenizer import Tokenizer
 from parallel.errors import DataError
@@ -43,6 +43,12 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
     if settings.source == "synthetic":
         # The held-out stream has a seed of its own: no sample of it is ever trained on but by chance.
         return Data(Synthetic(vocab_size, length, seed), Synthetic(vocab_size, length, seed + 1), 32, None)
+    if settings.source == "recall":
+        if length < (least := 8 * Recall.SLOTS):
+            raise DataError(f"data.sequence_length = {length}, but data=recall needs {least} tokens at least; raise it")
+        if vocab_size <= (least := Recall.FIRST_NOISE):
+            raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
+        return Data(Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1), 32, None)
     if settings.source == "stdlib":
         from dsv3_megatron.data import stdlib
 

@@ -90,8 +90,6 @@ class _Preparation:
         self.files = [files_of(name) for name in options.inputs]
         self.total = sum(p.stat().st_size for found, _ in self.files for p in found)
         self.tokenizer = Tokenizer.load(options.tokenizer)
-        if self.tokenizer.end is None:
-            raise DataError(f"tokenizer = {options.tokenizer} has no end token; train one with train_tokenizer.py")
         self.seen: set[bytes] = set()
         self.fresh: list[bytes] = []  # hashes since the last commit
         self.writers: dict[str, Any] = {}

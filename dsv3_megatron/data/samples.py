@@ -107,6 +107,39 @@ class Synthetic:
         return Sample.of_ids((start + step * np.arange(self.sequence_length + 1)) % self.vocab_size)
 
 
+class Recall:
+    """Facts at the start of a sequence, questions after them, noise between: what only the context can answer.
+
+    Each of ``SLOTS`` slots is given one of ``VALUES`` values once, in the first eighth of the sequence. Later tokens
+    ask for a slot, and their label is its value; only answers count in the loss. Nothing but attention over the
+    distance from question to fact can tell it: without, the loss is ln(VALUES). A longer sequence asks over a longer
+    distance.
+    """
+
+    SLOTS, VALUES = 8, 8
+    FIRST_QUESTION = SLOTS * VALUES  # the tokens below are facts; then one question for each slot; then noise
+    FIRST_NOISE = FIRST_QUESTION + SLOTS
+
+    def __init__(self, vocab_size: int, sequence_length: int, seed: int):
+        self.vocab_size, self.sequence_length, self.seed = vocab_size, sequence_length, seed
+
+    def sample(self, number: int) -> Sample:
+        """Return sequence ``number``; about a quarter of the tokens after the facts are questions."""
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=number << 64))
+        length, facts = self.sequence_length, self.sequence_length // 8
+        tokens = random.integers(self.FIRST_NOISE, self.vocab_size, length)
+        values = random.integers(self.VALUES, size=self.SLOTS)
+        places = random.choice(facts, self.SLOTS, replace=False)
+        tokens[places] = np.arange(self.SLOTS) * self.VALUES + values
+        asked = facts + np.flatnonzero(random.random(length - facts) < 0.25)
+        slots = random.integers(self.SLOTS, size=len(asked))
+        tokens[asked] = self.FIRST_QUESTION + slots
+        labels, weights = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32)
+        labels[asked] = slots * self.VALUES + values[slots]
+        weights[asked] = 1.0
+        return Sample(tokens, labels, weights)
+
+
 def make_batch(samples: list[Sample], masks: list[float] | None = None) -> dict[str, Tensor]:
     """Return samples as a batch: tokens, labels, position_ids [B, S] int64, loss_mask [B, S] float32, and documents
     [B, S] int32 where they are isolated.

@@ -41,7 +41,11 @@ TOKENIZER_SAMPLE_BYTES = 3_000_000
 def source_files() -> list[Path]:
     """Return the library's files in a fixed order. Raises DataError where this Python ships none."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(p for p in root.rglob("*.py") if not SKIPPED.intersection(p.relative_to(root).parts))
+    files = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in SKIPPED]  # site-packages is large: not even walked
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
     if len(files) < 100:
         raise DataError(
             f"data.source = stdlib, but this Python has only {len(files)} library source files; use data=synthetic"

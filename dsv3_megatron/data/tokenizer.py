@@ -23,9 +23,19 @@ from parallel.errors import DataError
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
 SPECIAL = (BEGIN, END, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
+# What other published tokenizers call the same: SentencePiece's, Llama 3's, GPT-2's, StarCoder's and Qwen's names.
+ALSO_CALLED = {
+    BEGIN: ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
+    END: ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
+    PAD: ("<pad>", "<|pad|>", "[PAD]"),
+    FIM_BEGIN: ("<fim_prefix>", "<|fim_prefix|>"),
+    FIM_HOLE: ("<fim_suffix>", "<|fim_suffix|>"),
+    FIM_END: ("<fim_middle>", "<|fim_middle|>"),
+}
 
 _JOINED = re.compile(r"( ?[^\w\s]+)([\r\n]+)")  # marks with the line breaks after them: one token, or two
 _LONE = re.compile("[\udc80-\udcff]")  # how surrogateescape shows a byte that is no UTF-8
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # a byte in SentencePiece's vocabularies
 _NUMBERS = r"\p{N}{1,3}"
 _WORDS = "|".join(
     (
@@ -50,15 +60,20 @@ class Tokenizer:
         self.fim_begin, self.fim_hole, self.fim_end = (self._special(n) for n in (FIM_BEGIN, FIM_HOLE, FIM_END))
 
     def _special(self, name: str) -> int | None:
-        return self._engine.token_to_id(name)
+        found = (self._engine.token_to_id(n) for n in (name, *ALSO_CALLED[name]))
+        return next((number for number in found if number is not None), None)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Return the tokenizer of a tokenizer.json. Raises DataError when it cannot be read."""
+        """Return the tokenizer of a tokenizer.json. Raises DataError when it cannot be read or knows no end of text."""
         try:
-            return cls(Engine.from_file(str(path)))
+            engine = Engine.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {path} cannot be read ({error}); name a Hugging Face tokenizer.json") from None
+        if (tokenizer := cls(engine)).end is None:
+            names = ", ".join((END, *ALSO_CALLED[END]))
+            raise DataError(f"tokenizer {path} has no token that ends a document; add one of {names} to its vocabulary")
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, key: str = "model.vocab_size") -> Tokenizer:
@@ -114,7 +129,8 @@ class Tokenizer:
         ids, start = [], 0
         for lone in _LONE.finditer(text):
             ids += self._engine.encode(text[start : lone.start()], add_special_tokens=False).ids
-            ids.append(self._engine.token_to_id(_BYTE_TO_MARK[ord(lone[0]) - 0xDC00]))
+            byte = ord(lone[0]) - 0xDC00
+            ids.append(self._engine.token_to_id(_BYTE_TO_MARK[byte] if self._is_byte_level else f"<0x{byte:02X}>"))
             start = lone.end()
         ids += self._engine.encode(text[start:], add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.int32)
@@ -155,10 +171,22 @@ class Tokenizer:
         found = [b""] * (1 + max(self._engine.get_vocab().values()))
         for token, number in self._engine.get_vocab().items():
             if number not in added:
-                found[number] = bytes(_MARK_TO_BYTE[mark] for mark in token)
+                found[number] = self._bytes_of_token(token)
             elif not added[number].special:
                 found[number] = added[number].content.encode()
         return found
+
+    def _bytes_of_token(self, token: str) -> bytes:
+        """Return what a token spells: in the marks of byte-level BPE, or as SentencePiece writes it."""
+        if self._is_byte_level:
+            return bytes(_MARK_TO_BYTE[mark] for mark in token)
+        if byte := _BYTE_FALLBACK.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self._engine.to_str())["decoder"])
 
     @cached_property
     def _halves(self) -> dict[int, list[int]]:
@@ -167,7 +195,9 @@ class Tokenizer:
         for number, data in enumerate(self._bytes_of_tokens):
             match = _JOINED.fullmatch(data.decode("utf-8", errors="replace"))
             if match and "\ufffd" not in match[0]:
-                found[number] = [i for half in match.groups() for i in self._engine.encode(half).ids]
+                halves = [i for half in match.groups() for i in self._engine.encode(half, add_special_tokens=False).ids]
+                if self.decode_bytes(halves) == data:  # SentencePiece begins every text with a blank of its own
+                    found[number] = halves
         return found
 
     @cached_property

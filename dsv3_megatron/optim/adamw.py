@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -80,7 +81,6 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _update(self, group: dict, params: list[Tensor]) -> None:
         """One multi-tensor update: the number of kernel calls does not grow with the number of parameters."""
-        beta1, beta2 = group["betas"]
         for param in params:
             self.initialize_state(param)
         states = [self.state[p] for p in params]
@@ -89,14 +89,10 @@ class FusedAdam(torch.optim.Optimizer):
         first = [s["exp_avg"].float() for s in states]  # the tensor itself where it is float32 already
         second = [s["exp_avg_sq"].float() for s in states]
 
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        denominators = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominators, (1 - beta2 ** group["step"]) ** 0.5)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, first, denominators, -group["lr"] / (1 - beta1 ** group["step"]))
+        if all(m is s["exp_avg"] and v is s["exp_avg_sq"] for m, v, s in zip(first, second, states)):
+            self._update_in_one_pass(group, weights, gradients, first, second)
+        else:
+            self._update_in_turns(group, weights, gradients, first, second)
 
         for state, m, v, weight, param in zip(states, first, second, weights, params):
             if state["exp_avg"] is not m:
@@ -105,3 +101,43 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"].copy_(v)
             if self._master_weights:
                 param.data.copy_(weight)
+
+    @staticmethod
+    def _update_in_one_pass(
+        group: dict, weights: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor]
+    ) -> None:
+        """torch's fused kernel: every number is read and written once."""
+        beta1, beta2 = group["betas"]
+        # It counts a step of its own before it uses it.
+        steps = [torch.full((), group["step"] - 1.0, device=w.device) for w in weights]
+        adamw(
+            weights,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    @staticmethod
+    def _update_in_turns(
+        group: dict, weights: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor]
+    ) -> None:
+        """One pass an operation, for moments that are held in another dtype."""
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominators, (1 - beta2 ** group["step"]) ** 0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(weights, first, denominators, -group["lr"] / (1 - beta1 ** group["step"]))

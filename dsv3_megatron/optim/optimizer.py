@@ -48,3 +48,20 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
     """Use ``learning_rate`` from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+
+
+@torch.no_grad()
+def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
+    """Clip gradients whose norm over all ranks is known, update the weights, and return whether that was done.
+
+    The optimizer's own ``step`` prepares the gradients and reduces their norm once more. Call after ``prepare_grads``.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        coefficient = part.config.clip_grad / (grad_norm + 1e-6)  # as megatron-core's clip_grad_by_total_norm_fp32
+        if part.config.clip_grad <= 0 or coefficient >= 1:
+            continue
+        name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+        gradients = [g for p in part.get_parameters() if (g := getattr(p, name, None)) is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, coefficient)
+    return optimizer.step_with_ready_grads()

@@ -49,7 +49,13 @@ def run_case(case):
         nonlocal calls
         calls += 1
         kind = case.get("faults", {}).get(calls)
-        if kind in ("nan", "inf") and rank() == 1:
+        if kind == "bad batch":
+            hook = parts.whole_model.output_layer.register_forward_hook(lambda m, i, o: (100 * o[0], *o[1:]))
+            try:
+                return original(parts, batches, values, allows)
+            finally:
+                hook.remove()
+        if kind in ("nan", "inf", "1e4") and rank() == 1:
             poisoned, reduce = parts.ddps[0], parts.ddps[0].start_grad_sync
 
             def poison():
@@ -85,6 +91,8 @@ CASES = {
     "plain": {},
     "nan": {"faults": {3: "nan"}},
     "inf": {"faults": {3: "inf"}},
+    "1e4": {"faults": {5: "1e4"}, "overrides": ("health.skip_window=8",)},
+    "bad batch": {"faults": {5: "bad batch"}, "overrides": ("health.skip_window=8",)},
     "nan in a row": {"faults": {n: "nan" for n in range(3, 9)}, "overrides": ("health.skip_limit=2",)},
     "rolled back": {
         "faults": {3: "nan", 4: "nan"},
@@ -116,6 +124,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(runs):
         assert all(line["lm_loss"] is not None for line in lines), "the weights stayed finite"
         (event,) = events(directory, "skipped")
         assert event["step"] == 3 and "gradient norm is" in event["reason"]
+
+
+@pytest.mark.parametrize("kind, what", [("1e4", "gradient norm"), ("bad batch", "loss")])
+def test_a_finite_spike_is_skipped_and_the_run_goes_on(runs, kind, what):
+    directory, *refusals = runs[kind]
+    assert refusals == [None, None]
+    lines, plain = metrics(directory), metrics(runs["plain"][0])
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 1]
+    assert lines[3]["lm_loss"] == plain[3]["lm_loss"], "nothing else differs"
+    (event,) = events(directory, "skipped")
+    assert event["step"] == 5 and event["reason"].startswith(f"{what} ") and "deviations above" in event["reason"]
 
 
 def test_skipped_steps_in_a_row_end_the_run_and_name_the_parameter(runs):

@@ -3,11 +3,18 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.checkpoint.recipe_changes import NOT_TOLD, _flat, changes, refusal
+from dsv3_megatron.checkpoint.recipe_changes import NOT_TOLD, changes, refusal
 from tests.tiny import small_recipe
 
 RECIPE = small_recipe().model_dump(mode="json")
-KEYS = sorted(_flat(RECIPE))
+
+
+def keys_of(values, prefix=""):
+    for name, value in values.items():
+        yield from keys_of(value, f"{prefix}{name}.") if isinstance(value, dict) and value else (prefix + name,)
+
+
+KEYS = sorted(keys_of(RECIPE))
 
 
 def changed(key):
@@ -37,6 +44,15 @@ def test_every_change_is_told_unless_no_number_depends_on_it_and_shapes_are_refu
 
 def test_the_refusal_names_key_and_values():
     assert refusal(changes(RECIPE, changed("model.v_head_dim"))) == "model.v_head_dim = 16, not something else"
+
+
+def test_a_section_switched_on_or_off_is_a_change():
+    off, on = _deep(RECIPE), _deep(RECIPE)
+    on["model"]["rope_scaling"] = {"factor": 8.0}
+    assert off["model"]["rope_scaling"] is None
+    assert changes(off, on) == {"model.rope_scaling": (None, {"factor": 8.0})}
+    assert changes(on, off) == {"model.rope_scaling": ({"factor": 8.0}, None)}
+    assert refusal(changes(off, on)) == "model.rope_scaling = null, not {'factor': 8.0}"
 
 
 def _deep(values):

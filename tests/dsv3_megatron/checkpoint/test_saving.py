@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,32 @@ def test_a_full_disk_on_one_rank_fails_the_save_and_not_the_run(runs):
     assert [event["step"] for event in events(directory, "saved")] == [2, 5, 6], "tried again after one step"
     assert_same_tensors(directory / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
     assert not list((directory / "checkpoints").glob(".*")), "nothing half written is left"
+
+
+def make_room(directory):
+    if rank() == 0:
+        subprocess.run(["mount", "-o", "remount,size=64m", Path(directory).parent], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 9 MiB: one checkpoint fits, and half of the next."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_without_room_keeps_the_last_good_checkpoint_until_there_is_room(runs, small_disk):
+    words = (*SIX, "parallel.expert=2", "checkpoint.keep=1", f"run.directory={small_disk}")
+    run_ranks(2, run_case, [{"overrides": words, "after": {5: [(make_room, (0,))]}}])
+    failed = events(small_disk, "save_failed")
+    assert [event["step"] for event in failed] == [4] and "No space left" in failed[0]["reason"]
+    assert [event["step"] for event in events(small_disk, "saved")] == [2, 5, 6]
+    assert_same_tensors(small_disk / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
 
 
 def test_a_vanished_or_unwritable_folder_fails_the_save_and_not_the_run(runs):

@@ -1,5 +1,6 @@
 """Tokenizer, sources and the order of samples."""
 
+import json
 import multiprocessing
 import sysconfig
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from dsv3_megatron.data import stdlib
 from dsv3_megatron.data.build import build
-from dsv3_megatron.data.samples import Synthetic, TokenWindows, evaluation_batches, permuted, step_batches
+from dsv3_megatron.data.samples import Recall, Synthetic, TokenWindows, evaluation_batches, permuted, step_batches
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.tokenizer import SPECIAL, Tokenizer
 from parallel.errors import DataError
@@ -162,3 +165,71 @@ def test_held_out_files_are_never_trained_on(tmp_path, monkeypatch):
 def test_a_sequence_longer_than_the_data_is_refused(tmp_path):
     with pytest.raises(DataError, match="data.sequence_length"):
         build(DataSettings(cache=str(tmp_path), sequence_length=10**9), vocab_size=2048, seed=0)
+
+
+@pytest.mark.parametrize("length", [64, 256])
+def test_recall_asks_for_facts_that_stand_in_the_context_once(length):
+    source = Recall(100, length, seed=3)
+    for number in (0, 77):
+        sample = source.sample(number)
+        assert (sample.tokens == Recall(100, length, seed=3).sample(number).tokens).all()
+        facts = sample.tokens[: length // 8][sample.tokens[: length // 8] < Recall.FIRST_QUESTION]
+        assert sorted(facts // Recall.VALUES) == list(range(Recall.SLOTS)), "each slot once"
+        assert (sample.tokens[length // 8 :] >= Recall.FIRST_QUESTION).all(), "no fact stands later"
+        asked = sample.weights > 0
+        assert asked.sum() > length // 8 and not asked[: length // 8].any()
+        slots = sample.tokens[asked] - Recall.FIRST_QUESTION
+        assert (np.sort(facts)[slots] == sample.labels[asked]).all()
+
+
+@pytest.mark.parametrize("vocab, length, key", [(72, 256, "model.vocab_size = 72"), (100, 32, "sequence_length = 32")])
+def test_recall_refuses_what_it_does_not_fit_into(vocab, length, key):
+    with pytest.raises(DataError, match=key):
+        build(DataSettings(source="recall", sequence_length=length), vocab_size=vocab, seed=1)
+
+
+@pytest.mark.parametrize("names", [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), (None, "<|endoftext|>")])
+def test_a_tokenizer_of_others_is_read_by_its_own_names(tmp_path, names):
+    special = [name for name in ("<unk>", *names, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>") if name]
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    engine.train_from_iterator(CORPUS, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    engine.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.begin, loaded.end) == tuple(name and engine.token_to_id(name) for name in names)
+    assert loaded.fim_hole == engine.token_to_id("<|fim_suffix|>") and loaded.pad is None
+    (document,) = loaded.encode_documents(["a </s> b"])
+    assert document[-1] == loaded.end and loaded.end not in document[:-1]
+    assert loaded.decode(document) == "a </s> b"
+
+
+def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path):
+    engine = Engine(models.BPE())
+    engine.train_from_iterator(CORPUS, trainers.BpeTrainer(special_tokens=["<unk>"]))
+    engine.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="no token that ends a document"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_a_sentencepiece_vocabulary_is_read_to_the_byte(tmp_path):
+    engine = Engine(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    fallback = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    engine.decoder = decoders.Sequence(fallback)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    engine.train_from_iterator(CORPUS, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], vocab_size=500))
+    engine.add_tokens(bytes_)
+    model = json.loads(engine.to_str())
+    model["added_tokens"] = [t for t in model["added_tokens"] if t["special"]]  # bytes are the model's, as published
+    vocabulary = model["model"]["vocab"]
+    vocabulary.update({byte: len(vocabulary) + n for n, byte in enumerate(bytes_)})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    text = "def f(x):\n    return '\u00e9\U0001f600 x'\n"
+    (document,) = loaded.encode_documents([text])
+    assert loaded.decode(document) == text
+    assert loaded.token_bytes()[document].sum() == len(text.encode()) + 1  # the blank that it puts first
+    assert loaded.decode_bytes(loaded.encode_bytes(b"\xff")).strip() == b"\xff"
+    assert loaded.split_joined(document, 1.0, np.random.default_rng(1)).tolist() == document.tolist()

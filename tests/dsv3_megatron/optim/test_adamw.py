@@ -24,6 +24,19 @@ def test_it_steps_as_torchs_adamw_does():
         torch.testing.assert_close(stepped(ours, mine, seed), stepped(torchs, theirs, seed), rtol=1e-6, atol=1e-7)
 
 
+def test_both_ways_of_updating_are_one():
+    group = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "lr": 0.01, "step": 7}
+    generator = torch.Generator().manual_seed(1)
+    weight, gradient, first = torch.randn(3, 100, generator=generator)
+    kept = [[weight.clone()], [gradient], [first.clone()], [first.square()]]
+    other = [[x.clone() for x in one] for one in kept]
+    FusedAdam._update_in_one_pass(group, *kept)
+    FusedAdam._update_in_turns(group, *other)
+    for mine, theirs in zip(kept, other):
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
+    assert not torch.equal(kept[0][0], weight)
+
+
 @pytest.mark.parametrize("moments", [torch.float32, BF16])
 def test_masters_and_moments_of_bf16_weights_keep_their_dtypes_through_a_save(moments):
     made = {"lr": 1e-4, "master_weights": True, "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}

@@ -1,0 +1,134 @@
+"""What the sides of the benchmarks do in a step: our trainer's step, transformers' model, a plain matrix product."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore")
+
+# Without MTP, which transformers does not have. 16 sequences a step, in microbatches of 4.
+TINY = (
+    "recipe=dsv3_tiny",
+    "data=synthetic",
+    "model.num_nextn_predict_layers=0",
+    "optim.micro_batch=4",
+)
+# 107M parameters, 26M of them active: hidden 512, 8 layers, 32 experts top-4, 4 sequences of 1,024 tokens a step.
+SMALL_100M = (
+    "recipe=dsv3_tiny",
+    "data=synthetic",
+    "model.num_nextn_predict_layers=0",
+    "model.vocab_size=8192",
+    "model.hidden_size=512",
+    "model.intermediate_size=1536",
+    "model.moe_intermediate_size=256",
+    "model.num_hidden_layers=8",
+    "model.num_attention_heads=8",
+    "model.q_lora_rank=192",
+    "model.kv_lora_rank=128",
+    "model.qk_nope_head_dim=64",
+    "model.qk_rope_head_dim=32",
+    "model.v_head_dim=64",
+    "model.n_routed_experts=32",
+    "data.sequence_length=1024",
+    "optim.micro_batch=1",
+    "optim.global_batch=4",
+)
+
+
+def ours(words: tuple[str, ...]) -> Any:
+    """The trainer's own step: schedule, ZeRO-1, clipping, bias update, everything but writing metrics."""
+    import torch
+
+    from dsv3_megatron.build import build_parts
+    from dsv3_megatron.data.samples import Synthetic, step_batches
+    from dsv3_megatron.model.costs import training_flops_per_token
+    from dsv3_megatron.step import StepValues, train_step
+    from launcher.compose import compose
+    from parallel.groups import start_processes
+    from parallel.world import World
+
+    recipe, world = compose(list(words)), World.from_environment()
+    start_processes(world, torch.device("cpu"))
+    parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+    optim, length = recipe.optim, recipe.data.sequence_length
+    source = Synthetic(recipe.model.vocab_size, length, seed=1)
+    values = StepValues(learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.001, balance_weight=1e-4)
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        share = {"global_batch": optim.global_batch, "micro_batch": optim.micro_batch}
+        first = number * optim.global_batch
+        batches = step_batches(source, first=first, dp_rank=parts.data_rank, dp=parts.layout.dp, **share)
+        train_step(parts, batches, values)
+        number += 1
+
+    step.facts = {
+        "parameters": sum(p.numel() for chunk in parts.chunks.values() for p in chunk.parameters()),
+        "tokens": optim.global_batch * length,
+        "flops_per_token": training_flops_per_token(recipe.model, length),
+    }
+    return step
+
+
+def transformers(words: tuple[str, ...], compiled: bool = False) -> Any:
+    """DeepseekV3ForCausalLM of the same shape, the plainest loop around it, torch's fused AdamW.
+
+    grouped_mm is the fastest of its ways to compute experts on a CPU.
+    """
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from launcher.compose import compose
+
+    recipe = compose(list(words))
+    model, length = recipe.model, recipe.data.sequence_length
+    micro, batch = recipe.optim.micro_batch, recipe.optim.global_batch
+    shape = model.model_dump(exclude={"rope_scaling", "rope_theta", "topk_method", "scoring_func"})
+    config = DeepseekV3Config(**shape, num_key_value_heads=model.num_attention_heads)
+    config._experts_implementation = "grouped_mm"
+    network = DeepseekV3ForCausalLM(config).float().train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    forward = torch.compile(network) if compiled else network
+    tokens = torch.randint(0, model.vocab_size, (batch // micro, micro, length))
+
+    def step() -> None:
+        for ids in tokens:
+            (forward(ids, labels=ids).loss / len(tokens)).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step.facts = {"parameters": sum(p.numel() for p in network.parameters())}
+    return step
+
+
+def matrix_product(size: int = 2048) -> Any:
+    """One float32 product of square matrices: 2 size^3 operations, the machine's own rate."""
+    import torch
+
+    left, right = torch.randn(2, size, size)
+    return lambda: left @ right
+
+
+def machine() -> dict[str, Any]:
+    """Return what a figure of this machine has to be read with."""
+    import platform
+
+    import torch
+
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return {
+        "cpus": os.cpu_count(),
+        "cpu_has_bf16": "avx512_bf16" in flags or "amx_bf16" in flags,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_average_before": os.getloadavg()[0],
+    }
