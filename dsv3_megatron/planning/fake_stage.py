@@ -56,7 +56,8 @@ def fake_stage(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: i
     rest. Parameters are those of a rank, exactly.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
     alone = _smallest(layout)
     with ExitStack() as stack:
@@ -64,6 +65,9 @@ def fake_stage(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: i
         groups = build_groups(alone)
         model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
         MTPLossLoggingHelper.tracker.clear()
+        stack.callback(MTPLossLoggingHelper.tracker.clear)
+        for scaler in (MoEAuxLossAutoScaler, MTPLossAutoScaler):  # else a real run after this finds a fake scale there
+            stack.enter_context(replaced(scaler, "main_loss_backward_scale", scaler.main_loss_backward_scale))
         stack.enter_context(balanced_dispatch())
         stack.enter_context(_small_integers_known())
         stack.enter_context(_storages_not_copied())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.compose import RECIPES
+from launcher.compose import GROUPS, RECIPES
 from parallel.errors import DoesNotFitError, RecipeError
 
 if TYPE_CHECKING:
@@ -70,28 +70,42 @@ def table(found: Sequence[Found], own: Found | None) -> list[str]:
 
 
 def recipe_file(recipe: Recipe, overrides: Sequence[str], found: Found, name: str) -> str:
-    """Return a recipe that is the given one with the layout found."""
-    given = " ".join(overrides)
-    sections: dict[str, list[str]] = {}
-    for word in found.overrides:
-        key, _, value = word.partition("=")
-        section, _, field = key.partition(".")
-        sections.setdefault(section, []).append(f"  {field}: {value.replace(',', ', ')}")
-    if not any(word.startswith("parallel.stages=") for word in found.overrides):
-        sections.setdefault("parallel", []).append("  stages: null")
+    """Return a recipe that is the given one, with what else was asked for and the layout found."""
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    layout = dict(word.split("=", 1) for word in found.overrides)
+    if layout:
+        layout.setdefault("parallel.stages", "null")
+    groups = {key: value for key, value in given.items() if key in GROUPS and key not in ("recipe", "cluster")}
+    keys = {**{key: value for key, value in given.items() if key not in (*GROUPS, "recipe")}, **layout}
+    command = f"python launcher/plan.py {' '.join(overrides)} search=true"
     lines = [
         "# @package _global_",
-        f"# Found by python launcher/plan.py {given} search=true: {found.seconds:.2f} s a step, not measured.",
+        f"# Found by {command}: {found.seconds:.2f} s a step, not measured.",
         "defaults:",
         f"  - {recipe.recipe}",
+        *(f"  - override /{group}: {choice}" for group, choice in groups.items()),
         f"  - override /cluster: {recipe.cluster.name}",
         "  - _self_",
         "",
         f"recipe: {name}",
+        *_nested(keys),
     ]
-    for section, fields in sections.items():
-        lines += [f"{section}:", *fields]
     return "\n".join(lines) + "\n"
+
+
+def _nested(keys: dict[str, str]) -> list[str]:
+    """Return dotted keys as YAML, sections in the order in which they first appear."""
+    sections: dict[str, dict[str, str]] = {}
+    for key, value in keys.items():
+        section, _, rest = key.partition(".")
+        sections.setdefault(section, {})[rest] = value
+    lines = []
+    for section, fields in sections.items():
+        if "" in fields:  # no section: a key with its value
+            lines.append(f"{section}: {fields['']}")
+        else:
+            lines += [f"{section}:", *(f"  {line}" for line in _nested(fields))]
+    return lines
 
 
 def _progress() -> Callable[[str, int, int], None]:

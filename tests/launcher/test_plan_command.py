@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import yaml
 
-from launcher.compose import options
+from dsv3_megatron.planning.search import Found
+from launcher.compose import compose, options
 from launcher.plan import main
 from launcher.views import search as search_view
 from parallel.errors import UserError
@@ -116,3 +118,18 @@ def test_search_ranks_layouts_and_writes_the_first_as_a_recipe(tmp_path, monkeyp
     saved = (tmp_path / "recipe" / "found.yaml").read_text()
     assert "pipeline:" in saved
     assert "not measured" in saved
+
+
+def test_the_recipe_that_a_search_writes_is_what_was_asked_for_with_the_layout_found():
+    asked = ["recipe=dsv3_671b", "cluster=h200_256", "logging=default", "backend=torch", "optim.global_batch=1024"]
+    asked += ["precision.fp8.dispatch=high", "parallel.expert=8"]
+    layout = ("parallel.pipeline=8", "parallel.expert=32", "parallel.recompute=[norm,mla_up]", "optim.micro_batch=2")
+    text = search_view.recipe_file(compose(asked), asked, Found(layout, 1.0, 0.1, 0.1, 1, True), "found")
+    saved = yaml.safe_load(text)
+    assert saved["optim"] == {"global_batch": 1024, "micro_batch": 2}
+    assert saved["backend"] == "torch"
+    assert saved["precision"] == {"fp8": {"dispatch": "high"}}
+    assert saved["parallel"] == {"expert": 32, "pipeline": 8, "recompute": ["norm", "mla_up"], "stages": None}
+    assert {"override /cluster": "h200_256"} in saved["defaults"]
+    assert saved["defaults"][0] == "dsv3_671b"
+    assert {"override /logging": "default"} in saved["defaults"]
