@@ -25,7 +25,7 @@ from launcher.arguments import parse_arguments
 from launcher.console import guarded
 
 CASES = {"tiny": (TINY, 4), "100M": (SMALL_100M, 1)}  # recipe, steps of a turn
-ONE_SEQUENCE = "optim.micro_batch=1"
+TWO_PROCESSES = {"tiny": (), "100M": ("optim.global_batch=8",)}  # gradients are exchanged once a step
 
 
 class Arguments(BaseModel):
@@ -66,13 +66,13 @@ def beside_transformers(name: str, given: Arguments) -> dict[str, Any]:
 def on_two_processes(name: str, given: Arguments) -> dict[str, Any]:
     """Return how much faster two processes of one thread are than one."""
     words, steps = CASES[name]
-    words = (*words, ONE_SEQUENCE) if name == "tiny" else words
+    words = (*words, *TWO_PROCESSES[name])
     sides = {
         "one": Side(ours, words, threads=1),
         "DP 2": Side(ours, words, world=2, threads=1),
         "EP 2": Side(ours, (*words, "parallel.expert=2"), world=2, threads=1),
     }
-    found = in_turns(sides, given.repeats, steps)
+    found = in_turns(sides, min(3, given.repeats), steps, warm_up=1)
     for side in sides.values():
         side.close()
     return {"seconds": found, **{s: median(found["one"]) / median(found[s]) for s in ("DP 2", "EP 2")}}

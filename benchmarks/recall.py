@@ -5,7 +5,7 @@ weights at 2,048 tokens, and asks all three - the first, the first with YaRN swi
 the same questions in sequences of 2,048 tokens. Fair because only attention over the whole distance can answer: a
 model that does not reach the fact is right once in VALUES times. Goes on from what is in the directory.
 
-    python benchmarks/recall.py [steps=1000] [extension_steps=100] [sequences=16] [directory=runs/recall]
+    python benchmarks/recall.py [steps=1500] [extension_steps=100] [sequences=16] [directory=runs/recall]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMON = ["data=recall", "model.vocab_size=128", "logging.wandb=disabled", "logg
 class Arguments(BaseModel):
     """What the benchmark takes."""
 
-    steps: PositiveInt = 1000
+    steps: PositiveInt = 1500
     extension_steps: PositiveInt = 100
     sequences: PositiveInt = 16
     directory: str = "runs/recall"

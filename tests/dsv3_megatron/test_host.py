@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_megatron.build import build_parts
 from dsv3_megatron.data.samples import Synthetic, step_batches
@@ -29,7 +30,8 @@ def test_a_run_compiles_nothing(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == [], "a second of start-up for what is not used"
 
 
-def collectives_of_a_step(overrides):
+def counts_of_a_step(overrides):
+    """Return how often a training step reduces and scatters, and how often it joins the chunks of eight experts."""
     torch.set_num_threads(1)
     recipe = compose([*SMALL, *overrides])
     world = World.from_environment()
@@ -37,16 +39,39 @@ def collectives_of_a_step(overrides):
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         share = {"first": 0, "global_batch": 8, "micro_batch": 2, "dp_rank": world.rank, "dp": world.size}
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            train_step(parts, step_batches(Synthetic(recipe.model.vocab_size, 32, 1), **share), VALUES)
+        batches = step_batches(Synthetic(recipe.model.vocab_size, 32, 1), **share)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled, Joined() as joined:
+            train_step(parts, batches, VALUES)
     finally:
         stop_processes()
-    counts = {event.key: event.count for event in profiled.key_averages() if event.key.startswith("c10d::")}
-    return sum(n for name, n in counts.items() if "reduce_scatter" in name)
+    reduced = sum(e.count for e in profiled.key_averages() if e.key.startswith("c10d::") and "reduce_scatter" in e.key)
+    return {"reduce_scatter": reduced, "sorts": joined.count}
+
+
+class Joined(TorchDispatchMode):
+    """Counts tensors [tokens, hidden] joined from eight or more chunks."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.cat.default:
+            self.count += len(args[0]) >= 8 and args[0][0].dim() == 2
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_group_of_one_exchanges_nothing():
-    ((alone,),) = run_ranks(1, collectives_of_a_step, [()])
-    assert alone == 0
-    ((shared, _),) = run_ranks(2, collectives_of_a_step, [()])
-    assert shared > 0, "or the name above is not the collective's any more"
+    ((alone,),) = run_ranks(1, counts_of_a_step, [()])
+    assert alone["reduce_scatter"] == 0
+    ((shared, _),) = run_ranks(2, counts_of_a_step, [()])
+    assert shared["reduce_scatter"] > 0, "or the name below is not the collective's any more"
+
+
+def test_tokens_of_one_rank_are_not_sorted_again():
+    ((alone,),) = run_ranks(1, counts_of_a_step, [()])
+    ((one, _),) = run_ranks(2, counts_of_a_step, [("parallel.expert=2",)])
+    layers, microbatches = 4, {"alone": 4, "EP 2": 2}
+    # Eight chunks and more go into one tensor where tokens are sorted, forward and back, there and for their gradients.
+    assert alone["sorts"] == 0
+    assert one["sorts"] == 2 * 2 * layers * microbatches["EP 2"]
