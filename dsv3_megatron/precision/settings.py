@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from parallel.errors import RecipeError
 
@@ -77,3 +77,13 @@ class PrecisionSettings(BaseModel):
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="format of the weights that forward reads")
     moments: Literal["fp32", "bf16"] = Field("fp32", description="format of AdamW's two moments")
     fp8: Fp8Settings | None = Field(None, description="null = linear layers multiply in the parameters' format")
+
+    @model_validator(mode="after")
+    def _named_as_it_is(self) -> PrecisionSettings:
+        """A key of FP8 set on top of another precision would switch FP8 on under the other's name."""
+        if (self.name == "fp8") != (self.fp8 is not None):
+            state = "null" if self.fp8 is None else "set"
+            raise ValueError(
+                f"precision.name = {self.name}, but precision.fp8 is {state}; take precision=fp8 or leave it"
+            )
+        return self

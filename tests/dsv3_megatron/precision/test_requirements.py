@@ -1,5 +1,7 @@
 """What FP8 needs of a machine and of shapes: one line each, before anything starts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -91,3 +93,15 @@ def test_a_policy_that_contradicts_itself_is_refused(override, named):
 def test_retiling_needs_tiles_to_cut():
     with pytest.raises(RecipeError, match="wgrad_operands"):
         compose(["recipe=dsv3_tiny", "precision=fp8", *TENSOR, "precision.fp8.wgrad_operands=retiled"])
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in Path("recipes/recipe").glob("*.yaml")))
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp8"])
+def test_a_precision_asked_for_is_the_one_that_is_taken(recipe, name):
+    found = compose([f"recipe={recipe}", f"precision={name}"]).precision
+    assert found.name == name and (found.fp8 is not None) == (name == "fp8")
+
+
+def test_a_key_of_fp8_does_not_switch_it_on_under_another_name():
+    with pytest.raises(RecipeError, match="precision.name = bf16, but precision.fp8 is set"):
+        compose(["recipe=dsv3_tiny", "precision=bf16", "precision.fp8={hold_weights: true}"])
