@@ -54,7 +54,7 @@ docs: $(STAMP)
 	$(BIN)/python -m pytest tests/docs
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/cpu_step.py
+	$(BIN)/python benchmarks/run_all.py
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)

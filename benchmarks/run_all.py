@@ -3,7 +3,7 @@
 Each is also a program of its own, with a docstring that says what is compared and why that is fair; this runs them with
 few repetitions. What takes longer, or needs a GPU, is listed in docs/performance.md with its command.
 
-    python benchmarks/run_all.py [only=cpu_step,startup]
+    python benchmarks/run_all.py [only=cpu_step,startup] [keep=true]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launcher.console import guarded
 
 Row = tuple[str, str, str]  # what, figure, goal
 WORDS = {
-    "cpu_step": ["repeats=5"],
+    "cpu_step": ["repeats=3"],
     "scaling": ["repeats=3"],
     "startup": ["repeats=3"],
     "data_rates": [],
@@ -39,6 +39,7 @@ class Arguments(BaseModel):
     """What the command takes."""
 
     only: str | None = Field(None, description="names of benchmarks, separated by commas; null = all")
+    keep: bool = Field(False, description="write figures to benchmarks/results and docs/img, as one does for a release")
 
 
 def cpu_step(found: dict[str, Any]) -> Iterator[Row]:
@@ -89,9 +90,10 @@ def main(arguments: list[str]) -> int:
     names = given.only.split(",") if given.only else list(WORDS)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            output = Path(folder, f"{name}.json")
+            output = Path(ROOT / "benchmarks" / "results" if given.keep else folder, f"{name}.json")
             command = [sys.executable, f"benchmarks/{name}.py", *WORDS[name], f"output={output}"]
-            command += [f"plot={folder}/scaling.svg"] if name == "scaling" else []
+            if name == "scaling":
+                command.append(f"plot={ROOT}/docs/img/scaling.svg" if given.keep else f"plot={folder}/scaling.svg")
             print(f"{name} ...", flush=True)
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             rows += ROWS[name](json.loads(output.read_text()))
