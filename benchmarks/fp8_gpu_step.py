@@ -1,10 +1,16 @@
-"""FP8 and BF16 on one GPU: true-size DeepSeek-V3 layers on the te and the torch backend, side by side.
+"""Training true-size DeepSeek-V3 layers on one GPU: ours, plain megatron-core and transformers, in BF16 and FP8.
 
-    python benchmarks/fp8_gpu_step.py [steps=12] [rounds=3] [recipe=dsv3_h200]
+    python benchmarks/fp8_gpu_step.py [steps=12] [rounds=3] [recipe=dsv3_h200] [only=ROWS] [output=FILE]
 
-Each combination trains in a process of its own, the order of combinations turned around every round; steps of the first
-third are thrown away; medians. MFU counts against the BF16 peak for both formats, as DeepSeek does (arXiv 2505.09343
-table 4). Ends with the kernels that took longest, from torch's profiler. Without a GPU it says so and leaves.
+Rows *te* and *torch* are our trainer's whole step on either backend, writing its metrics included; *megatron* and
+*transformers* are in benchmarks/gpu_sides.py, with what they leave out. Same shape, batch, sequence and GPU. Every row
+trains in a process of its own, the order of rows turned around every round; steps of the first third are thrown away;
+medians of steps, then of rounds. FLOPs are the paper's for all (causal pairs counted, nothing recomputed), and MFU is
+against the BF16 peak in both formats, as DeepSeek counts (arXiv 2505.09343 table 4). *te bf16 dense* has no MoE layer.
+
+Ends with the kernels that took longest, and writes the stage times of each of our rows to
+benchmarks/results/gpu_stage_times_*.json, for ``calibrate`` of launcher/plan.py. A row that fails is said so, and the
+others go on; what is known is written after every training. Without a GPU it says so and leaves.
 """
 
 from __future__ import annotations
@@ -14,72 +20,85 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel, Field
 
+from benchmarks.gpu_table import in_paper_terms, table
 from launcher.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "fp8_gpu_step.json"
-COMBINATIONS = [(backend, precision) for backend in ("te", "torch") for precision in ("bf16", "fp8")]
-_PROFILED = """
-import sys; sys.argv = ["pretrain.py", *sys.argv[1:]]
-from torch.profiler import ProfilerActivity, profile
-import dsv3_megatron.trainer as trainer
-real = trainer.train_step
-calls = []
-def train_step(*arguments):
-    calls.append(0)
-    if len(calls) != 4:
-        return real(*arguments)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        result = real(*arguments)
-    for row in sorted(found.key_averages(), key=lambda r: -r.self_device_time_total)[:15]:
-        print(f"KERNEL\\t{row.self_device_time_total / 1e3:.2f}\\t{row.count}\\t{row.key[:110]}")
-    return result
-trainer.train_step = train_step
-from launcher.pretrain import main
-sys.exit(main(sys.argv[1:]))
-"""
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = ("te bf16", "te fp8", "torch bf16", "torch fp8")
+ROWS = (*OURS, "megatron bf16", "megatron fp8", "transformers bf16", "te bf16 dense")
 
 
 class Arguments(BaseModel):
     """What can be said on the command line."""
 
     steps: int = Field(12, ge=6, description="steps of each training")
-    rounds: int = Field(3, description="how often each combination trains")
+    rounds: int = Field(3, ge=1, description="how often each row trains")
     recipe: str = Field("dsv3_h200", description="what to train")
+    only: str = Field(",".join(ROWS), description=f"rows, of: {', '.join(ROWS)}")
+    kernels: bool = Field(True, description="list the longest kernels of our rows")
+    stages: bool = Field(True, description="measure the stage times of our rows")
+    megatron: str = Field("", description="more of megatron-core's configuration: KEY=VALUE,KEY=VALUE")
+    transformers: str = Field("", description="attention=flash_attention_2, compiled=true, or both")
+    output: Path = Field(RESULTS / "fp8_gpu_step.json", description="JSON file to write")
 
 
-def overrides(recipe: str, backend: str, precision: str, steps: int, directory: str) -> list[str]:
-    """Return the command line of one training."""
-    words = [f"recipe={recipe}", f"backend={backend}", f"precision={precision}", f"run.steps={steps}"]
-    return [*words, f"run.directory={directory}", "logging.wandb=disabled", "run.resume=never"]
+def words_of(arguments: Arguments, row: str) -> list[str]:
+    """Return the recipe of a row."""
+    backend, precision, *dense = row.split()
+    words = [f"recipe={arguments.recipe}", f"backend={backend}", f"precision={precision}"]
+    return [*words, "model.first_k_dense_replace=${model.num_hidden_layers}"] if dense else words
 
 
-def train(arguments: Arguments, backend: str, precision: str) -> dict[str, float]:
+def run_ours(arguments: Arguments, script: Path, row: str, steps: int, place: str) -> str:
+    """Train one of our rows into ``place``/run and return what it printed."""
+    words = [*words_of(arguments, row), f"run.steps={steps}", f"run.directory={place}/run", "run.resume=never"]
+    command = [sys.executable, str(script), *words, "logging.wandb=disabled"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def run_side(arguments: Arguments, row: str, side: str, output: Path) -> dict[str, float]:
+    """Return what benchmarks/gpu_sides.py finds."""
+    name, precision = row.split()
+    given = [f"side={side}", f"precision={precision}", f"recipe={arguments.recipe}", f"steps={arguments.steps}"]
+    given += [f"backend={name}"] if side == "stages" else [f"settings={getattr(arguments, side)}"]
+    command = [sys.executable, "benchmarks/gpu_sides.py", *given, f"output={output}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(output.read_text())
+
+
+def train(arguments: Arguments, row: str) -> dict[str, float]:
     """Return the medians of one training."""
     with tempfile.TemporaryDirectory() as place:
-        words = overrides(arguments.recipe, backend, precision, arguments.steps, f"{place}/run")
-        subprocess.run(
-            [sys.executable, "launcher/pretrain.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
+        if not row.startswith(OURS):
+            found = run_side(arguments, row, row.split()[0], Path(place) / "side.json")
+            return in_paper_terms(arguments.recipe, found["step_seconds"], found["memory_peak_bytes"])
+        run_ours(arguments, ROOT / "launcher" / "pretrain.py", row, arguments.steps, place)
         lines = [json.loads(line) for line in (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()]
     kept = lines[arguments.steps // 3 :]
     fields = ("tokens_per_second", "tflops_per_device", "mfu", "memory_peak_bytes")
     return {field: statistics.median(line[field] or 0.0 for line in kept) for field in fields}
 
 
-def top_kernels(arguments: Arguments, backend: str, precision: str) -> list[list[str]]:
+def top_kernels(arguments: Arguments, row: str) -> list[list[str]]:
     """Return [milliseconds, calls, name] of the kernels that took longest in one step."""
     with tempfile.TemporaryDirectory() as place:
-        words = overrides(arguments.recipe, backend, precision, 5, f"{place}/run")
-        command = [sys.executable, "-c", _PROFILED, *words]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("KERNEL\t")]
+        printed = run_ours(arguments, ROOT / "benchmarks" / "gpu_kernels.py", row, 5, place)
+    return [line.split("\t")[1:] for line in printed.splitlines() if line.startswith("KERNEL\t")]
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of every quantity."""
+    return {field: statistics.median(run[field] for run in runs) for field in runs[0]}
 
 
 def main() -> int:
@@ -90,26 +109,40 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("fp8_gpu_step: there is no GPU here; run this on one with Transformer Engine installed", file=sys.stderr)
         return 2
-    found: dict[str, list[dict[str, float]]] = {f"{b} {p}": [] for b, p in COMBINATIONS}
-    for number in range(arguments.rounds):
-        for backend, precision in COMBINATIONS if number % 2 == 0 else reversed(COMBINATIONS):
-            found[f"{backend} {precision}"].append(train(arguments, backend, precision))
-    rows = {
-        name: {field: statistics.median(run[field] for run in runs) for field in runs[0]}
-        for name, runs in found.items()
-    }
-    for name, row in rows.items():
-        ratio = row["tokens_per_second"] / rows["te bf16"]["tokens_per_second"]
-        print(
-            f"{name:<12}{row['tokens_per_second']:>10.0f} tokens/s{row['tflops_per_device']:>8.0f} TFLOP/s"
-            f"{100 * row['mfu']:>6.1f}% MFU{row['memory_peak_bytes'] / 2**30:>7.1f} GiB{ratio:>6.2f} x te bf16"
-        )
-    kernels = {f"{b} {p}": top_kernels(arguments, b, p) for b, p in COMBINATIONS}
     from dsv3_megatron.run_directory import environment
 
-    made = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "environment": environment({})}
-    RESULTS.write_text(json.dumps({**made, "rows": rows, "kernels": kernels, "command": sys.argv}, indent=1) + "\n")
-    return 0
+    made: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "command": sys.argv}
+    made |= {"environment": environment({}), "rows": {}, "rounds": {}, "kernels": {}, "stage_seconds": {}, "failed": {}}
+    rows = [row.strip() for row in arguments.only.split(",")]
+    if unknown := set(rows) - set(ROWS):
+        print(f"fp8_gpu_step: only: no row {sorted(unknown)}; rows are {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+
+    def attempt(row: str, what: str, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except subprocess.CalledProcessError as error:
+            made["failed"][f"{row}, {what}"] = (error.stderr.strip().splitlines() or [str(error)])[-1]
+        return None
+
+    def keep() -> None:
+        made["rows"] = {name: medians(runs) for name, runs in made["rounds"].items()}
+        arguments.output.write_text(json.dumps(made, indent=1) + "\n")
+
+    for number in range(arguments.rounds):
+        for row in rows if number % 2 == 0 else reversed(rows):
+            if (found := attempt(row, "training", partial(train, arguments, row))) is not None:
+                made["rounds"].setdefault(row, []).append(found)
+            keep()
+    for row in [row for row in rows if row in OURS]:
+        if arguments.stages:
+            path = arguments.output.with_name(f"gpu_stage_times_{row.replace(' ', '_')}.json")
+            made["stage_seconds"][row] = attempt(row, "stages", partial(run_side, arguments, row, "stages", path))
+        if arguments.kernels:
+            made["kernels"][row] = attempt(row, "kernels", partial(top_kernels, arguments, row))
+        keep()
+    print("\n".join(table(made["rows"], made["failed"])))
+    return 1 if made["failed"] else 0
 
 
 if __name__ == "__main__":

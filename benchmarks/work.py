@@ -42,21 +42,25 @@ SMALL_100M = (
 )
 
 
-def ours(words: tuple[str, ...]) -> Any:
+def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
     """The trainer's own step: schedule, ZeRO-1, clipping, bias update, everything but writing metrics."""
     import torch
 
+    from dsv3_megatron.precision.transformer_engine import prepare_environment
+    from launcher.compose import compose
+
+    recipe = compose(list(words))
+    prepare_environment(recipe.precision)  # before anything imports TE
     from dsv3_megatron.build import build_parts
     from dsv3_megatron.data.samples import Synthetic, step_batches
     from dsv3_megatron.model.costs import training_flops_per_token
     from dsv3_megatron.step import StepValues, train_step
-    from launcher.compose import compose
     from parallel.groups import start_processes
     from parallel.world import World
 
-    recipe, world = compose(list(words)), World.from_environment()
-    start_processes(world, torch.device("cpu"))
-    parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+    world, place = World.from_environment(), torch.device(device)
+    start_processes(world, place)
+    parts = build_parts(recipe, recipe.layout(world.size), place)
     optim, length = recipe.optim, recipe.data.sequence_length
     source = Synthetic(recipe.model.vocab_size, length, seed=1)
     values = StepValues(learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.001, balance_weight=1e-4)
@@ -70,6 +74,7 @@ def ours(words: tuple[str, ...]) -> Any:
         train_step(parts, batches, values)
         number += 1
 
+    step.stages = parts.stages
     step.facts = {
         "parameters": sum(p.numel() for chunk in parts.chunks.values() for p in chunk.parameters()),
         "tokens": optim.global_batch * length,
@@ -78,10 +83,16 @@ def ours(words: tuple[str, ...]) -> Any:
     return step
 
 
-def transformers(words: tuple[str, ...], compiled: bool = False) -> Any:
+def transformers(
+    words: tuple[str, ...],
+    compiled: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+) -> Any:
     """DeepseekV3ForCausalLM of the same shape, the plainest loop around it, torch's fused AdamW.
 
-    grouped_mm is the fastest of its ways to compute experts on a CPU.
+    grouped_mm is the fastest of its ways to compute experts on a CPU. A step returns the mean loss.
     """
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -93,18 +104,23 @@ def transformers(words: tuple[str, ...], compiled: bool = False) -> Any:
     micro, batch = recipe.optim.micro_batch, recipe.optim.global_batch
     shape = model.model_dump(exclude={"rope_scaling", "rope_theta", "topk_method", "scoring_func"})
     config = DeepseekV3Config(**shape, num_key_value_heads=model.num_attention_heads)
-    config._experts_implementation = "grouped_mm"
-    network = DeepseekV3ForCausalLM(config).float().train()
+    config._experts_implementation, config._attn_implementation = "grouped_mm", attention
+    with torch.device(device):
+        network = DeepseekV3ForCausalLM(config).to(getattr(torch, dtype)).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(network) if compiled else network
-    tokens = torch.randint(0, model.vocab_size, (batch // micro, micro, length))
+    tokens = torch.randint(0, model.vocab_size, (batch // micro, micro, length), device=device)
 
-    def step() -> None:
+    def step() -> Any:
+        whole = 0.0
         for ids in tokens:
-            (forward(ids, labels=ids).loss / len(tokens)).backward()
+            loss = forward(ids, labels=ids).loss / len(tokens)
+            loss.backward()
+            whole = whole + loss.detach()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return whole
 
     step.facts = {"parameters": sum(p.numel() for p in network.parameters())}
     return step

@@ -1,0 +1,114 @@
+"""One side of the GPU benchmark, in a process of its own: plain megatron-core, transformers, or our stages in pieces.
+
+    python benchmarks/gpu_sides.py side=megatron precision=fp8 output=FILE [steps=12] [settings=KEY=VALUE,...]
+
+*megatron*: plain megatron-core (benchmarks/plain_megatron.py), with nothing of ours but the recipe's numbers;
+``settings`` are more fields of its configuration.
+
+*transformers*: DeepseekV3ForCausalLM with weights, gradients and moments in BF16 and torch's fused AdamW, which is less
+work and less memory than the others' FP32 master weights and gradients: what is faster than it is so in spite of that.
+``settings=attention=...`` picks its attention (sdpa), ``settings=compiled=true`` compiles.
+
+*stages*: our trainer's forward, input gradient and weight gradient of one microbatch, each waited for: what the
+planner's ``calibrate`` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+from pydantic import BaseModel, Field
+
+from benchmarks import work
+from benchmarks.plain_megatron import megatron
+from launcher.arguments import parse_arguments
+from launcher.compose import compose
+
+
+class Arguments(BaseModel):
+    """What can be said on the command line."""
+
+    side: Literal["megatron", "transformers", "stages"] = Field(description="what to measure")
+    output: Path = Field(description="JSON file to write")
+    precision: Literal["bf16", "fp8"] = Field("bf16", description="format of products")
+    backend: Literal["te", "torch"] = Field("te", description="of side=stages")
+    steps: int = Field(12, ge=6, description="steps; the first third is thrown away")
+    recipe: str = Field("dsv3_h200", description="what to train")
+    settings: str = Field("", description="of the side alone: KEY=VALUE,KEY=VALUE")
+
+
+def stage_seconds(words: tuple[str, ...], steps: int, device: str = "cuda") -> dict[str, float]:
+    """Return the medians of our forward, input gradient and weight gradient of one microbatch of one stage."""
+    import torch
+
+    step = work.ours((*words, "parallel.schedule=zb1p"), device)
+    found: dict[str, list[float]] = {"F": [], "I": [], "W": []}
+
+    def clocked(run: Callable, kind: Callable[[tuple], str]) -> Callable:
+        def call(*arguments: Any) -> None:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run(*arguments)
+            torch.cuda.synchronize()
+            found[kind(arguments)].append(time.perf_counter() - start)
+
+        return call
+
+    stages = step.stages
+    stages.run = clocked(stages.run, lambda given: "F" if given[0] is not None else given[3].kind)
+    stages.weight_gradient = clocked(stages.weight_gradient, lambda given: "W")
+    for _ in range(steps):
+        step()
+    kept = {kind: statistics.median(times[len(times) // 3 :]) for kind, times in found.items()}
+    return {"forward": kept["F"], "input_grad": kept["I"], "weight_grad": kept["W"]}
+
+
+def step_seconds(step: Callable[[], Any], steps: int) -> float:
+    """Return the median wall time of a step, the device waited for."""
+    import torch
+
+    found = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[steps // 3 :])
+
+
+def main() -> int:
+    """Measure one side and write it."""
+    arguments = parse_arguments(Arguments, sys.argv[1:])
+    pairs = (pair.split("=", 1) for pair in arguments.settings.split(",") if pair)
+    settings = {key: yaml.safe_load(value) for key, value in pairs}
+    words = (f"recipe={arguments.recipe}", f"precision={arguments.precision}", f"backend={arguments.backend}")
+    import torch
+
+    torch.cuda.set_device(0)
+    if arguments.side == "stages":
+        found = stage_seconds(words, arguments.steps)
+    else:
+        recipe = compose(list(words))
+        if arguments.side == "megatron":
+            step = megatron(recipe, **settings)
+        else:
+            step = work.transformers(words, device="cuda", dtype="bfloat16", **settings)
+        torch.cuda.reset_peak_memory_stats()
+        found = {"step_seconds": step_seconds(step, arguments.steps), **step.facts}
+        found["memory_peak_bytes"] = torch.cuda.max_memory_allocated()
+    arguments.output.write_text(json.dumps(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
