@@ -27,7 +27,8 @@ warnings.filterwarnings("ignore")
 import torch
 import torch.distributed as dist
 
-from benchmarks.sleeping import SleepingModule, SleepingStages
+from benchmarks.other_runtimes import megatrons, torchs
+from benchmarks.sleeping import SleepingStages
 from parallel.engine import Engine
 from parallel.schedules import make_schedule
 from parallel.simulator import Times, simulate
@@ -55,89 +56,6 @@ def ours(name: str, many: int, chunks: int, seconds: float) -> Callable[[], None
     schedule = make_schedule(name, RANKS, many, chunks)
     times = Times.of(schedule.stages, forward=seconds, input_grad=seconds, weight_grad=seconds)
     return Engine(schedule, dist.group.WORLD, SleepingStages(times, schedule.stages - 1)).run
-
-
-def torchs(name: str, many: int, chunks: int, seconds: float) -> Callable[[], None] | None:
-    """Return the same step under torch's runtime, or None where it has no such schedule."""
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-    from torch.distributed.pipelining.schedules import ScheduleDualPipeV
-
-    rank = dist.get_rank()
-    kinds = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "dualpipev": ScheduleDualPipeV}
-    held = {"1f1b": [rank], "interleaved": [rank + i * RANKS for i in range(chunks)]}.get(name)
-    held = held or [rank, 2 * RANKS - 1 - rank]
-    if name not in kinds:
-        return None
-    total, example = RANKS * len(held), torch.zeros(1, 16)
-    stages = [
-        PipelineStage(SleepingModule(seconds, seconds, seconds), index, total, torch.device("cpu"), input_args=example)
-        for index in held
-    ]
-
-    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return output.sum()
-
-    schedule = kinds[name](stages[0] if name == "1f1b" else stages, many, loss_fn=loss)
-    batch, last = torch.zeros(many, 16), total - 1
-
-    def step() -> None:
-        arguments = (batch,) if 0 in held else ()
-        schedule.step(*arguments, **({"target": batch} if last in held else {}))
-
-    return step
-
-
-def megatrons(many: int) -> Callable[[], None]:
-    """Return a step of megatron-core's 1F1B over stages that take no time."""
-    from dsv3_megatron.host import adapt_host
-
-    adapt_host()
-    from megatron.core import parallel_state
-    from megatron.core.enums import ModelType
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=RANKS)
-
-    class Stage(torch.nn.Module):
-        """A stage that hands its input on."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = TransformerConfig(
-                num_layers=RANKS,
-                hidden_size=16,
-                num_attention_heads=1,
-                pipeline_model_parallel_size=RANKS,
-                pipeline_dtype=torch.float32,
-            )
-            self.model_type = ModelType.encoder_or_decoder
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-            self._input: torch.Tensor | None = None
-
-        def set_input_tensor(self, tensors: object) -> None:
-            self._input = tensors[0] if isinstance(tensors, list) else tensors
-
-        def forward(self) -> torch.Tensor:
-            return (self._input if self._input is not None else torch.zeros(1, 1, 16)) + self.weight
-
-    stage = Stage()
-    run = get_forward_backward_func()
-
-    def forward_step(batches: object, model: Stage) -> tuple[torch.Tensor, Callable]:
-        return model(), lambda out: (out.sum(), {})
-
-    def step() -> None:
-        run(
-            forward_step_func=forward_step,
-            data_iterator=None,
-            model=stage,
-            num_microbatches=many,
-            seq_length=1,
-            micro_batch_size=1,
-        )
-
-    return step
 
 
 def rank_main(rank: int, port: int, results: multiprocessing.Queue) -> None:
