@@ -84,11 +84,7 @@ def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
 
 
 def transformers(
-    words: tuple[str, ...],
-    compiled: bool = False,
-    device: str = "cpu",
-    dtype: str = "float32",
-    attention: str = "sdpa",
+    words: tuple[str, ...], compiled: bool = False, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa"
 ) -> Any:
     """DeepseekV3ForCausalLM of the same shape, the plainest loop around it, torch's fused AdamW.
 
