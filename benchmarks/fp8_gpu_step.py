@@ -2,7 +2,7 @@
 
     python benchmarks/fp8_gpu_step.py [steps=12] [rounds=3] [recipe=dsv3_h200] [only=ROWS] [output=FILE]
 
-Rows *te* and *torch* are our trainer's whole step on either backend, writing its metrics included; *megatron* and
+Rows *te* and *torch* are our trainer's whole step on either backend, its metrics included; *megatron* and
 *transformers* are in benchmarks/gpu_sides.py, with what they leave out. Same shape, batch, sequence and GPU. Every row
 trains in a process of its own, the order of rows turned around every round; steps of the first third are thrown away;
 medians of steps, then of rounds. FLOPs are the paper's for all (causal pairs counted, nothing recomputed), and MFU is
@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel, Field
 
-from benchmarks.gpu_table import in_paper_terms, table
+from benchmarks.gpu_table import in_paper_terms, reason, table
 from launcher.arguments import parse_arguments
+from launcher.console import guarded
+from parallel.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("te bf16", "te fp8", "torch bf16", "torch fp8")
 ROWS = (*OURS, "megatron bf16", "megatron fp8", "transformers bf16", "te bf16 dense")
 
@@ -49,7 +50,7 @@ class Arguments(BaseModel):
     stages: bool = Field(True, description="measure the stage times of our rows")
     megatron: str = Field("", description="more of megatron-core's configuration: KEY=VALUE,KEY=VALUE")
     transformers: str = Field("", description="attention=flash_attention_2, compiled=true, or both")
-    output: Path = Field(RESULTS / "fp8_gpu_step.json", description="JSON file to write")
+    output: Path = Field(ROOT / "benchmarks/results/fp8_gpu_step.json", description="JSON file to write")
 
 
 def words_of(arguments: Arguments, row: str) -> list[str]:
@@ -59,10 +60,10 @@ def words_of(arguments: Arguments, row: str) -> list[str]:
     return [*words, "model.first_k_dense_replace=${model.num_hidden_layers}"] if dense else words
 
 
-def run_ours(arguments: Arguments, script: Path, row: str, steps: int, place: str) -> str:
+def run_ours(arguments: Arguments, row: str, steps: int, place: str, *, profiled: bool) -> str:
     """Train one of our rows into ``place``/run and return what it printed."""
-    words = [*words_of(arguments, row), f"run.steps={steps}", f"run.directory={place}/run", "run.resume=never"]
-    command = [sys.executable, str(script), *words, "logging.wandb=disabled"]
+    words = [*words_of(arguments, row), f"run.steps={steps}", f"run.directory={place}/run", "logging.wandb=disabled"]
+    command = [sys.executable, "benchmarks/gpu_training.py", f"profile={str(profiled).lower()}", *words]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
@@ -70,8 +71,8 @@ def run_side(arguments: Arguments, row: str, side: str, output: Path) -> dict[st
     """Return what benchmarks/gpu_sides.py finds."""
     name, precision = row.split()
     given = [f"side={side}", f"precision={precision}", f"recipe={arguments.recipe}", f"steps={arguments.steps}"]
-    given += [f"backend={name}"] if side == "stages" else [f"settings={getattr(arguments, side)}"]
-    command = [sys.executable, "benchmarks/gpu_sides.py", *given, f"output={output}"]
+    given.append(f"backend={name}" if side == "stages" else f"settings={getattr(arguments, side)}")
+    command = [sys.executable, "benchmarks/gpu_sides.py", *given, f"output={output.resolve()}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(output.read_text())
 
@@ -82,9 +83,9 @@ def train(arguments: Arguments, row: str) -> dict[str, float]:
         if not row.startswith(OURS):
             found = run_side(arguments, row, row.split()[0], Path(place) / "side.json")
             return in_paper_terms(arguments.recipe, found["step_seconds"], found["memory_peak_bytes"])
-        run_ours(arguments, ROOT / "launcher" / "pretrain.py", row, arguments.steps, place)
-        lines = [json.loads(line) for line in (Path(place) / "run" / "metrics.jsonl").read_text().splitlines()]
-    kept = lines[arguments.steps // 3 :]
+        run_ours(arguments, row, arguments.steps, place, profiled=False)
+        text = (Path(place) / "run" / "metrics.jsonl").read_text()
+    kept = [json.loads(line) for line in text.splitlines()][arguments.steps // 3 :]
     fields = ("tokens_per_second", "tflops_per_device", "mfu", "memory_peak_bytes")
     return {field: statistics.median(line[field] or 0.0 for line in kept) for field in fields}
 
@@ -92,7 +93,7 @@ def train(arguments: Arguments, row: str) -> dict[str, float]:
 def top_kernels(arguments: Arguments, row: str) -> list[list[str]]:
     """Return [milliseconds, calls, name] of the kernels that took longest in one step."""
     with tempfile.TemporaryDirectory() as place:
-        printed = run_ours(arguments, ROOT / "benchmarks" / "gpu_kernels.py", row, 5, place)
+        printed = run_ours(arguments, row, 5, place, profiled=True)
     return [line.split("\t")[1:] for line in printed.splitlines() if line.startswith("KERNEL\t")]
 
 
@@ -101,28 +102,27 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {field: statistics.median(run[field] for run in runs) for field in runs[0]}
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Measure, print and write."""
     import torch
 
-    arguments = parse_arguments(Arguments, sys.argv[1:])
+    arguments = parse_arguments(Arguments, words)
     if not torch.cuda.is_available():
         print("fp8_gpu_step: there is no GPU here; run this on one with Transformer Engine installed", file=sys.stderr)
         return 2
     from dsv3_megatron.run_directory import environment
 
-    made: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "command": sys.argv}
+    made: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "command": words}
     made |= {"environment": environment({}), "rows": {}, "rounds": {}, "kernels": {}, "stage_seconds": {}, "failed": {}}
     rows = [row.strip() for row in arguments.only.split(",")]
     if unknown := set(rows) - set(ROWS):
-        print(f"fp8_gpu_step: only: no row {sorted(unknown)}; rows are {', '.join(ROWS)}", file=sys.stderr)
-        return 2
+        raise RecipeError(f"only = {', '.join(sorted(unknown))} is no row; rows are {', '.join(ROWS)}")
 
     def attempt(row: str, what: str, run: Callable[[], Any]) -> Any:
         try:
             return run()
         except subprocess.CalledProcessError as error:
-            made["failed"][f"{row}, {what}"] = (error.stderr.strip().splitlines() or [str(error)])[-1]
+            made["failed"][f"{row}, {what}"] = reason(error.stderr) or str(error)
         return None
 
     def keep() -> None:
@@ -146,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

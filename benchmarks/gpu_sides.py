@@ -86,9 +86,9 @@ def step_seconds(step: Callable[[], Any], steps: int) -> float:
     return statistics.median(found[steps // 3 :])
 
 
-def main() -> int:
+def main(given: list[str]) -> int:
     """Measure one side and write it."""
-    arguments = parse_arguments(Arguments, sys.argv[1:])
+    arguments = parse_arguments(Arguments, given)
     pairs = (pair.split("=", 1) for pair in arguments.settings.split(",") if pair)
     settings = {key: yaml.safe_load(value) for key, value in pairs}
     words = (f"recipe={arguments.recipe}", f"precision={arguments.precision}", f"backend={arguments.backend}")
@@ -103,12 +103,13 @@ def main() -> int:
             step = megatron(recipe, **settings)
         else:
             step = work.transformers(words, device="cuda", dtype="bfloat16", **settings)
-        torch.cuda.reset_peak_memory_stats()
         found = {"step_seconds": step_seconds(step, arguments.steps), **step.facts}
         found["memory_peak_bytes"] = torch.cuda.max_memory_allocated()
     arguments.output.write_text(json.dumps(found) + "\n")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -40,3 +40,9 @@ def table(rows: dict[str, dict[str, float]], failures: dict[str, str]) -> list[s
             what = f"{name} at least {wanted} x {against}" if against else f"{name} at least {wanted} MFU"
             lines.append(f"goal: {what}: {found:.2f}, {'reached' if found >= wanted else 'missed'}")
     return [*lines, *(f"failed: {name}: {why}" for name, why in failures.items())]
+
+
+def reason(stderr: str) -> str | None:
+    """Return the line of a process's last words that says why: warnings at the end come after it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else None)

@@ -71,8 +71,8 @@ def test_a_sides_seconds_become_the_papers_quantities():
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fp8_gpu_step.py"])
-    assert fp8_gpu_step.main() == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert fp8_gpu_step.main([]) == 2
     assert "there is no GPU here" in capsys.readouterr().err
 
 
@@ -85,8 +85,8 @@ def without_work(command, **unused):
     """Stand in for the processes of the benchmark: write what they would, and let megatron-core in FP8 fail."""
     script, given = Path(command[1]).name, dict(word.split("=", 1) for word in command[2:])
     if (given.get("side"), given["precision"]) == ("megatron", "fp8"):
-        raise subprocess.CalledProcessError(1, command, stderr="Traceback\nRuntimeError: no kernel")
-    if script == "pretrain.py":
+        raise subprocess.CalledProcessError(1, command, stderr="Traceback\nRuntimeError: no kernel\n[W] bye\n")
+    if script == "gpu_training.py":
         place = Path(given["run.directory"])
         place.mkdir()
         line = {"tokens_per_second": 9.0, "tflops_per_device": 1.0, "mfu": 0.5, "memory_peak_bytes": 7}
@@ -99,13 +99,21 @@ def without_work(command, **unused):
     return subprocess.CompletedProcess(command, 0, stdout="KERNEL\t1.50\t3\tgemm\n")
 
 
+def test_our_rows_train_and_leave_no_checkpoint(tmp_path):
+    words = [*SMALL, "data=synthetic", "run.steps=1", f"run.directory={tmp_path / 'run'}", "logging.wandb=disabled"]
+    command = [sys.executable, "benchmarks/gpu_training.py", "profile=false", *words]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
 def test_what_is_known_is_written_though_a_row_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "no GPU")
     monkeypatch.setattr("dsv3_megatron.run_directory.environment", lambda world: {})
     monkeypatch.setattr(fp8_gpu_step.subprocess, "run", without_work)
-    monkeypatch.setattr(sys, "argv", ["fp8_gpu_step.py", "rounds=2", f"output={tmp_path / 'found.json'}"])
-    assert fp8_gpu_step.main() == 1
+    assert fp8_gpu_step.main(["rounds=2", f"output={tmp_path / 'found.json'}"]) == 1
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["rows"]) == set(fp8_gpu_step.ROWS) - {"megatron fp8"}
     assert found["failed"] == {"megatron fp8, training": "RuntimeError: no kernel"}
