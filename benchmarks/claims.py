@@ -16,6 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, PositiveInt
 
-from benchmarks.sides import Side, in_turns, median
+from benchmarks.sides import Side, in_turns
 from benchmarks.work import TINY, machine, ours
 from launcher.arguments import parse_arguments
 from launcher.console import guarded

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from benchmarks.sides import Side, in_turns, median
+from benchmarks.sides import Side, in_turns
 from benchmarks.work import SMALL_100M, TINY, machine, matrix_product, ours, transformers
 from launcher.arguments import parse_arguments
 from launcher.console import guarded

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, PositiveInt
 
-from benchmarks.sides import Side, in_turns, median
+from benchmarks.sides import Side, in_turns
 from benchmarks.work import TINY, machine, ours
 from launcher.arguments import parse_arguments
 from launcher.console import guarded

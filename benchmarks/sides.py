@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -99,8 +98,3 @@ def in_turns(sides: dict[str, Side], repeats: int, steps: int | dict[str, int], 
         for name in order:
             found[name].append(sides[name].seconds(of[name]) / of[name])
     return found
-
-
-def median(values: Sequence[float]) -> float:
-    """Return the median."""
-    return statistics.median(values)

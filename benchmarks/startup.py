@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, PositiveInt
 
-from benchmarks.sides import median
 from benchmarks.work import machine
 from launcher.arguments import parse_arguments
 from launcher.console import guarded

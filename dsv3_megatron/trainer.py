@@ -203,10 +203,10 @@ class Trainer:
         """Train to the end, or until a signal asks to stop; return the summary. Saves in both cases."""
         start, first_step, before = time.perf_counter(), self.progress.step, None
         with signals:
-            stop = False if self.finished else self._asked_to_stop(signals)  # asked while the run was starting
-            if not stop and not self.finished:
+            over = self.finished or self._asked_to_stop(signals)  # asked while the run was starting
+            if not over:
                 before = self.evaluate()
-            while not self.finished and not stop and not self._asked_to_stop(signals):
+            while not (over or self.finished or self._asked_to_stop(signals)):
                 self._one_step()
                 self._between_steps()
             stopped = not self.finished
