@@ -25,6 +25,7 @@ from dsv3_megatron.checkpoint.manifest import checksum, read_content
 from dsv3_megatron.checkpoint.regions import Regions
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight
+from dsv3_megatron.run_directory import write_atomically
 from parallel.errors import CheckpointError
 
 EMA = "ema."  # begins the keys of the average of the weights (optim.ema)
@@ -192,9 +193,7 @@ def export(
         if other.name not in kept:  # of an export with other shard sizes
             other.unlink()
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    temporary = folder / f".{INDEX}.new"
-    temporary.write_text(json.dumps(index, indent=1) + "\n")
-    os.replace(temporary, folder / INDEX)
+    write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
     for record in folder.glob(".model-*.done"):
         record.unlink()
     return size
