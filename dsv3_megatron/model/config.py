@@ -62,7 +62,8 @@ def transformer_config(
     config.moe_grouped_gemm = True  # set after construction: the constructor takes it for TE's or grouped_gemm's
     if "moe_act" in parallel.recompute:
         config.recompute_granularity = "selective"
-        config.recompute_modules = [*(config.recompute_modules or []), "moe_act"]
+        # All of them: left alone, megatron-core's list has its default, the core attention, in it.
+        config.recompute_modules = [RECOMPUTE[name] for name in parallel.recompute]
     return config
 
 

@@ -33,13 +33,18 @@ class GroupedExperts(TEGroupedMLP):
         counts = tokens_per_expert.tolist()
         gate_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
         probs = permuted_probs.unsqueeze(-1)
-        # What is cached in FP8 is computed again from there: recomputing from a BF16 copy would only keep more.
-        if not self.activation_recompute or self.activation_func.cache_in_fp8:
+        if not self.recomputes_activation:
             return self.linear_fc2(self.activation_func(gate_up, probs), counts)
         recomputed = CheckpointWithoutOutput()
         output, _ = self.linear_fc2(recomputed.checkpoint(self.activation_func, gate_up, probs), counts)
         recomputed.discard_output_and_register_recompute(output)
         return output, None
+
+    @property
+    def recomputes_activation(self) -> bool:
+        """Whether SwiGLU's output is discarded and computed again. What is cached in FP8 is computed again from there
+        anyway: recomputing from a BF16 copy would only keep more."""
+        return self.activation_recompute and not self.activation_func.cache_in_fp8
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

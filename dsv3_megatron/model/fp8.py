@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from dsv3_megatron.model.dispatch import dispatch_in_fp8
+from dsv3_megatron.model.experts import GroupedExperts
 from dsv3_megatron.precision.policy import layer_is_exempt, module_class
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
@@ -47,4 +49,26 @@ def apply_fp8(
             module.output_cache = fp8.attention_output_cache
         if isinstance(module, MoELayer) and fp8.dispatch == "e4m3":
             dispatch_in_fp8(module)
+    for linear in _fed_by_recomputation(chunk):
+        if isinstance(linear.products, Fp8Products):
+            linear.products.input_comes_again = True
     return count
+
+
+def _fed_by_recomputation(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the linear layers whose input is discarded after the forward and computed again in the backward.
+
+    megatron-core tells TE's layers the same when it builds them (``set_save_original_input``). Left out are layers that
+    gather their input over TP: what comes again is a rank's share.
+    """
+    for module in chunk.modules():
+        if isinstance(module, TransformerLayer):
+            if module.recompute_input_layernorm:
+                attention = module.self_attention
+                yield attention.linear_kv_down_proj
+                yield getattr(attention, "linear_q_down_proj", None) or attention.linear_q_proj
+            block = module.mlp.shared_experts if isinstance(module.mlp, MoELayer) else module.mlp
+            if module.recompute_pre_mlp_layernorm and block is not None and not module.config.sequence_parallel:
+                yield block.linear_fc1
+        if isinstance(module, GroupedExperts) and module.recomputes_activation:
+            yield module.linear_fc2

@@ -90,7 +90,8 @@ class SeparableProduct(torch.autograd.Function):
         ctx.saved = None  # freed when the weight gradient is paid, not when the graph goes
         grad = grad.contiguous()  # grouped products refuse the zero strides of an expanded gradient
         grad_x, dy = products.input_gradient(grad, weight, ends)
-        wiring.owed.owe(weight, lambda: products.weight_gradient(dy, saved, ends))
+        x = products.owed(saved, ends)
+        wiring.owed.owe(weight, lambda: products.weight_gradient(dy, x, ends))
         if not wiring.later:
             wiring.owed.pay_one()
         if wiring.gather:

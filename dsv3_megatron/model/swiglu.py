@@ -30,8 +30,10 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
         """Return [..., I] from [..., 2 I]."""
-        if not self.cache_in_fp8 or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return swiglu(gate_up, probs)
+        if not self.cache_in_fp8:
+            return _FromInput.apply(gate_up, probs)
         with torch.no_grad():
             cache = _Cache(quantise(gate_up, _TILE), probs, gate_up.dtype)
         return offer(_FromCache.apply(gate_up, probs, cache), cache)
@@ -99,10 +101,32 @@ class _FromCache(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         cache, ctx.cache = ctx.cache, None
-        gate, up = cache.input().chunk(2, dim=-1)
-        silu, to_probs = F.silu(gate), None
-        if cache.probs is not None:
-            to_probs = (grad * (silu * up)).sum(-1, keepdim=True).to(cache.probs.dtype)
-            grad = (grad * cache.probs).to(gate.dtype)
-        to_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat([to_gate, grad * silu], dim=-1), to_probs, None
+        return *_gradients(grad, cache.input(), cache.probs), None
+
+
+class _FromInput(torch.autograd.Function):
+    """SwiGLU that keeps its input alone: autograd would keep silu(gate), and what ``probs`` weighs, besides."""
+
+    @staticmethod
+    def forward(ctx: object, gate_up: Tensor, probs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, probs)
+        return swiglu(gate_up, probs)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _gradients(grad, *ctx.saved_tensors)
+
+
+def _gradients(grad: Tensor, gate_up: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of ``gate_up`` and ``probs``, to the bit what autograd makes of ``swiglu``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    silu, to_probs = F.silu(gate), None
+    if probs is not None:
+        weighted = grad.to(torch.result_type(gate_up, probs))
+        to_probs = (weighted * (silu * up)).sum(-1, keepdim=True).to(probs.dtype)
+        grad = (weighted * probs).to(gate_up.dtype)
+    to_gate_up = torch.empty_like(gate_up)
+    to_gate, to_up = to_gate_up.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+    torch.mul(grad, silu, out=to_up)
+    return to_gate_up, to_probs

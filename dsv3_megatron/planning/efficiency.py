@@ -25,6 +25,7 @@ class Efficiency:
         attention: forward, causal, by operations a query-key pair: two points, a line in time between and beyond them.
         attention_backward: share of the BF16 peak.
         memory: kernels that only move bytes, share of the memory's peak.
+        norm_backward: RMSNorm's, which also sums the gain's gradient over rows, share of the memory's peak.
     """
 
     fp8_at_7168: float | None
@@ -33,6 +34,7 @@ class Efficiency:
     attention: tuple[tuple[float, float], tuple[float, float]]
     attention_backward: float
     memory: float
+    norm_backward: float
 
     def attention_forward(self, operations_of_pair: float) -> float:
         """Return the share of the BF16 peak for heads of other sizes: exponentials cost what they cost, so that the
@@ -61,6 +63,10 @@ HOPPER = Efficiency(
     # Figure 6 has 542 without the causal mask only; the mask is taken to cost what it costs the forward, 579 of 638.
     attention_backward=542 * 579 / 638 / _H100_BF16,
     memory=_MEMORY,
+    # The middle of three kernels on an H100, BF16, 33.6 million numbers, of which two are read and one is written:
+    # torch.nn.RMSNorm 0.334 ms and Liger's Triton 0.302 ms (linkedin/Liger-Kernel, benchmark/data, megatron_rms_norm),
+    # Liger's CuTe 0.088 ms (the same, pull request 1462).
+    norm_backward=3 * 2 * 4096 * 8192 / 0.302e-3 / (_H100_MEMORY * 1e9),
 )
 # FlashMLA's README: up to 1,460 TFLOP/s forward and 1,000 backward on a B200 (peak 2,250), heads of 192 and 128. A
 # causal 4K loses as much of that as FlashAttention-3 does between its best, 648, and a causal 4K, 579.
@@ -78,5 +84,7 @@ BLACKWELL = Efficiency(
     attention=((2 * (192 + 128), _FLASH_MLA), (4 * (192 + 128), _FLASH_MLA)),
     attention_backward=1000 * _CAUSAL_4K / _B200_BF16,
     memory=_MEMORY,
+    # Liger's CuTe on a B200 (pull request 1462), the one kernel published: 97.4 us both ways less 33.7 forward.
+    norm_backward=3 * 2 * 8192 * 4096 / 63.8e-6 / 8e12,
 )
 EFFICIENCIES: dict[Architecture, Efficiency] = {"hopper": HOPPER, "blackwell": BLACKWELL}

@@ -147,6 +147,7 @@ _KERNELS = (
     (dispatch, "_exchange_fp8"),
     (swiglu.SwiGLU, "forward"),
     (swiglu._FromCache, "backward"),
+    (swiglu._FromInput, "backward"),
     (attention_cache.OutputCache, "keep"),
     (attention_cache._Saved, "restore"),
 )
@@ -183,6 +184,11 @@ class _KernelProducts(Fp8Products):
         """Return dX and what is kept of dY."""
         with self._memory.as_one_kernel():
             return super().input_gradient(*operands)
+
+    def owed(self, *operands: Any) -> Any:
+        """Return what is kept of X from the backward on."""
+        with self._memory.as_one_kernel():
+            return super().owed(*operands)
 
     def weight_gradient(self, *operands: Any) -> Any:
         """Return dW."""

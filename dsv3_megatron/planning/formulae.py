@@ -32,8 +32,9 @@ class _Bytes:
 class _Sizes:
     """Sizes of a recipe on a layout, and what its parts keep."""
 
-    def __init__(self, recipe: Recipe, layout: Layout):
+    def __init__(self, recipe: Recipe, layout: Layout, *, planned: bool):
         self.recipe, self.layout, self.model = recipe, layout, recipe.model
+        self.planned = planned  # run through megatron-core's overlapped plan, which keeps one more tensor a layer
         self.t = recipe.optim.micro_batch * recipe.data.sequence_length / (layout.cp * layout.tp)
         self.g = self.t * layout.tp
         self.r = self.t * self.model.num_experts_per_tok * layout.expert_tp
@@ -56,10 +57,8 @@ class _Sizes:
         if output_cache == "high":
             out += self.g * heads * v * _WITH_SCALES  # the linear layer's own copy
         kept = out + self.g * heads * 4 + self.t * down * self.size
-        # Without FP8 the two down-projections keep one norm output between them, and none if that is computed again.
-        kept += 2 * self.t * self.d * _WITH_SCALES if self.fp8 else 0.0
-        if "norm" not in self.recompute:
-            kept += 0.0 if self.fp8 else self.t * self.d * self.size
+        if "norm" not in self.recompute:  # in FP8 each of the two down-projections keeps a copy of its own
+            kept += self.t * self.d * (2 * _WITH_SCALES if self.fp8 else self.size)
         if "mla_up" in self.recompute:
             kept += self.t * latents * self.size
         else:
@@ -74,11 +73,11 @@ class _Sizes:
         cached = self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
         if recomputed:
             kept = 0.0
-        elif cached:
-            kept = g * d * _WITH_SCALES + 2 * g * width * _WITH_SCALES
-        else:
-            kept = g * 2 * width * self.size + 2 * g * width * self.size
-            kept += g * d * _WITH_SCALES + g * width * _WITH_SCALES if self.fp8 else 0.0
+        else:  # SwiGLU keeps its input, the second layer its own
+            kept = 2 * g * width * (_WITH_SCALES if cached else self.size)
+            kept += 0.0 if cached else g * width * self.linear
+            again = "norm" in self.recompute and self.layout.tp == 1
+            kept += g * d * _WITH_SCALES if self.fp8 and not again else 0.0
         owed = (2 * g * width * 2 + 2 * g * d) * self.linear if cached else (3 * g * width + 2 * g * d) * self.linear
         return _Bytes(kept, owed)
 
@@ -100,15 +99,15 @@ class _Sizes:
             kept += 2 * r * width * _WITH_SCALES
             owed = (2 * r * self.d + 4 * r * width) * _WITH_SCALES
         else:
-            kept += 2 * r * width * self.size + (r * width * _WITH_SCALES if self.fp8 else 0.0)
-            kept += 0.0 if "moe_act" in self.recompute else 3 * r * width * self.size
+            kept += 2 * r * width * self.size
+            kept += 0.0 if "moe_act" in self.recompute else r * width * self.linear
             owed = (2 * r * self.d + 3 * r * width) * self.linear
         shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
         shared = self.feed_forward(shared_width, recomputed="shared_experts" in self.recompute)
         kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
         norm = 0.0 if "norm" in self.recompute else self.message
         kept, owed = attention.kept + kept + shared.kept + norm, attention.owed + owed + shared.owed
-        return self._layer(_Bytes(kept, owed), copies=3)
+        return self._layer(_Bytes(kept, owed), copies=2 + self.planned)
 
     def _layer(self, inside: _Bytes, *, copies: int) -> _Bytes:
         """Add the residual sums, ``copies`` of T x D; under full recomputation a layer keeps its input alone."""
@@ -125,11 +124,11 @@ def estimate_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], sch
     """Return what every stage holds (planning.activations.measure_stages measures it)."""
     kinds = {step.kind for steps in schedule.ranks for step in steps}
     planned, splits = "FB" in kinds, bool(kinds & {"I", "W"})
-    sizes = _Sizes(recipe, layout)
-    return [_stage(sizes, layers, stage, planned=planned, splits=splits) for stage in range(len(layers))]
+    sizes = _Sizes(recipe, layout, planned=planned)
+    return [_stage(sizes, layers, stage, splits=splits) for stage in range(len(layers))]
 
 
-def _stage(sizes: _Sizes, layers: tuple[int, ...], stage: int, *, planned: bool, splits: bool) -> StageMemory:
+def _stage(sizes: _Sizes, layers: tuple[int, ...], stage: int, *, splits: bool) -> StageMemory:
     model, message = sizes.model, sizes.message
     parts = composition(model, layers, stage)
     dense, moe = sizes.dense(), sizes.moe()
@@ -138,12 +137,12 @@ def _stage(sizes: _Sizes, layers: tuple[int, ...], stage: int, *, planned: bool,
     forward, backward = 2 * message, 4 * message
     if parts.moe:
         forward = _MOMENTARY_FORWARD * sizes.r * sizes.d * sizes.size
-        backward = (_MOMENTARY_BACKWARD if planned else 4.5) * sizes.r * sizes.d * sizes.size
+        backward = (_MOMENTARY_BACKWARD if sizes.planned else 4.5) * sizes.r * sizes.d * sizes.size
     if parts.predictions:
         logits = sizes.g * model.vocab_size / sizes.layout.tp
         kept += parts.predictions * sizes.prediction()
         forward = max(forward, logits * (sizes.size + 4))
-        if planned:  # beside another forward; alone, probabilities are let go as their gradients come
+        if sizes.planned:  # beside another forward; alone, probabilities are let go as their gradients come
             backward = max(backward, logits * (sizes.size + 8))
         kept += model.num_nextn_predict_layers * (2 * sizes.t * sizes.d * sizes.linear + message)
     parameters, experts, in_fp8 = stage_parameters(sizes.recipe, sizes.layout, layers, stage)

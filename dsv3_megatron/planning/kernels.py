@@ -78,11 +78,11 @@ class Kernels:
             self._experts(times)
         else:
             self._feed_forward(times, self.model.intermediate_size, "mlp")
-        # Two norms and two residual sums: read, write; read two, write one.
-        around = self.device.memory(self.tokens * self.model.hidden_size * self.size * 2)
-        self._norms(times, 2 * around)
-        times.add("F", "residual", 3 * around)
-        times.add("I", "residual", 3 * around)
+        # Two norms and two residual sums, each of which reads two and writes one.
+        self._norms(times, 2 * self.tokens * self.model.hidden_size)
+        residual = self.device.memory(6 * self.tokens * self.model.hidden_size * self.size)
+        times.add("F", "residual", residual)
+        times.add("I", "residual", residual)
         if "full" in self.recompute:
             self._again(times, "F")
         return times
@@ -107,14 +107,14 @@ class Kernels:
         # Forward: read BF16, write and read float32 twice (maximum, exponentials). Backward: read float32, write BF16.
         times.add("F", "loss", self.device.memory(logits * (2 + 4 * 4)))
         times.add("I", "loss", self.device.memory(logits * (4 + 2)))
-        self._norms(times, self.device.memory(2 * self.tokens * model.hidden_size * self.size))
+        self._norms(times, self.tokens * model.hidden_size)
         return times
 
     def mtp_joint(self) -> PartTimes:
         """Return what an MTP module has besides its layer and its head: two norms and the projection."""
         times, model = PartTimes(), self.model
         self._linear(times, _Linear("mtp", self.gathered, 2 * model.hidden_size, model.hidden_size // self.layout.tp))
-        self._norms(times, 2 * self.device.memory(2 * self.tokens * model.hidden_size * self.size))
+        self._norms(times, 2 * self.tokens * model.hidden_size)
         return times
 
     # -- inside a layer ------------------------------------------------------------------------------------------------
@@ -138,8 +138,7 @@ class Kernels:
         rope = device.memory(self.gathered * heads * (2 * qk) * 2 * self.size)
         times.add("F", "rope", rope)
         times.add("I", "rope", rope)
-        latents = sum(x.width_in for x in up)
-        self._norms(times, device.memory(2 * self.tokens * latents * self.size))
+        self._norms(times, self.tokens * sum(x.width_in for x in up))
         if "mla_up" in self.recompute:
             for linear in up:
                 self._forward(times, linear, "I")
@@ -216,9 +215,10 @@ class Kernels:
         times.add("F", "sorting", seconds)
         times.add("I", "sorting", seconds)
 
-    def _norms(self, times: PartTimes, forward: float) -> None:
+    def _norms(self, times: PartTimes, numbers: float) -> None:
+        forward = self.device.memory(2 * numbers * self.size)
         times.add("F", "norm", forward)
-        times.add("I", "norm", 1.5 * forward)  # reads input and gradient, writes one
+        times.add("I", "norm", self.device.norm_backward(3 * numbers * self.size))
         if "norm" in self.recompute:
             times.add("I", "norm", forward)
 

@@ -116,6 +116,10 @@ class Device:
     def _attention(self, operations: float, share: float) -> float:
         return operations / (self.peak("bf16") * self._share_of_sms * share)
 
+    def norm_backward(self, nbytes: float) -> float:
+        """Return the time of RMSNorm's backward, which reads input and gradient and writes one."""
+        return nbytes / (self.cluster.memory_terabytes_per_second * 1e12 * self.efficiency.norm_backward)
+
     def memory(self, nbytes: float) -> float:
         """Return the time to move bytes to and from the device's memory. A few SMs less do not slow it."""
         return nbytes / (self.cluster.memory_terabytes_per_second * 1e12 * self.efficiency.memory)

@@ -43,8 +43,11 @@ class Products(Protocol):
     def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, object]:
         """Return dX [..., I] from dY [..., O], and what the weight gradient needs of dY."""
 
+    def owed(self, x: object, ends: Tensor | None) -> object:
+        """Return what the weight gradient needs of X from the backward on, in place of what ``forward`` kept."""
+
     def weight_gradient(self, dy: object, x: object, ends: Tensor | None) -> Tensor:
-        """Return dW [(E,) O, I] from what ``input_gradient`` and ``forward`` kept."""
+        """Return dW [(E,) O, I] from what ``input_gradient`` and ``owed`` gave."""
 
 
 class HighPrecision:
@@ -62,6 +65,10 @@ class HighPrecision:
         """Return dX, and dY itself."""
         return (grad.matmul(weight) if ends is None else grouped_product(grad, weight, ends)), grad
 
+    def owed(self, x: Tensor, ends: Tensor | None) -> Tensor:
+        """Return X itself."""
+        return x
+
     def weight_gradient(self, dy: Tensor, x: Tensor, ends: Tensor | None) -> Tensor:
         """Return dW."""
         if ends is None:
@@ -77,6 +84,7 @@ class Fp8Products:
 
     name = "emulated"
     step = 0  # counts optimizer steps, over all layers: a weight is quantised once a step
+    input_comes_again = False  # X's memory is given back after the forward, and filled by recomputation in backward
 
     def __init__(self, settings: Fp8Settings):
         self.settings = settings
@@ -85,19 +93,30 @@ class Fp8Products:
         length = settings.delayed_history if settings.scaling == "delayed" else 0
         self._histories = {role: AmaxHistory(length) for role in ("input", "weight", "gradient")} if length else {}
 
-    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None) -> tuple[Tensor, Kept]:
-        """Return Y, and X in FP8 as the weight gradient will use it: one byte an element is kept, not X."""
-        tile = self.settings.activation_tile
+    def forward(
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None
+    ) -> tuple[Tensor, Kept | Tensor]:
+        """Return Y, and X in FP8 as the weight gradient will use it: one byte an element is kept, not X.
+
+        X itself is kept where it comes again, which takes no memory until then.
+        """
         rows = x.flatten(0, -2)
-        along_channels = self._quantise(rows, _TILES[tile], E4M3, "input")
+        along_channels = self._quantise_rows(rows)
         y = self.fprop(along_channels, weight, ends)
         if kept is not None:
             saved = kept
-        elif self.settings.wgrad_operands == "retiled" or tile == "tensor":
-            saved = along_channels  # the paper: the copy that forward used is cut anew in backward
+        elif self.input_comes_again and not self._histories:  # a second look at X would count its amax twice
+            saved = x
         else:
-            saved = Columns(rows, ends, self._quantise_columns)
+            saved = self._for_weight_gradient(rows, along_channels, ends)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]), saved
+
+    def owed(self, x: Kept | Tensor, ends: Tensor | None) -> Kept:
+        """Return X in FP8: X itself, where forward kept that, is a byte an element again."""
+        if not isinstance(x, Tensor):
+            return x
+        rows = x.flatten(0, -2)
+        return self._for_weight_gradient(rows, self._quantise_rows(rows), ends)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Kept]:
         """Return dX, and dY in FP8 as the weight gradient will use it."""
@@ -153,6 +172,14 @@ class Fp8Products:
         return torch.cat(parts)
 
     # -- operands ------------------------------------------------------------------------------------------------------
+
+    def _quantise_rows(self, rows: Tensor) -> Quantised:
+        return self._quantise(rows, _TILES[self.settings.activation_tile], E4M3, "input")
+
+    def _for_weight_gradient(self, rows: Tensor, along_channels: Quantised, ends: Tensor | None) -> Kept:
+        if self.settings.wgrad_operands == "retiled" or self.settings.activation_tile == "tensor":
+            return along_channels  # the paper: the copy that forward used is cut anew in backward
+        return Columns(rows, ends, self._quantise_columns)
 
     def quantised_weight(self, weight: Tensor) -> tuple[Quantised, Tensor]:
         """Return the weight in FP8, and what of it survives, float32. Made once a step."""

@@ -42,6 +42,21 @@ def test_swiglu_backward_is_that_of_its_cached_input():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_swiglu_in_high_precision_keeps_its_input_alone(dtype, weighed):
+    torch.manual_seed(0)
+    inputs = [torch.randn(7, 2 * 96, dtype=dtype), *([torch.rand(7, 1)] if weighed else [])]
+    out, found = gradients(SwiGLU(), *inputs)
+    plain, expected = gradients(swiglu, *inputs)
+    assert torch.equal(out, plain) and all(torch.equal(a, b) for a, b in zip(found, expected))
+    gate_up, *probs = (x.clone().requires_grad_() for x in inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda _: None):
+        saved = []
+        SwiGLU()(gate_up, *probs)
+    assert saved == [x.data_ptr() for x in (gate_up, *probs)]
+
+
 def test_the_linear_after_swiglu_is_offered_the_cache():
     gate_up = torch.randn(5, 2 * 64, requires_grad=True)
     out = cached()(gate_up)
@@ -86,13 +101,13 @@ def test_attention_backward_reads_the_e5m6_copy_of_its_output(widths):
     assert torch.equal(kept.dequantise(), quantise_e5m6(plain).dequantise())
 
 
-def live_bytes():
-    """Return the bytes of every tensor there is, storages counted once. What autograd saves shows as Python objects
-    inside ``visible_saves``."""
+def live_bytes(dtype=None):
+    """Return the bytes of every tensor there is (of that dtype), storages counted once. What autograd saves shows as
+    Python objects inside ``visible_saves``."""
     gc.collect()
     sizes = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and dtype in (None, thing.dtype):
             storage = thing.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -111,14 +126,14 @@ def tiny_model(*words):
         yield build_parts(recipe, recipe.layout(1), torch.device("cpu")).whole_model
 
 
-def kept_for_backward(chunk):
-    """Return the bytes that a forward of 256 tokens leaves live."""
+def kept_for_backward(chunk, dtype=None):
+    """Return the bytes (of that dtype) that a forward of 256 tokens leaves live."""
     tokens = torch.arange(256).view(1, 256)
     forward_logits(chunk, tokens)  # weights are quantised once, before what is measured
-    before = live_bytes()
+    before = live_bytes(dtype)
     with visible_saves():
         losses = chunk(tokens, torch.arange(256).view(1, 256), None, labels=tokens)
-        kept = live_bytes() - before
+        kept = live_bytes(dtype) - before
     losses.sum().backward()
     return kept
 
@@ -136,13 +151,44 @@ def test_the_caches_save_the_bytes_they_should():
     assert kept["both"] < kept["swiglu"] < kept["products"] < kept["bf16"], kept
     # Rows times widths of SwiGLU's output: the dense layer's, the shared experts', four routed experts' of each token.
     cells = 256 * 384 + 3 * 256 * 64 + 3 * 4 * 256 * 64
-    # Without the cache autograd keeps gate | up and silu(gate) in BF16, and the linear its input in FP8: 7 bytes a
-    # cell; routed ones their output besides. With it: gate | up in FP8, 2 bytes and scales.
-    assert kept["products"] - kept["swiglu"] > 4.5 * cells, kept
+    # Without the cache gate | up are kept in BF16, the linear its input in FP8: 5 bytes a cell. With it: gate | up
+    # in FP8, 2 bytes and scales. (The linear's copy of the routed experts' is padded to whole tiles besides.)
+    assert kept["products"] - kept["swiglu"] > 2.8 * cells, kept
     # The attention's output [4 layers, 256 tokens, 4 heads], padded to the queries' 48 and in BF16, and the linear's
     # FP8 copy of its 32 become 1.5 bytes of 32.
     saved = 4 * 256 * 4 * (48 * 2 + 32 - 32 * 1.5)
     assert kept["swiglu"] - kept["both"] == pytest.approx(saved, rel=0.1), kept
+
+
+RECOMPUTED = "precision.fp8.swiglu_cache=high"  # an FP8 cache computes SwiGLU again without being asked
+
+
+def test_what_recomputation_brings_back_is_not_kept_in_fp8_besides():
+    kept = {}
+    for name in ("", "norm", "moe_act"):
+        with tiny_model("precision=fp8", RECOMPUTED, f"parallel.recompute=[{name}]") as chunk:
+            kept[name] = kept_for_backward(chunk, torch.float8_e4m3fn)
+    tokens, hidden = 256, 128
+    # Of norms' outputs: two down-projections in each of four layers, three shared experts' and the dense layer's first.
+    assert kept[""] - kept["norm"] == (2 * 4 + 3 + 1) * tokens * hidden, kept
+    # Of SwiGLU's outputs: four experts a token in three layers, 64 wide; an expert's tokens fill whole tiles of 128.
+    assert kept[""] - kept["moe_act"] >= 3 * 4 * tokens * 64, kept
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_recomputation_in_fp8_changes_no_gradient(later):
+    found = {}
+    for names in ("", "norm,moe_act"):
+        with tiny_model("precision=fp8", RECOMPUTED, f"parallel.recompute=[{names}]") as chunk:
+            chunk.config.delay_wgrad_compute = later
+            tokens = torch.arange(256).view(1, 256)
+            chunk(tokens, torch.arange(256).view(1, 256), None, labels=tokens).sum().backward()
+            for module in chunk.modules():
+                if hasattr(module, "backward_dw") and hasattr(module, "products"):
+                    module.backward_dw()
+            found[names] = {name: p.main_grad.clone() for name, p in chunk.named_parameters()}
+    for name, plain in found[""].items():
+        assert plain.any() and torch.equal(found["norm,moe_act"][name], plain), name
 
 
 def test_tokens_travel_in_fp8_and_results_do_not(one_process):

@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from dsv3_megatron.model.attention import CoreAttention
 from dsv3_megatron.model.backend import TorchBackend, choose_backend
-from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.config import RECOMPUTE, transformer_config
 from dsv3_megatron.model.experts import DownLinear, GateUpLinear
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
@@ -84,6 +84,12 @@ def test_delayed_weight_gradients_equal_ordinary_ones(one_process):
     assert none_owed == 0 and owed > 20 and missing == owed
     for name, gradient in plain.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_recomputing_one_part_recomputes_no_other():
+    for name in ("moe_act", "norm", "mla_up"):
+        config = transformer_config(small_recipe().model, ParallelSettings(recompute=(name,)), Layout())
+        assert config.recompute_modules == [RECOMPUTE[name]]
 
 
 def plain_attention(query, key, value, scale):

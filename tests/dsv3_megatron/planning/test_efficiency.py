@@ -38,3 +38,12 @@ def test_attention_of_blackwell_is_what_flash_mla_publishes_less_what_causal_mas
     assert BLACKWELL.attention_forward(640) * 2250 == pytest.approx(1460 * 579 / 648)
     gpu = device("b200_256")
     assert gpu.attention_backward(1e9, 640) == pytest.approx(640e9 / (1000e12 * 579 / 648))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "numbers", "published"), [("h800_2048", 4096 * 8192, 302e-6), ("b200_256", 8192 * 4096, 63.8e-6)]
+)
+def test_the_backward_of_a_norm_takes_what_liger_kernel_publishes(cluster, numbers, published):
+    gpu = device(cluster)
+    assert gpu.norm_backward(3 * 2 * numbers) == pytest.approx(published, rel=0.01)
+    assert gpu.norm_backward(3 * 2 * numbers) > gpu.memory(3 * 2 * numbers)
