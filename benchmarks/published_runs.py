@@ -18,7 +18,7 @@ class PublishedRun:
         overrides: of recipe=dsv3_671b.
         overlapped: the run hides exchanges inside interleaved 1F1B (megatron-core's combined 1F1B).
         fp8: False for a BF16 run.
-        held_out: planned only after every constant of the model was settled.
+        held_out: no constant of the model was settled by it.
         differs: what the source runs and we do not plan.
     """
 
@@ -32,18 +32,29 @@ class PublishedRun:
     differs: str = ""
 
 
+# Dispatch in BF16, no FP8 cache of SwiGLU, the input of the linear after attention kept once.
+ON_TE = (
+    "precision.fp8.dispatch=high",
+    "precision.fp8.swiglu_cache=high",
+    "precision.fp8.attention_output_cache=once",
+)
+INTERLEAVED = ("parallel.schedule=interleaved", "optim.global_batch=4096")
+# "Et*4|(t*4|)*14tmL": four layers a stage, one with MTP and loss in the last.
+FOURS = f"parallel.stages=[{'4,' * 15}1]"
+GB200 = (
+    "cluster=gb200_256",
+    "parallel.pipeline=4",
+    "parallel.expert=64",
+    "parallel.chunks=4",
+    FOURS,
+    *INTERLEAVED,
+    *ON_TE,
+)
+
+
 def _runs() -> tuple[PublishedRun, ...]:
     bridge = "NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md; scripts/performance/configs/deepseek"
     report = "arXiv 2603.07685, table of results and case study"
-    # Dispatch in BF16, no FP8 cache of SwiGLU, the input of the linear after attention kept once.
-    on_te = (
-        "precision.fp8.dispatch=high",
-        "precision.fp8.swiglu_cache=high",
-        "precision.fp8.attention_output_cache=once",
-    )
-    interleaved = ("parallel.schedule=interleaved", "optim.global_batch=4096")
-    # "Et*4|(t*4|)*14tmL": four layers a stage, one with MTP and loss in the last.
-    fours = f"parallel.stages=[{'4,' * 15}1]"
     # "Et|(tt|)*30mL"; our last stage has a layer of its own, theirs MTP and loss alone.
     h100 = (
         "cluster=h100_1024",
@@ -53,18 +64,9 @@ def _runs() -> tuple[PublishedRun, ...]:
         "parallel.chunks=4",
         "optim.global_batch=8192",
         f"parallel.stages=[{'2,' * 29}1,1,1]",
-        *on_te,
+        *ON_TE,
     )
-    b200 = ("cluster=b200_256", fours, *on_te)
-    gb200 = (
-        "cluster=gb200_256",
-        "parallel.pipeline=4",
-        "parallel.expert=64",
-        "parallel.chunks=4",
-        fours,
-        *interleaved,
-        *on_te,
-    )
+    b200 = ("cluster=b200_256", FOURS, *ON_TE)
     without_mtp = "model.num_nextn_predict_layers=0"
     return (
         PublishedRun(
@@ -96,7 +98,7 @@ def _runs() -> tuple[PublishedRun, ...]:
             bridge,
             (
                 *b200,
-                *interleaved,
+                *INTERLEAVED,
                 "parallel.pipeline=8",
                 "parallel.expert=32",
                 "parallel.chunks=2",
@@ -109,7 +111,7 @@ def _runs() -> tuple[PublishedRun, ...]:
             "Megatron-Bridge 26.08, 256 GB200, MXFP8",
             4912,
             bridge,
-            (*gb200, "parallel.recompute=[mla_up]"),
+            (*GB200, "parallel.recompute=[mla_up]"),
             overlapped=True,
             differs="SwiGLU and casts fused into the experts' products",
         ),
@@ -123,7 +125,7 @@ def _runs() -> tuple[PublishedRun, ...]:
                 "parallel.pipeline=2",
                 "parallel.expert=32",
                 "parallel.chunks=2",
-                *interleaved,
+                *INTERLEAVED,
                 "data.sequence_length=8192",
                 "parallel.recompute=[full]",
                 without_mtp,
@@ -143,7 +145,7 @@ def _runs() -> tuple[PublishedRun, ...]:
             "Megatron-Bridge 26.02.01, 256 GB200, MXFP8",
             4021,
             bridge,
-            (*gb200, "parallel.recompute=[mlp]"),
+            (*GB200, "parallel.recompute=[mlp]"),
             held_out=True,
             differs="routed experts launched by the host, the rest as CUDA graphs",
         ),
@@ -156,8 +158,8 @@ def _runs() -> tuple[PublishedRun, ...]:
                 "parallel.pipeline=8",
                 "parallel.expert=32",
                 "parallel.chunks=4",
-                *interleaved,
-                *on_te,
+                *INTERLEAVED,
+                *ON_TE,
                 "parallel.recompute=[moe_act,mlp]",
                 without_mtp,
             ),
@@ -168,7 +170,7 @@ def _runs() -> tuple[PublishedRun, ...]:
             "Megatron-Bridge 25.11, 256 GB200, BF16, without MTP",
             3139,
             bridge,
-            (*gb200, "parallel.recompute=[mla_up]", without_mtp),
+            (*GB200, "parallel.recompute=[mla_up]", without_mtp),
             fp8=False,
             held_out=True,
             differs="routed experts launched by the host, the rest as CUDA graphs",

@@ -60,7 +60,7 @@ def transformer_config(
     if model.topk_method == "capacity":
         config.moe_expert_capacity_factor = model.capacity_factor  # the constructor takes it for its own dropping
     config.moe_grouped_gemm = True  # set after construction: the constructor takes it for TE's or grouped_gemm's
-    if "moe_act" in parallel.recompute:
+    if "moe_act" in parallel.recompute and config.recompute_granularity != "full":
         config.recompute_granularity = "selective"
         # All of them: left alone, megatron-core's list has its default, the core attention, in it.
         config.recompute_modules = [RECOMPUTE[name] for name in parallel.recompute]

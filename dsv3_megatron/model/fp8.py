@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from dsv3_megatron.model.dispatch import dispatch_in_fp8
 from dsv3_megatron.model.experts import GroupedExperts
+from dsv3_megatron.model.linear import ColumnParallelLinear
 from dsv3_megatron.precision.policy import layer_is_exempt, module_class
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
@@ -50,7 +51,9 @@ def apply_fp8(
         if isinstance(module, MoELayer) and fp8.dispatch == "e4m3":
             dispatch_in_fp8(module)
     for linear in _fed_by_recomputation(chunk):
-        if isinstance(linear.products, Fp8Products):
+        # What a layer gathers over TP does not come again: recomputation brings a rank's share.
+        gathers = isinstance(linear, ColumnParallelLinear) and linear.config.sequence_parallel
+        if isinstance(linear.products, Fp8Products) and not gathers:
             linear.products.input_comes_again = True
     return count
 
@@ -58,8 +61,7 @@ def apply_fp8(
 def _fed_by_recomputation(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the linear layers whose input is discarded after the forward and computed again in the backward.
 
-    megatron-core tells TE's layers the same when it builds them (``set_save_original_input``). Left out are layers that
-    gather their input over TP: what comes again is a rank's share.
+    megatron-core tells TE's layers the same when it builds them (``set_save_original_input``).
     """
     for module in chunk.modules():
         if isinstance(module, TransformerLayer):
@@ -68,7 +70,7 @@ def _fed_by_recomputation(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
                 yield attention.linear_kv_down_proj
                 yield getattr(attention, "linear_q_down_proj", None) or attention.linear_q_proj
             block = module.mlp.shared_experts if isinstance(module.mlp, MoELayer) else module.mlp
-            if module.recompute_pre_mlp_layernorm and block is not None and not module.config.sequence_parallel:
+            if module.recompute_pre_mlp_layernorm and block is not None:
                 yield block.linear_fc1
         if isinstance(module, GroupedExperts) and module.recomputes_activation:
             yield module.linear_fc2

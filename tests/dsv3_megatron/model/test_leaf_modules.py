@@ -92,6 +92,11 @@ def test_recomputing_one_part_recomputes_no_other():
         assert config.recompute_modules == [RECOMPUTE[name]]
 
 
+def test_recomputing_whole_layers_takes_in_every_part():
+    config = transformer_config(small_recipe().model, ParallelSettings(recompute=("full", "moe_act")), Layout())
+    assert config.recompute_granularity == "full"
+
+
 def plain_attention(query, key, value, scale):
     """Return softmax attention [S, B, H, V] by matrices."""
     scores = torch.einsum("sbhq,tbhq->bhst", query, key) * scale
