@@ -106,7 +106,6 @@ def _whole_pass(fake: FakeStage, stage: int, *, planned: bool) -> dict[str, int]
     else:
         _backward(fake, stage, 0, "B")
         peak_backward = fake.memory.peak_bytes - first
-    _clear_gradients(fake)
     return {
         "kept": kept,
         "held": max(0, first - base - kept),
@@ -121,17 +120,10 @@ def _split_pass(fake: FakeStage, stage: int, kept: int) -> dict[str, int]:
     """Run an input gradient (microbatch 1 is live, perhaps 2) and, after another forward, its weight gradient."""
     others = _settled(fake) - kept
     _backward(fake, stage, 1, "I")
-    _clear_gradients(fake)
     _forward(fake, stage, 3)
     owed = _settled(fake) - kept - others
     fake.runner.weight_gradient(Action("W", stage, 1))
     return {"kept_owed": owed, "peak_weight_grad": fake.memory.peak_bytes - kept - others}
-
-
-def _clear_gradients(fake: FakeStage) -> None:
-    """Drop gradients: in a run each is added to the gradient buffer as soon as it exists."""
-    for parameter in fake.module.parameters():
-        parameter.grad = None
 
 
 def _settled(fake: FakeStage) -> int:

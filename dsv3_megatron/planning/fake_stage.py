@@ -118,8 +118,18 @@ def _prepared(
         "labels": tokens.clone(),
         "loss_mask": torch.ones(rows, length),
     }
+    for parameter in chunk.parameters():
+        parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
+        parameter.register_post_accumulate_grad_hook(_into_the_buffer)
     nbytes = runner.empty_message().nbytes
     return FakeStage(runner, batch, memory, nbytes, chunk, stage == last)
+
+
+def _into_the_buffer(parameter: torch.nn.Parameter) -> None:
+    """Add a gradient to the buffer as soon as it exists, as data parallelism does in a run. None: it is still owed."""
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
 
 
 def _resolution(recipe: Recipe, layout: Layout) -> int:
