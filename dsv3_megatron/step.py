@@ -68,7 +68,7 @@ def slice_for_context(batch: Batch, parts: Parts) -> Batch:
         return batch
     return {
         name: torch.cat([x.chunk(2 * size, dim=1)[i] for i in (rank, 2 * size - 1 - rank)], dim=1)
-        if name != "documents"  # keys come from all ranks, so attention wants every token's document
+        if name != "documents"  # attention sees whole sequences
         else x
         for name, x in batch.items()
     }

@@ -56,6 +56,16 @@ class Fabric:
         )
         return Moved(intra, inter, seconds)
 
+    def all_to_all(self, members: Sequence[int], nbytes: float) -> Moved:
+        """Return what an even all-to-all costs a rank that has ``nbytes``: it keeps 1 / members of them, and sends to
+        its node and to others at the same time."""
+        size, nodes = len(members), self.nodes_of(members)
+        if size == 1:
+            return Moved()
+        intra, inter = nbytes * (size // nodes - 1) / size, nbytes * (size - size // nodes) / size
+        seconds = max(self.intra.seconds(intra), self.inter.seconds(inter) if nodes > 1 else 0.0)
+        return Moved(intra, inter, seconds)
+
     def send(self, source: int, target: int, nbytes: float) -> Moved:
         """Return what a message between two ranks costs."""
         if source // self.gpus_per_node == target // self.gpus_per_node:

@@ -16,7 +16,9 @@ class ParallelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tensor: PositiveInt = Field(1, description="tensor-parallel ranks (TP); above 1, sequence parallelism is on")
-    context: PositiveInt = Field(1, description="context-parallel ranks (CP): each holds a part of every sequence")
+    context: PositiveInt = Field(
+        1, description="context-parallel ranks (CP): each holds a part of every sequence, and of the heads in attention"
+    )
     expert: PositiveInt = Field(1, description="expert-parallel ranks (EP): each holds n_routed_experts / EP experts")
     expert_tensor: PositiveInt = Field(1, description="tensor-parallel ranks inside an expert")
     pipeline: PositiveInt = Field(1, description="pipeline-parallel ranks (PP)")

@@ -2,12 +2,13 @@
 
 The paper keeps this one activation in E5M6, finer than FP8, because the attention's own backward reads it too
 (arXiv 2412.19437 section 3.3.3); here it may also stay as it is. Fused attention saves its output inside autograd; the
-copy it saves is exchanged here.
+copy it saves is exchanged here. Under context parallelism the two see it divided differently (model/context.py), and
+one copy serves both all the same: what is kept is sent around again in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_megatron.precision.e5m6 import E5M6, quantise_e5m6
+from dsv3_megatron.precision.e5m6 import quantise_e5m6
 from dsv3_megatron.precision.kept import offer
 
 
@@ -24,20 +25,19 @@ class _Saved:
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
-        self.cache: E5M6 | _AsItIs | None = None
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.shape = tuple(tensor.shape)
+        self._output: Callable[[], Tensor] | None = None
 
     def restore(self) -> Tensor:
-        """Return the tensor, or what the cache holds of it, in its shape [B, H, S, V] and dtype, padding as zeros."""
-        if self.cache is None:
+        """Return the tensor, or what is kept in its place, in its shape [B, H, S, V or wider], padding as zeros."""
+        if self._output is None:
             return self.tensor
-        batch, heads, sequence, width = self.shape
-        kept = self.cache.dequantise().to(self.dtype).view(sequence, batch, heads, -1)
-        return F.pad(kept, (0, width - kept.shape[-1])).permute(1, 2, 0, 3)
+        kept = self._output()
+        return F.pad(kept, (0, self.shape[-1] - kept.shape[-1])).permute(1, 2, 0, 3)
 
-    def exchange(self, cache: E5M6 | _AsItIs) -> None:
-        """Forget the tensor."""
-        self.cache, self.tensor = cache, None
+    def exchange(self, output: Callable[[], Tensor]) -> None:
+        """Forget the tensor: ``output`` gives [S, B, H, V] of it back."""
+        self._output, self.tensor = output, None
 
 
 class _AsItIs:
@@ -52,15 +52,25 @@ class _AsItIs:
 
 
 class OutputCache:
-    """Keeps one attention's output once. Use: run the attention inside ``watch()``, then ``keep(out, flat)``."""
+    """Keeps one attention's output once. Use: run the attention inside ``watch()``, then ``keep(...)`` the output.
 
-    def __init__(self, kind: Literal["once", "e5m6"]) -> None:
-        self._kind = kind
+    Args:
+        kind: ``e5m6`` or ``once`` (as it is) for attention and the linear layer after it; ``high``: to each its own.
+        again: under context parallelism, turns an output [S / CP, B, H, V] into the [S, B, H / CP, V] that attention
+            saw. It is kept once as well then, whatever the kind.
+    """
+
+    def __init__(self, kind: Literal["high", "once", "e5m6"], again: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._kind, self._again = kind, again
+        self._wanted = (kind != "high" or again is not None) and torch.is_grad_enabled()
         self._saved: list[_Saved] = []
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Note what autograd saves inside the block."""
+        if not self._wanted:
+            yield
+            return
 
         def note(tensor: Tensor) -> _Saved:
             self._saved.append(_Saved(tensor))
@@ -69,16 +79,26 @@ class OutputCache:
         with torch.autograd.graph.saved_tensors_hooks(note, _Saved.restore):
             yield
 
-    def keep(self, out: Tensor | None, flat: Tensor) -> Tensor:
-        """Return ``flat`` [S, B, H * V] marked as kept; ``out`` [B, H, S, V or wider] is what attention gave.
+    def keep(self, out: Tensor | None, heads: Tensor) -> Tensor:
+        """Return ``heads`` [S, B, H, V] as [S, B, H * V], marked as kept; ``out`` [B, H, S, V or wider] is what
+        attention gave.
 
         Attention that saved its probabilities and not its output, or went document by document (``out`` None), has
         nothing to exchange: the linear layer after it uses the cache all the same.
         """
+        flat = heads.flatten(2)
+        if not self._wanted:
+            return flat
         with torch.no_grad():
             cache = quantise_e5m6(flat.detach()) if self._kind == "e5m6" else _AsItIs(flat.detach())
+        shape, dtype, again = heads.shape, heads.dtype, self._again
+
+        def output() -> Tensor:
+            kept = cache.dequantise().to(dtype).view(shape)
+            return kept if again is None else again(kept)
+
         for saved in self._saved:
             if saved.tensor.data_ptr() == out.data_ptr() and saved.tensor.shape == out.shape:
-                saved.exchange(cache)
+                saved.exchange(output)
         self._saved.clear()
-        return offer(flat, cache)
+        return flat if self._kind == "high" else offer(flat, cache)

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from dsv3_megatron.planning.roofline import Device, Format
+from dsv3_megatron.planning.traffic import widths_over_context
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.links import ranks_reached
@@ -143,7 +144,10 @@ class Kernels:
             for linear in up:
                 self._forward(times, linear, "I")
             times.add("I", "rope", rope)
-        # Below the diagonal only; a CP rank's two zigzag pieces have its even share of the pairs.
+        if self.layout.cp > 1:  # each exchange sorts by rank or head before, and by place after
+            for which, width in zip("FI", widths_over_context(self.recipe)):
+                times.add(which, "exchanges over CP", device.memory(self.gathered * heads * width * 4 * self.size))
+        # Below the diagonal only; under CP a rank has all of them for its share of the heads.
         pairs = self.sequences * self.recipe.data.sequence_length**2 / 2 / self.layout.cp
         pairs *= heads
         core = device.attention(pairs, 2 * (qk + v))

@@ -125,8 +125,9 @@ class Plan:
             "expert combine": traffic.combine() * (2 * moe),
             "pipeline": traffic.send() * messages,
             "tensor parallel": traffic.tensor(moe=True) * (2 * moe) + traffic.tensor(moe=False) * (2 * dense),
-            "context parallel": traffic.context() * (2 * (moe + dense)),
+            "context parallel": (traffic.context(backward=False) + traffic.context(backward=True)) * (moe + dense),
             "gradient reduce-scatter": traffic.gradients(fullest, mirrored=mirrored),
+            "embedding all-reduce": traffic.embedding(place),
             "weight all-gather": traffic.weights(fullest, mirrored=mirrored),
         }
 

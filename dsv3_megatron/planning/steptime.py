@@ -26,7 +26,7 @@ class Work:
     """Seconds of one pass of one stage: kernels on all SMs, kernels beside communication; exchanges with experts alone,
     and on the SMs they have beside kernels.
 
-    Gathers and scatters of TP and CP lie between the kernels that need them: they count as kernels.
+    Collectives of TP and CP lie between the kernels that need them: they count as kernels.
     """
 
     kernels: float
@@ -123,10 +123,11 @@ class StepModel:
     def _gathers(self, contents: dict[str, int]) -> dict[str, float]:
         """Return the seconds of TP's and CP's collectives in each pass; backward scatters what forward gathers."""
         moe, dense = contents.get("moe", 0), contents.get("dense", 0)
-        seconds = moe * self.traffic.tensor(moe=True).seconds + dense * self.traffic.tensor(moe=False).seconds
-        seconds += (moe + dense) * self.traffic.context().seconds
-        again = seconds if "full" in self.recipe.parallel.recompute else 0.0
-        return {"F": seconds, "I": seconds + again, "W": 0.0}
+        tensor = moe * self.traffic.tensor(moe=True).seconds + dense * self.traffic.tensor(moe=False).seconds
+        again = tensor if "full" in self.recipe.parallel.recompute else 0.0
+        forward = tensor + (moe + dense) * self.traffic.context(backward=False).seconds
+        backward = tensor + again + (moe + dense) * self.traffic.context(backward=True).seconds
+        return {"F": forward, "I": backward, "W": 0.0}
 
     def times(self) -> Times:
         """Return what the simulator needs."""
@@ -166,8 +167,11 @@ def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times:
     shard = fullest.dense / (model.layout.dp * model.layout.cp * copies) + fullest.experts / (
         model.layout.expert_dp * copies
     )
-    # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most.
-    update = device.memory(34 * shard) + model.traffic.weights(fullest, mirrored=mirrored).seconds
+    # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most. All
+    # gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by columns.
+    touched = 34 * shard + (8 + 4) * fullest.all + (2 + 2) * fullest.in_fp8
+    moved = model.traffic.weights(fullest, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
+    update = device.memory(touched) + moved.seconds
     bubble = sum(timeline.bubble) / len(timeline.bubble)
     return StepTime(timeline, timeline.makespan, end - timeline.makespan, update, bubble)
 

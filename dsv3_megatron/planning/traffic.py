@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dsv3_megatron.planning.memory import Held
 from dsv3_megatron.recipe import ClusterSettings, Recipe
+from parallel.actions import Placement
 from parallel.errors import RecipeError
 from parallel.layout import Layout
 from parallel.links import Fabric, Link, Moved, expert_exchange, nodes_reached
@@ -32,15 +32,18 @@ def fabric_of(cluster: ClusterSettings) -> Fabric:
     return Fabric(max(cluster.gpus_per_node, 1), link("intra_node"), link("inter_node"), own_node)
 
 
-@dataclass(frozen=True)
-class LayerTraffic:
-    """What a layer sends for one microbatch in its forward, and in its backward."""
+def widths_over_context(recipe: Recipe) -> tuple[int, int]:
+    """Return the numbers a token and head that context parallelism exchanges in a layer's forward and backward.
 
-    dispatch: Moved
-    combine: Moved
-    tensor: Moved
-    context: Moved
-    dispatch_backward: Moved
+    Forward: query, key and value one way, the output back. Backward: their gradients, the output once more for
+    attention's own backward, and what is recomputed.
+    """
+    model, recompute = recipe.model, set(recipe.parallel.recompute)
+    qk, v = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    inputs, whole = 2 * qk + v, 2 * (qk + v)
+    if recompute & {"attention", "full"}:
+        return whole, whole + v + whole
+    return whole, whole + v + (inputs if "mla_up" in recompute else 0)
 
 
 class Traffic:
@@ -92,15 +95,13 @@ class Traffic:
         blocks = 2 if not moe or self.recipe.model.n_shared_experts else 1
         return self.fabric.ring(self.layout.group("tp", 0), whole) * (2 * blocks)
 
-    def context(self) -> Moved:
-        """Return the gather of keys and values of one layer's forward."""
+    def context(self, *, backward: bool) -> Moved:
+        """Return the all-to-alls over CP of one layer's forward or backward."""
         if self.layout.cp == 1:
             return Moved()
-        model = self.recipe.model
-        widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
-        tokens = self.tokens * self.layout.tp * self.layout.cp
-        whole = tokens * model.num_attention_heads / self.layout.tp * widths * self.size
-        return self.fabric.ring(self.layout.group("cp", 0), whole)
+        heads = self.recipe.model.num_attention_heads / self.layout.tp
+        numbers = self.tokens * self.layout.tp * heads * widths_over_context(self.recipe)[backward]
+        return self.fabric.all_to_all(self.layout.group("cp", 0), numbers * self.size)
 
     def send(self) -> Moved:
         """Return one message to the neighbouring pipeline rank."""
@@ -115,6 +116,15 @@ class Traffic:
     def weights(self, held: Held, *, mirrored: bool) -> Moved:
         """Return the all-gather of updated weights."""
         return self._over_copies(held, self.size, mirrored)
+
+    def embedding(self, place: Placement) -> Moved:
+        """Return the all-reduce of the embedding's float32 gradient, where MTP gives the last stage a copy of it on
+        another rank than the first."""
+        model, last = self.recipe.model, place.stages - 1
+        if not model.num_nextn_predict_layers or last in place.stages_of(0):
+            return Moved()
+        members = (0, self.layout.world_size - self.layout.world_size // self.layout.pp)
+        return self.fabric.ring(members, model.vocab_size * model.hidden_size / self.layout.tp * 4) * 2
 
     def _over_copies(self, held: Held, size: int, mirrored: bool) -> Moved:
         dense, experts = self.layout.group("dp_cp", 0), self.layout.group("expert_dp", 0)

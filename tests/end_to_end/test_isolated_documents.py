@@ -53,6 +53,7 @@ LAYOUTS = {
         ("parallel.pipeline=2", "parallel.schedule=zb1p"),
         ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2"),
         ("parallel.context=2",),
+        ("parallel.context=2", "parallel.recompute=[norm,mla_up]"),
         ("parallel.tensor=2", "parallel.recompute=[full]"),
     ],
     4: [("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.expert=2")],

@@ -11,6 +11,7 @@ TWO = {
     "PP2": ("parallel.pipeline=2",),
     "PP2 uneven": ("parallel.pipeline=2", "parallel.stages=[1,3]"),
     "CP2": ("parallel.context=2",),
+    "CP2 recompute": ("parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]"),
     "TP2": ("parallel.tensor=2",),
     "TP2 x EP2": ("parallel.tensor=2", "parallel.expert=2"),
     "TP2 x expert-TP2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
@@ -21,6 +22,8 @@ FOUR = {
     "PP2 x EP2": ("parallel.pipeline=2", "parallel.expert=2"),
     "PP4": ("parallel.pipeline=4",),
     "TP2 x EP2 x PP2": ("parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"),
+    "CP4": ("parallel.context=4",),
+    "CP2 x TP2": ("parallel.context=2", "parallel.tensor=2", "parallel.recompute=[mla_up,attention]"),
     "CP2 x EP2": ("parallel.context=2", "parallel.expert=2"),
     "PP2 full recompute": ("parallel.pipeline=2", "parallel.recompute=[full]"),
 }

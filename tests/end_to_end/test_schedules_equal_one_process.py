@@ -56,7 +56,10 @@ FEW = {
     "zb1p, TP2 x EP2": (4, (*PIPELINE, "parallel.schedule=zb1p", "parallel.tensor=2", "parallel.expert=2")),
     "dualpipev, TP2 x EP2": (4, (*PIPELINE, "parallel.schedule=dualpipev", "parallel.tensor=2", "parallel.expert=2")),
     "dualpipe, DP2": (4, (*PIPELINE, "parallel.schedule=dualpipe", "optim.micro_batch=2")),
-    "dualpipe, CP2": (4, (*PIPELINE, "parallel.schedule=dualpipe", "parallel.context=2")),
+    "dualpipe, CP2, recompute": (
+        4,
+        (*PIPELINE, "parallel.schedule=dualpipe", "parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]"),
+    ),
     "interleaved, CP2": (4, (*PIPELINE, "parallel.schedule=interleaved", "parallel.chunks=3", "parallel.context=2")),
     "dualpipe, recompute": (2, (*PIPELINE, "parallel.schedule=dualpipe", "parallel.recompute=[norm,mla_up,moe_act]")),
     "dualpipev, recompute": (

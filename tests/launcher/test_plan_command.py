@@ -53,8 +53,9 @@ def test_a_cluster_without_hardware_facts_leaves_prices_null_and_every_key_there
 @pytest.mark.parametrize("recipe", options("recipe"))
 def test_every_shipped_recipe_has_a_plan(tmp_path, recipe):
     code, plan = _plan(tmp_path, f"recipe={recipe}", "--fast", "advice=false")
-    assert code == (0 if plan["fits"] else 3)
     assert plan["ranks"]
+    # The article's model is larger than the paper's, and is there to be compared.
+    assert (code, plan["fits"]) == ((3, False) if recipe == "dsv3_article" else (0, True))
 
 
 def test_what_does_not_fit_is_exit_code_3_and_the_table_all_the_same(tmp_path, capsys):

@@ -48,6 +48,8 @@ BAD = {  # override(s) -> what the line must hold
     "parallel.pipeline=5": ["model.num_hidden_layers = 4", "5 stages", "4 or less"],
     "parallel.stages=[1,3]": ["parallel.stages = [1, 3]", "2 stages", "1 number"],
     "parallel.chunks=2": ["parallel.chunks = 2", "interleaved"],
+    "parallel.context=3": ["parallel.context = 3", "model.num_attention_heads = 4", "do: 2, 4"],
+    "parallel.tensor=2 parallel.context=4": ["num_attention_heads / parallel.tensor = 2", "nearest that do: 1, 2"],
     "data.sequence_length=255 parallel.context=2": ["data.sequence_length = 255", "multiple of 4", "256"],
     "parallel.pipeline=2 parallel.stages=[1,1]": ["adds up to 2", "model.num_hidden_layers = 4"],
     "~model": ["model", "required"],

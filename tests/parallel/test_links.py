@@ -50,6 +50,20 @@ def test_a_ring_sends_as_much_as_its_ranks_receive(size, nbytes):
     assert moved.intra_bytes + moved.inter_bytes == pytest.approx(received)
 
 
+@given(st.sampled_from([1, 2, 8, 16, 64]), st.integers(1, 10**9))
+def test_an_even_all_to_all_sends_every_other_rank_its_share(size, nbytes):
+    moved = FABRIC.all_to_all(range(size), nbytes)
+    assert moved.intra_bytes == pytest.approx(nbytes / size * (min(size, 8) - 1))
+    assert moved.intra_bytes + moved.inter_bytes == pytest.approx(nbytes / size * (size - 1))
+    assert moved.seconds == (
+        0
+        if size == 1
+        else pytest.approx(
+            max(FABRIC.intra.seconds(moved.intra_bytes), FABRIC.inter.seconds(moved.inter_bytes) if size > 8 else 0)
+        )
+    )
+
+
 @pytest.mark.parametrize(("ranks", "reached"), [(1, 1.0), (2, 2 * (1 - 1 / 70)), (4, 4 * (1 - 15 / 70)), (8, 4.0)])
 def test_ranks_that_hold_whole_groups_are_reached_as_often_as_one_of_their_groups_is(ranks, reached):
     assert ranks_reached(ranks, 256, 8, 4, 8) == pytest.approx(reached)

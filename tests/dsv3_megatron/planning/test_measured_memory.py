@@ -26,6 +26,8 @@ CASES = {
         ("parallel.pipeline=2", "parallel.schedule=dualpipe"),
         ("parallel.expert=2",),
         ("parallel.tensor=2", "parallel.expert=2"),
+        ("parallel.context=2",),
+        ("parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]"),
     ],
 }
 

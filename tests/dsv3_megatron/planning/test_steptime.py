@@ -43,6 +43,15 @@ def test_deepseek_step_is_predicted_within_fifteen_percent():
     )
 
 
+def test_the_end_of_a_step_touches_every_gradient_and_its_shard_of_the_states():
+    recipe = compose(["recipe=dsv3_h200"])
+    plan = make_plan(recipe, 1, measure=estimate_stages)
+    held = sum(stage.parameters for stage in plan.stages)
+    in_fp8 = sum(stage.fp8_parameters for stage in plan.stages)
+    nbytes = held * (34 + 8 + 4) + in_fp8 * 4
+    assert plan.step.optimizer_seconds == pytest.approx(Device(recipe.cluster).memory(nbytes))
+
+
 def test_recomputing_whole_layers_exchanges_their_tokens_once_more():
     def backward(*recompute):
         recipe = compose(["recipe=dsv3_671b", "parallel.schedule=1f1b", f"parallel.recompute=[{','.join(recompute)}]"])

@@ -3,11 +3,20 @@
 import random
 
 import pytest
+import torch
 
+from dsv3_megatron.build import build_parts
+from dsv3_megatron.data.samples import Synthetic, step_batches
+from dsv3_megatron.model import context
 from dsv3_megatron.planning.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
+from dsv3_megatron.step import run_pipeline
 from launcher.compose import compose
+from parallel.groups import start_processes, stop_processes
 from parallel.transfers import Transfers
+from parallel.world import World
+from tests.ranks import run_ranks
+from tests.tiny import small_recipe
 
 SCHEDULES = [
     ("parallel.schedule=dualpipe",),
@@ -29,6 +38,22 @@ def test_pipeline_bytes_are_those_of_the_messages_that_the_schedule_sends(overri
     moved = plan.traffic()["pipeline"]
     planned = (moved.intra_bytes + moved.inter_bytes) / plan.model.traffic.message_bytes
     assert planned == pytest.approx(max(sent))  # ranks inside the pipeline; those at its ends send less
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        (("parallel.schedule=dualpipe",), 1),  # each end of the pipeline holds first and last stage
+        (("parallel.schedule=dualpipev", "parallel.pipeline=8", "parallel.expert=32"), 1),
+        (("parallel.schedule=1f1b",), 2),
+        (("parallel.schedule=1f1b", "model.num_nextn_predict_layers=0"), 1),
+    ],
+)
+def test_two_copies_of_the_embedding_are_kept_alike(overrides, copies):
+    recipe = compose(["recipe=dsv3_671b", *overrides])
+    moved = make_plan(recipe, 2048, measure=estimate_stages).traffic()["embedding all-reduce"]
+    nbytes = 4 * recipe.model.vocab_size * recipe.model.hidden_size
+    assert moved.inter_bytes == (nbytes if copies == 2 else 0)
 
 
 def test_every_byte_that_ranks_dispatch_arrives_at_ranks():
@@ -56,3 +81,42 @@ def test_every_byte_that_ranks_dispatch_arrives_at_ranks():
     planned = plan.model.traffic.dispatch()
     assert planned.inter_bytes / 4096 / token == pytest.approx(sent["inter"] / 64 / each, rel=0.03)
     assert planned.intra_bytes / 4096 / token == pytest.approx(sent["intra"] / 64 / each, rel=0.03)
+
+
+def exchanged_over_context(overrides):
+    """Return the bytes that this rank of two sent to the other over CP in a step."""
+    recipe, world, sent = small_recipe(*overrides), World.from_environment(), []
+    start_processes(world, torch.device("cpu"), timeout_seconds=200)
+    exchange = context._exchange
+    context._exchange = lambda x, group: sent.append(x.nbytes // 2) or exchange(x, group)
+    try:
+        parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+        data = Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
+        optim = recipe.optim
+        batches = step_batches(
+            data, first=0, global_batch=optim.global_batch, micro_batch=optim.micro_batch, dp_rank=0, dp=1
+        )
+        run_pipeline(parts, batches, training=True)
+        return sum(sent)
+    finally:
+        context._exchange = exchange
+        stop_processes()
+
+
+def test_context_parallelism_sends_what_the_plan_says():
+    cases = [
+        ("parallel.context=2", f"parallel.recompute=[{names}]", *more)
+        for names, more in (
+            ("", ()),
+            ("norm,mla_up", ()),
+            ("full", ()),
+            ("attention", ()),
+            ("mla_up", ("precision=fp8",)),
+        )
+    ]
+    for overrides, ranks in zip(cases, run_ranks(2, exchanged_over_context, cases)):
+        link = "{gigabytes_per_second: 100, latency_microseconds: 1}"
+        pair = ("cluster=h200_1", "cluster.gpus_per_node=2", f"cluster.intra_node={link}")
+        plan = make_plan(small_recipe(*overrides, *pair), 2, measure=estimate_stages)
+        moved = plan.traffic()["context parallel"]
+        assert ranks == [moved.intra_bytes] * 2, overrides
