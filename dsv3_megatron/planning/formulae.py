@@ -1,164 +1,122 @@
 """What a stage holds, by formula: the fast path of the planner, for searches and for ``--fast``. No torch.
 
 The exact path runs the real modules (activations.py); these formulae say what it found, term by term, and a test holds
-them to it. They know the torch backend's modules as a GPU's kernels keep them.
-
-Legend: T tokens of a microbatch on this rank, G tokens where TP ranks share widths, R rows of this rank's experts, D
-hidden size, I width of SwiGLU's output. "+ scales": FP8 has a float32 a 128 numbers.
+them to it. What the parts of a stage hold is in parts.py; here a pass goes through them, one after the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dsv3_megatron.model.costs import attention_parameters
+from dsv3_megatron.planning.parts import Part, Parts
 from dsv3_megatron.planning.stage_memory import StageMemory, composition
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Schedule
 from parallel.layout import Layout
 
-_WITH_SCALES = 1 + 4 / 128
-# Copies of the tokens of a rank's experts that a forward, and a backward beside a forward, hold for a moment: sent,
-# received, sorted, multiplied.
-_MOMENTARY_FORWARD, _MOMENTARY_BACKWARD = 4.0, 7.3
-
-
-@dataclass(frozen=True)
-class _Bytes:
-    kept: float
-    owed: float
-
-
-class _Sizes:
-    """Sizes of a recipe on a layout, and what its parts keep."""
-
-    def __init__(self, recipe: Recipe, layout: Layout, *, planned: bool):
-        self.recipe, self.layout, self.model = recipe, layout, recipe.model
-        self.planned = planned  # run through megatron-core's overlapped plan, which keeps one more tensor a layer
-        self.t = recipe.optim.micro_batch * recipe.data.sequence_length / (layout.cp * layout.tp)
-        self.g = self.t * layout.tp
-        self.r = self.t * self.model.num_experts_per_tok * layout.expert_tp
-        self.d = self.model.hidden_size
-        self.size = 2 if recipe.precision.parameters == "bf16" else 4
-        self.fp8 = recipe.precision.fp8
-        self.recompute = set(recipe.parallel.recompute)
-        self.message = self.t * self.d * self.size
-        self.linear = _WITH_SCALES if self.fp8 else self.size  # bytes of a number that a linear layer keeps
-
-    def attention(self) -> _Bytes:
-        model, tp = self.model, self.layout.tp
-        heads = model.num_attention_heads / tp
-        qk, v = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
-        query_latent = model.q_lora_rank or 0
-        latents = query_latent + model.kv_lora_rank
-        down = query_latent + model.kv_lora_rank + model.qk_rope_head_dim
-        output_cache = self.fp8.attention_output_cache if self.fp8 else None
-        out = self.g * heads * v * (1.5 + 4 / 128 if output_cache == "e5m6" else self.size)
-        if output_cache == "high":
-            out += self.g * heads * v * _WITH_SCALES  # the linear layer's own copy
-        kept = out + self.g * heads * 4 + self.t * down * self.size
-        if "norm" not in self.recompute:  # in FP8 each of the two down-projections keeps a copy of its own
-            kept += self.t * self.d * (2 * _WITH_SCALES if self.fp8 else self.size)
-        if "mla_up" in self.recompute:
-            kept += self.t * latents * self.size
-        else:
-            kept += self.g * heads * (2 * qk + v) * self.size + self.g * latents * self.linear
-        ups = self.g * heads * ((qk if query_latent else 0) + model.qk_nope_head_dim + v)
-        owed = (ups + 2 * self.t * self.d + self.t * self.d + self.g * latents + self.t * down) * self.linear + out
-        return _Bytes(kept, owed)
-
-    def feed_forward(self, width: float, *, recomputed: bool) -> _Bytes:
-        """SwiGLU with its two layers outside the experts."""
-        g, d = self.g, self.d
-        cached = self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
-        if recomputed:
-            kept = 0.0
-        else:  # SwiGLU keeps its input, the second layer its own
-            kept = 2 * g * width * (_WITH_SCALES if cached else self.size)
-            kept += 0.0 if cached else g * width * self.linear
-            again = "norm" in self.recompute and self.layout.tp == 1
-            kept += g * d * _WITH_SCALES if self.fp8 and not again else 0.0
-        owed = (2 * g * width * 2 + 2 * g * d) * self.linear if cached else (3 * g * width + 2 * g * d) * self.linear
-        return _Bytes(kept, owed)
-
-    def dense(self) -> _Bytes:
-        """A dense layer: residual sums, attention, feed-forward."""
-        attention = self.attention()
-        # Under DualPipe's plan the recomputation of a dense layer's feed-forward is megatron-core's "mlp".
-        block = self.feed_forward(self.model.intermediate_size / self.layout.tp, recomputed="mlp" in self.recompute)
-        norm = 0.0 if self.fp8 or "norm" in self.recompute else self.message
-        return self._layer(_Bytes(attention.kept + block.kept + norm, attention.owed + block.owed), copies=2)
-
-    def moe(self) -> _Bytes:
-        """A MoE layer."""
-        model, attention, r = self.model, self.attention(), self.r
-        width = model.moe_intermediate_size / self.layout.expert_tp
-        cached = self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
-        kept = r * self.d * self.linear
-        if cached:
-            kept += 2 * r * width * _WITH_SCALES
-            owed = (2 * r * self.d + 4 * r * width) * _WITH_SCALES
-        else:
-            kept += 2 * r * width * self.size
-            kept += 0.0 if "moe_act" in self.recompute else r * width * self.linear
-            owed = (2 * r * self.d + 3 * r * width) * self.linear
-        shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
-        shared = self.feed_forward(shared_width, recomputed="shared_experts" in self.recompute)
-        kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
-        norm = 0.0 if "norm" in self.recompute else self.message
-        kept, owed = attention.kept + kept + shared.kept + norm, attention.owed + owed + shared.owed
-        return self._layer(_Bytes(kept, owed), copies=2 + self.planned)
-
-    def _layer(self, inside: _Bytes, *, copies: int) -> _Bytes:
-        """Add the residual sums, ``copies`` of T x D; under full recomputation a layer keeps its input alone."""
-        if "full" in self.recompute:
-            return _Bytes(self.message, inside.owed)
-        return _Bytes(inside.kept + copies * self.message, inside.owed)
-
-    def prediction(self) -> float:
-        """Return what final norm, head and loss of one prediction keep: float32 probabilities, normed states."""
-        return self.g * self.model.vocab_size / self.layout.tp * 4 + 3 * self.message
-
 
 def estimate_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:
     """Return what every stage holds (planning.activations.measure_stages measures it)."""
     kinds = {step.kind for steps in schedule.ranks for step in steps}
-    planned, splits = "FB" in kinds, bool(kinds & {"I", "W"})
-    sizes = _Sizes(recipe, layout, planned=planned)
-    return [_stage(sizes, layers, stage, splits=splits) for stage in range(len(layers))]
+    parts = Parts(recipe, layout, planned="FB" in kinds, splits=bool(kinds & {"FB", "I", "W"}))
+    return [_stage(parts, layers, stage) for stage in range(len(layers))]
 
 
-def _stage(sizes: _Sizes, layers: tuple[int, ...], stage: int, *, splits: bool) -> StageMemory:
-    model, message = sizes.model, sizes.message
-    parts = composition(model, layers, stage)
-    dense, moe = sizes.dense(), sizes.moe()
-    kept = parts.dense * dense.kept + parts.moe * moe.kept + message
-    owed = parts.dense * dense.owed + parts.moe * moe.owed
-    forward, backward = 2 * message, 4 * message
-    if parts.moe:
-        forward = _MOMENTARY_FORWARD * sizes.r * sizes.d * sizes.size
-        backward = (_MOMENTARY_BACKWARD if sizes.planned else 4.5) * sizes.r * sizes.d * sizes.size
-    if parts.predictions:
-        logits = sizes.g * model.vocab_size / sizes.layout.tp
-        kept += parts.predictions * sizes.prediction()
-        forward = max(forward, logits * (sizes.size + 4))
-        if sizes.planned:  # beside another forward; alone, probabilities are let go as their gradients come
-            backward = max(backward, logits * (sizes.size + 8))
-        kept += model.num_nextn_predict_layers * (2 * sizes.t * sizes.d * sizes.linear + message)
-    parameters, experts, in_fp8 = stage_parameters(sizes.recipe, sizes.layout, layers, stage)
-    largest = 2 * model.moe_intermediate_size * sizes.d * model.n_routed_experts / sizes.layout.ep if parts.moe else 0
+def _stage(parts: Parts, layers: tuple[int, ...], stage: int) -> StageMemory:
+    parameters, experts, in_fp8 = stage_parameters(parts.recipe, parts.layout, layers, stage)
+    before, inner, after = _parts_of_stage(parts, layers, stage)
+    everything = [before, *inner, after]
+    kept = sum(part.kept for part in everything)
+    owed = sum(part.owed for part in everything) if parts.splits else 0.0
+    backward = _overlapped(parts, before, inner, after) if parts.planned else _backward(everything, splits=parts.splits)
     return StageMemory(
         parameters=parameters,
         expert_parameters=experts,
         fp8_parameters=in_fp8,
         kept=round(kept),
         held=0,
-        kept_owed=round(owed) if splits else 0,
-        peak_forward=round(kept + forward),
-        peak_backward=round(kept + backward),
-        peak_weight_grad=round(owed + 4 * largest) if splits else 0,
-        message=round(message),
+        kept_owed=round(owed),
+        peak_forward=round(_forward(everything)),
+        peak_backward=round(backward),
+        peak_weight_grad=round(_weight_gradients(everything)) if parts.splits else 0,
+        message=round(parts.message),
     )
+
+
+def _parts_of_stage(parts: Parts, layers: tuple[int, ...], stage: int) -> tuple[Part, list[Part], Part]:
+    """Return what precedes the layers of a stage, attention and block of each in turn, and what follows them."""
+    has = composition(parts.model, layers, stage)
+    dense, moe = parts.layer(moe=False), parts.layer(moe=True)
+    kinds = [dense] * has.dense + [moe] * has.moe
+    for number in range(len(kinds) - has.mtp, len(kinds)):
+        attention, block = kinds[number]
+        kinds[number] = [_joined(parts.joint(), attention), block]
+    before = parts.embedding(1 + has.mtp) if stage == 0 else parts.received()
+    after = parts.heads(has.predictions) if has.predictions else Part()
+    return before, [part for layer in kinds for part in layer], after
+
+
+def _joined(first: Part, second: Part) -> Part:
+    """Return two parts as one."""
+    return Part(
+        kept=first.kept + second.kept,
+        owed=first.owed + second.owed,
+        gradients=first.gradients + second.gradients,
+        forward=second.forward,
+        backward=max(first.backward - second.kept, second.backward),
+        weight_grad=max(first.weight_grad, second.weight_grad),
+    )
+
+
+def _forward(parts: list[Part]) -> float:
+    """Return the peak of a forward."""
+    level, peak = 0.0, 0.0
+    for part in parts:
+        level += part.kept
+        peak = max(peak, level + part.forward)
+    return peak
+
+
+def _backward(parts: list[Part], *, splits: bool) -> float:
+    """Return the peak of a backward that runs alone; one that splits is followed by its weight gradients."""
+    level = peak = sum(part.kept for part in parts)
+    for part in reversed(parts):
+        peak = max(peak, level + part.backward)
+        level += (part.owed if splits else 0.0) - part.kept
+    return max(peak, _weight_gradients(parts)) if splits else peak
+
+
+def _weight_gradients(parts: list[Part]) -> float:
+    """Return the peak of weight gradients, paid from the first layer on; what the stage received leaves last."""
+    level, peak = sum(part.owed for part in parts), 0.0
+    for part in parts[1:]:
+        peak = max(peak, level + part.weight_grad)
+        level -= part.owed
+    return peak
+
+
+def _overlapped(parts: Parts, before: Part, inner: list[Part], after: Part) -> float:
+    """Return the peak of a backward beside a forward, above what both microbatches hold before (megatron-core's plan).
+
+    Layer i of the forward runs beside layer n - i of the backward: the backward's exchange, the forward's attention,
+    the backward's experts, the forward's exchanges and experts, the backward's attention.
+    """
+    level = before.kept
+    peak = level + after.backward
+    level -= after.kept
+    pairs = list(zip(inner[::2], inner[1::2]))
+    for (attention, block), (b_attention, b_block) in zip(pairs, reversed(pairs)):
+        level += attention.kept
+        # The backward's products beside the rows that the forward will send; then dW beside those it has sent.
+        paid = b_block.gradients + b_block.weight_grad + parts.message
+        peak = max(peak, level + b_block.backward + block.rows, level + paid + 2 * block.rows)
+        level += block.kept - b_block.kept
+        # Gradients on both sides of the backward's exchange stay until the layer is done.
+        waiting = 2 * b_block.rows
+        normed = 2 * parts.message if "norm" in parts.recompute else 0.0
+        peak = max(peak, level + waiting + block.forward + 4 * parts.message + normed)
+        peak = max(peak, level + waiting + b_attention.backward)
+        level -= b_attention.kept
+    return max(peak, level + after.kept + after.forward + parts.message, level + before.backward)
 
 
 def stage_parameters(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: int) -> tuple[int, int, int]:

@@ -1,5 +1,7 @@
 """The fast path says what the exact one finds: formulae against the real modules on fake tensors, at true widths."""
 
+from dataclasses import asdict
+
 import pytest
 
 from dsv3_megatron.planning.formulae import estimate_stages
@@ -13,27 +15,46 @@ SHORT = (
     "parallel.pipeline=2",
     "cluster.nodes=16",
 )
+BETWEEN = ("kept", "kept_owed")
+PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
 
 
+# Every schedule family, recomputation, precision and TP once, not with each other: the exact path takes seconds a case.
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        ("parallel.recompute=[norm,mla_up,moe_act]", "parallel.schedule=1f1b"),
+        ("parallel.schedule=dualpipe", "parallel.recompute=[norm,mla_up,moe_act]"),
+        ("parallel.schedule=dualpipev", "parallel.recompute=[shared_experts,mlp]", "precision=bf16"),
+        ("parallel.schedule=zb1p", "parallel.recompute=[norm,mla_up,moe_act]", "parallel.tensor=2", "precision=bf16"),
+        ("parallel.schedule=zb1p", "parallel.recompute=[moe]", "precision=bf16"),
+        ("parallel.schedule=1f1b", "parallel.recompute=[full]", "precision=bf16"),
+        ("parallel.schedule=1f1b", "parallel.recompute=[attention]", "optim.micro_batch=2"),
+        (
+            "parallel.schedule=dualpipe",
+            "parallel.recompute=[norm,mla_up]",
+            "parallel.context=8",
+            "data.sequence_length=32768",
+        ),
     ],
+    ids=" ".join,
 )
 def test_formulae_agree_with_the_exact_path(overrides):
     recipe = compose([*SHORT, *overrides])
     exact, fast = make_plan(recipe, 128), make_plan(recipe, 128, measure=estimate_stages)
-    for one, other in zip(exact.stages, fast.stages):
-        assert (one.parameters, one.expert_parameters, one.fp8_parameters, one.message) == (
-            other.parameters,
-            other.expert_parameters,
-            other.fp8_parameters,
-            other.message,
-        )
+    for one, other in zip(map(asdict, exact.stages), map(asdict, fast.stages)):
         print(one, other, sep="\n")
-        assert other.kept == pytest.approx(one.kept, rel=0.1)
+        for name in ("parameters", "expert_parameters", "fp8_parameters", "message"):
+            assert one[name] == other[name], name
+        for name in BETWEEN:
+            assert other[name] == pytest.approx(one[name], rel=0.02), name
+        for name in PEAKS:  # too little would say that something fits which does not
+            assert 0.95 * one[name] <= other[name] <= 1.2 * one[name], name
     for one, other in zip(exact.ranks, fast.ranks):
-        assert other.total_bytes == pytest.approx(one.total_bytes, rel=0.1)
+        assert other.total_bytes == pytest.approx(one.total_bytes, rel=0.015)
     assert exact.step == fast.step
+
+
+def test_experts_of_one_rank_exchange_nothing():
+    recipe = compose(["recipe=dsv3_h200"])
+    exact, fast = make_plan(recipe, 1), make_plan(recipe, 1, measure=estimate_stages)
+    assert fast.tightest.total_bytes == pytest.approx(exact.tightest.total_bytes, rel=0.005)

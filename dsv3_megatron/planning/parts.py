@@ -1,0 +1,250 @@
+"""What the parts of a stage hold, by formula: attention, feed-forward, experts, and what stands at the model's ends.
+
+No torch. The formulae know the torch backend's modules as a GPU's kernels keep them.
+
+Legend: T tokens of a microbatch on this rank, G tokens where TP ranks share widths, R rows of this rank's experts, D
+hidden size, X and dY the input and the output's gradient of a linear layer, from which its weight gradient dW is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_megatron.recipe import Recipe
+from parallel.layout import Layout
+
+_WITH_SCALES = 1 + 4 / 128  # bytes of a number in FP8: a float32 scale for 128 of them
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one part of a stage.
+
+    Attributes:
+        kept: from its forward to its backward.
+        owed: X and dY of its layers, from its backward to its weight gradients.
+        gradients: the dY among them.
+        forward: besides what it keeps, inside a forward.
+        backward: besides what it kept, inside a backward.
+        weight_grad: its largest dW.
+        rows: one copy of the rows of this rank's experts; 0 where there are none.
+    """
+
+    kept: float = 0.0
+    owed: float = 0.0
+    gradients: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    weight_grad: float = 0.0
+    rows: float = 0.0
+
+
+class Parts:
+    """The parts of a recipe's model on a layout.
+
+    Args:
+        planned: passes run through megatron-core's overlapped plan.
+        splits: weight gradients are computed apart.
+    """
+
+    def __init__(self, recipe: Recipe, layout: Layout, *, planned: bool, splits: bool):
+        self.recipe, self.layout, self.model = recipe, layout, recipe.model
+        self.planned, self.splits = planned, splits
+        self.t = recipe.optim.micro_batch * recipe.data.sequence_length / (layout.cp * layout.tp)
+        self.g = self.t * layout.tp
+        self.r = self.t * self.model.num_experts_per_tok * layout.expert_tp
+        self.d = self.model.hidden_size
+        self.size = 2 if recipe.precision.parameters == "bf16" else 4
+        self.fp8 = recipe.precision.fp8
+        self.cached = self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
+        self.recompute = set(recipe.parallel.recompute)
+        if "full" in self.recompute:
+            self.recompute = {"full"}
+        self.message = self.t * self.d * self.size
+        self.linear = _WITH_SCALES if self.fp8 else self.size  # bytes of a number that a linear layer keeps
+        # A layer that splits in high precision keeps the X that it gathered over TP, others what was given to them.
+        self.gathers = splits and not self.fp8 and layout.tp > 1
+        self.copied = self.linear if self.fp8 else 0  # of dY, which in high precision is kept itself
+        self.dw = 4 if self.fp8 else self.size  # bytes of a number of dW
+
+    def layer(self, *, moe: bool) -> list[Part]:
+        """Return a decoder layer: attention, with the layer's norms and residual sums, and what follows it."""
+        attention, block = self._attention(moe=moe), self._experts() if moe else self._dense()
+        if "full" not in self.recompute:
+            return [attention, block]
+        return [Part(), self._again(attention, block)]
+
+    def _attention(self, *, moe: bool) -> Part:
+        model, g, t, d, message = self.model, self.g, self.t, self.d, self.message
+        heads = model.num_attention_heads / self.layout.tp
+        qk, v, rank = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim, model.q_lora_rank or 0
+        latents, down = rank + model.kv_lora_rank, rank + model.kv_lora_rank + model.qk_rope_head_dim
+        ups = (qk if rank else 0) + model.qk_nope_head_dim + v  # what the up-projections give a head
+        out, operands = g * heads * v * self.size, g * heads * (2 * qk + v) * self.size
+        again = {"norm", "mla_up"} & self.recompute
+        kept = self._output(heads) + t * down * self.size + self._residuals(moe=moe)
+        if "norm" not in self.recompute:  # in FP8 each of the two down-projections keeps a copy of its own
+            kept += t * d * (2 * self.linear if self.fp8 else self.size)
+        kept += t * latents * self.size if "mla_up" in again else operands + g * latents * self.linear
+        inputs = (2 if self.fp8 else 1) * t * d + g * latents
+        gradients = (g * heads * ups + g * d + t * down) * self.linear
+        # Queries, keys and values are joined from what the up-projections gave.
+        forward = g * heads * (ups + model.qk_rope_head_dim) * self.size - out
+        # Their gradients, beside the output's and those of the residual stream; what is recomputed is there twice, as
+        # it was made again and where it had been discarded.
+        backward = operands + out + 2 * message
+        if "mla_up" in again:
+            forward, backward = forward + operands, backward + 2 * operands
+            if self.layout.cp > 1:  # also as it was exchanged for whole sequences; and one gradient on its way back
+                backward += 2 * operands + g * heads * qk * self.size
+        backward += 2 * message if "norm" in again else 0
+        backward += out if "attention" in self.recompute else 0
+        largest = max(heads * v * d, heads * ups * rank, heads * (model.qk_nope_head_dim + v) * model.kv_lora_rank)
+        backward = max(backward, out + message + (0 if self.splits else largest * self.dw))
+        owed = inputs * self.linear + self._output(heads) + gradients
+        if self.planned and not self.fp8:  # a plan lets go of what its nodes handed on with what they owe
+            owed += 2 * message
+        return Part(kept, owed, gradients, forward, backward, largest * self.dw)
+
+    def _output(self, heads: float) -> float:
+        """Return what attention and the layer after it keep of the output, and attention of its rows' sums."""
+        numbers = self.g * heads * self.model.v_head_dim
+        cache = self.fp8.attention_output_cache if self.fp8 else None
+        if "attention" in self.recompute:
+            return numbers * self.linear
+        kept = numbers * (1.5 + 4 / 128 if cache == "e5m6" else self.size) + self.g * heads * 4
+        return kept + (numbers * _WITH_SCALES if cache == "high" else 0)  # the layer's own copy
+
+    def _residuals(self, *, moe: bool) -> float:
+        """Return what is kept of the residual stream, and of the norm before what follows attention."""
+        copies = 2 + (1 if moe and self.planned else 0)
+        normed = moe or "mlp" in self.recompute or not (self.fp8 or self.gathers)
+        if "norm" not in self.recompute and normed:
+            copies += 1
+        return copies * self.message
+
+    def _dense(self) -> Part:
+        width = self.model.intermediate_size / self.layout.tp
+        return self._feed_forward(width, recomputed="mlp" in self.recompute, splits=self.splits)
+
+    def _feed_forward(self, width: float, *, recomputed: bool, splits: bool) -> Part:
+        """SwiGLU with its two layers, outside the routed experts."""
+        g, d, numbers = self.g, self.d, self.g * width
+        # SwiGLU keeps its input, the second layer its own unless it can take it from SwiGLU's cache.
+        inner = 2 * numbers * _WITH_SCALES if self.cached else numbers * (2 * self.size + self.linear)
+        x = g * d * self.linear
+        comes_again = "norm" in self.recompute and self.layout.tp == 1
+        kept = inner + (x if (self.fp8 and not comes_again) or (splits and self.gathers) else 0)
+        gradients = (2 * numbers + g * d) * self.linear
+        owed = x + gradients + (inner if self.cached else numbers * self.linear)
+        forward = numbers * (3 if self.cached else 1) * self.size
+        largest = 2 * width * d
+        beside = 2 * numbers * (self.size + self.copied) + 2 * self.message
+        backward = beside if splits else beside + largest * self.dw - inner
+        part = Part(kept, owed, gradients, forward, backward, largest * self.dw)
+        return self._again(part) if recomputed else part
+
+    def _experts(self) -> Part:
+        """A MoE layer behind its norm: routed experts with their exchanges, router and shared experts."""
+        model, r, d = self.model, self.r, self.d
+        width, rows = model.moe_intermediate_size / self.layout.expert_tp, self.r * self.d * self.size
+        local = model.n_routed_experts / self.layout.ep
+        inner = 2 * r * width * (_WITH_SCALES if self.cached else self.size)
+        activated = 0.0 if self.cached else r * width * self.linear
+        shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
+        shared = self._feed_forward(shared_width, recomputed="shared_experts" in self.recompute, splits=False)
+        kept = r * d * self.linear + inner + (0 if "moe_act" in self.recompute else activated) + shared.kept
+        kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
+        # Shared experts owe nothing: their layers never split.
+        gradients = (r * d + 2 * r * width) * self.linear
+        owed = r * d * self.linear + (inner if self.cached else activated) + gradients
+        if self.planned and not self.fp8:
+            owed += rows
+        largest = local * 2 * width * d
+        products = rows + 2 * r * width * (self.size + self.copied)  # dX and dY of the first layer
+        if not self.splits:  # its dW, when what was kept behind it is gone
+            products += largest * self.dw - inner - (0 if "moe_act" in self.recompute else activated)
+        backward = max(self._sorting(rows, gradients), products + self._normed_again())
+        if self.planned:  # on both sides of the exchange and of the products; SwiGLU's input is let go or owed
+            again = activated if "moe_act" in self.recompute else 0.0
+            beside = gradients + again - (0.0 if self.cached else inner)
+            backward = 4 * rows + beside + 2 * self.message + self._normed_again()
+        part = Part(kept, owed, gradients, self._exchanged(rows), backward, largest * self.dw, rows)
+        return self._again(part) if "moe" in self.recompute else part
+
+    @property
+    def _exchanges(self) -> bool:
+        return self.layout.ep * self.layout.expert_tp > 1
+
+    def _exchanged(self, rows: float) -> float:
+        """Return what a forward holds of rows: as they are sent, received, sorted, given by the experts, sorted back.
+
+        In high precision the experts' input is kept anyway; a plan frees what it sent.
+        """
+        copies = (5 if self._exchanges else 2) - (1 if self.planned else 0) - (0 if self.fp8 else 1)
+        normed = self.message if "norm" in self.recompute else 0.0
+        return copies * rows + normed - (self.message if self.planned else 0)
+
+    def _sorting(self, rows: float, gradients: float) -> float:
+        """Return what a backward holds of the rows' gradients: received, sorted into zeros, beside dY still owed."""
+        copies = 3 if self._exchanges else 2
+        return copies * rows + self._normed_again() + (gradients if self.splits else 0)
+
+    def _normed_again(self) -> float:
+        """Return the output's gradient, and what is normed again: there twice, as in attention."""
+        return self.message * (3 if "norm" in self.recompute else 1)
+
+    def _again(self, *parts: Part) -> Part:
+        """Return parts that are run again, as one, in their backward: all they keep is alive there once more.
+
+        A whole layer keeps its input, which is the residual stream besides; a norm's output, where that is the input,
+        is counted with the norm.
+        """
+        whole_layer, rows = len(parts) > 1, parts[-1].rows
+        inside = sum(part.kept for part in parts)
+        forward = max(part.forward for part in parts)
+        unkept = 0.0 if self.fp8 else rows  # the experts' input is theirs to keep in the second run only
+        with_x = 0.0 if self.fp8 or rows else self.message  # the input's gradient stays with it, where it is X itself
+        peak = max(forward, *(part.backward for part in parts))
+        return Part(
+            kept=self.message if whole_layer else 0.0,
+            owed=sum(part.owed for part in parts) + with_x,
+            gradients=sum(part.gradients for part in parts),
+            forward=forward + unkept + (2 * self.message if whole_layer else 0.0),
+            backward=inside + peak + 2 * self.message,
+            weight_grad=max(part.weight_grad for part in parts),
+            rows=rows,
+        )
+
+    # -- the ends of the model -----------------------------------------------------------------------------------------
+
+    def embedding(self, uses: int = 1) -> Part:
+        """The lookup on the first stage. The gradient is as large as the table; those of several ``uses`` are added."""
+        table = self.model.vocab_size * self.d / self.layout.tp * self.size
+        return Part(self.message, backward=(2 * uses - 1) * table + 2 * self.message)
+
+    def received(self) -> Part:
+        """The message that a later stage begins with."""
+        # What is owed holds on to the graph, at whose end are input and gradient, by tensors of the graph: router
+        # weights with SwiGLU's cache, and in high precision every X.
+        detached = {"full"} if not self.fp8 else {"full", "moe"}
+        held = not self.planned and not detached & self.recompute
+        return Part(self.message, owed=2 * self.message if held else 0.0)
+
+    def joint(self) -> Part:
+        """What precedes the layer of an MTP module: lookup, two norms, projection of both to one, gathered over TP."""
+        x, gathered = 2 * self.g * self.d * self.linear, self.g * self.d * self.size
+        owed = x + self.t * self.d * self.linear
+        # Run again as a whole, the module keeps lookup and hidden states, and its layer nothing.
+        kept = self.message if "full" in self.recompute else x + 2 * self.message + gathered
+        return Part(kept, owed, owed - x, backward=self.embedding().backward)
+
+    def heads(self, predictions: int) -> Part:
+        """Final norm, output head and loss of all predictions, which keep float32 probabilities and normed states."""
+        model, tp = self.model, self.layout.tp
+        logits, weight = self.g * model.vocab_size / tp, model.vocab_size * self.d / tp * self.size
+        kept = predictions * (logits * 4 + self.message)
+        # Gradients of one weight by several predictions wait for each other, then are added.
+        sums = weight * (predictions + 1 if predictions > 1 else 1)
+        backward = max(logits * self.size, sums - predictions * logits * 4)
+        return Part(kept, forward=min(predictions, 2) * logits * self.size, backward=backward)
