@@ -86,7 +86,9 @@ class ModelStages:
         self.last_stage_microbatches = 0
         for chunk in self._chunks.values():
             chunk.config.overlap_moe_expert_parallel_comm = self._planned
-            chunk.config.delay_wgrad_compute = self._splits
+            for module in chunk.modules():  # shared experts have a configuration of their own
+                if hasattr(module, "config"):
+                    module.config.delay_wgrad_compute = self._splits
             chunk.train(training)
 
     # -- what the engine calls -----------------------------------------------------------------------------------------

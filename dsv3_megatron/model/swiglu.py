@@ -35,7 +35,8 @@ class SwiGLU(torch.nn.Module):
         if not self.cache_in_fp8:
             return _FromInput.apply(gate_up, probs)
         with torch.no_grad():
-            cache = _Cache(quantise(gate_up, _TILE), probs, gate_up.dtype)
+            # Detached: the cache outlives the backward where a weight gradient is owed, and would hold all its graph.
+            cache = _Cache(quantise(gate_up, _TILE), None if probs is None else probs.detach(), gate_up.dtype)
         return offer(_FromCache.apply(gate_up, probs, cache), cache)
 
     def sharded_state_dict(self, *unused: object, **also_unused: object) -> dict[str, object]:

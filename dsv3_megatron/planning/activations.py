@@ -15,7 +15,7 @@ from dsv3_megatron.recipe import Recipe
 from parallel.actions import Action, Schedule
 from parallel.layout import Layout
 
-_MICROBATCHES = 4
+_MICROBATCHES = 5
 
 
 def measure_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:
@@ -117,10 +117,12 @@ def _whole_pass(fake: FakeStage, stage: int, *, planned: bool) -> dict[str, int]
 
 
 def _split_pass(fake: FakeStage, stage: int, kept: int) -> dict[str, int]:
-    """Run an input gradient (microbatch 1 is live, perhaps 2) and, after another forward, its weight gradient."""
+    """Run an input gradient (microbatch 1 is live, perhaps 2) and its weight gradient, after a forward each time: what
+    modules hold on to of the latest pass is the same then."""
+    _forward(fake, stage, 3)
     others = _settled(fake) - kept
     _backward(fake, stage, 1, "I")
-    _forward(fake, stage, 3)
+    _forward(fake, stage, 4)
     owed = _settled(fake) - kept - others
     fake.runner.weight_gradient(Action("W", stage, 1))
     return {"kept_owed": owed, "peak_weight_grad": fake.memory.peak_bytes - kept - others}

@@ -125,22 +125,22 @@ class Parts:
 
     def _dense(self) -> Part:
         width = self.model.intermediate_size / self.layout.tp
-        return self._feed_forward(width, recomputed="mlp" in self.recompute, splits=self.splits)
+        return self._feed_forward(width, recomputed="mlp" in self.recompute)
 
-    def _feed_forward(self, width: float, *, recomputed: bool, splits: bool) -> Part:
+    def _feed_forward(self, width: float, *, recomputed: bool) -> Part:
         """SwiGLU with its two layers, outside the routed experts."""
         g, d, numbers = self.g, self.d, self.g * width
         # SwiGLU keeps its input, the second layer its own unless it can take it from SwiGLU's cache.
         inner = 2 * numbers * _WITH_SCALES if self.cached else numbers * (2 * self.size + self.linear)
         x = g * d * self.linear
         comes_again = "norm" in self.recompute and self.layout.tp == 1
-        kept = inner + (x if (self.fp8 and not comes_again) or (splits and self.gathers) else 0)
+        kept = inner + (x if (self.fp8 and not comes_again) or self.gathers else 0)
         gradients = (2 * numbers + g * d) * self.linear
         owed = x + gradients + (inner if self.cached else numbers * self.linear)
         forward = numbers * (3 if self.cached else 1) * self.size
         largest = 2 * width * d
         beside = 2 * numbers * (self.size + self.copied) + 2 * self.message
-        backward = beside if splits else beside + largest * self.dw - inner
+        backward = beside if self.splits else beside + largest * self.dw - inner
         part = Part(kept, owed, gradients, forward, backward, largest * self.dw)
         return self._again(part) if recomputed else part
 
@@ -152,12 +152,11 @@ class Parts:
         inner = 2 * r * width * (_WITH_SCALES if self.cached else self.size)
         activated = 0.0 if self.cached else r * width * self.linear
         shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
-        shared = self._feed_forward(shared_width, recomputed="shared_experts" in self.recompute, splits=False)
+        shared = self._feed_forward(shared_width, recomputed="shared_experts" in self.recompute)
         kept = r * d * self.linear + inner + (0 if "moe_act" in self.recompute else activated) + shared.kept
         kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
-        # Shared experts owe nothing: their layers never split.
         gradients = (r * d + 2 * r * width) * self.linear
-        owed = r * d * self.linear + (inner if self.cached else activated) + gradients
+        owed = r * d * self.linear + (inner if self.cached else activated) + gradients + shared.owed
         if self.planned and not self.fp8:
             owed += rows
         largest = local * 2 * width * d
@@ -204,7 +203,7 @@ class Parts:
         inside = sum(part.kept for part in parts)
         forward = max(part.forward for part in parts)
         unkept = 0.0 if self.fp8 else rows  # the experts' input is theirs to keep in the second run only
-        with_x = 0.0 if self.fp8 or rows else self.message  # the input's gradient stays with it, where it is X itself
+        with_x = 0.0 if self.fp8 else self.message  # the input's gradient stays with it, where it is X itself
         peak = max(forward, *(part.backward for part in parts))
         return Part(
             kept=self.message if whole_layer else 0.0,
@@ -225,10 +224,8 @@ class Parts:
 
     def received(self) -> Part:
         """The message that a later stage begins with."""
-        # What is owed holds on to the graph, at whose end are input and gradient, by tensors of the graph: router
-        # weights with SwiGLU's cache, and in high precision every X.
-        detached = {"full"} if not self.fp8 else {"full", "moe"}
-        held = not self.planned and not detached & self.recompute
+        # In high precision every X owed is a tensor of the graph, at whose end are input and gradient.
+        held = not self.planned and not self.fp8
         return Part(self.message, owed=2 * self.message if held else 0.0)
 
     def joint(self) -> Part:

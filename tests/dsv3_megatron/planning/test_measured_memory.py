@@ -27,7 +27,7 @@ CASES = {
         ("parallel.expert=2",),
         ("parallel.tensor=2", "parallel.expert=2"),
         ("parallel.context=2",),
-        ("parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]"),
+        ("parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]", "optim.micro_batch=4"),
     ],
 }
 
