@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["F", "B", "I", "W", "FB"]
@@ -126,7 +127,7 @@ class Schedule:
         """Stages of the model."""
         return self.placement.stages
 
-    @property
+    @cached_property
     def peak_microbatches(self) -> tuple[int, ...]:
         """Per rank, how many (stage, microbatch) pairs are live at most.
 

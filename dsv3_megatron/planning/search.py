@@ -62,7 +62,8 @@ def layouts(recipe: Recipe, world: int) -> Iterator[Task]:
             continue
         for schedule, chunks in _SCHEDULES if pipeline > 1 else (("1f1b", 1),):
             degrees = {"pipeline": pipeline, "expert": expert, "tensor": tensor, "context": context}
-            yield _task(recipe, world, {**degrees, "schedule": schedule, "chunks": chunks, "recompute": _THOROUGH}, 1)
+            values = {**degrees, "schedule": schedule, "chunks": chunks, "recompute": _effective(recipe, _THOROUGH)}
+            yield _task(recipe, world, values, 1)
 
 
 def contexts(task: Task) -> Iterator[Task]:
@@ -78,8 +79,16 @@ def contexts(task: Task) -> Iterator[Task]:
 def refinements(task: Task) -> Iterator[Task]:
     """Yield recomputations and micro batches of a layout."""
     _, recipe, world = task
-    for recompute, micro_batch in product(_RECOMPUTE, (1, 2)):
+    recomputations = dict.fromkeys(_effective(recipe, names) for names in _RECOMPUTE)
+    for recompute, micro_batch in product(recomputations, (1, 2)):
         yield _task(recipe, world, {**_values(recipe), "recompute": recompute}, micro_batch)
+
+
+def _effective(recipe: Recipe, recompute: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the recomputations that change something: SwiGLU with a cache in FP8 is computed again anyway."""
+    fp8 = recipe.precision.fp8
+    cached = fp8 is not None and fp8.swiglu_cache == "e4m3"
+    return tuple(name for name in recompute if not (cached and name == "moe_act"))
 
 
 def _values(recipe: Recipe) -> dict[str, object]:

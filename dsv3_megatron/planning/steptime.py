@@ -160,33 +160,43 @@ def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times:
     times = times or model.times()
     timeline = simulate(schedule, times)
     mirrored = schedule.placement.kind == "mirror" and schedule.placement.ranks > 1
-    end = max(_reduced(model, schedule, timeline, rank, held[rank], mirrored) for rank in range(len(held)))
-    fullest = max(held, key=lambda h: h.all)
-    device = Device(model.recipe.cluster)
-    copies = 2 if mirrored else 1
-    shard = fullest.dense / (model.layout.dp * model.layout.cp * copies) + fullest.experts / (
-        model.layout.expert_dp * copies
-    )
+    done = _last_gradients(schedule, timeline)
+    end = max(_reduced(model, schedule, done, rank, held[rank], mirrored) for rank in range(len(held)))
+    tail = max(end, timeline.makespan) - timeline.makespan
+    update = _update_seconds(model, schedule, max(held, key=lambda h: h.all), mirrored)
+    bubble = sum(timeline.bubble) / len(timeline.bubble)
+    return StepTime(timeline, timeline.makespan, tail, update, bubble)
+
+
+def _last_gradients(schedule: Schedule, timeline: Timeline) -> dict[int, float]:
+    """Return when the last gradient of each stage is there, on whichever rank."""
+    done: dict[int, float] = {}
+    for steps, ends in zip(schedule.ranks, timeline.ends):
+        for step, end in zip(steps, ends):
+            for part in step.parts:
+                if part.kind != "F":
+                    done[part.stage] = max(done.get(part.stage, 0.0), end)
+    return done
+
+
+def _reduced(
+    model: StepModel, schedule: Schedule, done: dict[int, float], rank: int, held: Held, mirrored: bool
+) -> float:
+    """Return when a rank's gradients are reduced: stage by stage, each after its last weight gradient anywhere."""
+    stages = schedule.placement.stages_of(rank)
+    share = model.traffic.gradients(held, mirrored=mirrored).seconds / len(stages)
+    now = 0.0
+    for end in sorted(done[stage] for stage in stages):
+        now = max(now, end) + share
+    return now
+
+
+def _update_seconds(model: StepModel, schedule: Schedule, held: Held, mirrored: bool) -> float:
+    """Return what follows the reduction of gradients on the rank that holds most: update and all-gather of weights."""
+    layout, copies = model.layout, 2 if mirrored else 1
+    shard = held.dense / (layout.dp * layout.cp * copies) + held.experts / (layout.expert_dp * copies)
     # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most. All
     # gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by columns.
-    touched = 34 * shard + (8 + 4) * fullest.all + (2 + 2) * fullest.in_fp8
-    moved = model.traffic.weights(fullest, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
-    update = device.memory(touched) + moved.seconds
-    bubble = sum(timeline.bubble) / len(timeline.bubble)
-    return StepTime(timeline, timeline.makespan, end - timeline.makespan, update, bubble)
-
-
-def _reduced(model: StepModel, schedule: Schedule, timeline: Timeline, rank: int, held: Held, mirrored: bool) -> float:
-    """Return when a rank's gradients are reduced: stage by stage, each after its last weight gradient anywhere."""
-    place = schedule.placement
-    done: dict[int, float] = {}
-    for other, steps in enumerate(schedule.ranks):
-        for step, end in zip(steps, timeline.ends[other]):
-            for part in step.parts:
-                if part.kind != "F" and part.stage in place.stages_of(rank):
-                    done[part.stage] = max(done.get(part.stage, 0.0), end)
-    share = model.traffic.gradients(held, mirrored=mirrored).seconds / max(len(done), 1)
-    now = 0.0
-    for end in sorted(done.values()):
-        now = max(now, end) + share
-    return max(now, timeline.makespan)
+    touched = 34 * shard + (8 + 4) * held.all + (2 + 2) * held.in_fp8
+    moved = model.traffic.weights(held, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
+    return Device(model.recipe.cluster).memory(touched) + moved.seconds
