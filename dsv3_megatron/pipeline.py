@@ -64,6 +64,8 @@ class ModelStages:
         self._message = message
         self._ends_meet = (0, last_stage) if embedding_is_shared else ()
         self._splittable = {stage: list(_separable_leaves(chunk)) for stage, chunk in chunks.items()}
+        modules = (module for chunk in chunks.values() for module in chunk.modules() if hasattr(module, "config"))
+        self._configs = list({id(m.config): m.config for m in modules}.values())  # shared experts have one of their own
         self._live: dict[Key, _Plain | TransformerModelChunkSchedulePlan] = {}
         self._batches: list[Batch] = []
         self._planned = self._splits = self._training = False
@@ -86,10 +88,9 @@ class ModelStages:
         self.last_stage_microbatches = 0
         for chunk in self._chunks.values():
             chunk.config.overlap_moe_expert_parallel_comm = self._planned
-            for module in chunk.modules():  # shared experts have a configuration of their own
-                if hasattr(module, "config"):
-                    module.config.delay_wgrad_compute = self._splits
             chunk.train(training)
+        for config in self._configs:
+            config.delay_wgrad_compute = self._splits
 
     # -- what the engine calls -----------------------------------------------------------------------------------------
 

@@ -83,6 +83,11 @@ class Placement:
     stages: int
     microbatches: int
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether two ranks hold each stage."""
+        return self.kind == "mirror" and self.ranks > 1
+
     def direction(self, microbatch: int) -> int:
         """Return 1 for a microbatch that enters at the last rank (mirror only), else 0."""
         return int(self.kind == "mirror" and microbatch >= self.microbatches // 2)

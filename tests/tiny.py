@@ -63,15 +63,26 @@ def small_recipe(*overrides: str) -> Recipe:
     return compose([*SMALL, *overrides])
 
 
+def step_batches_of(parts: Parts, number: int = 0, source: Any = None) -> list[dict[str, Tensor]]:
+    """Return this rank's microbatches of step ``number``; of Synthetic samples where no ``source`` is given."""
+    recipe = parts.recipe
+    return step_batches(
+        source or Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5),
+        first=number * recipe.optim.global_batch,
+        global_batch=recipe.optim.global_batch,
+        micro_batch=recipe.optim.micro_batch,
+        dp_rank=parts.data_rank,
+        dp=parts.layout.dp,
+    )
+
+
 def train_rank(case: Case) -> dict[str, Any]:
     """Train on this rank; return losses, and how far gradients and weights are from the reference's."""
     recipe, world = small_recipe(*case.overrides), World.from_environment()
     start_processes(world, torch.device("cpu"), timeout_seconds=120)
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
-        source = Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
-        if case.samples is not None:
-            source = SimpleNamespace(sample=case.samples.__getitem__)
+        source = SimpleNamespace(sample=case.samples.__getitem__) if case.samples is not None else None
         gradients: list[dict[str, Tensor]] = []
         results: list[StepResult] = []
 
@@ -80,14 +91,7 @@ def train_rank(case: Case) -> dict[str, Any]:
             return True
 
         for number in range(case.steps):
-            batches = step_batches(
-                source,
-                first=number * recipe.optim.global_batch,
-                global_batch=recipe.optim.global_batch,
-                micro_batch=recipe.optim.micro_batch,
-                dp_rank=parts.data_rank,
-                dp=parts.layout.dp,
-            )
+            batches = step_batches_of(parts, number, source)
             results.append(train_step(parts, batches, case.values, keep_gradients))
         weights = {k: v.clone() for k, v in named_weights(parts).items()}
         biases = {

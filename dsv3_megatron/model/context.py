@@ -10,41 +10,36 @@ Shapes: S the whole sequence, B microbatch, H heads of a TP rank, W width of a h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_Gather = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
 
 def to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return [S, B, H / CP, W], in the order of the sequence, of ``x`` [S / CP, B, H, W]: pieces r and 2 CP - 1 - r."""
-    return _ToHeads.apply(x, group)
+    return _ThereAndBack.apply(x, group, _gather_sequence, _gather_heads)
 
 
 def to_pieces(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return [S / CP, B, H, W] of ``x`` [S, B, H / CP, W]: what :func:`to_heads` undoes."""
-    return _ToPieces.apply(x, group)
+    return _ThereAndBack.apply(x, group, _gather_heads, _gather_sequence)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather_sequence(x, group)
+class _ThereAndBack(torch.autograd.Function):
+    """One exchange in forward, the one that undoes it in backward."""
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather_heads(grad, ctx.group), None
-
-
-class _ToPieces(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather_heads(x, group)
+    def forward(ctx: object, x: Tensor, group: dist.ProcessGroup, there: _Gather, back: _Gather) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather_sequence(grad, ctx.group), None
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:

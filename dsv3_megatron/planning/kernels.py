@@ -64,7 +64,7 @@ class Kernels:
         self.rows = self.tokens * self.model.num_experts_per_tok * layout.expert_tp
         self.high: Format = "bf16" if recipe.precision.parameters == "bf16" else "fp32"
         self.fp8 = recipe.precision.fp8 is not None
-        self.cached = self.fp8 and recipe.precision.fp8.swiglu_cache == "e4m3"
+        self.cached = recipe.precision.caches_swiglu
         self.form: Format = "fp8" if self.fp8 else self.high
         self.size = 2 if self.high == "bf16" else 4
         self.recompute = set(recipe.parallel.recompute)

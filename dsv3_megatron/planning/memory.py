@@ -59,6 +59,14 @@ class Held:
         """Dense and experts."""
         return self.dense + self.experts
 
+    def shard(self, layout: Layout, copies: int) -> float:
+        """Return how many of them one rank updates (ZeRO-1).
+
+        Args:
+            copies: ranks of the pipeline that hold the same stages (2 under DualPipe): they share the shards.
+        """
+        return self.dense / (layout.dp * layout.cp * copies) + self.experts / (layout.expert_dp * copies)
+
 
 def held_parameters(
     recipe: Recipe, layout: Layout, stages: Sequence[int], memory: Sequence[StageMemory], last: int
@@ -76,14 +84,12 @@ def optimizer_bytes(recipe: Recipe, layout: Layout, held: Held, *, copies: int) 
     """Return a rank's shard of master weights and AdamW's moments (ZeRO-1).
 
     Args:
-        copies: ranks of the pipeline that hold the same stages (2 under DualPipe): they share the shards.
+        copies: as for :meth:`Held.shard`.
     """
     precision = recipe.precision
     moments = 2 * (2 if precision.moments == "bf16" else 4)
     each = moments + (4 if precision.parameters == "bf16" else 0)  # float32 weights are their own master
-    dense = held.dense / (layout.dp * layout.cp * copies)
-    experts = held.experts / (layout.expert_dp * copies)
-    return round(each * (dense + experts))
+    return round(each * held.shard(layout, copies))
 
 
 def rank_memory(
@@ -105,7 +111,7 @@ def rank_memory(
     place = schedule.placement
     stages = place.stages_of(rank)
     on_cpu = recipe.cluster.device == "cpu"
-    copies = 2 if place.kind == "mirror" and place.ranks > 1 else 1
+    copies = 2 if place.mirrored else 1
     activations, at = fullest_moment(schedule, rank, memory, sends_stay=on_cpu)
     activations += max(memory[s].held for s in stages)
     weight = 2 if recipe.precision.parameters == "bf16" else 4

@@ -56,7 +56,7 @@ class Parts:
         self.d = self.model.hidden_size
         self.size = 2 if recipe.precision.parameters == "bf16" else 4
         self.fp8 = recipe.precision.fp8
-        self.cached = self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
+        self.cached = recipe.precision.caches_swiglu
         self.recompute = set(recipe.parallel.recompute)
         if "full" in self.recompute:
             self.recompute = {"full"}
@@ -81,11 +81,10 @@ class Parts:
         latents, down = rank + model.kv_lora_rank, rank + model.kv_lora_rank + model.qk_rope_head_dim
         ups = (qk if rank else 0) + model.qk_nope_head_dim + v  # what the up-projections give a head
         out, operands = g * heads * v * self.size, g * heads * (2 * qk + v) * self.size
-        again = {"norm", "mla_up"} & self.recompute
         kept = self._output(heads) + t * down * self.size + self._residuals(moe=moe)
         if "norm" not in self.recompute:  # in FP8 each of the two down-projections keeps a copy of its own
             kept += t * d * (2 * self.linear if self.fp8 else self.size)
-        kept += t * latents * self.size if "mla_up" in again else operands + g * latents * self.linear
+        kept += t * latents * self.size if "mla_up" in self.recompute else operands + g * latents * self.linear
         inputs = (2 if self.fp8 else 1) * t * d + g * latents
         gradients = (g * heads * ups + g * d + t * down) * self.linear
         # Queries, keys and values are joined from what the up-projections gave.
@@ -93,11 +92,11 @@ class Parts:
         # Their gradients, beside the output's and those of the residual stream; what is recomputed is there twice, as
         # it was made again and where it had been discarded.
         backward = operands + out + 2 * message
-        if "mla_up" in again:
+        if "mla_up" in self.recompute:
             forward, backward = forward + operands, backward + 2 * operands
             if self.layout.cp > 1:  # also as it was exchanged for whole sequences; and one gradient on its way back
                 backward += 2 * operands + g * heads * qk * self.size
-        backward += 2 * message if "norm" in again else 0
+        backward += 2 * message if "norm" in self.recompute else 0
         backward += out if "attention" in self.recompute else 0
         largest = max(heads * v * d, heads * ups * rank, heads * (model.qk_nope_head_dim + v) * model.kv_lora_rank)
         backward = max(backward, out + message + (0 if self.splits else largest * self.dw))
@@ -153,21 +152,22 @@ class Parts:
         activated = 0.0 if self.cached else r * width * self.linear
         shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
         shared = self._feed_forward(shared_width, recomputed="shared_experts" in self.recompute)
-        kept = r * d * self.linear + inner + (0 if "moe_act" in self.recompute else activated) + shared.kept
+        made_again = activated if "moe_act" in self.recompute else 0.0
+        kept = r * d * self.linear + inner + activated - made_again + shared.kept
         kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
         gradients = (r * d + 2 * r * width) * self.linear
         owed = r * d * self.linear + (inner if self.cached else activated) + gradients + shared.owed
         if self.planned and not self.fp8:
             owed += rows
         largest = local * 2 * width * d
-        products = rows + 2 * r * width * (self.size + self.copied)  # dX and dY of the first layer
-        if not self.splits:  # its dW, when what was kept behind it is gone
-            products += largest * self.dw - inner - (0 if "moe_act" in self.recompute else activated)
-        backward = max(self._sorting(rows, gradients), products + self._normed_again())
         if self.planned:  # on both sides of the exchange and of the products; SwiGLU's input is let go or owed
-            again = activated if "moe_act" in self.recompute else 0.0
-            beside = gradients + again - (0.0 if self.cached else inner)
+            beside = gradients + made_again - (0.0 if self.cached else inner)
             backward = 4 * rows + beside + 2 * self.message + self._normed_again()
+        else:
+            products = rows + 2 * r * width * (self.size + self.copied)  # dX and dY of the first layer
+            if not self.splits:  # its dW, when what was kept behind it is gone
+                products += largest * self.dw - inner - activated + made_again
+            backward = max(self._sorting(rows, gradients), products + self._normed_again())
         part = Part(kept, owed, gradients, self._exchanged(rows), backward, largest * self.dw, rows)
         return self._again(part) if "moe" in self.recompute else part
 

@@ -111,7 +111,7 @@ class Plan:
         """Return what one GPU sends in a step, by what for, on the pipeline rank with the most MoE layers."""
         traffic, many = self.model.traffic, self.schedule.microbatches
         place = self.schedule.placement
-        mirrored = place.kind == "mirror" and place.ranks > 1
+        mirrored = place.mirrored
         # A rank runs its stages for all microbatches that come by: under DualPipe half of them for each.
         share = 0.5 if mirrored else 1.0
         by_rank = [[self.model.contents(s) for s in place.stages_of(rank)] for rank in range(place.ranks)]

@@ -86,9 +86,7 @@ def refinements(task: Task) -> Iterator[Task]:
 
 def _effective(recipe: Recipe, recompute: tuple[str, ...]) -> tuple[str, ...]:
     """Return the recomputations that change something: SwiGLU with a cache in FP8 is computed again anyway."""
-    fp8 = recipe.precision.fp8
-    cached = fp8 is not None and fp8.swiglu_cache == "e4m3"
-    return tuple(name for name in recompute if not (cached and name == "moe_act"))
+    return tuple(name for name in recompute if not (recipe.precision.caches_swiglu and name == "moe_act"))
 
 
 def _values(recipe: Recipe) -> dict[str, object]:

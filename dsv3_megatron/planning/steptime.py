@@ -159,7 +159,7 @@ def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times:
     """
     times = times or model.times()
     timeline = simulate(schedule, times)
-    mirrored = schedule.placement.kind == "mirror" and schedule.placement.ranks > 1
+    mirrored = schedule.placement.mirrored
     done = _last_gradients(schedule, timeline)
     end = max(_reduced(model, schedule, done, rank, held[rank], mirrored) for rank in range(len(held)))
     tail = max(end, timeline.makespan) - timeline.makespan
@@ -193,8 +193,7 @@ def _reduced(
 
 def _update_seconds(model: StepModel, schedule: Schedule, held: Held, mirrored: bool) -> float:
     """Return what follows the reduction of gradients on the rank that holds most: update and all-gather of weights."""
-    layout, copies = model.layout, 2 if mirrored else 1
-    shard = held.dense / (layout.dp * layout.cp * copies) + held.experts / (layout.expert_dp * copies)
+    shard = held.shard(model.layout, copies=2 if mirrored else 1)
     # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most. All
     # gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by columns.
     touched = 34 * shard + (8 + 4) * held.all + (2 + 2) * held.in_fp8

@@ -78,6 +78,11 @@ class PrecisionSettings(BaseModel):
     moments: Literal["fp32", "bf16"] = Field("fp32", description="format of AdamW's two moments")
     fp8: Fp8Settings | None = Field(None, description="null = linear layers multiply in the parameters' format")
 
+    @property
+    def caches_swiglu(self) -> bool:
+        """Whether SwiGLU keeps its input in FP8, and is computed again from there."""
+        return self.fp8 is not None and self.fp8.swiglu_cache == "e4m3"
+
     @model_validator(mode="after")
     def _named_as_it_is(self) -> PrecisionSettings:
         """A key of FP8 set on top of another precision would switch FP8 on under the other's name."""

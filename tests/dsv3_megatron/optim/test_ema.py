@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsv3_megatron.build import build_parts
-from dsv3_megatron.data.samples import Synthetic, evaluation_batches, step_batches
+from dsv3_megatron.data.samples import evaluation_batches
 from dsv3_megatron.load import trained_model
 from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.step import evaluate_batches, train_step
@@ -17,7 +17,7 @@ from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.end_to_end.test_data_and_regime import train
 from tests.ranks import run_ranks
-from tests.tiny import VALUES, named_weights, small_recipe
+from tests.tiny import VALUES, named_weights, small_recipe, step_batches_of
 
 DECAY = 0.7
 
@@ -30,11 +30,7 @@ def average_in_training(overrides):
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         expected = {k: v.double().clone() for k, v in named_weights(parts).items()}
         for number in range(3):
-            batches = step_batches(
-                Synthetic(256, 32, seed=5), first=8 * number, global_batch=8, micro_batch=recipe.optim.micro_batch,
-                dp_rank=parts.data_rank, dp=parts.layout.dp,
-            )  # fmt: skip
-            train_step(parts, batches, VALUES)
+            train_step(parts, step_batches_of(parts, number), VALUES)
             for name, weight in named_weights(parts).items():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.double()
         with parts.ema.in_place():

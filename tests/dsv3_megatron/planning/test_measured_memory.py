@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dsv3_megatron.build import build_parts
-from dsv3_megatron.data.samples import Synthetic, step_batches
 from dsv3_megatron.planning.activations import measure_stages
 from dsv3_megatron.planning.memory import fullest_moment
 from dsv3_megatron.schedule import schedule_of
@@ -16,7 +15,7 @@ from parallel.groups import start_processes, stop_processes
 from parallel.live_memory import LiveMemory
 from parallel.world import World
 from tests.ranks import run_ranks
-from tests.tiny import small_recipe
+from tests.tiny import small_recipe, step_batches_of
 
 WIDER = ("data.sequence_length=128", "optim.micro_batch=2", "optim.global_batch=16")
 CASES = {
@@ -42,14 +41,7 @@ def measured(overrides):
     start_processes(world, torch.device("cpu"), timeout_seconds=200)
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
-        batches = step_batches(
-            Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5),
-            first=0,
-            global_batch=recipe.optim.global_batch,
-            micro_batch=recipe.optim.micro_batch,
-            dp_rank=parts.data_rank,
-            dp=parts.layout.dp,
-        )
+        batches = step_batches_of(parts)
         run_pipeline(parts, batches, training=True)
         gc.collect()
         live, passes, memory = [], [0], LiveMemory()

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dsv3_megatron.build import build_parts
-from dsv3_megatron.data.samples import Synthetic, step_batches
 from dsv3_megatron.model import context
 from dsv3_megatron.planning.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
@@ -16,7 +15,7 @@ from parallel.groups import start_processes, stop_processes
 from parallel.transfers import Transfers
 from parallel.world import World
 from tests.ranks import run_ranks
-from tests.tiny import small_recipe
+from tests.tiny import small_recipe, step_batches_of
 
 SCHEDULES = [
     ("parallel.schedule=dualpipe",),
@@ -91,12 +90,7 @@ def exchanged_over_context(overrides):
     context._exchange = lambda x, group: sent.append(x.nbytes // 2) or exchange(x, group)
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
-        data = Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
-        optim = recipe.optim
-        batches = step_batches(
-            data, first=0, global_batch=optim.global_batch, micro_batch=optim.micro_batch, dp_rank=0, dp=1
-        )
-        run_pipeline(parts, batches, training=True)
+        run_pipeline(parts, step_batches_of(parts), training=True)
         return sum(sent)
     finally:
         context._exchange = exchange
