@@ -105,6 +105,7 @@ def _adapt_anywhere() -> None:
     _mend_overlapped_plan()
     _take_masks_by_depth()
     _spare_collections_in_saves()
+    _take_norms_on_the_device()
     _start_no_writer_processes()
 
 
@@ -474,6 +475,23 @@ def _spare_collections_in_saves() -> None:
     import megatron.core.optimizer.distrib_optimizer as distributed
 
     distributed.gc = types.SimpleNamespace(collect=lambda *a, **k: 0)
+
+
+def _take_norms_on_the_device() -> None:
+    """Why: without TE and Apex the gradient norm is put together on the host, one wait for the device a parameter. Can
+    go when test_the_host_waits_only_where_it_must passes without it for backend torch."""
+    import megatron.core.optimizer.clip_grads as clipping
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    def norm(
+        chunk_size: int, flag: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool
+    ) -> tuple[torch.Tensor, None]:
+        """Return the norm [1] of all tensors together, float32, on their device."""
+        each = torch._foreach_norm(tensors[0])
+        return torch.linalg.vector_norm(torch.stack(each)).float().reshape(1), None
+
+    if clipping.l2_norm_impl is local_multi_tensor_l2_norm:
+        clipping.l2_norm_impl = norm
 
 
 def _start_no_writer_processes() -> None:
