@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TE := testing/te/requirements.txt
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
@@ -11,11 +12,14 @@ export OMP_NUM_THREADS ?= 1
 env: $(STAMP)
 
 # Installed anew only when what is to be installed changes.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(TE)
 	@$(PYTHON) -c 'import sys; sys.exit("python: " + sys.version.split()[0] + " is too old; install Python 3.11 or newer, or set PYTHON=") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@rm -rf $(VENV)/te  # Transformer Engine's Python, for tests: beside the packages, so that nothing else finds it
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -d $(VENV)/te -r $(TE)
+	$(BIN)/python -m zipfile -e $(VENV)/te/*.whl $(VENV)/te
 	@touch $(STAMP)
 
 # Two pipeline stages x experts over two ranks: four processes, on two cores, on real text.

@@ -18,6 +18,7 @@ from dsv3_megatron.precision.settings import PAPER_TILES, Fp8Settings, Precision
 from parallel.errors import PackageError, RecipeError
 
 _EXACT_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+DEVICES = ("cuda",)  # the device types that TE's kernels run on
 OLDEST_TE = (2, 9)
 OLDEST_CUDA = (12, 9)
 
