@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from dsv3_megatron import typed
 from dsv3_megatron.planning.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.recipe import Recipe
@@ -156,7 +157,8 @@ def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
         for point in job.points:
             note_job(point.directory, before, dependency)
         print(f"submitted job {before}" + (f" ({number + 1} of {chain})" if chain > 1 else ""))
-    print(f"script  {script}\nwatch   python launcher/submit.py status run={job.points[0].directory}")
+    watch = f"{typed.program('python')} {typed.script('launcher/submit.py')} status run={job.points[0].directory}"
+    print(f"script  {script}\nwatch   {watch}")
     return 0
 
 
