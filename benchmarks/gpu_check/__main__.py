@@ -13,10 +13,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() not in (ROOT, Path(__file__).resolve().parent))]
@@ -61,19 +62,18 @@ def chosen(only: str, checks: Sequence[Check] = CHECKS) -> list[Check]:
     return [check for check in checks if check.name in wanted or needed & set(check.fills)]
 
 
-def visit_of(arguments: Arguments) -> Visit | None:
+def visit_of(arguments: Arguments, scratch: Path) -> Visit | None:
     """Return what the checks are told of this machine; None where there is no GPU."""
-    folder = arguments.output.with_suffix("")
+    logs = arguments.output.with_name(f"{arguments.output.stem}_logs").absolute()
     if arguments.device == "cpu":
-        return Visit("cpu", arguments.gpus or 1, folder.absolute(), te=False)
+        return Visit("cpu", arguments.gpus or 1, logs, scratch, te=_te_stands_in())
     import torch
 
     if not (torch.version.cuda and torch.cuda.is_available()):
         return None
     here = torch.cuda.device_count()  # asks the driver, makes no context: memory is the checks' alone
-    return Visit(
-        "cuda", min(arguments.gpus or here, here), folder.absolute(), te=find_spec("transformer_engine") is not None
-    )
+    te = find_spec("transformer_engine") is not None
+    return Visit("cuda", min(arguments.gpus or here, here), logs, scratch, te=te)
 
 
 def main(words: Sequence[str]) -> int:
@@ -82,11 +82,13 @@ def main(words: Sequence[str]) -> int:
         print(arguments_help(__doc__, Arguments))
         return 0
     arguments = parse_arguments(Arguments, words)
-    checks, visit = chosen(arguments.only), visit_of(arguments)
-    if visit is None:
-        print("gpu_check: there is no GPU here; device=cpu rehearses it on stand-ins", file=sys.stderr)
-        return 2
-    return carry_out(checks, visit, arguments, words)
+    checks = chosen(arguments.only)
+    with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
+        visit = visit_of(arguments, Path(scratch))
+        if visit is None:
+            print("gpu_check: there is no GPU here; device=cpu rehearses it on stand-ins", file=sys.stderr)
+            return 2
+        return carry_out(checks, visit, arguments, words)
 
 
 def carry_out(checks: Sequence[Check], visit: Visit, arguments: Arguments, words: Sequence[str]) -> int:
@@ -98,7 +100,7 @@ def carry_out(checks: Sequence[Check], visit: Visit, arguments: Arguments, words
         visit,
         arguments.seconds,
         workers=1 if visit.stands_in else max(1, min(4, (os.cpu_count() or 1) // 4)),
-        context=_context(visit),
+        **_started(visit),
         told=lambda row: record.add(row, runner.visit),
     )
     runner.run(checks)
@@ -107,14 +109,27 @@ def carry_out(checks: Sequence[Check], visit: Visit, arguments: Arguments, words
     return record.exit_code
 
 
-def _context(visit: Visit) -> multiprocessing.context.BaseContext:
-    """Return how processes start. On a CPU they are forked from one that has imported everything: nothing there is
-    spoiled by a fork, and a rehearsal takes a third of the time."""
+def _started(visit: Visit) -> dict[str, Any]:
+    """Return how processes start. In a rehearsal they are forked from one that has imported everything: nothing there
+    is spoiled by a fork, and it takes a third of the time."""
     if not visit.stands_in:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.gpu_check.preload"])
-    return context
+        return {}
+    from tests.fork_servers import forked_from
+
+    return {
+        "context": multiprocessing.get_context("forkserver"),
+        "forked": lambda check: forked_from(check.stand_ins),
+    }
+
+
+def _te_stands_in() -> bool:
+    """Return whether Transformer Engine's Python was fetched with the environment."""
+    from testing.te.tree import tree
+
+    try:
+        return tree().is_dir()
+    except FileNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def leaves_training_alone(visit: Visit, backend: str, precision: str) -> Outcome
         for name, weight in _weights(parts).items():
             by_hand[name].lerp_(weight, 1.0 - DECAY)
 
-    folder = visit.folder / f"ema_{backend}_{precision}"
+    folder = visit.scratch / f"ema_{backend}_{precision}"
     with_average = (*plain, f"optim.ema_decay={DECAY}", f"checkpoint.every_steps={SAVE_AT}")
     seen = train(visit, with_average, folder / "with", at_start=begin, at_step=follow)
     seen.parts.ema.wait()

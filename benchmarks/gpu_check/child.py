@@ -31,6 +31,8 @@ def main(check: Check, visit: Visit, seconds: float, outcomes: Path, log: Path) 
     signal.setitimer(signal.ITIMER_REAL, seconds + LATER)  # its default action ends a process, wherever that is stuck
     faulthandler.enable(sys.stderr)
     faulthandler.dump_traceback_later(max(seconds - 0.5, seconds / 2), file=sys.stderr)
+    if visit.stands_in:
+        importlib.import_module(check.stand_ins)  # there already, where the process was forked from it
     with outcomes.open("a", buffering=1) as file:
         for outcome in _run(check, visit):
             file.write(json.dumps(asdict(outcome)) + "\n")

@@ -45,7 +45,7 @@ def three_steps(visit: Visit, backend: str, precision: str) -> dict[str, list[fl
 
 def reference(visit: Visit) -> Outcomes:
     """The CPU's own, with the torch backend: what the whole test suite holds to account."""
-    on_cpu = Visit("cpu", 1, visit.folder)
+    on_cpu = Visit("cpu", 1, visit.logs, visit.scratch)
     found = {precision: three_steps(on_cpu, "torch", precision) for precision in ("fp32", "bf16", "fp8")}
     yield judged(True, "; ".join(f"{p} {_shown(f['losses'])}" for p, f in found.items()), **found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,9 @@ class Record:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row, visit: Visit) -> None:
-        """Print a row and write the file."""
+        """Say that a row is known, and write the file."""
         self.rows.append(row)
-        print(line_of(row), flush=True)
+        print(f"{row.status:<8}{row.name} ({row.seconds:.0f} s)", file=sys.stderr, flush=True)
         self.write(visit)
 
     def write(self, visit: Visit) -> None:

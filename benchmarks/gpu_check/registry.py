@@ -32,6 +32,11 @@ class Check:
         """The names of its rows."""
         return self.rows or (self.name,)
 
+    @property
+    def stand_ins(self) -> str:
+        """The module that imports what plays the GPU in a rehearsal: Transformer Engine's own Python, or nothing."""
+        return "testing.te.preload" if "te" in self.needs else "benchmarks.gpu_check.preload"
+
     def lacks(self, visit: Visit) -> str | None:
         """Return what the machine lacks for it, or None."""
         lacking = {

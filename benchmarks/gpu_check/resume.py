@@ -18,7 +18,7 @@ def bit_exact(visit: Visit, backend: str, precision: str) -> Outcomes:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     recipe = words(backend, precision)
-    folder = visit.folder / f"resume_{backend}_{precision}"
+    folder = visit.scratch / f"resume_{backend}_{precision}"
     states: dict[str, str] = {}
 
     def run(where: str, steps: int, label: str) -> Observed:
@@ -46,6 +46,8 @@ def verdict(
     """
     shown = f"losses {' '.join(f'{x:.6f}' for x in resumed)} resumed, {' '.join(f'{x:.6f}' for x in whole)} in one go"
     facts = {"states": states, "resumed": resumed, "whole": whole, "again": again}
+    if len(resumed) != STEPS or len(whole) != STEPS:
+        return judged(False, f"a run did not take {STEPS} steps: {shown}", **facts)
     if states["first ends"] != states["resumed begins"]:
         return judged(False, f"weights, moments or biases were loaded other than they were saved; {shown}", **facts)
     if states["resumed ends"] == states["whole ends"] and resumed == whole:

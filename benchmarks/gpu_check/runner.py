@@ -13,7 +13,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
@@ -48,6 +48,7 @@ class Runner:
         *,
         workers: int = 1,
         context: BaseContext | None = None,
+        forked: Callable[[Check], AbstractContextManager] = lambda check: nullcontext(),
         told: Callable[[Row], None] = lambda row: None,
     ):
         """Take the time of all checks together.
@@ -55,10 +56,11 @@ class Runner:
         Args:
             workers: checks that may run at once.
             context: how processes start; None = each is a new interpreter, as CUDA wants it.
+            forked: entered while a check's process is started.
             told: gets every row as soon as it is known.
         """
         self.visit, self.rows = visit, []
-        self._seconds, self._workers, self._told = seconds, workers, told
+        self._seconds, self._workers, self._told, self._forked = seconds, workers, told, forked
         self._context = context or multiprocessing.get_context("spawn")
         self._end = time.monotonic() + seconds
         self._running: list[_Running] = []
@@ -66,7 +68,7 @@ class Runner:
     def run(self, checks: Sequence[Check]) -> list[Row]:
         """Return the rows of all checks, in the order in which they became known."""
         waiting = list(checks)
-        self.visit.folder.mkdir(parents=True, exist_ok=True)
+        self.visit.logs.mkdir(parents=True, exist_ok=True)
         try:
             while waiting or self._running:
                 waiting = self._start_what_can(waiting)
@@ -114,12 +116,13 @@ class Runner:
 
     def _start(self, check: Check) -> None:
         stem = re.sub(r"\W+", "_", check.name)
-        outcomes, log = self.visit.folder / f"{stem}.jsonl", self.visit.folder / f"{stem}.log"
+        outcomes, log = self.visit.scratch / f"{stem}.jsonl", self.visit.logs / f"{stem}.log"
         outcomes.write_text("")
         log.write_text("")
         limit = min(check.seconds, self._end - time.monotonic())
         process = self._context.Process(target=child.main, args=(check, self.visit, limit, outcomes, log))
-        process.start()
+        with self._forked(check):
+            process.start()
         self._running.append(_Running(check, process, time.monotonic(), limit, outcomes, log))
 
     # -- ending --------------------------------------------------------------------------------------------------------

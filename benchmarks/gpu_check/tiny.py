@@ -14,7 +14,7 @@ from benchmarks.gpu_check.outcome import Visit
 SHAPE = (
     "recipe=dsv3_tiny",
     "data=synthetic",
-    "data.sequence_length=128",
+    "data.sequence_length=64",
     "model.hidden_size=128",
     "model.intermediate_size=128",
     "model.moe_intermediate_size=128",

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.metadata
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -50,9 +51,15 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         spec.submodule_search_locations = [str(origin.parent)]
         return spec
 
+    def find_distributions(
+        self, context: importlib.metadata.DistributionFinder.Context
+    ) -> Iterable[importlib.metadata.Distribution]:
+        """Find the package's version, whatever ``sys.path`` is: a forked process gets that of its parent."""
+        here = importlib.metadata.DistributionFinder.Context(name=context.name, path=[str(self._folder)])
+        return importlib.metadata.MetadataPathFinder.find_distributions(here)
+
     def exec_module(self, package: types.ModuleType) -> None:
         """Do what the package's own ``__init__`` does, without looking for shared libraries."""
-        sys.path.append(str(self._folder))  # importlib.metadata finds the version there
         with absent_packages(), patch.dict("os.environ", NVTE_PROJECT_BUILDING="1", NVTE_FRAMEWORK="pytorch"):
             package.common = importlib.import_module(f"{_PACKAGE}.common")
             package.common.load_framework_extension = _load_extension

@@ -18,7 +18,7 @@ WRONG = (
     faulty("refused", "refuses"),
     faulty("crash", "crashes"),
     faulty("kill", "is_killed", rows=("kill first", "kill second")),
-    faulty("hang", "hangs", seconds=2.0, alone=True),
+    faulty("hang", "hangs", seconds=5.0, alone=True),
     faulty("silent", "says_nothing"),
     faulty("reader", "reads", after=("good",)),
     faulty("reader of nothing", "reads", after=("crash",)),
@@ -34,8 +34,8 @@ def visited(tmp_path_factory):
     folder = tmp_path_factory.mktemp("visit")
     arguments = command.Arguments(output=folder / "found.json", device="cpu", seconds=300)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_context", lambda visit: None)  # new interpreters, as on a GPU
-        code = command.carry_out(WRONG, Visit("cpu", 1, folder / "found", te=False), arguments, [])
+        patch.setattr(command, "_started", lambda visit: {})  # new interpreters, as on a GPU
+        code = command.carry_out(WRONG, Visit("cpu", 1, folder / "logs", folder, te=False), arguments, [])
     return code, json.loads((folder / "found.json").read_text()), folder
 
 
@@ -60,7 +60,7 @@ def test_every_fault_is_a_row_with_its_reason_and_costs_no_other(visited):
         "last": ("PASS", "well"),
     }
     assert rows["crash"][1].startswith("its process ended by SIGSEGV")
-    assert rows["hang"][1].startswith("did not end within 2 s; was in gpu_check_faults.py:")
+    assert rows["hang"][1].startswith("did not end within 5 s; was in gpu_check_faults.py:")
     assert rows["hang"][1].endswith("wait_for_ever")
     assert "of 300 s were left, and it may take 5000" in rows["too long"][1]
     assert code == 1 and found["failed"] == ["broken second", "refused", "crash", "kill second", "hang", "silent"]
@@ -68,7 +68,7 @@ def test_every_fault_is_a_row_with_its_reason_and_costs_no_other(visited):
 
 
 def test_what_a_hung_check_started_is_ended_with_it(visited):
-    pid = int((visited[2] / "found" / "started").read_text())
+    pid = int((visited[2] / "started").read_text())
     started = psutil.Process(pid) if psutil.pid_exists(pid) else None
     assert started is None or started.status() == psutil.STATUS_ZOMBIE  # nobody may be there to bury it
 
@@ -79,7 +79,7 @@ def test_the_file_is_written_with_every_row(tmp_path):
     def told(row):
         seen.append(row.name)
 
-    visit = Visit("cpu", 1, tmp_path)
+    visit = Visit("cpu", 1, tmp_path, tmp_path)
     Runner(visit, 60, workers=2, told=told).run([faulty("one", "passes"), faulty("two", "passes")])
     assert set(seen) == {"one", "two"}
 
@@ -87,7 +87,7 @@ def test_the_file_is_written_with_every_row(tmp_path):
 def test_a_visit_that_is_over_cuts_off_what_runs_and_does_not_blame_it(tmp_path):
     began = time.monotonic()
     checks = [faulty("slow", "hangs", seconds=5.0), faulty("later", "passes", seconds=5.0)]
-    rows = Runner(Visit("cpu", 1, tmp_path), 3.0).run(checks)
+    rows = Runner(Visit("cpu", 1, tmp_path, tmp_path), 3.0).run(checks)
     assert time.monotonic() - began < 10
     said = {row.name: (row.status, row.said) for row in rows}
     assert said["slow"] == ("SKIPPED", "cut off after 3 s: the visit's 3 s were over")
@@ -97,7 +97,10 @@ def test_a_visit_that_is_over_cuts_off_what_runs_and_does_not_blame_it(tmp_path)
 def test_a_visit_in_which_nothing_passed_is_no_success(tmp_path, capsys):
     arguments = command.Arguments(output=tmp_path / "found.json", device="cpu")
     assert (
-        command.carry_out([faulty("of a GPU", "passes", needs=("gpu",))], Visit("cpu", 1, tmp_path), arguments, []) == 1
+        command.carry_out(
+            [faulty("of a GPU", "passes", needs=("gpu",))], Visit("cpu", 1, tmp_path, tmp_path), arguments, []
+        )
+        == 1
     )
     assert "0 PASS, 0 FAIL, 1 SKIPPED" in capsys.readouterr().out
 
