@@ -184,7 +184,7 @@ class Trainer:
             + (f", MTP {counted.mtp:,} more" if counted.mtp else ""),
             "layout": f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'}: {layout.describe()}; "
             f"{self._schedule_facts()}",
-            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}",
+            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}; {self.parts.adamw}",
         }
 
     def _schedule_facts(self) -> str:

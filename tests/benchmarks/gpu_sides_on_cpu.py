@@ -32,8 +32,8 @@ from dsv3_megatron.host import adapt_host  # on a GPU plain megatron-core runs w
 adapt_host()
 import transformer_engine.pytorch as te
 
-from dsv3_megatron.build import use_our_adamw
 from dsv3_megatron.optim.adamw import FusedAdam
+from dsv3_megatron.optim.optimizer import use_our_adamw
 from parallel.groups import stop_processes
 
 

@@ -28,10 +28,11 @@ import transformer_engine.pytorch as te
 
 import dsv3_megatron.build as build
 from dsv3_megatron.model.backend import TorchBackend, make_te_backend
+from dsv3_megatron.optim.optimizer import use_our_adamw
 from dsv3_megatron.step import StepValues, train_step
 
 build.choose_backend = lambda wanted, device: TorchBackend() if wanted == "torch" else make_te_backend()
-build.use_our_adamw()
+use_our_adamw()
 torch.set_num_threads(1)
 try:
     if recipe.precision.fp8:
