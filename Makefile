@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt $(TE)
 # Two pipeline stages x experts over two ranks: four processes, on two cores, on real text.
 demo: $(STAMP)
 	@rm -rf $(RUN)
-	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.name=demo logging.console_every_steps=10
+	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
 test: $(STAMP) slurm-installed

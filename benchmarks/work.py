@@ -48,21 +48,22 @@ def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
 
     ``step()`` trains on the next batch, ``step(number)`` on that one; both return the StepResult.
     """
-    import torch
-
     from dsv3_megatron.precision.transformer_engine import prepare_environment
     from launcher.compose import compose
+    from parallel.world import World
 
     recipe = compose(list(words))
     prepare_environment(recipe.precision)  # before anything imports TE
+    from dsv3_megatron.host import choose_device
+
+    world = World.from_environment()
+    place = choose_device(device, world)
     from dsv3_megatron.build import build_parts
     from dsv3_megatron.data.samples import Synthetic, step_batches
     from dsv3_megatron.model.costs import training_flops_per_token
     from dsv3_megatron.step import StepValues, train_step
     from parallel.groups import start_processes
-    from parallel.world import World
 
-    world, place = World.from_environment(), torch.device(device)
     start_processes(world, place)
     parts = build_parts(recipe, recipe.layout(world.size), place)
     optim, length = recipe.optim, recipe.data.sequence_length

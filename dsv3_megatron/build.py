@@ -12,11 +12,10 @@ from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
-from parallel.errors import LayoutError, RecipeError
+from parallel.errors import RecipeError
 from parallel.groups import build_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
-from parallel.world import World
 
 adapt_host()
 
@@ -111,16 +110,6 @@ def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def choose_device(wanted: str, world: World) -> torch.device:
-    """Return this rank's device. Raises LayoutError when a GPU is asked for and none is there."""
-    present = torch.version.cuda is not None and torch.cuda.is_available()
-    if wanted == "cuda" and not present:
-        raise LayoutError("run.device = cuda, but torch finds no GPU here; set run.device=cpu")
-    if wanted == "cpu" or not present:
-        return torch.device("cpu")
-    return torch.device("cuda", world.local_rank)
-
-
 def parameter_dtype(recipe: Recipe) -> torch.dtype:
     """Return the dtype of the weights that forward reads."""
     return torch.bfloat16 if recipe.precision.parameters == "bf16" else torch.float32
@@ -139,6 +128,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
 
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
+    adapt_host(device.type)
     backend = choose_backend(recipe.backend, device)
     if recipe.data.isolate_documents and backend.name != "torch":
         raise RecipeError(

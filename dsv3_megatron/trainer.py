@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.build import Parts, build_parts, choose_device, named_parameters
+from dsv3_megatron.build import Parts, build_parts, named_parameters
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.resume import choose_start
@@ -21,6 +21,7 @@ from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.health import HealthState, StepGuard, nonfinite_gradients, stop_agreed
+from dsv3_megatron.host import choose_device
 from dsv3_megatron.metrics import (
     JsonLines,
     MetricsWriter,

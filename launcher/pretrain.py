@@ -37,10 +37,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     """
     world = World.from_environment()
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second
-    prepare_threads(world.size)
-    from dsv3_megatron.precision.transformer_engine import prepare_environment
-
-    prepare_environment(recipe.precision)
+    prepare_process(recipe, world)
     from dsv3_megatron.trainer import run
 
     first = world.rank == 0
@@ -50,6 +47,16 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
     return 0
+
+
+def prepare_process(recipe: Recipe, world: World) -> None:
+    """Do what must be done before anything imports megatron-core: threads, what TE reads at import, the device."""
+    prepare_threads(world.size)
+    from dsv3_megatron.host import choose_device
+    from dsv3_megatron.precision.transformer_engine import prepare_environment
+
+    prepare_environment(recipe.precision)
+    choose_device(recipe.run.device, world)
 
 
 def prepare_threads(world_size: int) -> None:

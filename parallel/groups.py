@@ -23,7 +23,13 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     """Join the world's default process group: gloo on CPUs, NCCL on GPUs.
 
     One process needs no launcher: it gets a store of its own. A collective that takes longer than the timeout raises.
+    ``device`` becomes the current one: megatron-core, Transformer Engine and ``device="cuda"`` all mean that. It is not
+    given to the process group (``device_id``): that opens the group's communicator at once, and NCCL would then carry
+    the messages of all pairs of a pipeline on one stream, in one order, where the proof that no schedule can deadlock
+    (parallel.validate) takes each pair's messages to have a queue of their own.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world.size == 1 and "MASTER_ADDR" not in os.environ:

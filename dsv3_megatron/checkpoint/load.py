@@ -122,5 +122,5 @@ def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: t
     if left := sorted(set(found.extra) - set(parts.extra_states)):
         notes.append(f"{found.path} also holds {', '.join(left)}, which this recipe does not keep: not loaded")
     if found.optimizer:
-        restore_random_state((found.path / RANDOM).read_bytes(), parts.layout)
+        restore_random_state((found.path / RANDOM).read_bytes(), parts.layout, parts.device)
     return notes
