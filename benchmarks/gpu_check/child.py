@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ def main(check: Check, visit: Visit, seconds: float, outcomes: Path, log: Path) 
     with outcomes.open("a", buffering=1) as file:
         for outcome in _run(check, visit):
             file.write(json.dumps(asdict(outcome)) + "\n")
+    print(f"{time.process_time():.1f} s of processor time")
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -10,7 +10,7 @@ from benchmarks.gpu_check.tiny import stepper, words
 
 HANGS_IN = 1  # the microbatch whose forward hangs, of two
 TIMEOUT = 1.0  # seconds after which the watchdog speaks
-LASTS = 6.0  # seconds of the hang: it must have spoken by then
+LASTS = 4.0  # seconds of the hang: it must have spoken by then
 
 
 def is_named(visit: Visit) -> Outcomes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,31 @@ SHAPE = (
     "logging.report_every_seconds=0",
 )
 
+HELD_OUT = 4  # sequences of an evaluation: that it is made counts here, not what it says
+
 
 def words(backend: str, precision: str, *more: str) -> tuple[str, ...]:
     """Return the recipe of the small model."""
     return (*SHAPE, f"backend={backend}", f"precision={precision}", *more)
 
 
+def prepare(visit: Visit, recipe: tuple[str, ...]) -> Any:
+    """Return the recipe, and prepare this process for it as launcher/pretrain.py does: before megatron-core and TE are
+    imported."""
+    from dsv3_megatron.host import adapt_host
+    from dsv3_megatron.precision.transformer_engine import prepare_environment
+    from launcher.compose import compose
+
+    made = compose(list(recipe))
+    prepare_environment(made.precision)
+    adapt_host(visit.device)
+    return made
+
+
 @contextmanager
 def stepper(visit: Visit, recipe: tuple[str, ...]) -> Iterator[Any]:
     """The trainer's step on the device, as benchmarks.work.ours makes it, with weights drawn as on a CPU."""
+    prepare(visit, recipe)
     with drawn_on_the_cpu():
         step = work.ours(recipe, visit.device)
     from parallel.groups import stop_processes
@@ -107,25 +124,24 @@ class Observed:
 
 def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watched: Any) -> Observed:
     """Run the trainer as launcher/pretrain.py does, saves and evaluations included; return what was seen of it."""
-    from dsv3_megatron.precision.transformer_engine import prepare_environment
-    from launcher.compose import compose, resolved_yaml
+    from launcher.compose import resolved_yaml
     from parallel.world import World
 
-    recipe = compose([*recipe_words, f"run.directory={directory}", f"run.device={visit.device}"])
-    prepare_environment(recipe.precision)  # before anything imports TE
+    recipe = prepare(visit, (*recipe_words, f"run.directory={directory}", f"run.device={visit.device}"))
     import dsv3_megatron.trainer as trainer
 
-    seen, build = Observed(**watched), trainer.build_parts
+    seen, build, data = Observed(**watched), trainer.build_parts, trainer.build_data
 
     def build_and_show(*given: Any) -> Any:
         seen.parts = build(*given)
         return seen.parts
 
     trainer.build_parts = build_and_show
+    trainer.build_data = lambda *given, **more: replace(data(*given, **more), held_out_count=HELD_OUT)
     try:
         trainer.run(recipe, World(0, 1, 0), seen, resolved_yaml(recipe))
     finally:
-        trainer.build_parts = build
+        trainer.build_parts, trainer.build_data = build, data
     return seen
 
 
