@@ -37,7 +37,8 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     ``signals``: listens already, since the process began.
     """
     world = World.from_environment()
-    check_world(recipe, world)  # before torch is imported: a wrong world is told in a second
+    check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
+    recipe.data.check_source()
     prepare_process(recipe, world)
     from dsv3_megatron.trainer import run
 

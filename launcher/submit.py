@@ -130,10 +130,9 @@ def plan(job: Job) -> None:
 def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
     """Write the script and submit it, ``chain`` times; return the exit code.
 
-    Raises: ClusterError: another job of the run waits or runs, or SLURM refuses.
+    Raises: DataError: it would have nothing to read. ClusterError: another job of the run is there, or SLURM refuses.
     """
-    if job.recipe.data.source == "indexed" and not job.recipe.data.path:
-        raise RecipeError("data.path is null; set it to a folder of shards that launcher/prepare_data.py wrote")
+    job.recipe.data.check_source()
     for point in job.points:
         if not test_only and (active := active_jobs(point.directory)):
             raise ClusterError(
