@@ -44,6 +44,10 @@ from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.schedule import evaluation_schedule, schedule_of
 from dsv3_megatron.stages import layers_of_stages
 
+# Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
+# all its pipeline ranks, has ten thousand actions.
+_ENGINES = 4
+
 
 @dataclass
 class Parts:
@@ -86,14 +90,16 @@ class Parts:
         return sum(self.layers_of_stages[:stage])
 
     def engine(self, microbatches: int, *, training: bool) -> tuple[Schedule, Engine]:
-        """Return the schedule for so many microbatches and the engine that runs it; made once each."""
-        kind = "train" if training else "forward"
-        if (kind, microbatches) not in self._engines:
-            make = schedule_of if training else evaluation_schedule
-            schedule = make(self.recipe, microbatches)
-            engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
-            self._engines[kind, microbatches] = (schedule, engine)
-        return self._engines[kind, microbatches]
+        """Return the schedule for so many microbatches and the engine that runs it; the latest few are kept."""
+        key = ("train" if training else "forward", microbatches)
+        found = self._engines.pop(key, None)
+        if found is None:
+            schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
+            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            if len(self._engines) == _ENGINES:
+                del self._engines[next(iter(self._engines))]  # not used for longest
+        self._engines[key] = found
+        return found
 
 
 def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:

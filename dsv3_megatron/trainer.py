@@ -94,7 +94,8 @@ class Trainer:
         self.regime = Regime(recipe.optim, recipe.data.sequence_length)
         self.directory = RunDirectory(recipe.run.directory)
         self._take_progress(Progress())
-        self._clock = WorkClock(list(parts.chunks.values()), parts.device)
+        compares = recipe.health.straggler_every_steps and parts.layout.world_size > 1
+        self._clock = WorkClock(list(parts.chunks.values()), parts.device) if compares else None
         self._slowest: Slowest | None = None
         self.is_first = dist.get_rank() == 0
         self.reporter = reporter
@@ -324,8 +325,7 @@ class Trainer:
             self.saver.save(asdict(self.progress))
 
     def _look_for_stragglers(self) -> None:
-        every = self.recipe.health.straggler_every_steps
-        if not every or self.progress.step % every or self.parts.layout.world_size == 1:
+        if self._clock is None or self.progress.step % self.recipe.health.straggler_every_steps:
             return
         self._slowest = slowest = self._clock.compare()
         if self.is_first and slowest.ratio > self.recipe.health.straggler_ratio:
