@@ -33,8 +33,9 @@ from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.initialise import global_name, initialise
+from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
+from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.optim.optimizer import build_optimizer
 from dsv3_megatron.pipeline import ModelStages
@@ -163,6 +164,8 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     )
     ddps = {s: wrap_for_reduction(chunk.config, chunk, groups, settings) for s, chunk in chunks.items()}
     optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
+    for chunk in chunks.values():
+        forget_drawn(chunk)
     rows = recipe.data.sequence_length // (layout.cp * layout.tp)
     shape = (rows, recipe.optim.micro_batch, recipe.model.hidden_size)
     stages = ModelStages(
@@ -214,8 +217,10 @@ def _build_chunks(
         first = sum(layers[:stage])
         initialise(chunk, first_layer=first, std=std, seed=recipe.run.seed, groups=groups)
         keep_bias_in_float32(chunk)
-        if backend.name == "te" and fp8 is not None:
-            exempt_no_mtp(chunk)
+        if backend.name == "te":
+            settle_te_layers(chunk)
+            if fp8 is not None:
+                exempt_no_mtp(chunk)
         apply_fp8(chunk, fp8, first_layer=first, layers=recipe.model.num_hidden_layers, make=make)
         chunks[stage] = chunk
     return chunks

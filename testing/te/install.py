@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from testing.te.absent import absent_packages
 from testing.te.extension import make_extension
+from testing.te.gloo import gather_types_apart
 from testing.te.machine import pretend_hopper
 from testing.te.project import let_te_run_on_a_cpu
 from testing.te.tree import tree
@@ -63,6 +64,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         )
         package.__version__ = importlib.metadata.version(_PACKAGE)
         pretend_hopper()
+        gather_types_apart()
         let_te_run_on_a_cpu()
 
 
