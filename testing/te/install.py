@@ -11,6 +11,8 @@ import importlib.machinery
 import importlib.metadata
 import sys
 import types
+from collections.abc import Iterable
+from importlib.metadata import DistributionFinder
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,8 +38,8 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder(tree()))
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the package, and nothing else; what is below it Python finds by the package's path."""
+class _Finder(DistributionFinder, importlib.abc.Loader):
+    """Finds the package and its version, and nothing else; what is below it Python finds by the package's path."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -50,9 +52,15 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         spec.submodule_search_locations = [str(origin.parent)]
         return spec
 
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008 (as the base class)
+    ) -> Iterable[importlib.metadata.Distribution]:
+        here = DistributionFinder.Context(name=context.name, path=[str(self._folder)])
+        return importlib.metadata.MetadataPathFinder.find_distributions(here)
+
     def exec_module(self, package: types.ModuleType) -> None:
         """Do what the package's own ``__init__`` does, without looking for shared libraries."""
-        sys.path.append(str(self._folder))  # importlib.metadata finds the version there
         with absent_packages(), patch.dict("os.environ", NVTE_PROJECT_BUILDING="1", NVTE_FRAMEWORK="pytorch"):
             package.common = importlib.import_module(f"{_PACKAGE}.common")
             package.common.load_framework_extension = _load_extension
