@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TE := testing/te/requirements.txt
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
@@ -11,16 +12,20 @@ export OMP_NUM_THREADS ?= 1
 env: $(STAMP)
 
 # Installed anew only when what is to be installed changes.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(TE)
 	@$(PYTHON) -c 'import sys; sys.exit("python: " + sys.version.split()[0] + " is too old; install Python 3.11 or newer, or set PYTHON=") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@rm -rf $(VENV)/te  # Transformer Engine's Python, for tests: beside the packages, so that nothing else finds it
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -d $(VENV)/te -r $(TE)
+	$(BIN)/python -m zipfile -e $(VENV)/te/*.whl $(VENV)/te
 	@touch $(STAMP)
 
-# Two pipeline stages x experts over two ranks: four processes, on two cores, on real text.
+# Two pipeline stages x experts over two ranks: four processes, on two cores, on real text. What a demo of before has
+# trained is kept under another name.
 demo: $(STAMP)
-	@rm -rf $(RUN)
+	@if [ -e $(RUN) ]; then kept=$(RUN)-$$(date +%Y%m%d-%H%M%S); mv $(RUN) $$kept; echo "demo: starts anew; $(RUN) is now $$kept"; fi
 	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
@@ -60,5 +65,7 @@ bench: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos kills=$(or $(CHAOS_KILLS),100)
 
+# What can be made again. What was trained cannot: runs/ is left alone.
 clean:
-	rm -rf $(VENV) runs .cache *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .cache *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@if [ -e runs ]; then echo "clean: runs/ is kept, with the checkpoints in it"; fi

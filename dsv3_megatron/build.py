@@ -32,8 +32,9 @@ from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.initialise import global_name, initialise
+from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
+from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
 from dsv3_megatron.pipeline import ModelStages
@@ -42,6 +43,10 @@ from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.schedule import evaluation_schedule, schedule_of
 from dsv3_megatron.stages import layers_of_stages
+
+# Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
+# all its pipeline ranks, has ten thousand actions.
+_ENGINES = 4
 
 
 @dataclass
@@ -86,14 +91,16 @@ class Parts:
         return sum(self.layers_of_stages[:stage])
 
     def engine(self, microbatches: int, *, training: bool) -> tuple[Schedule, Engine]:
-        """Return the schedule for so many microbatches and the engine that runs it; made once each."""
-        kind = "train" if training else "forward"
-        if (kind, microbatches) not in self._engines:
-            make = schedule_of if training else evaluation_schedule
-            schedule = make(self.recipe, microbatches)
-            engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
-            self._engines[kind, microbatches] = (schedule, engine)
-        return self._engines[kind, microbatches]
+        """Return the schedule for so many microbatches and the engine that runs it; the latest few are kept."""
+        key = ("train" if training else "forward", microbatches)
+        found = self._engines.pop(key, None)
+        if found is None:
+            schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
+            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            if len(self._engines) == _ENGINES:
+                del self._engines[next(iter(self._engines))]  # not used for longest
+        self._engines[key] = found
+        return found
 
 
 def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
@@ -147,6 +154,8 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     )
     ddps = {s: wrap_for_reduction(chunk.config, chunk, groups, settings) for s, chunk in chunks.items()}
     optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
+    for chunk in chunks.values():
+        forget_drawn(chunk)
     rows = recipe.data.sequence_length // (layout.cp * layout.tp)
     shape = (rows, recipe.optim.micro_batch, recipe.model.hidden_size)
     stages = ModelStages(
@@ -199,8 +208,10 @@ def _build_chunks(
         first = sum(layers[:stage])
         initialise(chunk, first_layer=first, std=std, seed=recipe.run.seed, groups=groups)
         keep_bias_in_float32(chunk)
-        if backend.name == "te" and fp8 is not None:
-            exempt_no_mtp(chunk)
+        if backend.name == "te":
+            settle_te_layers(chunk)
+            if fp8 is not None:
+                exempt_no_mtp(chunk)
         apply_fp8(chunk, fp8, first_layer=first, layers=recipe.model.num_hidden_layers, make=make)
         chunks[stage] = chunk
     return chunks

@@ -47,7 +47,7 @@ from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_s
 from dsv3_megatron.stop_signals import StopSignals
 from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
-from parallel.errors import HealthError, UserError
+from parallel.errors import HealthError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -95,7 +95,8 @@ class Trainer:
         self.regime = Regime(recipe.optim, recipe.data.sequence_length)
         self.directory = RunDirectory(recipe.run.directory)
         self._take_progress(Progress())
-        self._clock = WorkClock(list(parts.chunks.values()), parts.device)
+        compares = recipe.health.straggler_every_steps and parts.layout.world_size > 1
+        self._clock = WorkClock(list(parts.chunks.values()), parts.device) if compares else None
         self._slowest: Slowest | None = None
         self.is_first = dist.get_rank() == 0
         self.reporter = reporter
@@ -325,8 +326,7 @@ class Trainer:
             self.saver.save(asdict(self.progress))
 
     def _look_for_stragglers(self) -> None:
-        every = self.recipe.health.straggler_every_steps
-        if not every or self.progress.step % every or self.parts.layout.world_size == 1:
+        if self._clock is None or self.progress.step % self.recipe.health.straggler_every_steps:
             return
         self._slowest = slowest = self._clock.compare()
         if self.is_first and slowest.ratio > self.recipe.health.straggler_ratio:
@@ -403,16 +403,13 @@ class Trainer:
 def processes(world: World, device: torch.device):
     """The default process group, for as long as the block lasts.
 
-    After an error that other ranks may not share the group is left as it is: taking it down waits for messages of ranks
-    that wait for this one. The process must then end without ceremony (launcher.pretrain), which closes its connections
-    and so ends the others.
+    After an error the group of several ranks is left as it is: taking it down waits for messages of ranks that wait for
+    this one, or closes their connections, so that they fail before this one has said why. The process must then end
+    without ceremony (launcher.pretrain), which ends the others.
     """
     start_processes(world, device)
     try:
         yield
-    except UserError:
-        stop_processes()  # what a user can mend is raised by all ranks alike
-        raise
     except BaseException:
         if world.size == 1:
             stop_processes()

@@ -6,6 +6,7 @@ everything once and has run no thread. The first failing rank's traceback is rai
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
@@ -16,8 +17,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tests.fork_servers import forked_from
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+TE = "testing.te.preload"
 
 
 def free_port() -> int:
@@ -30,17 +33,25 @@ def free_port() -> int:
 
 
 def run_ranks(
-    world: int, worker: Callable[..., Any], cases: Sequence[Any], timeout_seconds: float = 300
+    world: int,
+    worker: Callable[..., Any],
+    cases: Sequence[Any],
+    timeout_seconds: float = 300,
+    preload: str = "tests.preload",
 ) -> list[list[Any]]:
-    """Return ``worker(case)`` of every rank for every case: results[case][rank]."""
+    """Return ``worker(case)`` of every rank for every case: results[case][rank].
+
+    ``preload``: the module that the ranks' server imports; ``TE`` for ranks that have Transformer Engine.
+    """
     queue = _context.Queue()
     ports = [free_port() for _ in cases]
     ranks = [
-        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue))
+        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue, preload))
         for rank in range(world)
     ]
-    for rank in ranks:
-        rank.start()
+    with forked_from(preload):
+        for rank in ranks:
+            rank.start()
     results: list[list[Any]] = [[None] * world for _ in cases]
     deadline = time.monotonic() + timeout_seconds
     try:
@@ -57,7 +68,10 @@ def run_ranks(
     return results
 
 
-def _rank_main(rank: int, world: int, worker: Callable, cases: list, ports: list[int], queue: Any) -> None:
+def _rank_main(
+    rank: int, world: int, worker: Callable, cases: list, ports: list[int], queue: Any, preload: str
+) -> None:
+    importlib.import_module(preload)  # a server says nothing when it could not
     import torch
 
     torch.set_num_threads(1)

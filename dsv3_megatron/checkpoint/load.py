@@ -82,6 +82,8 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
     """
     if training:
         extra = tuple(sorted(set(found.extra) & set(parts.extra_states)))
+    if parts.ema is not None:
+        parts.ema.wait()  # it may still read the weights of the last step
     state = whole_state(parts, loading=True, extra=extra, optimizer=training and found.optimizer)
     kept = {} if found.optimizer else _take_module_states(state["model"])
     try:

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dsv3_megatron.optim.adamw import FusedAdam
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from dsv3_megatron.precision.transformer_engine import recipe_name
 
 # Whose AdamW megatron-core found when it was imported.
 _THEIRS = (
@@ -43,10 +44,15 @@ def build_optimizer(
         use_distributed_optimizer=True,
         clip_grad=optim.clip,
     )
+    held = precision.fp8 is not None and precision.fp8.hold_weights
+    if held:
+        config.fp8_recipe = recipe_name(precision.fp8)
     if precision.moments == "bf16":
         # Set after construction: the constructor demands TE for what our AdamW does too (megatron-core 0.16.1).
         config.use_precision_aware_optimizer = True
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        # Whether AdamW keeps the float32 masters, as the constructor works it out. It cannot cast them to block-scaled
+        # FP8: where weights are held in that, megatron-core keeps the masters and casts them.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = not held or config.fp8_recipe == "delayed"
         config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
         config.store_param_remainders = False
     return get_megatron_optimizer(config, chunks, pg_collection=groups, use_gloo_process_groups=False)

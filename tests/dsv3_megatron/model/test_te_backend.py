@@ -133,7 +133,7 @@ def test_what_only_the_emulation_can_do_is_refused(override, mend):
     assert override.split("=")[0] in refused and mend in refused and "\n" not in refused
 
 
-@pytest.mark.parametrize("recipe", ["dsv3_tiny", "dsv3_h200"])
+@pytest.mark.parametrize("recipe", ["dsv3_tiny", "dsv3_one_gpu"])
 def test_the_specs_build_on_transformer_engine_modules(recipe):
     found = run_with_stand_in("te_on_meta.py", recipe)
     model = compose([f"recipe={recipe}"]).model
