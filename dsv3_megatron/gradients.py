@@ -48,8 +48,9 @@ def finish_gradients(
         _sum_sequence_parallel(ddps, groups.tp)
     if embedding_copy is not None:
         dist.all_reduce(embedding_copy.main_grad, group=groups.embd)
+    scale = 1.0 / tokens.item()
     for ddp in ddps:
-        ddp.scale_gradients(1.0 / tokens.item())
+        ddp.scale_gradients(scale)
 
 
 def _sum_sequence_parallel(ddps: list[DistributedDataParallel], group: dist.ProcessGroup) -> None:

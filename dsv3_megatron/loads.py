@@ -62,7 +62,7 @@ def gather_loads(parts: Parts, loads: dict[int, Tensor]) -> np.ndarray | None:
     table = torch.zeros(layers, model.n_routed_experts + 1, dtype=torch.float64, device=parts.device)
     for number, load in loads.items():
         table[number, :-1] = load
-        table[number, -1] = 1  # so many ranks hold this layer
+        table[number, -1:] = 1  # so many ranks hold this layer; a slice is filled, one number is copied from the host
     dist.all_reduce(table)
     table = table.cpu().numpy()
     return table[:, :-1] / table[:, -1:] if layers and (table[:, -1] > 0).all() else None

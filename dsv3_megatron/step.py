@@ -22,6 +22,7 @@ from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
 from dsv3_megatron.pipeline import Batch
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
+from dsv3_megatron.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_pipeline(parts: Parts, batches: list[Batch], *, training: bool) -> tuple
     The loss is what the last stage computed on this rank (zeros elsewhere), not reduced.
     """
     depths = parts.recipe.model.num_nextn_predict_layers if training else 0
-    batches = [with_depth_masks({k: x.to(parts.device) for k, x in b.items()}, depths) for b in batches]
+    batches = [with_depth_masks({k: to_device(x, parts.device) for k, x in b.items()}, depths) for b in batches]
     batches = [slice_for_context(b, parts) for b in batches]
     schedule, engine = parts.engine(len(batches), training=training)
     parts.stages.begin(schedule, batches, training=training)
@@ -128,7 +129,9 @@ def train_step(
         parts.ema.start()
     if updated:
         update_biases(parts, loads, values.bias_speed)
-    bubble = _mean_over_world(waited / pipeline_seconds, parts) if parts.layout.pp > 1 else None
+    # A GPU's sends return before they are done: standing in them measures nothing there.
+    measured = parts.layout.pp > 1 and parts.device.type == "cpu"
+    bubble = _mean_over_world(waited / pipeline_seconds, parts) if measured else None
     mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
     return StepResult(
         lm_loss=lm_loss,
@@ -138,8 +141,7 @@ def train_step(
         grad_norm=grad_norm,
         loads=gather_loads(parts, loads),
         overflow=step_overflow(parts),
-        # A GPU's sends return before they are done: standing in them measures nothing there.
-        bubble_fraction=bubble if parts.device.type == "cpu" else None,
+        bubble_fraction=bubble,
         pipeline_seconds=pipeline_seconds,
         skipped=not updated,
     )
@@ -171,7 +173,7 @@ def _without_mtp(parts: Parts) -> Iterator[None]:
 
 def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
     """Return the tokens of the whole step that count, [] float64: every pipeline rank reads the same batches."""
-    tokens = sum(batch["loss_mask"].double().sum() for batch in batches).to(parts.device)
+    tokens = to_device(sum(batch["loss_mask"].double().sum() for batch in batches), parts.device)
     coordinates = parts.layout.coordinates(dist.get_rank())
     # Every DP rank counts once, at tensor, context and pipeline rank 0.
     counts = coordinates["tp"] == coordinates["cp"] == coordinates["pp"] == 0
@@ -215,7 +217,8 @@ def _mtp_losses(parts: Parts, values: StepValues, tokens: Tensor) -> tuple[float
     dist.all_reduce(total)
     weights = values.mtp_depth_decay ** torch.arange(depths, dtype=torch.float64, device=parts.device)
     objective = values.mtp_weight / depths * (total[0] * weights).sum() / tokens
-    return (total[0].sum() / total[1].sum().clamp(min=1)).item(), objective.item()
+    mean, objective = torch.stack([total[0].sum() / total[1].sum().clamp(min=1), objective]).tolist()
+    return mean, objective
 
 
 def _balance_loss(parts: Parts, microbatches: int) -> float:

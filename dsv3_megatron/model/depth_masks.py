@@ -48,7 +48,7 @@ class DepthMasks:
         """Return the masks standing at the next depth, and what megatron-core divides a sum of losses by for its log:
         the depth's weight, so that the log holds the unweighted sum."""
         weight = self._weights[self._depth]
-        return DepthMasks(self._masks, self._weights, self._depth + 1), self._masks[0].new_tensor(weight or 1.0)
+        return DepthMasks(self._masks, self._weights, self._depth + 1), self._masks[0].new_full((), weight or 1.0)
 
     def __mul__(self, losses: Tensor) -> Tensor:
         """Return the losses [B, S] of this depth that count, times its weight."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv3_megatron.model.linear import WeightGradients, Wiring, separable_product
 from dsv3_megatron.model.swiglu import give_back
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
+from dsv3_megatron.to_device import to_device
 
 
 class GroupedExperts(TEGroupedMLP):
@@ -186,4 +187,4 @@ class DownLinear(GroupedLinear):
 
 def _ends(tokens_per_expert: list[int], device: torch.device) -> Tensor:
     """Return where each expert's rows end: [E] int32, as grouped_mm wants it."""
-    return torch.tensor(tokens_per_expert, device=device).cumsum(0).to(torch.int32)
+    return to_device(torch.tensor(tokens_per_expert).cumsum(0).to(torch.int32), device)

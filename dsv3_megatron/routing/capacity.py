@@ -100,7 +100,7 @@ class CapacityRouter(SequenceBalancedRouter):
             found = allocate(flat.detach(), self.topk, capacity)
             chosen = found.chosen
             if torch.is_grad_enabled():  # once a microbatch, recomputation or not
-                choices = torch.tensor(tokens * self.topk, device=chosen.device)
+                choices = torch.full((), tokens * self.topk, device=chosen.device)
                 self.overflow += torch.stack([found.rerouted, found.dropped, choices])
                 self.local_tokens_per_expert += chosen.sum(0)
         else:
