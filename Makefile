@@ -37,9 +37,9 @@ test-slurm: $(STAMP) slurm-installed
 	$(BIN)/python -m pytest tests/slurm tests/launcher/test_submit.py
 
 # Debian's packages, where they can be installed; elsewhere the tests that need them are skipped, saying so.
-PACKAGES := slurm-wlm munge shellcheck chromium
+PACKAGES := slurm-wlm munge shellcheck chromium g++
 slurm-installed:
-	@if command -v slurmctld >/dev/null && command -v shellcheck >/dev/null && command -v chromium >/dev/null; then :; \
+	@if command -v slurmctld >/dev/null && command -v shellcheck >/dev/null && command -v chromium >/dev/null && command -v g++ >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES)) >/dev/null 2>&1 \
 	    || echo "packages: $(PACKAGES) could not be installed; tests that need them are skipped"; \

@@ -35,7 +35,7 @@ def _compile(path: Path) -> None:
     torch = Path(util.find_spec("torch").origin).parent
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_suffix(f".{os.getpid()}")  # several may compile at once
+    how = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch / 'include'}"]
     libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    words = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch / 'include'}", str(SOURCE), "-o", str(made), *libraries]
-    subprocess.run([compiler, *words], check=True)
+    subprocess.run([compiler, *how, str(SOURCE), "-o", str(made), *libraries], check=True)
     made.replace(path)

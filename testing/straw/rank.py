@@ -2,96 +2,140 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._subclasses import fake_tensor
 
-from testing.straw.cuda import pretend_cuda
 from testing.straw.gpu import Gpu
 from testing.straw.record import Record
+from testing.straw.schedule import cut
 from testing.straw.world import straw_world
 
 
-def run_rank(library: ctypes.CDLL, rank: int, world_size: int, local_rank: int, words: list[str]) -> dict[str, Any]:
-    """Train the recipe of ``words`` as one rank; return what was counted by part of the run, and facts."""
-    record = Record()
-    pretend_cuda(library, record)
-    from dsv3_megatron.precision.transformer_engine import prepare_environment
+def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words: list[str]) -> dict[str, Any]:
+    """Train the recipe of ``words`` as one rank, in a process in which ``pretend_cuda`` has set ``record`` up.
+
+    Return what was counted by part of the run, the actions of a step by kind, dtype and shape of messages, and the
+    dtypes of gradient buffers.
+    """
+    record.counts.clear()
     from launcher.compose import compose, resolved_yaml
     from parallel.world import World
 
     recipe, world = compose(words), World(rank, world_size, local_rank)
-    prepare_environment(recipe.precision)
-    from dsv3_megatron.host import _leave_functions_uncompiled, choose_device
-
-    _leave_functions_uncompiled()
-    device = choose_device(recipe.run.device, world)
+    device = _prepare(recipe, world)
     import dsv3_megatron.trainer as trainer
     from launcher.console import SilentReporter
 
-    model, rows = recipe.model, recipe.data.sequence_length * recipe.optim.micro_batch
-    gpu = Gpu(device, record, lambda shape: rows * model.num_experts_per_tok)
-    seen: dict[str, Any] = {}
+    rows, pp_rank = recipe.data.sequence_length * recipe.optim.micro_batch, _pipeline_rank(recipe, world)
+    gpu = Gpu(device, record, rows * recipe.model.num_experts_per_tok)
+    found: dict[str, Any] = {"facts": {}, "actions": {}, "main_grads": Counter()}
+
+    class Reporter(SilentReporter):
+        """Keeps what the start says."""
+
+        def start(self, facts: dict[str, str]) -> None:
+            found["facts"] = facts
+
     with ExitStack() as stack:
         stack.enter_context(straw_world(world, device))
-        stack.enter_context(_parts(trainer, record, seen))
+        stack.enter_context(_named_parts(trainer, record))
+        stack.enter_context(_few_microbatches(pp_rank, found["actions"]))
+        stack.enter_context(_seen_gradients(trainer, found["main_grads"]))
         stack.enter_context(_fake_storages())
         stack.enter_context(gpu)
-        summary = trainer.run(recipe, world, SilentReporter(), resolved_yaml(recipe))
+        summary = trainer.run(recipe, world, Reporter(), resolved_yaml(recipe))
     counts: dict[str, dict[str, int]] = {}
     for (part, kind, where), count in sorted(record.counts.items()):
         counts.setdefault(part, {})[f"{kind}: {where}"] = count
-    return {"counts": counts, "step": summary["step"], "messages": sorted(gpu.messages), **seen}
+    return {"counts": counts, "steps": summary["step"], "messages": sorted(gpu.messages), **found}
+
+
+def _prepare(recipe: Any, world: Any) -> torch.device:
+    """Do what launcher.pretrain does before it imports megatron-core; return the device."""
+    from dsv3_megatron.host import _leave_functions_uncompiled, choose_device
+    from dsv3_megatron.precision.transformer_engine import prepare_environment
+
+    prepare_environment(recipe.precision)
+    _leave_functions_uncompiled()  # nothing computes: compiled functions are taken as they are written
+    return choose_device(recipe.run.device, world)
+
+
+def _pipeline_rank(recipe: Any, world: Any) -> int:
+    return recipe.layout(world.size).coordinates(world.rank)["pp"]
 
 
 @contextmanager
-def _parts(trainer: Any, record: Record, seen: dict[str, Any]) -> Iterator[None]:
+def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
     """Name the parts of a run as they come."""
-    from dsv3_megatron import step as steps
     from dsv3_megatron.checkpoint.save import Saver
     from parallel.engine import Engine
 
     taken = 0
 
-    def step(original: Callable) -> Callable:
-        def one(self: Any) -> None:
-            nonlocal taken
-            taken += 1
-            with record.during(f"step {taken}"):
-                original(self)
+    def step(self: Any) -> str:
+        nonlocal taken
+        taken += 1
+        return f"step {taken}"
 
-        return one
+    def named(original: Callable, name: Callable[[Any], str]) -> Callable:
+        @wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with record.during(name(self)):
+                return original(self, *args, **kwargs)
 
-    def named(name: str) -> Callable:
-        def around(original: Callable) -> Callable:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with record.during(name):
-                    return original(*args, **kwargs)
-
-            return call
-
-        return around
-
-    def pipeline(original: Callable) -> Callable:
-        def run(self: Any) -> None:
-            with record.during(f"{record.part}, pipeline"):
-                original(self)
-
-        return run
+        return call
 
     with ExitStack() as stack:
-        for owner, name, around in (
-            (trainer.Trainer, "_one_step", step), (trainer.Trainer, "evaluate", named("evaluation")),
-            (Saver, "save", named("save")), (Saver, "save_finally", named("save")), (Engine, "run", pipeline),
-        ):  # fmt: skip
-            stack.enter_context(patch.object(owner, name, around(getattr(owner, name))))
+        for owner, method, name in (
+            (trainer.Trainer, "_one_step", step),
+            (trainer.Trainer, "evaluate", lambda _: "evaluation"),
+            (Saver, "save", lambda _: "save"),
+            (Saver, "save_finally", lambda _: "save"),
+            (Engine, "run", lambda _: f"{record.part}, pipeline"),
+        ):
+            stack.enter_context(patch.object(owner, method, named(getattr(owner, method), name)))
         yield
-    del steps
+
+
+@contextmanager
+def _few_microbatches(pp_rank: int, actions: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Cut schedules to what matters on this rank; note the kinds of its actions."""
+    from dsv3_megatron import build
+
+    def cutting(make: Callable) -> Callable:
+        def made(recipe: Any, microbatches: int) -> Any:
+            left = cut(make(recipe, microbatches), pp_rank)
+            actions[left.name] = dict(sorted(Counter(step.kind for step in left.ranks[pp_rank]).items()))
+            return left
+
+        return made
+
+    with ExitStack() as stack:
+        for name in ("schedule_of", "evaluation_schedule"):
+            stack.enter_context(patch.object(build, name, cutting(getattr(build, name))))
+        yield
+
+
+@contextmanager
+def _seen_gradients(trainer: Any, dtypes: Counter) -> Iterator[None]:
+    """Note the dtypes of the gradient buffers that parameters have after a step."""
+    train_step = trainer.train_step
+
+    def seen(parts: Any, *args: Any, **kwargs: Any) -> Any:
+        result = train_step(parts, *args, **kwargs)
+        dtypes.clear()
+        dtypes.update(str(p.main_grad.dtype) for chunk in parts.chunks.values() for p in chunk.parameters())
+        return result
+
+    with patch.object(trainer, "train_step", seen):
+        yield
 
 
 @contextmanager

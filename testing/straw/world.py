@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.world import World
@@ -29,14 +32,19 @@ def straw_world(world: World, device: torch.device) -> Iterator[None]:
     def barrier(*args: Any, **kwargs: Any) -> None:
         _must_be_current(device)  # NCCL allocates its flag on the current device
 
-    def all_gather_object(found: list, mine: Any, group: Any = None) -> None:
-        found[:] = [mine] * len(found)
+    def all_gather_object(object_list: list, obj: Any, group: Any = None) -> None:
+        object_list[:] = [obj] * len(object_list)
 
-    def gather_object(mine: Any, found: list | None = None, dst: Any = None, group: Any = None) -> None:
-        if found is not None:
-            found[:] = [mine] * len(found)
+    def gather_object(obj: Any, object_gather_list: list | None = None, *args: Any, **kwargs: Any) -> None:
+        if object_gather_list is not None:
+            object_gather_list[:] = [obj] + [_of_others(obj)] * (len(object_gather_list) - 1)
+
+    import megatron.core.dist_checkpointing.state_dict_utils as states  # after the project has adapted it
 
     with ExitStack() as stack:
+        # It puts the shares of all ranks together, of which there is one here.
+        stack.enter_context(patch.object(states, "validate_sharding_integrity", lambda *a, **k: None))
+        stack.enter_context(patch.object(default_planner, "_validate_global_plan", lambda *a: []))
         for name, stand_in in (
             ("init_process_group", init),
             ("rendezvous", lambda *a, **k: iter([(dist.HashStore(), world.rank, world.size)])),
@@ -47,6 +55,17 @@ def straw_world(world: World, device: torch.device) -> Iterator[None]:
         ):
             stack.enter_context(patch.object(dist, name, stand_in))
         yield
+
+
+def _of_others(mine: Any) -> Any:
+    """Return what the other ranks hand in where this one hands in ``mine``: nothing to write, else the same."""
+    from dsv3_megatron.checkpoint.write import Written
+
+    if isinstance(mine, SavePlan):
+        return replace(mine, items=[])
+    if isinstance(mine, tuple) and isinstance(mine[0], Written):
+        return Written(), None
+    return mine
 
 
 def _must_be_current(device: torch.device) -> None:

@@ -26,8 +26,10 @@ from testing.te.tree import tree
 _PACKAGE = "transformer_engine"
 
 
-def install() -> None:
+def install(on_cpu: bool = True) -> None:
     """Make TE importable in this process. Before megatron-core is imported: it looks for TE once.
+
+    ``on_cpu``: answer for the GPU that is not there, and let the project use TE without one. Else somebody else does.
 
     Raises: FileNotFoundError: TE's Python was not fetched. RuntimeError: too late.
     """
@@ -35,14 +37,14 @@ def install() -> None:
         return
     if "megatron.core.extensions.transformer_engine" in sys.modules:
         raise RuntimeError("testing.te.install() must run before megatron-core is imported")
-    sys.meta_path.insert(0, _Finder(tree()))
+    sys.meta_path.insert(0, _Finder(tree(), on_cpu))
 
 
 class _Finder(DistributionFinder, importlib.abc.Loader):
     """Finds the package and its version, and nothing else; what is below it Python finds by the package's path."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, on_cpu: bool):
+        self._folder, self._on_cpu = folder, on_cpu
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name != _PACKAGE:
@@ -71,9 +73,10 @@ class _Finder(DistributionFinder, importlib.abc.Loader):
             sys.modules["transformer_engine_torch"], name
         )
         package.__version__ = importlib.metadata.version(_PACKAGE)
-        pretend_hopper()
-        gather_types_apart()
-        let_te_run_on_a_cpu()
+        if self._on_cpu:
+            pretend_hopper()
+            gather_types_apart()
+            let_te_run_on_a_cpu()
 
 
 def _load_extension(framework: str) -> None:
