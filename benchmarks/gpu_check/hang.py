@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -45,11 +46,10 @@ def verdict(told: list[str], took: float) -> Outcome:
     """Return whether one report names rank, action and microbatch."""
     if not told:
         return judged(False, f"a step hung for {took:.1f} s, and the watchdog of {TIMEOUT:g} s said nothing", told=told)
-    wanted = ("rank 0", "action ", f"stage 0 microbatch {HANGS_IN}")
-    missing = [part for part in wanted if part not in told[0]]
     said = " | ".join(line.strip() for line in told[0].splitlines())
-    if missing:
-        return judged(False, f"the report does not say '{missing[0]}': {said}", told=told)
+    wanted = {"rank": r"rank 0: ", "action": r"action \d+ of \d+: ", "microbatch": rf"stage 0 microbatch {HANGS_IN}\b"}
+    if missing := [what for what, pattern in wanted.items() if not re.search(pattern, told[0])]:
+        return judged(False, f"the report does not name the {missing[0]}: {said}", told=told)
     return judged(True, said, told=told)
 
 

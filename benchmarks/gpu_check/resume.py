@@ -18,12 +18,11 @@ def bit_exact(visit: Visit, backend: str, precision: str) -> Outcomes:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     recipe = words(backend, precision)
-    folder = visit.scratch / f"resume_{backend}_{precision}"
     states: dict[str, str] = {}
 
     def run(where: str, steps: int, label: str) -> Observed:
         watched = {"at_start": lambda parts: states.update({f"{label} begins": state_of(parts)})}
-        seen = train(visit, (*recipe, f"run.steps={steps}"), folder / where, **watched)
+        seen = train(visit, (*recipe, f"run.steps={steps}"), visit.scratch / where, **watched)
         states[f"{label} ends"] = state_of(seen.parts)
         return seen
 

@@ -120,7 +120,10 @@ class Runner:
         outcomes.write_text("")
         log.write_text("")
         limit = min(check.seconds, self._end - time.monotonic())
-        process = self._context.Process(target=child.main, args=(check, self.visit, limit, outcomes, log))
+        scratch = self.visit.scratch / stem
+        scratch.mkdir()
+        given = replace(self.visit, scratch=scratch)
+        process = self._context.Process(target=child.main, args=(check, given, limit, outcomes, log))
         with self._forked(check):
             process.start()
         self._running.append(_Running(check, process, time.monotonic(), limit, outcomes, log))
@@ -142,8 +145,8 @@ class Runner:
         """Tell the rows of a process that has ended; ``why`` it did so, where that was not its own wish."""
         found = _outcomes(one.outcomes)[: len(one.check.fills)]
         missing = one.check.fills[len(found) :]
-        if why is not None and not missing and why.status == "FAIL":  # all was found, and then it broke
-            found, missing = found[:-1], one.check.fills[-1:]
+        if why is not None and not missing and {why.status, found[-1].status} == {"FAIL", "PASS"}:
+            found, missing = found[:-1], one.check.fills[-1:]  # all was found, and then it broke
         for name, outcome in zip(one.check.fills, found):
             self._tell(Row(name, outcome.status, outcome.said, round(took, 1), outcome.facts, str(one.log)))
         if missing and why is None:
