@@ -74,10 +74,19 @@ def whole_state(parts: Parts, *, loading: bool, extra: tuple[str, ...], optimize
 
 
 def prepare_moments(optimizer: MegatronOptimizer) -> None:
-    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros."""
+    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros.
+
+    megatron-core's own (``init_state_fn``) forgets an argument that TE's Adam wants (0.16.1 over TE 2.20.2).
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.optimizer.state:
-            part.init_state_fn(part.optimizer, part.config)
+        adam = part.optimizer
+        if adam.state:
+            continue
+        if not hasattr(adam, "initialize_state"):
+            part.init_state_fn(adam, part.config)
+            continue
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            adam.initialize_state(parameter, part.config.store_param_remainders)
 
 
 # -- random generators -------------------------------------------------------------------------------------------------

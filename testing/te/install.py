@@ -12,6 +12,7 @@ import importlib.metadata
 import sys
 import types
 from collections.abc import Iterable
+from importlib.metadata import DistributionFinder
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,8 +38,8 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder(tree()))
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the package, and nothing else; what is below it Python finds by the package's path."""
+class _Finder(DistributionFinder, importlib.abc.Loader):
+    """Finds the package and its version, and nothing else; what is below it Python finds by the package's path."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -52,10 +53,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return spec
 
     def find_distributions(
-        self, context: importlib.metadata.DistributionFinder.Context
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008 (as the base class)
     ) -> Iterable[importlib.metadata.Distribution]:
-        """Find the package's version, whatever ``sys.path`` is: a forked process gets that of its parent."""
-        here = importlib.metadata.DistributionFinder.Context(name=context.name, path=[str(self._folder)])
+        here = DistributionFinder.Context(name=context.name, path=[str(self._folder)])
         return importlib.metadata.MetadataPathFinder.find_distributions(here)
 
     def exec_module(self, package: types.ModuleType) -> None:
