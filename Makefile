@@ -1,4 +1,4 @@
-# make env | demo | test | test-slurm | test-docker | lint | docs | bench | chaos | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-slurm | test-docker | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TE := testing/te/requirements.txt
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slurm test-docker lint docs bench chaos clean slurm-installed
+.PHONY: env demo test test-slurm test-docker lint docs bench gpu-check chaos clean slurm-installed
 
 env: $(STAMP)
 
@@ -59,6 +59,11 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py
+
+# On a machine with a GPU, seven minutes at most: docs/gpu_check.md. With the environment of make env where it is, else
+# with the machine's own python3, as a container of a cluster has it. GPU_CHECK="seconds=120 only=losses" to choose.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check $(GPU_CHECK)
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)
