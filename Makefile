@@ -22,9 +22,10 @@ $(STAMP): pyproject.toml constraints.txt $(TE)
 	$(BIN)/python -m zipfile -e $(VENV)/te/*.whl $(VENV)/te
 	@touch $(STAMP)
 
-# Two pipeline stages x experts over two ranks: four processes, on two cores, on real text.
+# Two pipeline stages x experts over two ranks: four processes, on two cores, on real text. What a demo of before has
+# trained is kept under another name.
 demo: $(STAMP)
-	@rm -rf $(RUN)
+	@if [ -e $(RUN) ]; then kept=$(RUN)-$$(date +%Y%m%d-%H%M%S); mv $(RUN) $$kept; echo "demo: starts anew; $(RUN) is now $$kept"; fi
 	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
@@ -69,5 +70,7 @@ gpu-check:
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos kills=$(or $(CHAOS_KILLS),100)
 
+# What can be made again. What was trained cannot: runs/ is left alone.
 clean:
-	rm -rf $(VENV) runs .cache *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .cache *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@if [ -e runs ]; then echo "clean: runs/ is kept, with the checkpoints in it"; fi

@@ -36,7 +36,7 @@ from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.ema import Ema
-from dsv3_megatron.optim.optimizer import build_optimizer
+from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
 from dsv3_megatron.pipeline import ModelStages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
@@ -67,6 +67,7 @@ class Parts:
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
     watchdog: Watchdog | None = None
     ema: Ema | None = None
+    adamw: str = ""  # whose AdamW updates the weights
     extra_states: dict[str, Any] = field(default_factory=dict)  # name -> checkpoint.state.ExtraState
 
     @property
@@ -136,8 +137,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
             f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "
             "set backend=torch, or data.isolate_documents=false as in the paper's pretraining"
         )
-    if backend.name == "torch" and device.type == "cpu":
-        use_our_adamw()
+    adamw = choose_adamw(backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
@@ -167,6 +167,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         always_splits=settings.delay_wgrad_compute,
     )
     parts = Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
+    parts.adamw = adamw
     if recipe.optim.ema_decay is not None:
         parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
     return parts
@@ -239,19 +240,3 @@ def _join_embeddings(
     weight.shared_embedding = True  # a bucket of its own: both copies are sharded alike
     weight.shared = end is last  # counted once in the gradient norm
     return False, weight
-
-
-def use_our_adamw() -> None:
-    """Let megatron-core use our AdamW where it would use TE's or Apex's: neither is installed here.
-
-    It decides by names bound at import (0.16.1); can go when the optimizer class is an argument.
-    """
-    import megatron.core.optimizer as optimizers
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    from dsv3_megatron.optim.adamw import FusedAdam
-
-    optimizers.Adam = distributed.Adam = FusedAdam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    optimizers.is_te_min_version = lambda *a, **k: False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True

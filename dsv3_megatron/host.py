@@ -420,16 +420,24 @@ def _number_layers_by_stage() -> None:
 def _mend_overlapped_plan() -> None:
     """Two mends of megatron-core's overlapped forward and backward plan, which DualPipe's FB runs through.
 
-    Freed inputs: at EP 1 the all-to-all is the identity, so freeing its input frees its output ("setStorage ... out of
-    bounds" without this). MTP: a depth's output is kept attached to its node's graph for the later depths, so that
-    above depth 1 the second backward fails ("backward through the graph a second time"); a detached copy mends it.
-    Each can go when test_every_schedule_trains_as_one_process passes without it."""
+    Freed inputs: the plan empties what a node was given wherever it is copied on the way, but some ways copy nothing
+    ("setStorage ... out of bounds" without this). At EP 1 the all-to-all is the identity, so that dispatch, experts and
+    combine are given what their neighbours hold. With one local expert there is nothing to sort and, without expert TP,
+    nothing to gather: the first linear layer keeps its input for the weight gradient.
+
+    MTP: a depth's output is kept attached to its node's graph for the later depths, so that above depth 1 the second
+    backward fails ("backward through the graph a second time"); a detached copy mends it.
+
+    Each can go when test_schedules_equal_one_process.py passes without it."""
     import megatron.core.models.gpt.fine_grained_callables as callables
 
     frees, build = callables.should_free_input, callables.build_mtp_layer_callables
 
     def should_free_input(name: str, is_moe: bool, config: object) -> bool:
-        return config.expert_model_parallel_size > 1 and frees(name, is_moe, config)
+        ep, experts = config.expert_model_parallel_size, config.num_moe_experts
+        if ep == 1 or (name == "mlp" and experts == ep and config.expert_tensor_parallel_size == 1):
+            return False
+        return frees(name, is_moe, config)
 
     def build_mtp_layer_callables(layer: torch.nn.Module) -> tuple[list, dict]:
         functions, weight_gradients = build(layer)

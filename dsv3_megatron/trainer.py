@@ -47,7 +47,7 @@ from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_s
 from dsv3_megatron.stop_signals import StopSignals
 from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
-from parallel.errors import HealthError, UserError
+from parallel.errors import HealthError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -184,7 +184,7 @@ class Trainer:
             + (f", MTP {counted.mtp:,} more" if counted.mtp else ""),
             "layout": f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'}: {layout.describe()}; "
             f"{self._schedule_facts()}",
-            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}",
+            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}; {self.parts.adamw}",
         }
 
     def _schedule_facts(self) -> str:
@@ -403,16 +403,13 @@ class Trainer:
 def processes(world: World, device: torch.device):
     """The default process group, for as long as the block lasts.
 
-    After an error that other ranks may not share the group is left as it is: taking it down waits for messages of ranks
-    that wait for this one. The process must then end without ceremony (launcher.pretrain), which closes its connections
-    and so ends the others.
+    After an error the group of several ranks is left as it is: taking it down waits for messages of ranks that wait for
+    this one, or closes their connections, so that they fail before this one has said why. The process must then end
+    without ceremony (launcher.pretrain), which ends the others.
     """
     start_processes(world, device)
     try:
         yield
-    except UserError:
-        stop_processes()  # what a user can mend is raised by all ranks alike
-        raise
     except BaseException:
         if world.size == 1:
             stop_processes()
