@@ -91,7 +91,7 @@ class Parts:
         if (kind, microbatches) not in self._engines:
             make = schedule_of if training else evaluation_schedule
             schedule = make(self.recipe, microbatches)
-            engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog, self.device)
             self._engines[kind, microbatches] = (schedule, engine)
         return self._engines[kind, microbatches]
 
