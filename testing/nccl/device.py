@@ -353,7 +353,9 @@ class Gpu(TorchDispatchMode):
 @contextlib.contextmanager
 def streams_of(gpu: Gpu) -> Iterator[Gpu]:
     """Let torch.cuda's streams and events be those of ``gpu`` inside, and check every operation of this thread."""
-    from megatron.core.pipeline_parallel import utils as plan  # megatron-core keeps the plan's streams for good
+    # megatron-core keeps its streams for good. Imported here, as adapt_host must have run before.
+    from megatron.core.pipeline_parallel import utils as plan
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     cuda = torch.cuda
     resize = torch.UntypedStorage.resize_
@@ -404,6 +406,7 @@ def streams_of(gpu: Gpu) -> Iterator[Gpu]:
         (sanitizer, "traceback", _Places),
         (plan, "_COMP_STREAM", None),
         (plan, "_COMM_STREAM", None),
+        (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
