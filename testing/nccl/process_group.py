@@ -64,6 +64,10 @@ class Operation:
             raise self.error
 
 
+def _nothing() -> None:
+    pass
+
+
 class Communicator:
     """Runs operations one after the other, on a thread and a stream of its own."""
 
@@ -98,7 +102,7 @@ class Communicator:
                 self._failed = operation.error = StuckError(text)
             except BaseException as error:
                 self._failed = operation.error = error
-            operation.held, operation.after = [], []
+            operation.run, operation.held, operation.after = _nothing, [], []  # what it used is free
             operation.done.set()
 
 

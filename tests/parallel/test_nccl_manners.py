@@ -218,6 +218,59 @@ def test_what_nccl_does_not_forgive_names_rank_and_operation():
         assert any(wanted.search(text) for text in ranks), (mutate.__name__, ranks)
 
 
+# -- memory of one stream that another uses ----------------------------------------------------------------------------
+
+
+class TwoStreams(ToyStages):
+    """Emits on a stream of its own, as the overlapped plan does, so that receives are posted there too."""
+
+    def __init__(self, schedule):
+        super().__init__(schedule)
+        self.side = torch.cuda.Stream()
+
+    def run(self, forward, activation, emit_activation, backward, gradient, emit_gradient):
+        def on_side(emit):
+            def emitted(tensor):
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
+                    emit(tensor + 0)
+
+            return emitted
+
+        with torch.cuda.stream(self.side):
+            torch.ones(4)  # what any operation of that stream does: it takes memory
+        super().run(forward, activation, on_side(emit_activation), backward, gradient, on_side(emit_gradient))
+        # Read once more, on the stream that computes, with nothing after it that the other stream waits for.
+        assert all((tensor + 0).sum().ge(0) for tensor in (activation, gradient) if tensor is not None)
+
+
+def run_two_streams(recorded):
+    world = World.from_environment()
+    with nccl_rank(world.rank, stuck_seconds=10):
+        start_processes(world, CPU, timeout_seconds=20)
+        before = engine_module.has_streams
+        try:
+            if not recorded:
+                engine_module.has_streams = lambda device: False
+            schedule = make_schedule("1f1b", 3, 6)
+            Engine(schedule, dist.group.WORLD, TwoStreams(schedule)).run()
+            return "ran through"
+        except Exception as error:
+            return str(error).split("Exception raised from")[0]
+        finally:
+            engine_module.has_streams = before
+            dist.destroy_process_group()
+
+
+def test_what_an_action_takes_is_recorded_for_the_stream_that_uses_it():
+    recorded, bare = run_ranks(3, run_two_streams, [True, False])
+    assert recorded == ["ran through"] * 3
+    wanted = (
+        r"rank 1, action .*: aten.* takes memory on stream \d+ that was let go while the default stream may still run"
+    )
+    assert any(re.search(wanted, text) for text in bare), bare
+
+
 # -- the watchdog, where the host runs ahead ---------------------------------------------------------------------------
 
 
