@@ -177,7 +177,8 @@ class Gpu(TorchDispatchMode):
         self._recorded: dict[int, set[int]] = defaultdict(set)
         self._alive: dict[int, weakref.ref] = {}
         self._freed: dict[int, list[tuple[str, sanitizer.Access]]] = defaultdict(list)  # by the stream of the block
-        self._sliced: dict[int, dict[int, int]] = {}  # storage -> {address of a slice: its end}
+        self._sliced: dict[int, dict[tuple[int, int], int]] = {}  # storage -> {(address, end) of a slice: its key}
+        self._slice_keys = itertools.count(1)
         self._under_way: dict[int, list[Any]] = defaultdict(list)  # storage key -> operations on their way
         self.launches = 0
         Gpu.current = self
@@ -217,9 +218,21 @@ class Gpu(TorchDispatchMode):
             self._see(storage)
             return [key]
         start = tensor.data_ptr()
-        end = start + tensor.numel() * tensor.element_size()
-        slices.setdefault(start, end)
-        return [at for at, stop in slices.items() if start <= at and stop <= end]
+        region = (start, start + tensor.numel() * tensor.element_size())
+        if region not in slices:
+            with self.lock:
+                slices[region] = self._inherited([k for other, k in slices.items() if _overlap(other, region)])
+        return [k for other, k in slices.items() if _overlap(other, region) and not _is_part(region, other)]
+
+    def _inherited(self, regions: list[int]) -> int:
+        """Return a key for a part of memory not looked at before: what happened around it, happened to it."""
+        key, accesses = -next(self._slice_keys), self.handler.tensors_accessed.accesses
+        infos = [accesses[region] for region in regions if region in accesses]
+        writes = [info.write for info in infos if info.write is not None]
+        latest = max(writes, key=lambda access: access.seq_num, default=None)
+        accesses[key] = sanitizer.TensorInfo(None, [read for info in infos for read in info.reads], latest)
+        self._under_way[key] = [o for region in regions for o in self._under_way.get(region, ())]
+        return key
 
     def slice_memory(self, tensor: Tensor) -> None:
         """Follow the slices of a storage apart: gradient buffers, which different streams fill in different places."""
@@ -348,6 +361,15 @@ class Gpu(TorchDispatchMode):
         if not operation.done.wait(self.stuck_seconds):
             raise StuckError(f"rank {self.rank}, {self.place()}: {what_for} waits for ever for {operation.describe()}")
         operation.check()
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _is_part(one: tuple[int, int], whole: tuple[int, int]) -> bool:
+    """Return whether a region lies in a larger one."""
+    return one != whole and whole[0] <= one[0] and one[1] <= whole[1]
 
 
 @contextlib.contextmanager

@@ -86,6 +86,22 @@ def test_slices_of_one_buffer_are_followed_apart(gpu):
     assert buffer.sum() == 8
 
 
+def test_what_happens_to_a_buffer_happens_to_slices_that_are_made_later(gpu):
+    side, buffer = torch.cuda.Stream(), torch.zeros(8)
+    gpu.slice_memory(buffer)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        buffer.add_(1)
+    first, crossing = buffer[:4], buffer[2:6]
+    for part in (first, crossing):
+        with pytest.raises(RaceError, match=r"aten\.mul"):
+            part * 2
+    torch.cuda.current_stream().wait_stream(side)
+    first.add_(1)
+    with torch.cuda.stream(side), pytest.raises(RaceError, match=r"aten\.mul"):
+        crossing * 2
+
+
 def test_backward_runs_under_the_same_rules(gpu):
     side, x = torch.cuda.Stream(), torch.ones(3, requires_grad=True)
     y = (x * x).sum()
