@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu_check.outcome import Outcome, Outcomes, Visit, judged
@@ -29,7 +30,7 @@ def is_named(visit: Visit) -> Outcomes:
             TIMEOUT, rank=0, world_size=1, store=process_group_store(), report=told.append, abort_seconds=None
         )
         step.parts._engines.clear()  # engines are made with the watchdog
-        handle = chunk.decoder.layers[-1].register_forward_pre_hook(_hanging(visit, HANGS_IN))
+        handle = chunk.decoder.layers[-1].register_forward_pre_hook(_hanging(_spin_of(visit), HANGS_IN))
         try:
             began = time.perf_counter()
             step()
@@ -53,23 +54,34 @@ def verdict(told: list[str], took: float) -> Outcome:
     return judged(True, said, told=told)
 
 
-def _hanging(visit: Visit, microbatch: int) -> Any:
+def _hanging(spin: Callable[[], None], microbatch: int) -> Any:
     """Return a hook that hangs when it is called for the microbatch, and only then."""
     calls = []
 
     def hang(*unused: Any) -> None:
         calls.append(0)
         if len(calls) - 1 == microbatch:
-            _spin(visit)
+            spin()
 
     return hang
 
 
-def _spin(visit: Visit) -> None:
+def _spin_of(visit: Visit) -> Callable[[], None]:
+    """Return what hangs for a while; how long a GPU's clock takes is measured now, before anything is watched."""
     if visit.stands_in:
-        time.sleep(LASTS)
-        return
+        return lambda: time.sleep(LASTS)
     import torch
 
-    clock = torch.cuda.clock_rate() if hasattr(torch.cuda, "clock_rate") else 2000  # MHz; needs NVML's package
-    torch.cuda._sleep(int(LASTS * clock * 1e6))
+    cycles = int(LASTS * _cycles_a_second())
+    return lambda: torch.cuda._sleep(cycles)
+
+
+def _cycles_a_second(cycles: int = 100_000_000) -> float:
+    """Return how fast the spinning kernel's clock runs; NVML would say it, but its package may be missing."""
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.cuda._sleep(cycles)
+    torch.cuda.synchronize()
+    return cycles / (time.perf_counter() - start)
