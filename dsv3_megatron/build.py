@@ -96,7 +96,7 @@ class Parts:
         found = self._engines.pop(key, None)
         if found is None:
             schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
-            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog, self.device)
             if len(self._engines) == _ENGINES:
                 del self._engines[next(iter(self._engines))]  # not used for longest
         self._engines[key] = found

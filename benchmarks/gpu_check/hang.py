@@ -27,7 +27,12 @@ def is_named(visit: Visit) -> Outcomes:
         step()  # first steps take their time to load kernels
         chunk = next(iter(step.parts.chunks.values()))
         step.parts.watchdog = Watchdog(
-            TIMEOUT, rank=0, world_size=1, store=process_group_store(), report=told.append, abort_seconds=None
+            TIMEOUT,
+            rank=0,
+            world_size=1,
+            store=process_group_store(),
+            report=told.append,
+            device=step.parts.device,
         )
         step.parts._engines.clear()  # engines are made with the watchdog
         handle = chunk.decoder.layers[-1].register_forward_pre_hook(_hanging(_spin_of(visit), HANGS_IN))
@@ -48,7 +53,11 @@ def verdict(told: list[str], took: float) -> Outcome:
     if not told:
         return judged(False, f"a step hung for {took:.1f} s, and the watchdog of {TIMEOUT:g} s said nothing", told=told)
     said = " | ".join(line.strip() for line in told[0].splitlines())
-    wanted = {"rank": r"rank 0: ", "action": r"action \d+ of \d+: ", "microbatch": rf"stage 0 microbatch {HANGS_IN}\b"}
+    wanted = {
+        "rank": r"rank 0: ",
+        "action": r"action \d+ of \d+: ",
+        "microbatch": rf"rank 0: action [^(]*\(stage 0 microbatch {HANGS_IN}\)",
+    }
     if missing := [what for what, pattern in wanted.items() if not re.search(pattern, told[0])]:
         return judged(False, f"the report does not name the {missing[0]}: {said}", told=told)
     return judged(True, said, told=told)
