@@ -111,7 +111,7 @@ def _launches() -> list[Check]:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("machine", "benchmarks.gpu_check.machine:machine", 40),
+    Check("machine", "benchmarks.gpu_check.machine:machine", 40, alone=True),
     Check("cpu losses", "benchmarks.gpu_check.losses:reference", 60, environment=NO_GPU),
     Check("plan", "benchmarks.gpu_check.measured:plan", 120, after=("machine",), needs=("gpu",), environment=NO_GPU),
     *_per("losses", "losses:beside_the_cpu", 60, _both(), after=("cpu losses",)),
