@@ -12,11 +12,10 @@ from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
-from parallel.errors import LayoutError, RecipeError
-from parallel.groups import build_groups
+from parallel.errors import RecipeError
+from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
-from parallel.world import World
 
 adapt_host()
 
@@ -37,13 +36,17 @@ from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.ema import Ema
-from dsv3_megatron.optim.optimizer import build_optimizer
+from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
 from dsv3_megatron.pipeline import ModelStages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.schedule import evaluation_schedule, schedule_of
 from dsv3_megatron.stages import layers_of_stages
+
+# Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
+# all its pipeline ranks, has ten thousand actions.
+_ENGINES = 4
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Parts:
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
     watchdog: Watchdog | None = None
     ema: Ema | None = None
+    adamw: str = ""  # whose AdamW updates the weights
     extra_states: dict[str, Any] = field(default_factory=dict)  # name -> checkpoint.state.ExtraState
 
     @property
@@ -87,14 +91,16 @@ class Parts:
         return sum(self.layers_of_stages[:stage])
 
     def engine(self, microbatches: int, *, training: bool) -> tuple[Schedule, Engine]:
-        """Return the schedule for so many microbatches and the engine that runs it; made once each."""
-        kind = "train" if training else "forward"
-        if (kind, microbatches) not in self._engines:
-            make = schedule_of if training else evaluation_schedule
-            schedule = make(self.recipe, microbatches)
-            engine = Engine(schedule, self.groups.pp, self.stages, self.watchdog)
-            self._engines[kind, microbatches] = (schedule, engine)
-        return self._engines[kind, microbatches]
+        """Return the schedule for so many microbatches and the engine that runs it; the latest few are kept."""
+        key = ("train" if training else "forward", microbatches)
+        found = self._engines.pop(key, None)
+        if found is None:
+            schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
+            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog, self.device)
+            if len(self._engines) == _ENGINES:
+                del self._engines[next(iter(self._engines))]  # not used for longest
+        self._engines[key] = found
+        return found
 
 
 def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
@@ -104,16 +110,6 @@ def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
         for stage, chunk in parts.chunks.items()
         for name, parameter in chunk.named_parameters()
     }
-
-
-def choose_device(wanted: str, world: World) -> torch.device:
-    """Return this rank's device. Raises LayoutError when a GPU is asked for and none is there."""
-    present = torch.version.cuda is not None and torch.cuda.is_available()
-    if wanted == "cuda" and not present:
-        raise LayoutError("run.device = cuda, but torch finds no GPU here; set run.device=cpu")
-    if wanted == "cpu" or not present:
-        return torch.device("cpu")
-    return torch.device("cuda", world.local_rank)
 
 
 def parameter_dtype(recipe: Recipe) -> torch.dtype:
@@ -134,16 +130,17 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
 
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
+    adapt_host(device.type)
     backend = choose_backend(recipe.backend, device)
     if recipe.data.isolate_documents and backend.name != "torch":
         raise RecipeError(
             f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "
             "set backend=torch, or data.isolate_documents=false as in the paper's pretraining"
         )
-    if backend.name == "torch" and device.type == "cpu":
-        use_our_adamw()
+    adamw = choose_adamw(backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
+    connect_groups((groups.intra_dp_cp, groups.intra_expt_dp), device)
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
     layers = layers_of_stages(recipe)
@@ -171,6 +168,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         always_splits=settings.delay_wgrad_compute,
     )
     parts = Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
+    parts.adamw = adamw
     if recipe.optim.ema_decay is not None:
         parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
     return parts
@@ -243,19 +241,3 @@ def _join_embeddings(
     weight.shared_embedding = True  # a bucket of its own: both copies are sharded alike
     weight.shared = end is last  # counted once in the gradient norm
     return False, weight
-
-
-def use_our_adamw() -> None:
-    """Let megatron-core use our AdamW where it would use TE's or Apex's: neither is installed here.
-
-    It decides by names bound at import (0.16.1); can go when the optimizer class is an argument.
-    """
-    import megatron.core.optimizer as optimizers
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    from dsv3_megatron.optim.adamw import FusedAdam
-
-    optimizers.Adam = distributed.Adam = FusedAdam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    optimizers.is_te_min_version = lambda *a, **k: False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from dsv3_megatron.build import Parts, build_parts, choose_device
+from dsv3_megatron.build import Parts, build_parts
 from dsv3_megatron.checkpoint.choose import choose_checkpoint
 from dsv3_megatron.checkpoint.load import Found, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import read_content
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.host import choose_device
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.trainer import processes
 from parallel.errors import CheckpointError
@@ -53,7 +54,7 @@ def trained_model(
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     if (own := Path(directory) / "tokenizer.json").is_file():
         data = replace(data, tokenizer=Tokenizer.load(own))
-    with processes(world, device), torch.random.fork_rng(devices=[]):
+    with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)
         content = read_content(path)
         found = Found(path, content["progress"], tuple(content["extra"]), content["optimizer"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,41 +27,63 @@ class Slowest:
 
 
 class WorkClock:
-    """Sums the seconds of this rank's attention blocks, forward; per block, as stages hold different numbers."""
+    """Sums the seconds of this rank's attention blocks in training, forward; per block, as stages hold different
+    numbers.
+
+    On a GPU a block lies between two events, which are read once the GPU has passed them and then used again: there are
+    as many as the host runs ahead, however many steps go by before somebody compares.
+    """
 
     def __init__(self, chunks: list[torch.nn.Module], device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._device = device
         self._seconds, self._calls, self._started = 0.0, 0, 0.0
-        self._events: list[tuple[Any, Any]] = []
+        self._open: tuple[Any, Any] | None = None  # the block that runs now
+        self._ahead: deque[tuple[Any, Any]] = deque()  # blocks the GPU may not have passed yet, oldest first
+        self._idle: list[tuple[Any, Any]] = []
         for module in (m for chunk in chunks for n, m in chunk.named_modules() if n.endswith(".self_attention")):
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end)
 
-    def _begin(self, *unused: object) -> None:
-        if self._on_gpu:
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            pair[0].record()
-            self._events.append(pair)
-        else:
+    def _begin(self, module: torch.nn.Module, inputs: object) -> None:
+        if not module.training:
+            return
+        if not self._on_gpu:
             self._started = time.perf_counter()
+            return
+        while self._ahead and self._ahead[0][1].query():
+            self._read()
+        pair = self._idle.pop() if self._idle else tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        self._open = pair
 
-    def _end(self, *unused: object) -> None:
-        self._calls += 1
-        if self._on_gpu:
-            self._events[-1][1].record()
-        else:
+    def _end(self, module: torch.nn.Module, inputs: object, output: object) -> None:
+        if not module.training:
+            return
+        if not self._on_gpu:
             self._seconds += time.perf_counter() - self._started
+            self._calls += 1
+            return
+        self._open[1].record()
+        self._ahead.append(self._open)
+        self._open = None
+
+    def _read(self) -> None:
+        """Count the oldest block, which the GPU has passed."""
+        begin, end = pair = self._ahead.popleft()
+        self._seconds += begin.elapsed_time(end) / 1000
+        self._calls += 1
+        self._idle.append(pair)
 
     def compare(self) -> Slowest:
         """Return the slowest rank since the last call. Collective; the same answer on all ranks."""
-        if self._events:
-            torch.cuda.synchronize()
-            self._seconds = sum(a.elapsed_time(b) for a, b in self._events) / 1000
+        while self._ahead:
+            self._ahead[0][1].synchronize()
+            self._read()
         mine = torch.tensor([self._seconds / max(self._calls, 1)], dtype=torch.float64, device=self._device)
         all_ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(all_ranks, mine)
-        self._seconds, self._calls, self._events = 0.0, 0, []
+        self._seconds, self._calls = 0.0, 0
         seconds = torch.cat(all_ranks)
         rank = int(seconds.argmax())
         host = [socket.gethostname()]

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import load_resolved
 from launcher.console import guarded
-from launcher.pretrain import prepare_threads
+from launcher.pretrain import prepare_process
+from parallel.world import World
 
 
 class EvaluateArguments(BaseModel):
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     given = parse_arguments(EvaluateArguments, arguments)
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
-    prepare_threads(1)
+    prepare_process(recipe, World(0, 1, 0))
     from dsv3_megatron.data.samples import evaluation_batches
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.speculate import acceptance_rates

@@ -1,10 +1,14 @@
 """Shared by all tests: a one-process world for those that build a model in the test process itself."""
 
+import os
+
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands that tests start as a user types them find no GPU either
 
 from dsv3_megatron.host import adapt_host
 
-adapt_host()
+adapt_host("cpu")  # all tests, on machines with GPUs too
 
 
 @pytest.fixture

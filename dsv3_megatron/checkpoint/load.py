@@ -82,6 +82,8 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
     """
     if training:
         extra = tuple(sorted(set(found.extra) & set(parts.extra_states)))
+    if parts.ema is not None:
+        parts.ema.wait()  # it may still read the weights of the last step
     state = whole_state(parts, loading=True, extra=extra, optimizer=training and found.optimizer)
     kept = {} if found.optimizer else _take_module_states(state["model"])
     try:
@@ -120,5 +122,5 @@ def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: t
     if left := sorted(set(found.extra) - set(parts.extra_states)):
         notes.append(f"{found.path} also holds {', '.join(left)}, which this recipe does not keep: not loaded")
     if found.optimizer:
-        restore_random_state((found.path / RANDOM).read_bytes(), parts.layout)
+        restore_random_state((found.path / RANDOM).read_bytes(), parts.layout, parts.device)
     return notes

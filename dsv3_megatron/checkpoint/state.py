@@ -92,10 +92,10 @@ def prepare_moments(optimizer: MegatronOptimizer) -> None:
 # -- random generators -------------------------------------------------------------------------------------------------
 
 
-def gather_random_states(layout: Layout) -> bytes | None:
-    """Return all ranks' generators as a file on rank 0, None elsewhere. Collective."""
+def gather_random_states(layout: Layout, device: torch.device) -> bytes | None:
+    """Return all ranks' generators as a file on rank 0, None elsewhere. ``device``: the run's. Collective."""
     states: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_random_state(), states)
+    dist.gather_object(_random_state(device), states)
     if states is None:
         return None
     file = io.BytesIO()
@@ -103,25 +103,27 @@ def gather_random_states(layout: Layout) -> bytes | None:
     return file.getvalue()
 
 
-def restore_random_state(file: bytes, layout: Layout) -> bool:
-    """Set this rank's generators from the file; return False, and leave them, where it is of another layout."""
+def restore_random_state(file: bytes, layout: Layout, device: torch.device) -> bool:
+    """Set this rank's generators from the file; return False, and leave them, where it is of another layout or of
+    another kind of device, whose generators have another state."""
     stored = torch.load(io.BytesIO(file), weights_only=True)
     if stored["layout"] != asdict(layout):
         return False
     state = stored["ranks"][dist.get_rank()]
+    if (state["cuda"] is not None) != (device.type == "cuda"):
+        return False
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
     if state["tracker"]:
         get_cuda_rng_tracker().set_states(state["tracker"])
     return True
 
 
-def _random_state() -> dict[str, Any]:
-    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
+def _random_state(device: torch.device) -> dict[str, Any]:
     tracked = {k: v for k, v in get_cuda_rng_tracker().get_states().items() if isinstance(v, torch.Tensor)}
     return {
         "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if has_cuda else None,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "tracker": {name: state.clone() for name, state in tracked.items()},
     }

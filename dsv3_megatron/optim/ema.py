@@ -10,13 +10,14 @@ average uses the current ones.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -37,90 +38,115 @@ class Ema:
         self.decay, self._groups = decay, groups
         self._chunks = chunks
         self._weights = {f"stage{s}.{n}": p for s, chunk in chunks.items() for n, p in chunk.named_parameters()}
-        on_device = next(iter(self._weights.values())).is_cuda
-        self._stream = torch.cuda.Stream() if on_device else None
-        self._host = (
-            {n: torch.empty_like(p, device="cpu").pin_memory() for n, p in self._weights.items()} if on_device else {}
-        )
+        self._stream = torch.cuda.Stream() if next(iter(self._weights.values())).is_cuda else None
+        self._host = {n: _host_buffer(p) for n, p in self._weights.items() if p.is_cuda or is_float8tensor(p)}
         self.average: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._copied: torch.cuda.Event | None = None
         self.begin_anew()
 
     def start(self) -> None:
         """Begin to average in the weights as they are after this step. They must not change before :meth:`wait`."""
         self.wait()
-        if self._stream is not None:  # the copy waits for the optimizer, the next optimizer step for the copy
+        if self._stream is None:
+            self._copy_to_host()
+        else:  # the copy waits for the optimizer, the next optimizer step for the copy
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for name, weight in self._weights.items():
-                    self._host[name].copy_(weight.detach(), non_blocking=True)
+                self._copy_to_host()
             self._copied = self._stream.record_event()
-        self._thread = threading.Thread(target=self._update, name="ema", daemon=True)
+        self._thread = threading.Thread(target=self._update_or_fail, name="ema", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the weights may change again and the average is whole."""
+        """Wait until the weights may change again and the average is whole. Raises what went wrong in the thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    @torch.no_grad()
+    def _copy_to_host(self) -> None:
+        for name, buffer in self._host.items():
+            buffer.copy_(_readable(self._weights[name]), non_blocking=True)
+
+    def _update_or_fail(self) -> None:
+        try:
+            self._update()
+        except BaseException as failure:  # an average that is no average must not be saved
+            self._failure = failure
 
     @torch.no_grad()
     def _update(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
         for name, weight in self._weights.items():
-            new = self._host[name] if self._host else weight.detach()
+            new = self._host[name] if name in self._host else weight.detach()
             self.average[name].lerp_(new.float(), 1.0 - self.decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the model's parameters be the average for as long as the block lasts."""
-        self.wait()
-        before = {name: weight.data for name, weight in self._weights.items()}
-        try:
-            for name, weight in self._weights.items():
-                weight.data = self.average[name]
-            yield
-        finally:
-            for name, weight in self._weights.items():
-                weight.data = before[name]
 
     @torch.no_grad()
     def copy_into_weights(self) -> None:
-        """Make the average the model's weights, in their dtype."""
+        """Make the average the model's weights, in their dtype; weights held in FP8 are quantised anew."""
         self.wait()
         for name, weight in self._weights.items():
-            weight.copy_(self.average[name])
+            weight.copy_(self.average[name].to(weight.device))
 
     # -- a state of checkpoints (checkpoint.state.ExtraState) ----------------------------------------------------------
 
     def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """Return the average as megatron-core's sharded state: cut as the model is, under keys of its own."""
-        from dsv3_megatron.checkpoint.state import model_state
+        """Return the average as megatron-core's sharded state: cut as the model is, under keys of its own.
 
-        with self.in_place():
-            state = dict_list_map_inplace(_own_data, model_state(self._chunks, self._groups))
+        The pieces are the model's with the average in the place of their data; the model itself is left alone. (A
+        parameter whose ``.data`` is exchanged for a tensor of another dtype or device, and back, has lost its gradient
+        accumulator, and with it the hooks through which DDP gathers its gradient.)
+        """
+        from dsv3_megatron.checkpoint.state import model_state  # builds on dsv3_megatron.build, which imports this file
+
+        self.wait()
+        missing = {id(weight): self.average[name] for name, weight in self._weights.items()}
+
+        def averaged(part: Any) -> Any:
+            if isinstance(part, ShardedTensorFactory) and id(part.data) in missing:
+                return replace(part, data=missing.pop(id(part.data)))
+            if isinstance(part, ShardedTensor) and id(part.data) in missing:
+                average = missing.pop(id(part.data))
+                return replace(part, data=average, dtype=average.dtype)
+            if isinstance(part, ShardedTensor):  # a router's bias: loading fills a copy, not the bias in use
+                return replace(part, data=part.data.detach().clone())
+            return part
+
+        state = dict_list_map_inplace(averaged, model_state(self._chunks, self._groups))
+        assert not missing, f"{len(missing)} weights are no whole tensors of the model's sharded state"
         add_prefix_for_sharding(state, PREFIX)
         return state
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over an average that was saved."""
-        with self.in_place():
-            for stage, chunk in self._chunks.items():
-                biases = {n: b.clone() for n, b in chunk.named_buffers() if n.endswith("expert_bias")}
-                chunk.load_state_dict(state[f"stage{stage}"])
-                for name, bias in biases.items():
-                    chunk.get_buffer(name).copy_(bias)
+        """Take over an average that was saved. Router biases stay as they are."""
+        self.wait()
+        for stage, chunk in self._chunks.items():
+            for name, _ in chunk.named_parameters():
+                self.average[f"stage{stage}.{name}"].copy_(state[f"stage{stage}"][name])
 
     def begin_anew(self) -> None:
         """Start from the weights as they are."""
         self.wait()
-        self.average = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._weights.items()}
+        self.average = {
+            n: _readable(p).to("cpu", torch.float32, copy=True).contiguous() for n, p in self._weights.items()
+        }
 
 
-def _own_data(part: Any) -> Any:
-    """Let a piece of sharded state refer to the data that a parameter has now, not to the parameter."""
-    if isinstance(getattr(part, "data", None), Tensor):
-        part.data = part.data.detach()
-    return part
+def _readable(weight: Tensor) -> Tensor:
+    """Return a weight without autograd; one that Transformer Engine holds in FP8 as the numbers it stands for."""
+    if is_float8tensor(weight):
+        return weight.dequantize(dtype=torch.float32).detach()
+    return weight.detach()
+
+
+def _host_buffer(weight: Tensor) -> Tensor:
+    """Return page-locked memory for a copy of a weight, in float32 where the weight is held in FP8."""
+    dtype = torch.float32 if is_float8tensor(weight) else weight.dtype
+    return torch.empty(weight.shape, dtype=dtype, device="cpu", pin_memory=weight.is_cuda)

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 
+from dsv3_megatron.host import adapt_host, balanced_dispatch, replaced
+
+adapt_host("cpu")  # on a machine with GPUs too: fake tensors of the CPU are all that is needed
+
 from dsv3_megatron.build import parameter_dtype
-from dsv3_megatron.host import balanced_dispatch, replaced
 from dsv3_megatron.model import attention, attention_cache, dispatch, swiglu
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
@@ -185,10 +188,10 @@ class _KernelProducts(Fp8Products):
         super().__init__(settings)
         self._memory = memory
 
-    def forward(self, *operands: Any) -> Any:
+    def forward(self, *operands: Any, training: bool = True) -> Any:
         """Return Y and what is kept."""
         with self._memory.as_one_kernel():
-            return super().forward(*operands)
+            return super().forward(*operands, training=training)
 
     def input_gradient(self, *operands: Any) -> Any:
         """Return dX and what is kept of dY."""

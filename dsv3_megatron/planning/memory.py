@@ -10,6 +10,7 @@ from dsv3_megatron.planning.te_gradients import placeholder_bytes
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Action, Schedule, Step
 from parallel.layout import Layout
+from parallel.posting import AHEAD
 from parallel.transfers import Transfers
 
 # What torch's caching allocator cannot hand out, as a share of activations. An allowance, not a measurement.
@@ -176,6 +177,6 @@ def fullest_moment(
 def receives_ahead(schedule: Schedule) -> list[int]:
     """Return, per pipeline rank, the messages in its memory that no stage has taken or made yet.
 
-    Two receives are posted ahead to each peer, and a send lives until it has left (parallel.engine).
+    ``AHEAD`` receives are posted ahead to each peer, and a send lives until it has left (parallel.engine).
     """
-    return [3 * len(peers) for peers in Transfers.of(schedule).queues]
+    return [(AHEAD + 1) * len(peers) for peers in Transfers.of(schedule).queues]

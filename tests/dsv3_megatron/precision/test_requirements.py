@@ -41,7 +41,7 @@ def test_what_te_does_otherwise_is_told():
     assert len(lines) == 2 and "SwiGLU" in lines[0] and "one copy" in lines[1]
 
 
-@pytest.mark.parametrize("recipe", ["dsv3_671b", "dsv3_16b", "dsv3_h200", "dsv3_article"])
+@pytest.mark.parametrize("recipe", ["dsv3_671b", "dsv3_16b", "dsv3_one_gpu", "dsv3_article"])
 def test_the_shapes_of_recipes_for_gpus_divide(recipe):
     check_shapes(compose([f"recipe={recipe}"]))
 
@@ -56,7 +56,7 @@ def test_the_shapes_of_recipes_for_gpus_divide(recipe):
 )
 def test_a_width_that_does_not_divide_is_named_with_the_nearest(override, named):
     with pytest.raises(LayoutError, match="multiple of 16") as error:
-        check_shapes(compose(["recipe=dsv3_h200", override]))
+        check_shapes(compose(["recipe=dsv3_one_gpu", override]))
     assert named in str(error.value) and "nearest that is" in str(error.value)
 
 
