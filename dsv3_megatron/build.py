@@ -13,7 +13,7 @@ from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
 from parallel.errors import RecipeError
-from parallel.groups import build_groups
+from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
 
@@ -140,6 +140,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     adamw = choose_adamw(backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
+    connect_groups((groups.intra_dp_cp, groups.intra_expt_dp), device)
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
     layers = layers_of_stages(recipe)

@@ -56,11 +56,12 @@ class Wiring:
 
     ``gather``: x is a rank's share of the sequence and is gathered over ``group`` first; the input gradient is
     reduce-scattered. ``reduce``: the input gradient is summed over ``group``. ``later``: the weight gradient is only
-    queued, for ``backward_dw``; else it is computed in backward.
+    queued, for ``backward_dw``; else it is computed in backward. ``training``: as the module's.
     """
 
     owed: WeightGradients
     later: bool
+    training: bool
     group: dist.ProcessGroup | None = None
     gather: bool = False
     reduce: bool = False
@@ -80,7 +81,7 @@ class SeparableProduct(torch.autograd.Function):
         kept: Kept | None,
     ) -> Tensor:
         whole = _gather_sequence(x, wiring.group) if wiring.gather else x
-        y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept)
+        y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept, training=wiring.training)
         ctx.weight, ctx.products, ctx.wiring, ctx.ends = weight, products, wiring, ends
         return y
 
@@ -127,7 +128,7 @@ class _Separable:
         if not hasattr(self, "weight_gradients"):
             self.weight_gradients = WeightGradients()
         gather, reduce = kwargs.get("sequence_parallel", False), kwargs.get("allreduce_dgrad", False)
-        wiring = Wiring(self.weight_gradients, later, self.tp_group, gather, reduce)
+        wiring = Wiring(self.weight_gradients, later, self.training, self.tp_group, gather, reduce)
         return separable_product(input, weight, self.products, wiring, None)
 
     def backward_dw(self) -> None:
@@ -179,7 +180,7 @@ class DuplicatedLinear(torch.nn.Module):
         later = self.config.delay_wgrad_compute
         if self.products is HIGH_PRECISION and not (later and torch.is_grad_enabled()):
             return torch.nn.functional.linear(x, self.weight), None
-        wiring = Wiring(self.weight_gradients, later)
+        wiring = Wiring(self.weight_gradients, later, self.training)
         return separable_product(x, self.weight, self.products, wiring, None), None
 
     def backward_dw(self) -> None:

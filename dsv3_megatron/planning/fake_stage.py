@@ -188,10 +188,10 @@ class _KernelProducts(Fp8Products):
         super().__init__(settings)
         self._memory = memory
 
-    def forward(self, *operands: Any) -> Any:
+    def forward(self, *operands: Any, training: bool = True) -> Any:
         """Return Y and what is kept."""
         with self._memory.as_one_kernel():
-            return super().forward(*operands)
+            return super().forward(*operands, training=training)
 
     def input_gradient(self, *operands: Any) -> Any:
         """Return dX and what is kept of dY."""

@@ -34,10 +34,13 @@ _ALONG_TOKENS: dict[str, Tile] = {"1x128": (128, 1), "128x128": (128, 128), "ten
 class Products(Protocol):
     """How a layer multiplies."""
 
-    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None) -> tuple[Tensor, object]:
+    def forward(
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None, *, training: bool
+    ) -> tuple[Tensor, object]:
         """Return Y [..., O] from X [..., I] and W [(E,) O, I], and what the weight gradient needs of X.
 
-        ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is.
+        ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is. ``training``: else
+        nothing that later products depend on may change.
         """
 
     def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, object]:
@@ -54,7 +57,7 @@ class HighPrecision:
     """Products in the dtype of the operands."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return Y and X itself."""
         if ends is None:
@@ -89,17 +92,19 @@ class Fp8Products:
     def __init__(self, settings: Fp8Settings):
         self.settings = settings
         self._gradient_format = E5M2 if settings.format == "hybrid" else E4M3
+        self._training = True  # a history of amaxes is one of training: an evaluation adds nothing to it
         self._weight: tuple[int, int, Quantised, Tensor] | None = None  # (step, version, in FP8, dequantised)
         length = settings.delayed_history if settings.scaling == "delayed" else 0
         self._histories = {role: AmaxHistory(length) for role in ("input", "weight", "gradient")} if length else {}
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
     ) -> tuple[Tensor, Kept | Tensor]:
         """Return Y, and X in FP8 as the weight gradient will use it: one byte an element is kept, not X.
 
         X itself is kept where it comes again, which takes no memory until then.
         """
+        self._training = training
         rows = x.flatten(0, -2)
         along_channels = self._quantise_rows(rows)
         y = self.fprop(along_channels, weight, ends)
@@ -190,7 +195,7 @@ class Fp8Products:
         return self._weight[2:]
 
     def _quantise(self, x: Tensor, tile: Tile, fmt: Format, role: str) -> Quantised:
-        amax = self._histories[role].amax_for(x) if self._histories else None
+        amax = self._histories[role].amax_for(x, note=self._training) if self._histories else None
         return quantise(x, tile, fmt, power_of_two=self.settings.power_of_two_scales, amax=amax)
 
     def _quantise_columns(self, x: Tensor) -> Quantised:

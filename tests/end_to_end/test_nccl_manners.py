@@ -25,7 +25,7 @@ RUN = (
 )
 LAYOUTS = {
     "dualpipe PP2 EP2": (4, ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipe")),
-    "dualpipev PP2 EP2": (4, ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipev")),
+    "dualpipev PP2": (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev", "optim.global_batch=4")),
     "zb1p PP4": (4, ("parallel.pipeline=4", "parallel.schedule=zb1p", "optim.global_batch=4")),
     "interleaved PP3": (
         3,
@@ -71,7 +71,7 @@ def run_recipe(case):
     return losses.values
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_run_over_nccls_manners_is_the_run_over_gloo(ranks, tmp_path):
     asked = {name: (*RUN, *overrides) for name, (many, overrides) in LAYOUTS.items() if many == ranks}
     cases = [
