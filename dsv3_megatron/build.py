@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
@@ -171,6 +172,9 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     parts.adamw = adamw
     if recipe.optim.ema_decay is not None:
         parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
+    if backend.name == "te" and recipe.precision.fp8 is not None and recipe.precision.fp8.scaling == "delayed":
+        first_layers = {stage: parts.first_layer(stage) for stage in chunks}
+        parts.extra_states[te_amaxes.NAME] = te_amaxes.TeAmaxes(chunks, first_layers, groups)
     return parts
 
 

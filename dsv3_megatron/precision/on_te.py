@@ -20,10 +20,6 @@ def deviations(fp8: Fp8Settings) -> list[str]:
         )
     if fp8.scaling == "delayed" and fp8.power_of_two_scales:
         found.append("te's delayed scales are exact, not powers of two (power_of_two_scales has no effect)")
-    if fp8.scaling == "delayed":
-        found.append(
-            "te's amaxes of delayed scaling do not all come back: a resumed run is not bit for bit the same run"
-        )
     return found
 
 

@@ -1,7 +1,6 @@
 """A run on the te backend that is stopped and resumed is, bit for bit, the run that was not stopped."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -13,18 +12,17 @@ from launcher.compose import compose, resolved_yaml
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS
+from tests.te import FP8, WORDS, forget_fp8_state
 from tests.tiny import SMALL, small_recipe
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))
-DELAYED = "delayed"
 SETTINGS = {
     "bf16": (*WORDS, "precision=bf16"),
     "fp8": FP8,
     "held": (*FP8, HELD),
     "held, float32 moments": (*FP8, HELD, "precision.moments=fp32"),
-    DELAYED: (*FP8, *TENSOR, "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high"),
+    "delayed": (*FP8, *TENSOR, "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high"),
 }
 STEPS = 4
 
@@ -38,9 +36,11 @@ class Silent:
 
 def run(overrides):
     """Train a recipe as launcher/pretrain.py does."""
-    os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"  # TE's amaxes of delayed scaling
     recipe = compose([*SMALL, "run.name=te", f"run.steps={STEPS}", *overrides])
-    trainer_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
+    try:
+        trainer_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
+    finally:
+        forget_fp8_state()
 
 
 def measured(directory):
@@ -64,17 +64,11 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != DELAYED])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(runs, name):
     whole, resumed = runs[name]
     assert sorted(whole) == list(range(1, STEPS + 1))
     assert resumed == whole
-
-
-def test_a_run_with_delayed_scaling_resumes_nearly_as_it_was(runs):
-    whole, resumed = runs[DELAYED]
-    for step, (loss, _) in whole.items():
-        assert resumed[step][0] == pytest.approx(loss, rel=1e-2)
 
 
 def moments_before_the_first_step(words):
