@@ -202,7 +202,7 @@ def test_connections_that_wait_in_a_circle_are_refused():
 
 
 def test_a_reduction_that_two_ranks_start_in_places_that_wait_for_each_other_is_refused(monkeypatch):
-    """The first reduction over a group that has not connected holds the hosts of its members until the last has come."""
+    """The first reduction over a group that has not connected holds its members' hosts until the last has come."""
     schedule = make_schedule("dualpipe", 4, 8)
     validate(schedule, groups_connected=False)
     last = len(schedule.ranks[3]) - 1
