@@ -1,6 +1,6 @@
 """Training true-size DeepSeek-V3 layers on one GPU: ours, plain megatron-core and transformers, in BF16 and FP8.
 
-    python benchmarks/fp8_gpu_step.py [steps=12] [rounds=3] [recipe=dsv3_h200] [only=ROWS] [output=FILE]
+    python benchmarks/fp8_gpu_step.py [steps=12] [rounds=3] [recipe=NAME] [only=ROWS] [output=FILE]
 
 Rows *te* and *torch* are our trainer's whole step on either backend, its metrics included; *megatron* and
 *transformers* are in benchmarks/gpu_sides.py, with what they leave out. Same shape, batch, sequence and GPU. Every row
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel, Field
 
+from benchmarks.gpu_check.sizing import sized_here
 from benchmarks.gpu_table import in_paper_terms, reason, table
 from launcher.arguments import parse_arguments
 from launcher.console import guarded
@@ -44,7 +45,7 @@ class Arguments(BaseModel):
 
     steps: int = Field(12, ge=6, description="steps of each training")
     rounds: int = Field(3, ge=1, description="how often each row trains")
-    recipe: str = Field("dsv3_h200", description="what to train")
+    recipe: str = Field("", description="what to train; empty = dsv3_one_gpu, as much of it as this GPU holds")
     only: str = Field(",".join(ROWS), description=f"rows, of: {', '.join(ROWS)}")
     kernels: bool = Field(True, description="list the longest kernels of our rows")
     stages: bool = Field(True, description="measure the stage times of our rows")
@@ -56,22 +57,22 @@ class Arguments(BaseModel):
 def words_of(arguments: Arguments, row: str) -> list[str]:
     """Return the recipe of a row."""
     backend, precision, *dense = row.split()
-    words = [f"recipe={arguments.recipe}", f"backend={backend}", f"precision={precision}"]
+    words = [*sized_here(arguments.recipe), f"backend={backend}", f"precision={precision}"]
     return [*words, "model.first_k_dense_replace=${model.num_hidden_layers}"] if dense else words
 
 
-def run_ours(arguments: Arguments, row: str, steps: int, place: str, *, profiled: bool) -> str:
-    """Train one of our rows into ``place``/run and return what it printed."""
-    words = [*words_of(arguments, row), f"run.steps={steps}", f"run.directory={place}/run", "logging.wandb=disabled"]
-    command = [sys.executable, "benchmarks/gpu_training.py", f"profile={str(profiled).lower()}", *words]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def run_ours(arguments: Arguments, row: str, place: str) -> None:
+    """Train one of our rows into ``place``/run."""
+    words = [*words_of(arguments, row), f"run.steps={arguments.steps}", f"run.directory={place}/run"]
+    command = [sys.executable, "benchmarks/gpu_training.py", *words, "logging.wandb=disabled"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
 
 
-def run_side(arguments: Arguments, row: str, side: str, output: Path) -> dict[str, float]:
+def run_side(arguments: Arguments, row: str, side: str, output: Path) -> Any:
     """Return what benchmarks/gpu_sides.py finds."""
     name, precision = row.split()
     given = [f"side={side}", f"precision={precision}", f"recipe={arguments.recipe}", f"steps={arguments.steps}"]
-    given.append(f"backend={name}" if side == "stages" else f"settings={getattr(arguments, side)}")
+    given.append(f"backend={name}" if side in ("stages", "kernels") else f"settings={getattr(arguments, side)}")
     command = [sys.executable, "benchmarks/gpu_sides.py", *given, f"output={output.resolve()}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(output.read_text())
@@ -82,24 +83,24 @@ def train(arguments: Arguments, row: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place:
         if not row.startswith(OURS):
             found = run_side(arguments, row, row.split()[0], Path(place) / "side.json")
-            return in_paper_terms(arguments.recipe, found["step_seconds"], found["memory_peak_bytes"])
-        run_ours(arguments, row, arguments.steps, place, profiled=False)
+            return in_paper_terms(sized_here(arguments.recipe), found["step_seconds"], found["memory_peak_bytes"])
+        run_ours(arguments, row, place)
         text = (Path(place) / "run" / "metrics.jsonl").read_text()
     kept = [json.loads(line) for line in text.splitlines()][arguments.steps // 3 :]
     fields = ("tokens_per_second", "tflops_per_device", "mfu", "memory_peak_bytes")
-    return {field: statistics.median(line[field] or 0.0 for line in kept) for field in fields}
+    return medians([{field: line[field] for field in fields} for line in kept])
 
 
-def top_kernels(arguments: Arguments, row: str) -> list[list[str]]:
+def top_kernels(arguments: Arguments, row: str) -> list[list[Any]]:
     """Return [milliseconds, calls, name] of the kernels that took longest in one step."""
     with tempfile.TemporaryDirectory() as place:
-        printed = run_ours(arguments, row, 5, place, profiled=True)
-    return [line.split("\t")[1:] for line in printed.splitlines() if line.startswith("KERNEL\t")]
+        return run_side(arguments, row, "kernels", Path(place) / "kernels.json")
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Return the median of every quantity."""
-    return {field: statistics.median(run[field] for run in runs) for field in runs[0]}
+def medians(runs: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Return the median of every quantity; None where it is not known."""
+    known = {field: [run[field] for run in runs if run[field] is not None] for field in runs[0]}
+    return {field: statistics.median(values) if values else None for field, values in known.items()}
 
 
 def main(words: list[str]) -> int:

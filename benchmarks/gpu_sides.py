@@ -10,7 +10,7 @@ work and less memory than the others' FP32 master weights and gradients: what is
 ``settings=attention=...`` picks its attention (sdpa), ``settings=compiled=true`` compiles.
 
 *stages*: our trainer's forward, input gradient and weight gradient of one microbatch, each waited for: what the
-planner's ``calibrate`` reads.
+planner's ``calibrate`` reads. *kernels*: the longest kernels of our step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from benchmarks import work
+from benchmarks.gpu_check.sizing import sized_here
 from benchmarks.plain_megatron import megatron
 from launcher.arguments import parse_arguments
 from launcher.compose import compose
@@ -37,12 +38,12 @@ from launcher.compose import compose
 class Arguments(BaseModel):
     """What can be said on the command line."""
 
-    side: Literal["megatron", "transformers", "stages"] = Field(description="what to measure")
+    side: Literal["megatron", "transformers", "stages", "kernels"] = Field(description="what to measure")
     output: Path = Field(description="JSON file to write")
     precision: Literal["bf16", "fp8"] = Field("bf16", description="format of products")
-    backend: Literal["te", "torch"] = Field("te", description="of side=stages")
+    backend: Literal["te", "torch"] = Field("te", description="of side=stages and side=kernels")
     steps: int = Field(12, ge=6, description="steps; the first third is thrown away")
-    recipe: str = Field("dsv3_h200", description="what to train")
+    recipe: str = Field("", description="what to train; empty = dsv3_one_gpu, as much of it as this GPU holds")
     settings: str = Field("", description="of the side alone: KEY=VALUE,KEY=VALUE")
 
 
@@ -86,17 +87,32 @@ def step_seconds(step: Callable[[], Any], steps: int) -> float:
     return statistics.median(found[steps // 3 :])
 
 
+def longest_kernels(step: Callable[[], Any], lines: int | None = 15) -> list[tuple[float, int, str]]:
+    """Return (milliseconds, calls, name) of the device's kernels in one step, longest first; ``lines`` None = all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)[:lines]
+    return [(round(row.self_device_time_total / 1e3, 3), row.count, row.key[:110]) for row in rows]
+
+
 def main(given: list[str]) -> int:
     """Measure one side and write it."""
     arguments = parse_arguments(Arguments, given)
     pairs = (pair.split("=", 1) for pair in arguments.settings.split(",") if pair)
     settings = {key: yaml.safe_load(value) for key, value in pairs}
-    words = (f"recipe={arguments.recipe}", f"precision={arguments.precision}", f"backend={arguments.backend}")
     import torch
 
     torch.cuda.set_device(0)
+    words = (*sized_here(arguments.recipe), f"precision={arguments.precision}", f"backend={arguments.backend}")
     if arguments.side == "stages":
         found = stage_seconds(words, arguments.steps)
+    elif arguments.side == "kernels":
+        step = work.ours(words, "cuda")
+        for _ in range(3):
+            step()
+        found = longest_kernels(step)
     else:
         recipe = compose(list(words))
         if arguments.side == "megatron":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
@@ -43,38 +44,40 @@ SMALL_100M = (
 
 
 def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
-    """The trainer's own step: schedule, ZeRO-1, clipping, bias update, everything but writing metrics."""
-    import torch
+    """The trainer's own step: schedule, ZeRO-1, clipping, bias update, everything but writing metrics.
 
+    ``step()`` trains on the next batch, ``step(number)`` on that one; both return the StepResult.
+    """
     from dsv3_megatron.precision.transformer_engine import prepare_environment
     from launcher.compose import compose
+    from parallel.world import World
 
     recipe = compose(list(words))
     prepare_environment(recipe.precision)  # before anything imports TE
+    from dsv3_megatron.host import choose_device
+
+    world = World.from_environment()
+    place = choose_device(device, world)
     from dsv3_megatron.build import build_parts
     from dsv3_megatron.data.samples import Synthetic, step_batches
     from dsv3_megatron.model.costs import training_flops_per_token
     from dsv3_megatron.step import StepValues, train_step
     from parallel.groups import start_processes
-    from parallel.world import World
 
-    world, place = World.from_environment(), torch.device(device)
     start_processes(world, place)
     parts = build_parts(recipe, recipe.layout(world.size), place)
     optim, length = recipe.optim, recipe.data.sequence_length
     source = Synthetic(recipe.model.vocab_size, length, seed=1)
     values = StepValues(learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.001, balance_weight=1e-4)
-    number = 0
+    numbers = itertools.count()
 
-    def step() -> None:
-        nonlocal number
+    def step(number: int | None = None) -> Any:
         share = {"global_batch": optim.global_batch, "micro_batch": optim.micro_batch}
-        first = number * optim.global_batch
+        first = (next(numbers) if number is None else number) * optim.global_batch
         batches = step_batches(source, first=first, dp_rank=parts.data_rank, dp=parts.layout.dp, **share)
-        train_step(parts, batches, values)
-        number += 1
+        return train_step(parts, batches, values)
 
-    step.stages = parts.stages
+    step.parts, step.stages = parts, parts.stages
     step.facts = {
         "parameters": sum(p.numel() for chunk in parts.chunks.values() for p in chunk.parameters()),
         "tokens": optim.global_batch * length,

@@ -12,11 +12,10 @@ from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
-from parallel.errors import LayoutError, RecipeError
-from parallel.groups import build_groups
+from parallel.errors import RecipeError
+from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
-from parallel.world import World
 
 adapt_host()
 
@@ -29,14 +28,16 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.initialise import global_name, initialise
+from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
+from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.ema import Ema
-from dsv3_megatron.optim.optimizer import build_optimizer
+from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
 from dsv3_megatron.pipeline import ModelStages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
@@ -67,6 +68,7 @@ class Parts:
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
     watchdog: Watchdog | None = None
     ema: Ema | None = None
+    adamw: str = ""  # whose AdamW updates the weights
     extra_states: dict[str, Any] = field(default_factory=dict)  # name -> checkpoint.state.ExtraState
 
     @property
@@ -95,7 +97,7 @@ class Parts:
         found = self._engines.pop(key, None)
         if found is None:
             schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
-            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog, self.device)
             if len(self._engines) == _ENGINES:
                 del self._engines[next(iter(self._engines))]  # not used for longest
         self._engines[key] = found
@@ -109,16 +111,6 @@ def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
         for stage, chunk in parts.chunks.items()
         for name, parameter in chunk.named_parameters()
     }
-
-
-def choose_device(wanted: str, world: World) -> torch.device:
-    """Return this rank's device. Raises LayoutError when a GPU is asked for and none is there."""
-    present = torch.version.cuda is not None and torch.cuda.is_available()
-    if wanted == "cuda" and not present:
-        raise LayoutError("run.device = cuda, but torch finds no GPU here; set run.device=cpu")
-    if wanted == "cpu" or not present:
-        return torch.device("cpu")
-    return torch.device("cuda", world.local_rank)
 
 
 def parameter_dtype(recipe: Recipe) -> torch.dtype:
@@ -139,16 +131,17 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
 
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
+    adapt_host(device.type)
     backend = choose_backend(recipe.backend, device)
     if recipe.data.isolate_documents and backend.name != "torch":
         raise RecipeError(
             f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "
             "set backend=torch, or data.isolate_documents=false as in the paper's pretraining"
         )
-    if backend.name == "torch" and device.type == "cpu":
-        use_our_adamw()
+    adamw = choose_adamw(backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
+    connect_groups((groups.intra_dp_cp, groups.intra_expt_dp), device)
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
     layers = layers_of_stages(recipe)
@@ -163,6 +156,8 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     )
     ddps = {s: wrap_for_reduction(chunk.config, chunk, groups, settings) for s, chunk in chunks.items()}
     optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
+    for chunk in chunks.values():
+        forget_drawn(chunk)
     rows = recipe.data.sequence_length // (layout.cp * layout.tp)
     shape = (rows, recipe.optim.micro_batch, recipe.model.hidden_size)
     stages = ModelStages(
@@ -174,8 +169,12 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         always_splits=settings.delay_wgrad_compute,
     )
     parts = Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
+    parts.adamw = adamw
     if recipe.optim.ema_decay is not None:
         parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
+    if backend.name == "te" and recipe.precision.fp8 is not None and recipe.precision.fp8.scaling == "delayed":
+        first_layers = {stage: parts.first_layer(stage) for stage in chunks}
+        parts.extra_states[te_amaxes.NAME] = te_amaxes.TeAmaxes(chunks, first_layers, groups)
     return parts
 
 
@@ -214,8 +213,10 @@ def _build_chunks(
         first = sum(layers[:stage])
         initialise(chunk, first_layer=first, std=std, seed=recipe.run.seed, groups=groups)
         keep_bias_in_float32(chunk)
-        if backend.name == "te" and fp8 is not None:
-            exempt_no_mtp(chunk)
+        if backend.name == "te":
+            settle_te_layers(chunk)
+            if fp8 is not None:
+                exempt_no_mtp(chunk)
         apply_fp8(chunk, fp8, first_layer=first, layers=recipe.model.num_hidden_layers, make=make)
         chunks[stage] = chunk
     return chunks
@@ -244,19 +245,3 @@ def _join_embeddings(
     weight.shared_embedding = True  # a bucket of its own: both copies are sharded alike
     weight.shared = end is last  # counted once in the gradient norm
     return False, weight
-
-
-def use_our_adamw() -> None:
-    """Let megatron-core use our AdamW where it would use TE's or Apex's: neither is installed here.
-
-    It decides by names bound at import (0.16.1); can go when the optimizer class is an argument.
-    """
-    import megatron.core.optimizer as optimizers
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    from dsv3_megatron.optim.adamw import FusedAdam
-
-    optimizers.Adam = distributed.Adam = FusedAdam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    optimizers.is_te_min_version = lambda *a, **k: False
-    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True

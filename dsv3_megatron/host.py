@@ -3,6 +3,10 @@
 megatron-core 0.16.1 assumes a CUDA device in some forty places. Each adaptation below answers one such question from
 outside; none changes a number. ``adapt_host`` must run before the first megatron import and is called by every module
 of ours that needs it. For each entry: why, and how one sees that it can go (all: seen with megatron-core 0.16.1).
+
+What is adapted depends on the device the run chose, not on what the machine has: a run on the CPU of a machine with
+GPUs needs every answer that one without them needs. Commands choose with :func:`choose_device` before they import
+megatron-core; who builds a model for a device without a choice made is served by ``build_parts``.
 """
 
 from __future__ import annotations
@@ -10,31 +14,88 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Literal
 
 import torch
 
+from parallel.errors import LayoutError, PackageError
+from parallel.world import World
+
+MEGATRON_CORE = "0.16.1"  # the version whose private functions are adapted here; pyproject.toml pins it too
 _CPU = torch.device("cpu")
-_state: dict[str, object] = {"device": _CPU, "adapted": False}
+_state: dict[str, object] = {"device": _CPU, "adapted": False, "chosen": None}
 
 
-def adapt_host() -> None:
-    """Make megatron-core importable and correct on this machine. Idempotent; does the least where a GPU is present."""
-    if _state["adapted"]:
-        return
-    _state["adapted"] = True
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    # torch 2.13 renames three collectives that megatron-core and torch 2.11 know by the old names only.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    if not torch.cuda.is_available():
-        _leave_functions_uncompiled()
-        _answer_cuda_questions()
-        _answer_cuda_random_state()
-        _redirect_cuda_factories()
-        _redirect_cuda_moves()
-        _mend_cpu_split_sizes()
+def gpu_present() -> bool:
+    """Return whether torch can use a CUDA device here."""
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """Return this rank's device for a recipe's ``run.device``, and prepare this process for it.
+
+    ``auto`` is what the process was prepared for, else a GPU where one is. Raises: LayoutError: a GPU is asked for and
+    none is there, or the node has fewer GPUs than ranks.
+    """
+    if wanted == "cuda" and not gpu_present():
+        raise LayoutError("run.device = cuda, but torch finds no GPU here; set run.device=cpu")
+    if wanted == "auto":
+        wanted = _state["chosen"] or ("cuda" if gpu_present() else "cpu")
+    if wanted == "cuda" and world.local_rank >= (count := torch.cuda.device_count()):
+        raise LayoutError(
+            f"LOCAL_RANK = {world.local_rank}, but torch sees {count} {'GPU' if count == 1 else 'GPUs'} on this node; "
+            f"start at most {count} {'process' if count == 1 else 'processes'} here, or set run.device=cpu"
+        )
+    adapt_host(wanted)
+    return torch.device("cuda", world.local_rank) if wanted == "cuda" else _CPU
+
+
+def adapt_host(device: Literal["cpu", "cuda"] | None = None) -> None:
+    """Make megatron-core importable and correct for a device; does the least for a GPU. Idempotent.
+
+    ``device``: what this process trains on. None, as modules say that only import megatron-core: what was chosen
+    before, else the CPU where there is no GPU, else nothing yet. The CPU may still be chosen after that (functions that
+    megatron-core has compiled by then run as they are written), but not once CUDA is in use, nor a GPU after the CPU.
+
+    Raises: PackageError: megatron-core has another version. LayoutError: the process is prepared for another device.
+    """
+    if not _state["adapted"]:
+        _check_version()
+        warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+        # torch 2.13 renames three collectives that megatron-core and torch 2.11 know by the old names only.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if device is None and not gpu_present():
+        device = "cpu"
+    chosen = _state["chosen"]
+    if device not in (None, chosen):
+        if chosen is not None or (device == "cpu" and gpu_present() and torch.cuda.is_initialized()):
+            raise LayoutError(
+                f"run.device = {device}, but this process is prepared for {chosen or 'cuda'}; choose in a process of "
+                f'its own: dsv3_megatron.host.adapt_host("{device}") comes before everything else'
+            )
+        _state["chosen"] = device
+        if device == "cpu":
+            _adapt_to_no_cuda()
+    if not _state["adapted"]:
+        _state["adapted"] = True
+        _adapt_anywhere()
+
+
+def _adapt_to_no_cuda() -> None:
+    _leave_functions_uncompiled()
+    _answer_cuda_questions()
+    _answer_cuda_random_state()
+    _redirect_cuda_factories()
+    _redirect_cuda_moves()
+    _mend_cpu_split_sizes()
+
+
+def _adapt_anywhere() -> None:
     _exchange_nothing_in_groups_of_one()
     _leave_sorted_tokens_alone()
     _mend_without_transformer_engine()
@@ -45,6 +106,19 @@ def adapt_host() -> None:
     _take_masks_by_depth()
     _spare_collections_in_saves()
     _start_no_writer_processes()
+
+
+def _check_version() -> None:
+    """Raise PackageError unless megatron-core is the version whose private functions are replaced here."""
+    try:
+        found = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        found = "not installed"
+    if found != MEGATRON_CORE:
+        raise PackageError(
+            f"megatron-core = {found}, but this code replaces private functions of {MEGATRON_CORE} and is proven with "
+            f"no other; pip install megatron-core=={MEGATRON_CORE}"
+        )
 
 
 @contextlib.contextmanager
@@ -77,6 +151,9 @@ def _leave_functions_uncompiled() -> None:
     nothing is compiled their functions stand for themselves (torch 2.11 to 2.13). Can go when
     test_a_run_compiles_nothing passes without it."""
     import torch.utils.checkpoint
+
+    if "megatron.core" in sys.modules:  # imported before the CPU was chosen: what is decorated runs as it is written
+        torch.compiler.set_stance("force_eager")
 
     torch.compile = lambda function=None, *a, **k: function if function is not None else (lambda inner: inner)
     for owner in (torch.optim.Optimizer, torch.utils.checkpoint):
@@ -343,16 +420,24 @@ def _number_layers_by_stage() -> None:
 def _mend_overlapped_plan() -> None:
     """Two mends of megatron-core's overlapped forward and backward plan, which DualPipe's FB runs through.
 
-    Freed inputs: at EP 1 the all-to-all is the identity, so freeing its input frees its output ("setStorage ... out of
-    bounds" without this). MTP: a depth's output is kept attached to its node's graph for the later depths, so that
-    above depth 1 the second backward fails ("backward through the graph a second time"); a detached copy mends it.
-    Each can go when test_every_schedule_trains_as_one_process passes without it."""
+    Freed inputs: the plan empties what a node was given wherever it is copied on the way, but some ways copy nothing
+    ("setStorage ... out of bounds" without this). At EP 1 the all-to-all is the identity, so that dispatch, experts and
+    combine are given what their neighbours hold. With one local expert there is nothing to sort and, without expert TP,
+    nothing to gather: the first linear layer keeps its input for the weight gradient.
+
+    MTP: a depth's output is kept attached to its node's graph for the later depths, so that above depth 1 the second
+    backward fails ("backward through the graph a second time"); a detached copy mends it.
+
+    Each can go when test_schedules_equal_one_process.py passes without it."""
     import megatron.core.models.gpt.fine_grained_callables as callables
 
     frees, build = callables.should_free_input, callables.build_mtp_layer_callables
 
     def should_free_input(name: str, is_moe: bool, config: object) -> bool:
-        return config.expert_model_parallel_size > 1 and frees(name, is_moe, config)
+        ep, experts = config.expert_model_parallel_size, config.num_moe_experts
+        if ep == 1 or (name == "mlp" and experts == ep and config.expert_tensor_parallel_size == 1):
+            return False
+        return frees(name, is_moe, config)
 
     def build_mtp_layer_callables(layer: torch.nn.Module) -> tuple[list, dict]:
         functions, weight_gradients = build(layer)

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from dsv3_megatron.host import adapt_host, virtual_device
+
+adapt_host("cpu")  # on a machine with GPUs too: nothing here computes
+
 from dsv3_megatron.build import parameter_dtype
-from dsv3_megatron.host import virtual_device
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8

@@ -89,6 +89,9 @@ class ModelStages:
         for chunk in self._chunks.values():
             chunk.config.overlap_moe_expert_parallel_comm = self._planned
             chunk.train(training)
+            # Transformer Engine quantises a weight where it is told that a step begins, and uses that copy until it is
+            # told again. Nothing else tells it: megatron-core does in the schedules that are not used here.
+            chunk.set_is_first_microbatch()
         for config in self._configs:
             config.delay_wgrad_compute = self._splits
 

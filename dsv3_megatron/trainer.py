@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.build import Parts, build_parts, choose_device, named_parameters
+from dsv3_megatron.build import Parts, build_parts, named_parameters
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.resume import choose_start
@@ -21,6 +21,7 @@ from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.health import HealthState, StepGuard, nonfinite_gradients, stop_agreed
+from dsv3_megatron.host import choose_device
 from dsv3_megatron.metrics import (
     JsonLines,
     MetricsWriter,
@@ -46,7 +47,7 @@ from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_s
 from dsv3_megatron.stop_signals import StopSignals
 from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
-from parallel.errors import HealthError, UserError
+from parallel.errors import HealthError
 from parallel.groups import start_processes, stop_processes
 from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
@@ -183,7 +184,7 @@ class Trainer:
             + (f", MTP {counted.mtp:,} more" if counted.mtp else ""),
             "layout": f"{layout.world_size} {'rank' if layout.world_size == 1 else 'ranks'}: {layout.describe()}; "
             f"{self._schedule_facts()}",
-            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}",
+            "backend": f"{self.parts.backend.name} on {self.parts.device.type}, {precision.name}; {self.parts.adamw}",
         }
 
     def _schedule_facts(self) -> str:
@@ -402,16 +403,13 @@ class Trainer:
 def processes(world: World, device: torch.device):
     """The default process group, for as long as the block lasts.
 
-    After an error that other ranks may not share the group is left as it is: taking it down waits for messages of ranks
-    that wait for this one. The process must then end without ceremony (launcher.pretrain), which closes its connections
-    and so ends the others.
+    After an error the group of several ranks is left as it is: taking it down waits for messages of ranks that wait for
+    this one, or closes their connections, so that they fail before this one has said why. The process must then end
+    without ceremony (launcher.pretrain), which ends the others.
     """
     start_processes(world, device)
     try:
         yield
-    except UserError:
-        stop_processes()  # what a user can mend is raised by all ranks alike
-        raise
     except BaseException:
         if world.size == 1:
             stop_processes()
@@ -447,6 +445,7 @@ def run(
             world_size=world.size,
             store=process_group_store(),
             abort_seconds=recipe.run.abort_seconds,
+            device=device,
         )
         try:
             trainer = Trainer(recipe, parts, data, reporter, resolved_recipe)

@@ -17,6 +17,7 @@ from dsv3_megatron.metrics import StepMetrics
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.row_numbers import RowNumbers
 from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.typed import program
 from parallel.errors import PackageError
 
 _PATIENCE_SECONDS = 30  # at the start, for a server that does not answer
@@ -58,7 +59,7 @@ class WandbRun:
                 ) from None
             tell(
                 f"warning: logging.wandb = online failed ({_first_line(error)}); this start is kept offline, "
-                f"`wandb sync {self._directory.path}/wandb/offline-run-*` uploads it"
+                f"`{program('wandb')} sync {self._directory.path}/wandb/offline-run-*` uploads it"
             )
             wandb.teardown()  # its service holds the id of the start that failed
             self._run = wandb.init(mode="offline", **options)

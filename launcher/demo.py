@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.typed import program, script
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.console import guarded, text_plot
 from parallel.errors import DataError
@@ -49,15 +50,20 @@ def main(arguments: Sequence[str]) -> int:
     checkpoint = max(directory.checkpoints.glob("step_*"))
     print(f"\nrun directory  {directory.path}\ncheckpoint     {checkpoint}\nplot           {plot}")
     print(f"report         {directory.report} (open it in a browser)")
-    print(f"metrics        {directory.metrics} (and {directory.path}/wandb: `wandb sync` uploads it)")
-    print(
-        "\nTry next\n"
-        f"  python launcher/generate.py run={given.run} prompt='import ' tokens=60 temperature=0.7\n"
-        f"  python launcher/evaluate.py run={given.run}\n"
-        "  torchrun --nproc-per-node 2 launcher/pretrain.py recipe=dsv3_tiny run.name=mine parallel.expert=2\n"
-        "  python launcher/pretrain.py --help"
-    )
+    print(f"metrics        {directory.metrics} (and {directory.path}/wandb: `{program('wandb')} sync` uploads it)")
+    print("\nTry next\n" + "\n".join(f"  {command}" for command in next_commands(given.run)))
     return 0
+
+
+def next_commands(run: str) -> list[str]:
+    """Return what to try next, as it is typed in this shell: ``make`` runs in an environment that may not be active."""
+    python, torchrun, pretrain = program("python"), program("torchrun"), script("launcher/pretrain.py")
+    return [
+        f"{python} {script('launcher/generate.py')} run={run} prompt='import ' tokens=60 temperature=0.7",
+        f"{python} {script('launcher/evaluate.py')} run={run}",
+        f"{torchrun} --nproc-per-node 2 {pretrain} recipe=dsv3_tiny run.name=mine parallel.expert=2",
+        f"{python} {pretrain} --help",
+    ]
 
 
 def tell_result(steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import load_resolved
 from launcher.console import guarded
-from launcher.pretrain import prepare_threads
+from launcher.pretrain import prepare_process
+from parallel.world import World
 
 
 class EvaluateArguments(BaseModel):
@@ -40,13 +41,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     given = parse_arguments(EvaluateArguments, arguments)
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
-    prepare_threads(1)
+    prepare_process(recipe, World(0, 1, 0))
     from dsv3_megatron.data.samples import evaluation_batches
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.speculate import acceptance_rates
     from dsv3_megatron.step import evaluate_batches
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:
+        for note in model.notes:
+            print(note, file=sys.stderr)
         micro, count = recipe.optim.micro_batch, model.data.held_out_count
         batches = evaluation_batches(model.data.held_out, count=count, micro_batch=micro, dp_rank=0, dp=1)
         values = {"step": model.progress["step"], "held_out_loss": evaluate_batches(model.parts, batches)}

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import load_resolved
 from launcher.console import guarded
-from launcher.pretrain import prepare_threads
+from launcher.pretrain import prepare_process
 from parallel.errors import DataError, RecipeError
+from parallel.world import World
 
 
 class GenerateArguments(BaseModel):
@@ -49,12 +50,14 @@ def main(arguments: Sequence[str]) -> int:
             f"speculate = true drafts greedy text, but temperature = {given.temperature}; set temperature=0"
         )
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
-    prepare_threads(1)
+    prepare_process(recipe, World(0, 1, 0))
     from dsv3_megatron.generate import continue_tokens
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.speculate import Speculation, speculate_tokens
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:
+        for note in model.notes:
+            print(note, file=sys.stderr)
         tokenizer = model.data.tokenizer
         if tokenizer is None:
             raise DataError(

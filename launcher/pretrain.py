@@ -26,6 +26,7 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run_lock import run_lock
 from launcher.compose import resolved_yaml, run_command
 from launcher.console import ConsoleReporter, SilentReporter, guarded
+from launcher.last_words import Failure, last_words
 from parallel.errors import RunInUseError, UserError
 from parallel.world import World
 
@@ -36,11 +37,9 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     ``signals``: listens already, since the process began.
     """
     world = World.from_environment()
-    check_world(recipe, world)  # before torch is imported: a wrong world is told in a second
-    prepare_threads(world.size)
-    from dsv3_megatron.precision.transformer_engine import prepare_environment
-
-    prepare_environment(recipe.precision)
+    check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
+    recipe.data.check_source()
+    prepare_process(recipe, world)
     from dsv3_megatron.trainer import run
 
     first = world.rank == 0
@@ -50,6 +49,16 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
     return 0
+
+
+def prepare_process(recipe: Recipe, world: World) -> None:
+    """Do what must be done before anything imports megatron-core: threads, what TE reads at import, the device."""
+    prepare_threads(world.size)
+    from dsv3_megatron.host import choose_device
+    from dsv3_megatron.precision.transformer_engine import prepare_environment
+
+    prepare_environment(recipe.precision)
+    choose_device(recipe.run.device, world)
 
 
 def prepare_threads(world_size: int) -> None:
@@ -78,20 +87,31 @@ def leave_word(error: UserError) -> None:
     """
     file = os.environ.get("DSV3_REFUSED_FILE")
     if file and not isinstance(error, RunInUseError):
+        with suppress(OSError), Path(file).open("x") as word:  # the first rank's is kept
+            word.write(f"{error}\n")
+
+
+def attempt(arguments: Sequence[str]) -> int:
+    """Run as one of several ranks: after an error tell it and end without ceremony, so that no rank waits for it."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    try:
+        return main(arguments)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if alone and isinstance(error, UserError):
+            raise
+        if alone:
+            traceback.print_exc()
+        code = 1 if alone else last_words(Failure.of(error))
         with suppress(OSError):
-            Path(file).write_text(f"{error}\n")
+            sys.stdout.flush()
+        os._exit(code)  # interpreter shutdown would join the threads of connections that wait for other ranks
 
 
 def main_of_rank() -> None:
-    """Run as one of several ranks: after an error that is no user's, end at once, so that no rank waits for it."""
-    try:
-        code = guarded(main, speaks=os.environ.get("RANK", "0") == "0")
-    except Exception:
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # interpreter shutdown would join the threads of connections that wait for other ranks
-    sys.exit(code)
+    """Run as a process of its own; what ends it early is told by the first rank alone."""
+    sys.exit(guarded(attempt, speaks=os.environ.get("RANK", "0") == "0"))
 
 
 if __name__ == "__main__":

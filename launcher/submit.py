@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from dsv3_megatron import typed
 from dsv3_megatron.planning.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.recipe import Recipe
@@ -129,10 +130,9 @@ def plan(job: Job) -> None:
 def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
     """Write the script and submit it, ``chain`` times; return the exit code.
 
-    Raises: ClusterError: another job of the run waits or runs, or SLURM refuses.
+    Raises: DataError: it would have nothing to read. ClusterError: another job of the run is there, or SLURM refuses.
     """
-    if job.recipe.data.source == "indexed" and not job.recipe.data.path:
-        raise RecipeError("data.path is null; set it to a folder of shards that launcher/prepare_data.py wrote")
+    job.recipe.data.check_source()
     for point in job.points:
         if not test_only and (active := active_jobs(point.directory)):
             raise ClusterError(
@@ -156,7 +156,8 @@ def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
         for point in job.points:
             note_job(point.directory, before, dependency)
         print(f"submitted job {before}" + (f" ({number + 1} of {chain})" if chain > 1 else ""))
-    print(f"script  {script}\nwatch   python launcher/submit.py status run={job.points[0].directory}")
+    watch = f"{typed.program('python')} {typed.script('launcher/submit.py')} status run={job.points[0].directory}"
+    print(f"script  {script}\nwatch   {watch}")
     return 0
 
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.actions import Action, Schedule, Step
-from parallel.simulator import unit_timeline
-from parallel.transfers import Message, Queue, Transfers
+from parallel.connections import connection_order
+from parallel.posting import Cursor, reductions
+from parallel.streams import has_streams
+from parallel.transfers import Message, MessageKey, Queue, Transfers
 from parallel.watchdog import Watchdog
 
 Emit = Callable[[Tensor], None]
-# Receives posted to a peer and not used yet, when no send waits behind them: enough to hide a message, few buffers.
-_AHEAD = 2
+_CPU = torch.device("cpu")
 
 
 class Stages(Protocol):
@@ -57,35 +59,69 @@ class Stages(Protocol):
 class Engine:
     """One rank's share of one schedule. Made once, run every step."""
 
-    def __init__(self, schedule: Schedule, group: dist.ProcessGroup, stages: Stages, watchdog: Watchdog | None = None):
-        """Take the schedule's list of this rank in ``group`` (the pipeline group: rank r there runs list r)."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        group: dist.ProcessGroup,
+        stages: Stages,
+        watchdog: Watchdog | None = None,
+        device: torch.device = _CPU,
+    ):
+        """Take the schedule's list of this rank in ``group`` (the pipeline group: rank r there runs list r).
+
+        ``device`` is where messages live.
+        """
         self.rank = group.rank()
         self.steps = schedule.ranks[self.rank]
         self.waited_seconds = 0.0
         self._placement, self._last = schedule.placement, schedule.stages - 1
-        self._stages, self._watchdog = stages, watchdog
+        self._stages, self._watchdog, self._device = stages, watchdog, device
         self._queues = Transfers.of(schedule).queues[self.rank]
         self._group = group
-        self._reduce_after = _last_passes(schedule, self.rank)
+        self._reduce_after = reductions(schedule, self.rank)
+        self._to_connect = connection_order(schedule.placement)[self.rank]
         self._channels: dict[int, _Channel] = {}
 
     def run(self) -> None:
         """Run all actions of one step. Gradient reductions may still be under way at the end."""
         self.waited_seconds = 0.0
+        if self._to_connect:
+            self._connect()
         self._channels = {peer: _Channel(peer, q, self) for peer, q in self._queues.items()}
-        self._here: dict[tuple[str, int, int], Tensor] = {}
+        self._here: dict[MessageKey, Tensor] = {}
         for channel in self._channels.values():
-            channel.advance()
+            channel.begin()
         for position, step in enumerate(self.steps):
             if self._watchdog is not None:
                 self._watchdog.begin(position, len(self.steps), step)
             self._execute(step)
             for stage in self._reduce_after.get(position, ()):
                 self._stages.start_reduction(stage)
-        for channel in self._channels.values():
+            if self._watchdog is not None:
+                self._watchdog.launched()
+        for peer, channel in self._channels.items():
+            if self._watchdog is not None:
+                self._watchdog.waits(f"last messages to pipeline rank {peer} to leave")
             channel.finish()
+            if self._watchdog is not None:
+                self._watchdog.runs()
         if self._watchdog is not None:
             self._watchdog.end()
+
+    def _connect(self) -> None:
+        """Exchange a number with every rank this one has messages for, so that no later call holds the host.
+
+        One message each way: under NCCL the first makes the communicator of the two, and each direction has a transport
+        of its own to connect (parallel.connections).
+        """
+        number = torch.zeros(1, device=self._device)
+        for peer in self._to_connect:
+            if self._watchdog is not None:
+                self._watchdog.enter(f"connecting with pipeline rank {peer}")
+            other = dist.get_global_rank(self._group, peer)
+            for exchange in (dist.send, dist.recv) if self.rank < peer else (dist.recv, dist.send):
+                exchange(number, other, group=self._group)
+        self._to_connect = ()
 
     def _execute(self, step: Step) -> None:
         if step.kind == "W":
@@ -103,7 +139,18 @@ class Engine:
         )
 
     def _take(self, payload: str, part: Action) -> Tensor:
-        """Return what another stage has made for ``part``, waiting for it if it comes from another rank."""
+        """Return what another stage has made for ``part``, waiting for it if it comes from another rank.
+
+        Its memory may belong to another stream than the one that uses it from here on: messages are posted, and
+        overlapped forwards end, on the plan's communication stream. So it is recorded for the current one, and is not
+        used for anything else before what runs here has read it.
+        """
+        tensor = self._await(payload, part)
+        if has_streams(self._device):
+            tensor.record_stream(torch.cuda.current_stream())
+        return tensor
+
+    def _await(self, payload: str, part: Action) -> Tensor:
         before = part.stage - 1 if payload == "activation" else part.stage + 1
         source = self._placement.rank_of(before, part.microbatch)
         key = (payload, part.stage, part.microbatch)
@@ -140,80 +187,41 @@ class _Channel:
     """The messages between this rank and one peer, in their one order, in one step."""
 
     def __init__(self, peer: int, queue: Queue, engine: Engine):
-        self._queue, self._engine = queue, engine
+        self._engine, self._cursor = engine, Cursor(queue, engine.rank)
         self._peer = dist.get_global_rank(engine.group, peer)
-        self._next = 0  # position in the queue of the first message not posted
-        self._outbox: dict[tuple[str, int, int], Tensor] = {}  # made, but not at the head of the queue yet
-        self._posted: dict[tuple[str, int, int], tuple[dist.Work, Tensor]] = {}  # receives not taken yet
+        self._received: dict[MessageKey, tuple[dist.Work, Tensor]] = {}  # posted and not taken yet
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def put(self, key: tuple[str, int, int], tensor: Tensor) -> None:
-        """Send a tensor as soon as its turn has come."""
-        self._outbox[key] = tensor
-        self.advance()
+    def begin(self) -> None:
+        """Post the first receives."""
+        self._post(self._cursor.begin())
 
-    def take(self, key: tuple[str, int, int]) -> Tensor:
-        """Return a received tensor; waits for it."""
-        while key not in self._posted:
-            self._post()
-        work, tensor = self._posted.pop(key)
-        work.wait()
-        self.advance()
-        return tensor
-
-    def advance(self) -> None:
-        """Post what can be posted: sends that are made, receives ahead of them, and a few more receives."""
-        while self._next < len(self._queue):
-            message = self._queue[self._next]
-            mine = message.source == self._engine.rank
-            if mine and _key(message) not in self._outbox:
-                break
-            if not mine and not self._outbox and len(self._posted) >= _AHEAD:
-                break
-            self._post()
+    def put(self, key: MessageKey, tensor: Tensor) -> None:
+        """Send a tensor."""
+        self._post(self._cursor.send(key), tensor)
         while self._sending and self._sending[0][0].is_completed():  # gloo only tells after wait(): kept to the end
             self._sending.popleft()
 
-    def _post(self) -> None:
-        message, group = self._queue[self._next], self._engine.group
-        self._next += 1
-        if message.source == self._engine.rank:
-            tensor = self._outbox.pop(_key(message)).contiguous()
-            self._sending.append((dist.isend(tensor, self._peer, group=group), tensor))
-        else:
-            tensor = self._engine.empty_message()
-            self._posted[_key(message)] = (dist.irecv(tensor, self._peer, group=group), tensor)
+    def take(self, key: MessageKey) -> Tensor:
+        """Return a received tensor; waits for it."""
+        self._post(self._cursor.need(key))
+        work, tensor = self._received.pop(key)
+        work.wait()
+        self._post(self._cursor.taken(key))
+        return tensor
+
+    def _post(self, messages: Iterator[Message], made: Tensor | None = None) -> None:
+        group = self._engine.group
+        for message in messages:
+            if message.source == self._engine.rank:
+                tensor = made.contiguous()
+                self._sending.append((dist.isend(tensor, self._peer, group=group), tensor))
+            else:
+                tensor = self._engine.empty_message()
+                self._received[message.key] = (dist.irecv(tensor, self._peer, group=group), tensor)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""
         while self._sending:
             self._sending.popleft()[0].wait()
-        assert self._next == len(self._queue), (self._next, len(self._queue))
-        assert not self._posted, sorted(self._posted)
-
-
-def _key(message: Message) -> tuple[str, int, int]:
-    return (message.payload, message.stage, message.microbatch)
-
-
-def _last_passes(schedule: Schedule, rank: int) -> dict[int, list[int]]:
-    """Return, by position in the rank's list, the stages whose reduction starts after that action.
-
-    Ranks that hold the same stages reduce over the same group, so they must start in the same order although they
-    finish in different ones: by when the last of them is done.
-    """
-    timeline = unit_timeline(schedule)
-    done: dict[int, float] = {}
-    here: dict[int, int] = {}
-    for each, steps in enumerate(schedule.ranks):
-        for position, step in enumerate(steps):
-            for part in step.parts:
-                if part.kind != "F":
-                    done[part.stage] = max(done.get(part.stage, 0.0), timeline.ends[each][position])
-                    if each == rank:
-                        here[part.stage] = position
-    order, after, latest = sorted(here, key=lambda stage: (done[stage], stage)), {}, 0
-    for stage in order:
-        latest = max(latest, here[stage])
-        after.setdefault(latest, []).append(stage)
-    return after
+        assert self._cursor.finished, self._received.keys()

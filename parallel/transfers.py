@@ -14,6 +14,8 @@ from typing import Literal
 from parallel.actions import Action, Schedule
 from parallel.simulator import unit_timeline
 
+MessageKey = tuple[Literal["activation", "gradient"], int, int]  # payload, stage that consumes it, microbatch
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -38,8 +40,18 @@ class Message:
         """The microbatch it belongs to."""
         return self.producer.microbatch
 
+    @property
+    def key(self) -> MessageKey:
+        """What a pass knows of a message: (payload, stage that consumes it, microbatch)."""
+        return (self.payload, self.stage, self.microbatch)
+
+    @staticmethod
+    def describe(key: MessageKey) -> str:
+        """Return a message in words."""
+        return f"{key[0]} of microbatch {key[2]} for stage {key[1]}"
+
     def __str__(self) -> str:
-        return f"{self.payload} of microbatch {self.microbatch} for stage {self.stage}"
+        return self.describe(self.key)
 
 
 Queue = tuple[Message, ...]

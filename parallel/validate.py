@@ -2,25 +2,50 @@
 
 Checked, in this order: every forward, input gradient and weight gradient of every (stage, microbatch) exactly once, on
 the rank that holds the stage; on each rank a backward after its forward and a weight gradient after its input gradient;
-both ends of every pair of ranks expect the same messages in the same order; and a dry run under NCCL's rules, in which
-a message passes only after all earlier ones of its pair, ends.
+both ends of every pair of ranks expect the same messages in the same order; and a dry run under NCCL's rules ends, in
+which pairs connect first, messages are posted as the engine posts them, and one passes only after all earlier ones of
+its pair.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
 from parallel.actions import Action, Schedule
+from parallel.connections import connection_order
 from parallel.errors import ScheduleError
-from parallel.transfers import Message, Transfers
+from parallel.posting import Cursor, reductions
+from parallel.transfers import Message, MessageKey, Transfers
+
+Connections = tuple[tuple[int, ...], ...]  # per rank, the peers it connects with before the first step, in order
 
 
-def validate(schedule: Schedule, transfers: Transfers | None = None) -> Transfers:
-    """Return the messages of a schedule that is proven right. Raises ScheduleError when a rule is broken."""
-    _check_completeness(schedule)
+def validate(
+    schedule: Schedule,
+    transfers: Transfers | None = None,
+    connections: Connections | None = None,
+    *,
+    groups_connected: bool = True,
+    evaluates: bool = False,
+) -> Transfers:
+    """Return the messages of a schedule that is proven right. Raises ScheduleError when a rule is broken.
+
+    Args:
+        schedule: of training, or one of forwards only where it ``evaluates``.
+        transfers: its messages; those of ``Transfers.of`` if None.
+        connections: in which order ranks connect before the first step; the engine's (parallel.connections) if None.
+        groups_connected: whether the groups over which gradients are reduced have met before the first step
+            (parallel.groups.connect_groups).
+    """
+    _check_completeness(schedule, evaluates)
     for rank in range(len(schedule.ranks)):
         _check_order_on_rank(schedule, rank)
     transfers = transfers or Transfers.of(schedule)
     _check_queues(schedule, transfers)
-    _dry_run(schedule, transfers)
+    connections = connection_order(schedule.placement) if connections is None else connections
+    _DryRun(schedule, transfers, connections, groups_connected).run()
     return transfers
 
 
@@ -33,7 +58,7 @@ def _fail(schedule: Schedule, rank: int, position: int, why: str) -> ScheduleErr
     return ScheduleError(f"{schedule.name}: rank {rank}, action {position}: {why}; there: {' '.join(around)}")
 
 
-def _check_completeness(schedule: Schedule) -> None:
+def _check_completeness(schedule: Schedule, evaluates: bool) -> None:
     place = schedule.placement
     seen: dict[tuple[str, int, int], tuple[int, int]] = {}
     for rank, steps in enumerate(schedule.ranks):
@@ -52,7 +77,7 @@ def _check_completeness(schedule: Schedule) -> None:
     names = {"F": "forward", "I": "input gradient", "W": "weight gradient"}
     for stage in range(schedule.stages):
         for microbatch in range(schedule.microbatches):
-            for kind, name in names.items():
+            for kind, name in list(names.items())[: 1 if evaluates else None]:
                 if (kind, stage, microbatch) not in seen:
                     raise ScheduleError(f"{schedule.name}: nobody computes the {name} {stage}{kind}{microbatch}")
 
@@ -83,54 +108,124 @@ def _check_queues(schedule: Schedule, transfers: Transfers) -> None:
                 )
 
 
-def _dry_run(schedule: Schedule, transfers: Transfers) -> None:
-    """Run all ranks as far as they come; raise if that is not to the end."""
-    expected = {
-        rank: {(m.payload, m.stage, m.microbatch): m for queue in queues.values() for m in queue if m.target == rank}
-        for rank, queues in enumerate(transfers.queues)
-    }
-    produced: set[Message] = set()
-    arrived: set[Message] = set()
-    heads = {(r, p): 0 for r, queues in enumerate(transfers.queues) for p in queues if r < p}
-    position = [0] * len(schedule.ranks)
-    by_producer = {(m.source, m.producer): m for qs in transfers.queues for q in qs.values() for m in q}
+@dataclass(frozen=True)
+class _Block:
+    """Something a rank's host waits for, and how to say so."""
 
-    def waits_for(rank: int) -> Message | None:
-        for part in schedule.ranks[rank][position[rank]].parts:
-            message = expected[rank].get(_input_of(part))
-            if message is not None and message not in arrived:
-                return message
-        return None
-
-    def deliver(pair: tuple[int, int]) -> bool:
-        queue, moved = transfers.queues[pair[0]][pair[1]], False
-        while heads[pair] < len(queue) and queue[heads[pair]] in produced:
-            arrived.add(queue[heads[pair]])
-            heads[pair] += 1
-            moved = True
-        return moved
-
-    moving = True
-    while moving:
-        moving = False
-        for rank, steps in enumerate(schedule.ranks):
-            while position[rank] < len(steps) and waits_for(rank) is None:
-                for part in steps[position[rank]].parts:
-                    if (message := by_producer.get((rank, part))) is not None:
-                        produced.add(message)
-                position[rank] += 1
-                moving = True
-        for pair in heads:
-            moving |= deliver(pair)
-    for rank, steps in enumerate(schedule.ranks):
-        if position[rank] < len(steps):
-            message = waits_for(rank)
-            why = f"waits for ever for the {message} from rank {message.source}"
-            raise _fail(schedule, rank, position[rank], why)
+    over: Callable[[], bool]
+    what: str
 
 
-def _input_of(part: Action) -> tuple[str, int, int] | None:
-    """Return what a pass receives from another stage: (payload, stage, microbatch), as a message names it."""
+class _DryRun:
+    """All ranks of a pipeline, each as far as it comes, under NCCL's rules and with hosts that never run ahead.
+
+    What holds a rank:
+
+    - a pair's first message, and the first one in each direction, until both ends post it (parallel.connections);
+    - a message it needs, until both ends have posted it and all earlier ones of the pair have passed;
+    - the first reduction over a group that has not connected, which makes its communicator, until every holder of the
+      stage starts it;
+    - the end of the step, until what it sent has left.
+
+    On a GPU the host stands at a message or at the step's end only where it reads a number; a run in which it always
+    stands there ends in fewer cases, never in more.
+    """
+
+    def __init__(self, schedule: Schedule, transfers: Transfers, connections: Connections, groups_connected: bool):
+        self._schedule, self._transfers, self._connections = schedule, transfers, connections
+        self._groups_connected = groups_connected
+        self._posted: dict[tuple[int, int], int] = {}  # (rank, peer) -> messages posted in their queue
+        self._passed: set[Message] = set()
+        self._heads: dict[tuple[int, int], int] = {}
+        self._met: dict[Hashable, set[int]] = {}
+        self.position = [0] * len(schedule.ranks)
+
+    def run(self) -> None:
+        """Raise ScheduleError if a rank does not come to its end."""
+        hosts = [self._host(rank) for rank in range(len(self._schedule.ranks))]
+        blocks: list[_Block | None] = [next(host, None) for host in hosts]
+        moving = True
+        while moving:
+            moving = False
+            for rank, host in enumerate(hosts):
+                while (block := blocks[rank]) is not None and block.over():
+                    blocks[rank], moving = next(host, None), True
+        for rank, block in enumerate(blocks):
+            if block is not None:
+                raise _fail(self._schedule, rank, self.position[rank], f"waits for ever {block.what}")
+
+    def _host(self, rank: int) -> Iterator[_Block]:
+        """Yield, in order, what holds the host of a rank."""
+        schedule, place = self._schedule, self._schedule.placement
+        for peer in self._connections[rank] if self._connections else ():
+            pair = frozenset((rank, peer))
+            yield self._meeting(("connect", pair), rank, pair, f"to connect with rank {peer}")
+        cursors = {peer: Cursor(queue, rank) for peer, queue in self._transfers.queues[rank].items()}
+        reduce_after = {} if self._groups_connected else reductions(schedule, rank)
+        for peer, cursor in cursors.items():
+            yield from self._post(rank, peer, cursor.begin())
+        for position, step in enumerate(schedule.ranks[rank]):
+            self.position[rank] = position
+            for part in step.parts:
+                if (key := _input_of(part)) in self._expected(rank):
+                    message = self._expected(rank)[key]
+                    cursor = cursors[message.source]
+                    yield from self._post(rank, message.source, cursor.need(key))
+                    yield _Block(lambda m=message: self._has_passed(m), f"for the {message} from rank {message.source}")
+                    yield from self._post(rank, message.source, cursor.taken(key))
+            for part in step.parts:
+                if (message := self._made(rank).get(part)) is not None:
+                    yield from self._post(rank, message.target, cursors[message.target].send(message.key))
+            for stage in reduce_after.get(position, ()):
+                holders = frozenset(r for r in range(place.ranks) if stage in place.stages_of(r))
+                others = ", ".join(str(r) for r in sorted(holders - {rank}))
+                yield self._meeting(("reduce", holders), rank, holders, f"to reduce stage {stage} with rank {others}")
+        for message in self._made(rank).values():
+            yield _Block(lambda m=message: self._has_passed(m), f"for rank {message.target} to take the {message}")
+
+    def _post(self, rank: int, peer: int, messages: Iterator[Message]) -> Iterator[_Block]:
+        connected = bool(self._connections) and peer in self._connections[rank]
+        while True:
+            try:
+                message = next(messages)
+            except StopIteration:
+                return
+            except LookupError as error:
+                why = f"waits for ever, as messages to rank {peer} are out of order: {error}"
+                raise _fail(self._schedule, rank, self.position[rank], why) from None
+            self._posted[rank, peer] = self._posted.get((rank, peer), 0) + 1
+            if not connected:
+                pair = frozenset((rank, peer))
+                what = f"with the first message between it and rank {peer}, the {message}, as they have not connected"
+                yield self._meeting(("first", message.source, message.target), rank, pair, what)
+
+    def _meeting(self, place: Hashable, rank: int, members: frozenset[int], what: str) -> _Block:
+        """Return what is over when all members have come to ``place``."""
+        came = self._met.setdefault(place, set())
+        came.add(rank)
+        return _Block(lambda: came >= members, what)
+
+    def _has_passed(self, wanted: Message) -> bool:
+        low, high = sorted((wanted.source, wanted.target))
+        queue, posted = self._transfers.queues[low][high], self._posted
+        at = self._heads.get((low, high), 0)
+        while at < min(posted.get((low, high), 0), posted.get((high, low), 0)):
+            self._passed.add(queue[at])
+            at += 1
+        self._heads[low, high] = at
+        return wanted in self._passed
+
+    @cache  # noqa: B019 - lives as long as this run
+    def _expected(self, rank: int) -> dict[MessageKey, Message]:
+        return {m.key: m for queue in self._transfers.queues[rank].values() for m in queue if m.target == rank}
+
+    @cache  # noqa: B019
+    def _made(self, rank: int) -> dict[Action, Message]:
+        return {m.producer: m for queue in self._transfers.queues[rank].values() for m in queue if m.source == rank}
+
+
+def _input_of(part: Action) -> MessageKey | None:
+    """Return what a pass receives from another stage, as a message names it."""
     if part.kind == "W":
         return None
     return ("activation" if part.kind == "F" else "gradient", part.stage, part.microbatch)

@@ -6,6 +6,7 @@ everything once and has run no thread. The first failing rank's traceback is rai
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
@@ -16,31 +17,42 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tests.fork_servers import forked_from
+
+_random = random.SystemRandom()  # hypothesis seeds the usual one: two test processes would choose the same ports
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+TE = "testing.te.preload"
 
 
 def free_port() -> int:
     """Return a TCP port nobody listens on, below the range from which gloo's own sockets take theirs."""
     while True:
-        port = random.randrange(20000, 30000)
+        port = _random.randrange(20000, 30000)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
 
 
 def run_ranks(
-    world: int, worker: Callable[..., Any], cases: Sequence[Any], timeout_seconds: float = 300
+    world: int,
+    worker: Callable[..., Any],
+    cases: Sequence[Any],
+    timeout_seconds: float = 300,
+    preload: str = "tests.preload",
 ) -> list[list[Any]]:
-    """Return ``worker(case)`` of every rank for every case: results[case][rank]."""
+    """Return ``worker(case)`` of every rank for every case: results[case][rank].
+
+    ``preload``: the module that the ranks' server imports; ``TE`` for ranks that have Transformer Engine.
+    """
     queue = _context.Queue()
     ports = [free_port() for _ in cases]
     ranks = [
-        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue))
+        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue, preload))
         for rank in range(world)
     ]
-    for rank in ranks:
-        rank.start()
+    with forked_from(preload):
+        for rank in ranks:
+            rank.start()
     results: list[list[Any]] = [[None] * world for _ in cases]
     deadline = time.monotonic() + timeout_seconds
     try:
@@ -57,7 +69,10 @@ def run_ranks(
     return results
 
 
-def _rank_main(rank: int, world: int, worker: Callable, cases: list, ports: list[int], queue: Any) -> None:
+def _rank_main(
+    rank: int, world: int, worker: Callable, cases: list, ports: list[int], queue: Any, preload: str
+) -> None:
+    importlib.import_module(preload)  # a server says nothing when it could not
     import torch
 
     torch.set_num_threads(1)
@@ -68,6 +83,7 @@ def _rank_main(rank: int, world: int, worker: Callable, cases: list, ports: list
         )
         try:
             queue.put((number, rank, None, worker(case)))
+            _leave_group()
         except BaseException:
             queue.put((number, rank, traceback.format_exc(), None))
             queue.close()
@@ -75,3 +91,13 @@ def _rank_main(rank: int, world: int, worker: Callable, cases: list, ports: list
             os._exit(1)
     queue.close()
     queue.join_thread()
+
+
+def _leave_group() -> None:
+    """Leave the process group of a case in which all ranks met the same error: a run ends its process then."""
+    import torch
+
+    from parallel.groups import stop_processes
+
+    if torch.distributed.is_initialized():
+        stop_processes()

@@ -156,7 +156,7 @@ class Saver:
             start = time.perf_counter()
             if self._save.task is not None:
                 self._save.task.join()
-            flags = torch.tensor(self.flags(), device=torch.cuda.current_device())
+            flags = torch.tensor(self.flags(), device=self._parts.device)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             self._save.stall_seconds += time.perf_counter() - start
             self.advance(Flags(*flags.tolist()), step)
@@ -216,7 +216,7 @@ class Saver:
         prepare_moments(self._parts.optimizer)
         state = whole_state(self._parts, loading=False, extra=tuple(self._parts.extra_states))
         plan = plan_write(state, copy=copy)
-        random = gather_random_states(self._parts.layout)
+        random = gather_random_states(self._parts.layout, self._parts.device)
         files = {RECIPE: self._recipe.encode(), RANDOM: random} if self._is_first else {}
         task = _Task(lambda: write_share(plan, partial))
         self._save = _Save(step, partial, plan, files, dict(progress), task, started=start)

@@ -74,7 +74,7 @@ def plan_write(state: dict[str, Any], *, copy: bool) -> Plan:
     for _, name, (objects, tensors) in writer.write_buckets:
         file_name = name
         items += [*objects, *((item, _staged(tensor, copy)) for item, tensor in tensors)]
-    if any(isinstance(x, Tensor) for _, x in items) and torch.version.cuda is not None:
+    if any(tensor.is_cuda for *_, (_, tensors) in writer.write_buckets for _, tensor in tensors):
         torch.cuda.synchronize()  # the copies to the host are done
     file = io.BytesIO()
     torch.save(common, file)

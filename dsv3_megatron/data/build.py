@@ -36,10 +36,7 @@ class Data:
 def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
     """Return the data of a run. Raises DataError when the source is missing or does not fit the model."""
     length = settings.sequence_length
-    if settings.source != "indexed":
-        for key in ("fim_rate", "weights", "tokenizer", "path"):
-            if value := getattr(settings, key):
-                raise DataError(f"data.{key} = {value} is for token shards, not {settings.source}; use data=indexed")
+    settings.check_source()
     if settings.source == "synthetic":
         # The held-out stream has a seed of its own: no sample of it is ever trained on but by chance.
         return Data(Synthetic(vocab_size, length, seed), Synthetic(vocab_size, length, seed + 1), 32, None)
@@ -77,8 +74,6 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     from dsv3_megatron.data.shards import TOKENIZER, read_manifest
 
     folder = settings.path
-    if folder is None:
-        raise DataError("data.path = null, but data.source = indexed reads token shards; set data.path=FOLDER")
     manifest = read_manifest(folder)
     tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
     _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)

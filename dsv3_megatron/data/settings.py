@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from parallel.errors import DataError
+
 
 class DataSettings(BaseModel):
     """Where tokens come from and how they become sequences."""
@@ -32,3 +34,19 @@ class DataSettings(BaseModel):
     fim_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of documents in fill-in-the-middle order, cut between tokens (indexed data)"
     )
+
+    def check_source(self) -> None:
+        """Refuse, before anything is imported or submitted, a source without what it needs, or with what it ignores.
+
+        Raises: DataError.
+        """
+        if self.source == "indexed":
+            if not self.path:
+                raise DataError(
+                    "data.path = null, but data.source = indexed reads token shards; set data.path to a folder that "
+                    "launcher/prepare_data.py wrote"
+                )
+            return
+        for key in ("fim_rate", "weights", "tokenizer", "path"):
+            if value := getattr(self, key):
+                raise DataError(f"data.{key} = {value} is for token shards, not {self.source}; use data=indexed")

@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 
+from dsv3_megatron.precision import transformer_engine
 from parallel.errors import PackageError
 
 
@@ -85,6 +86,10 @@ def make_te_backend() -> BackendSpecProvider:
     """Return Transformer Engine's leaf modules, where TE is installed."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
+    from dsv3_megatron.host_te import adapt_te
+
+    adapt_te()
+
     class TEBackend(TESpecProvider):
         """megatron-core's own provider, with the one question it lacks."""
 
@@ -122,7 +127,7 @@ def backend_name(wanted: Literal["auto", "te", "torch"], device: torch.device) -
         raise PackageError(
             "backend = te needs transformer-engine, not installed here; pip install -e '.[gpu]', or set backend=torch"
         )
-    if wanted == "te" and device.type != "cuda":
+    if wanted == "te" and device.type not in transformer_engine.DEVICES:
         raise PackageError("backend = te needs a GPU, and there is none here; set backend=torch")
     return "te" if wanted == "te" or (wanted == "auto" and device.type == "cuda" and installed) else "torch"
 

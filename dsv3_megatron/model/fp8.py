@@ -53,7 +53,7 @@ def apply_fp8(
     for linear in _fed_by_recomputation(chunk):
         # What a layer gathers over TP does not come again: recomputation brings a rank's share.
         gathers = isinstance(linear, ColumnParallelLinear) and linear.config.sequence_parallel
-        if isinstance(linear.products, Fp8Products) and not gathers:
+        if isinstance(getattr(linear, "products", None), Fp8Products) and not gathers:
             linear.products.input_comes_again = True
     return count
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -83,12 +84,39 @@ def _draw(
     shape = list(share.shape)
     if dim is not None:
         shape[dim] *= size
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator(share.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-    whole = torch.empty(shape, dtype=torch.float32, device=share.device).normal_(0.0, std, generator=generator)
+    whole = _whole(shape, key, std=std, seed=seed, device=share.device)
     if size == 1:
-        share.copy_(whole)
+        mine = whole
     elif gated:  # gate and up are each sharded: a rank holds [gate share; up share]
-        share.copy_(torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim))
+        mine = torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)
     else:
-        share.copy_(whole.chunk(size, dim)[rank])
+        mine = whole.chunk(size, dim)[rank]
+    if is_float8tensor(share):
+        mine = mine.to(share.dtype)  # what the weight would be if it were not held in FP8
+        _keep_for_masters(share, mine)
+    share.copy_(mine)
+
+
+def _whole(shape: list[int], key: str, *, std: float, seed: int, device: torch.device) -> Tensor:
+    """Return the whole matrix called ``key``, float32. A GPU's generator gives other numbers than a CPU's."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
+
+
+def _keep_for_masters(weight: Tensor, drawn: Tensor) -> None:
+    """Let the optimizer's float32 masters begin with what was drawn, not with what FP8 left of it.
+
+    megatron-core's optimizer asks a weight that is held in FP8 for these two functions, which TE gives weights that it
+    draws itself.
+    """
+    kept = [drawn.cpu()]
+    weight.get_high_precision_init_val = lambda: kept[0]
+    weight.clear_high_precision_init_val = kept.clear
+
+
+def forget_drawn(module: torch.nn.Module) -> None:
+    """Free what was kept for masters. The optimizer does it for the weights of its own shard only."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()

@@ -1,16 +1,20 @@
 """AdamW for machines without Transformer Engine or Apex, with the interface megatron-core expects of their FusedAdam.
 
 Decoupled weight decay (arXiv 1711.05101); moments may be held in BF16 while all arithmetic is float32
-(arXiv 2412.19437 section 3.3.3). Where TE or Apex is installed megatron-core uses theirs and this file is not read.
+(arXiv 2412.19437 section 3.3.3). On GPUs TE's or Apex's is used where it is installed (optimizer.choose_adamw).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+# Numbers updated together: float32 copies of BF16 moments, and what an update makes on the way, exist for so many at
+# once, while a call of the kernels still serves many parameters.
+_TOGETHER = 1 << 26
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -72,8 +76,7 @@ class FusedAdam(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if self._gradient(p) is not None]
-            if params:
+            for params in _portions([p for p in group["params"] if self._gradient(p) is not None]):
                 self._update(group, params)
 
     def _gradient(self, param: Tensor) -> Tensor | None:
@@ -108,8 +111,8 @@ class FusedAdam(torch.optim.Optimizer):
     ) -> None:
         """torch's fused kernel: every number is read and written once."""
         beta1, beta2 = group["betas"]
-        # It counts a step of its own before it uses it.
-        steps = [torch.full((), group["step"] - 1.0, device=w.device) for w in weights]
+        # It counts a step of its own, for each weight on the weight's device, before it uses it.
+        steps = list(torch.full((len(weights),), group["step"] - 1.0, device=weights[0].device).unbind())
         adamw(
             weights,
             gradients,
@@ -141,3 +144,16 @@ class FusedAdam(torch.optim.Optimizer):
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_addcdiv_(weights, first, denominators, -group["lr"] / (1 - beta1 ** group["step"]))
+
+
+def _portions(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in their order, ``_TOGETHER`` numbers at a time; a larger one alone."""
+    portion, size = [], 0
+    for param in params:
+        if portion and size + param.numel() > _TOGETHER:
+            yield portion
+            portion, size = [], 0
+        portion.append(param)
+        size += param.numel()
+    if portion:
+        yield portion

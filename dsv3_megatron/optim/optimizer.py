@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import megatron.core.optimizer as optimizers
+import megatron.core.optimizer.distrib_optimizer as distributed
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dsv3_megatron.optim.adamw import FusedAdam
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from dsv3_megatron.precision.transformer_engine import recipe_name
+
+# Whose AdamW megatron-core found when it was imported.
+_THEIRS = (
+    "Transformer Engine" if distributed.USING_TE_OPTIMIZER else "Apex" if distributed.USING_APEX_OPTIMIZER else None
+)
 
 
 def build_optimizer(
@@ -35,13 +44,49 @@ def build_optimizer(
         use_distributed_optimizer=True,
         clip_grad=optim.clip,
     )
+    held = precision.fp8 is not None and precision.fp8.hold_weights
+    if held:
+        config.fp8_recipe = recipe_name(precision.fp8)
     if precision.moments == "bf16":
         # Set after construction: the constructor demands TE for what our AdamW does too (megatron-core 0.16.1).
         config.use_precision_aware_optimizer = True
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        # Whether AdamW keeps the float32 masters, as the constructor works it out. It cannot cast them to block-scaled
+        # FP8: where weights are held in that, megatron-core keeps the masters and casts them.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = not held or config.fp8_recipe == "delayed"
         config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
         config.store_param_remainders = False
     return get_megatron_optimizer(config, chunks, pg_collection=groups, use_gloo_process_groups=False)
+
+
+def choose_adamw(backend: str, device: torch.device, precision: PrecisionSettings) -> str:
+    """Let megatron-core use TE's or Apex's AdamW where one is installed and can do what the recipe asks, else ours.
+
+    Return whose it is, for people. Ours: on a CPU (but under a stand-in for TE, which brings its own), without TE and
+    Apex, and for BF16 moments without TE: Apex's holds them in float32 only.
+    """
+    if backend == "torch" and device.type == "cpu":
+        why = ""
+    elif _THEIRS is None:
+        why = " (neither Transformer Engine nor Apex is installed)"
+    elif _THEIRS == "Apex" and precision.moments == "bf16":
+        why = " (Apex's cannot hold moments in BF16)"
+    elif optimizers.Adam is FusedAdam:
+        why = " (chosen earlier in this process)"
+    else:
+        return f"{_THEIRS}'s fused AdamW"
+    use_our_adamw()
+    return f"AdamW of this package over torch's{why}"
+
+
+def use_our_adamw() -> None:
+    """Let megatron-core use our AdamW where it would use TE's or Apex's.
+
+    It decides by names bound at import (0.16.1); can go when the optimizer class is an argument.
+    """
+    optimizers.Adam = distributed.Adam = FusedAdam
+    optimizers.USING_PYTORCH_OPTIMIZER = distributed.USING_APEX_OPTIMIZER = False
+    optimizers.is_te_min_version = lambda *a, **k: False
+    distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 
+from dsv3_megatron.host import adapt_host, balanced_dispatch, replaced
+
+adapt_host("cpu")  # on a machine with GPUs too: fake tensors of the CPU are all that is needed
+
 from dsv3_megatron.build import parameter_dtype
-from dsv3_megatron.host import balanced_dispatch, replaced
 from dsv3_megatron.model import attention, attention_cache, dispatch, swiglu
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3_megatron.planning.stage_memory import StageMemory
+from dsv3_megatron.planning.te_gradients import placeholder_bytes
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Action, Schedule, Step
 from parallel.layout import Layout
+from parallel.posting import AHEAD
 from parallel.transfers import Transfers
 
 # What torch's caching allocator cannot hand out, as a share of activations. An allowance, not a measurement.
@@ -123,7 +125,7 @@ def rank_memory(
         # Transformer Engine keeps an FP8 weight by rows and by columns (blockwise scaling on Hopper); the emulation
         # keeps what survives FP8 in float32.
         fp8_weights_bytes=held.in_fp8 * (4 if on_cpu else 2),
-        gradients_bytes=held.all * _GRADIENT_BYTES,
+        gradients_bytes=held.all * _GRADIENT_BYTES + placeholder_bytes(recipe, layout, stages),
         optimizer_bytes=optimizer_bytes(recipe, layout, held, copies=copies),
         activations_bytes=activations,
         messages_bytes=messages * memory[0].message,
@@ -175,6 +177,6 @@ def fullest_moment(
 def receives_ahead(schedule: Schedule) -> list[int]:
     """Return, per pipeline rank, the messages in its memory that no stage has taken or made yet.
 
-    Two receives are posted ahead to each peer, and a send lives until it has left (parallel.engine).
+    ``AHEAD`` receives are posted ahead to each peer, and a send lives until it has left (parallel.engine).
     """
-    return [3 * len(peers) for peers in Transfers.of(schedule).queues]
+    return [(AHEAD + 1) * len(peers) for peers in Transfers.of(schedule).queues]

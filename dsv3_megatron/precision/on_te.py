@@ -14,6 +14,12 @@ def deviations(fp8: Fp8Settings) -> list[str]:
         )
     if fp8.attention_output_cache != "once":
         found.append("te keeps the input of the linear after attention in BF16, one copy (attention_output_cache=once)")
+    if set(fp8.tiles) == {"tensor"}:
+        found.append(
+            "te adds up forward products of tensor tiles in the precision of a tensor core (fast accumulation)"
+        )
+    if fp8.scaling == "delayed" and fp8.power_of_two_scales:
+        found.append("te's delayed scales are exact, not powers of two (power_of_two_scales has no effect)")
     return found
 
 

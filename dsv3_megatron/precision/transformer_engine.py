@@ -18,6 +18,8 @@ from dsv3_megatron.precision.settings import PAPER_TILES, Fp8Settings, Precision
 from parallel.errors import PackageError, RecipeError
 
 _EXACT_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+_ROUND_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
+DEVICES = ("cuda",)  # the device types that TE's kernels run on
 OLDEST_TE = (2, 9)
 OLDEST_CUDA = (12, 9)
 
@@ -49,10 +51,25 @@ def check_policy(fp8: Fp8Settings) -> None:
                 f"precision.fp8.{field} = {value} is emulated by the torch backend only; set {field}={only}, or "
                 "backend=torch"
             )
-    if name == "delayed" and fp8.high_precision_layers != (0, 0):
+    if name == "delayed":
+        _check_delayed(fp8)
+
+
+def _check_delayed(fp8: Fp8Settings) -> None:
+    if fp8.high_precision_layers != (0, 0):
         raise RecipeError(
             f"precision.fp8.high_precision_layers = {list(fp8.high_precision_layers)} cannot go with scaling = delayed "
             "(its amaxes are reduced once for all layers); set scaling=current, or [0,0]"
+        )
+    if fp8.swiglu_cache == "e4m3":
+        raise RecipeError(
+            "precision.fp8.swiglu_cache = e4m3 cannot go with scaling = delayed on te (the layer after SwiGLU would "
+            "have to quantise its input a second time); set swiglu_cache=high, scaling=current, or backend=torch"
+        )
+    if fp8.hold_weights:
+        raise RecipeError(
+            "precision.fp8.hold_weights = true with scaling = delayed would begin AdamW's float32 weights with what "
+            "FP8 left of them; set scaling=current, or hold_weights=false"
         )
 
 
@@ -60,19 +77,23 @@ def prepare_environment(precision: PrecisionSettings) -> None:
     """Tell TE about scales. Must run before TE is imported for the first time: it reads this once."""
     if precision.fp8 is not None:
         os.environ[_EXACT_SCALES] = "0" if precision.fp8.power_of_two_scales else "1"
+        os.environ[_ROUND_SCALES] = "1" if precision.fp8.power_of_two_scales else "0"
 
 
 def check_environment(fp8: Fp8Settings) -> None:
     """Raise PackageError where TE was imported before it was told about scales."""
-    if recipe_name(fp8) != "blockwise":
-        return
-    from transformer_engine.common.recipe import Float8BlockScaling
+    from transformer_engine.common import recipe
 
-    found = Float8BlockScaling().fp8_quant_fwd_inp.power_2_scale
-    if found != fp8.power_of_two_scales:
+    if recipe_name(fp8) == "delayed":
+        return
+    made, name, value = {
+        "blockwise": (recipe.Float8BlockScaling, _EXACT_SCALES, 0 if fp8.power_of_two_scales else 1),
+        "tensorwise": (recipe.Float8CurrentScaling, _ROUND_SCALES, 1 if fp8.power_of_two_scales else 0),
+    }[recipe_name(fp8)]
+    if made().fp8_quant_fwd_inp.power_2_scale != fp8.power_of_two_scales:
         raise PackageError(
             f"precision.fp8.power_of_two_scales = {str(fp8.power_of_two_scales).lower()}, but Transformer Engine was "
-            f"imported with the opposite; set {_EXACT_SCALES}={0 if fp8.power_of_two_scales else 1} before starting"
+            f"imported with the opposite; set {name}={value} before starting"
         )
 
 

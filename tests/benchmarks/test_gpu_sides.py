@@ -20,10 +20,10 @@ SMALL = ("recipe=dsv3_tiny", "model.num_nextn_predict_layers=0", "model.num_hidd
 
 @pytest.fixture(scope="module")
 def sides():
-    """What the sides find in a process that has the stand-in for Transformer Engine."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'te_stub'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("gpu_sides_on_cpu.py")), *SMALL]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    """What the sides find in a process that has Transformer Engine's Python."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "testing.te", str(Path(__file__).with_name("gpu_sides_on_cpu.py")), *SMALL]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -37,7 +37,9 @@ def test_plain_megatron_core_and_transformers_train_the_same_shape(sides):
 
 
 def test_plain_megatron_core_is_over_transformer_engine_in_fp8(sides):
-    assert sides["recipes"] == ["Float8BlockScaling:e4m3", "None"]  # None: the last norm
+    assert sides["weights"] == ["Float8BlockwiseQTensor"]
+    first, *later = sides["quantised"]
+    assert first and later == [first, first]  # in every step, as its own schedule has it
     # Grouped experts, norms fused into the linear after them, TE's attention.
     wanted = {"TERowParallelGroupedLinear", "TELayerNormColumnParallelLinear", "TEDotProductAttention", "Fp8Padding"}
     assert wanted <= set(sides["modules"])
@@ -66,8 +68,10 @@ def test_the_table_says_which_goals_are_reached():
 
 
 def test_a_sides_seconds_become_the_papers_quantities():
-    found = gpu_table.in_paper_terms("dsv3_h200", 2.0, 5.0)
+    found = gpu_table.in_paper_terms(["recipe=dsv3_one_gpu"], 2.0, 5.0)
     assert found["tokens_per_second"] == 4 * 4096 / 2 and found["mfu"] == found["tflops_per_device"] / 989.5
+    unknown = gpu_table.in_paper_terms(["recipe=dsv3_one_gpu", "~cluster.peak_tflops"], 2.0, 5.0)
+    assert unknown["mfu"] is None and unknown["tokens_per_second"] == found["tokens_per_second"]
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
@@ -77,7 +81,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
 
 
 def test_the_dense_row_has_no_experts():
-    words = fp8_gpu_step.words_of(fp8_gpu_step.Arguments(), "te bf16 dense")
+    words = fp8_gpu_step.words_of(fp8_gpu_step.Arguments(recipe="dsv3_one_gpu"), "te bf16 dense")
     assert compose(words).model.num_moe_layers == 0
 
 
@@ -94,14 +98,15 @@ def without_work(command, **unused):
     if script == "gpu_sides.py":
         assert gpu_sides.Arguments.model_validate(given)
         stages = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0}
+        made = {"stages": stages, "kernels": [[1.5, 3, "gemm"]]}
         side = {"step_seconds": 2.0, "memory_peak_bytes": 7}
-        Path(given["output"]).write_text(json.dumps(stages if given["side"] == "stages" else side))
-    return subprocess.CompletedProcess(command, 0, stdout="KERNEL\t1.50\t3\tgemm\n")
+        Path(given["output"]).write_text(json.dumps(made.get(given["side"], side)))
+    return subprocess.CompletedProcess(command, 0)
 
 
 def test_our_rows_train_and_leave_no_checkpoint(tmp_path):
     words = [*SMALL, "data=synthetic", "run.steps=1", f"run.directory={tmp_path / 'run'}", "logging.wandb=disabled"]
-    command = [sys.executable, "benchmarks/gpu_training.py", "profile=false", *words]
+    command = [sys.executable, "benchmarks/gpu_training.py", *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
@@ -113,10 +118,10 @@ def test_what_is_known_is_written_though_a_row_fails(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "no GPU")
     monkeypatch.setattr("dsv3_megatron.run_directory.environment", lambda world: {})
     monkeypatch.setattr(fp8_gpu_step.subprocess, "run", without_work)
-    assert fp8_gpu_step.main(["rounds=2", f"output={tmp_path / 'found.json'}"]) == 1
+    assert fp8_gpu_step.main(["rounds=2", "recipe=dsv3_one_gpu", f"output={tmp_path / 'found.json'}"]) == 1
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["rows"]) == set(fp8_gpu_step.ROWS) - {"megatron fp8"}
     assert found["failed"] == {"megatron fp8, training": "RuntimeError: no kernel"}
-    assert found["kernels"]["te fp8"] == [["1.50", "3", "gemm"]] and len(found["rounds"]["te fp8"]) == 2
+    assert found["kernels"]["te fp8"] == [[1.5, 3, "gemm"]] and len(found["rounds"]["te fp8"]) == 2
     assert (tmp_path / "gpu_stage_times_torch_fp8.json").exists()
     assert "failed: megatron fp8, training: RuntimeError: no kernel" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from dsv3_megatron.fits import check_world
 from launcher.compose import RECIPES, compose
 from parallel.errors import ClusterError
 from parallel.world import World
-from tests.docs.test_docs import PAGES, commands
+from tests.docs.test_docs import DOCKER_FILES, PAGES, commands
 from tests.tiny import SMALL
 
 ROOT = RECIPES.parent
@@ -29,6 +29,7 @@ NOT_RUN = {
     r"make ": "installs, or takes minutes, or is what runs this test; make -n says what it would do",
     r"torchrun .*pretrain\.py": "tests/end_to_end starts torchrun; composed, and laid out over its ranks",
     r"torchrun ": "no command but a mention of a flag",
+    r"python benchmarks/gpu_check ": "minutes, tests/benchmarks rehearses it; refused where there is no GPU",
     r"python benchmarks/": "minutes to hours, some on a GPU; compiled",
     r"python launcher/submit\.py (status|logs|cancel)": "needs a job: tests/slurm; refused for want of one",
     r"python launcher/submit\.py$": "no command but a mention; its help",
@@ -42,7 +43,7 @@ STAND_INS = (  # what a page leaves to the reader, or takes too many steps for
     (r"\bNAME\b", "dsv3_tiny"), (r"input=FOLDER", "input=exported"), (r"run\.steps=\d+", "run.steps=2"),
     (r"(every_steps|\bstep)=50\b", r"\1=1"), (r"tokens=80", "tokens=4"), (r"vocab_size=2048", "vocab_size=300"),
 )  # fmt: skip
-EVERY = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+EVERY = list(dict.fromkeys(command for page in [*PAGES, *DOCKER_FILES] for command in commands(page)))
 
 
 def in_process(script, words):
@@ -59,6 +60,12 @@ def without_work(reason, command, words):
     elif "laid out" in reason:
         recipe, ranks = compose(arguments), int(words[words.index("--nproc-per-node") + 1])
         check_world(recipe, World(rank=0, size=ranks, local_rank=0))
+        recipe.data.check_source()
+    elif "refused where" in reason:
+        words = [word for word in words[2:] if not word.startswith("device=")]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: False)
+            assert in_process("benchmarks/gpu_check/__main__.py", words) == 2
     elif "compiled" in reason:
         compile((ROOT / script).read_text(), script, "exec")
     elif "want of one" in reason:
@@ -67,6 +74,7 @@ def without_work(reason, command, words):
     elif "its help" in reason:
         assert in_process(script, ["--help"]) == 0
     elif "dry_run" in reason:
+        compose([word for word in arguments if not word.startswith(("dry_run=", "chain="))]).data.check_source()
         assert in_process(script, [*(w for w in arguments if not w.startswith("dry_run=")), "dry_run=true"]) == 0
     elif "composed" in reason:
         compose([word for word in arguments if word.split("=")[0] not in ("search", "save")])

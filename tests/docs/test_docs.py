@@ -14,6 +14,7 @@ from parallel.errors import UserError
 
 ROOT = RECIPES.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCKER_FILES = sorted(ROOT.glob("docker/Dockerfile*"))  # whose comments hold commands
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```(?:bash|sh|console)\n(.*?)```", re.S)
 RECIPE_COMMANDS = ("pretrain.py", "submit.py", "plan.py")
@@ -40,17 +41,27 @@ def test_every_link_leads_to_a_file_or_heading(page):
 
 
 def commands(page):
-    """Yield every command of the page's shell blocks and of its inline code, continuation lines joined."""
-    text = page.read_text()
-    blocks = "\n".join(CODE.findall(text)).replace("\\\n", " ")
-    inline = re.findall(r"`((?:python|torchrun|make) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    for line in (part for whole in [*blocks.splitlines(), *inline] for part in whole.split("&&")):
-        line = line.strip().removeprefix("$ ")
+    """Yield every command of a page or of a Dockerfile's comments; of a container, what it is to run."""
+    for line in shell_lines(page):
+        line = re.sub(r"^docker run .*? dsv3-megatron:\w+ ", "", line.strip().removeprefix("$ "))
         if re.match(r"(?:[A-Z_]+=\S+ )*(python|torchrun|make)\b", line):
             yield line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def shell_lines(page):
+    """Yield every line of the page's shell blocks and of its inline code, continuation lines joined."""
+    text = page.read_text()
+    if page in DOCKER_FILES:
+        comments = "\n".join(re.findall(r"^#(.*)", text, re.M)).replace("\\\n", " ")
+        blocks, inline = "", re.findall(r"docker (?:run|build) .*", comments)
+    else:
+        blocks = "\n".join(CODE.findall(text)).replace("\\\n", " ")
+        inline = re.findall(r"`((?:python|torchrun|make) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for whole in [*blocks.splitlines(), *inline]:
+        yield from whole.split("&&")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DOCKER_FILES], ids=lambda p: p.name)
 def test_every_command_names_what_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for command in commands(page):
@@ -66,6 +77,18 @@ def test_every_command_names_what_exists(page):
         assert (ROOT / script).exists(), f"{page.name}: {command}"
         if Path(script).name in RECIPE_COMMANDS and script.startswith("launcher/"):
             check_overrides(page, command, words[words.index(script) + 1 :])
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "containers.md", *DOCKER_FILES], ids=lambda p: p.name)
+def test_images_are_built_from_what_is_there_and_run_as_they_are_named(page):
+    lines = [line.strip() for line in shell_lines(page) if line.strip().startswith("docker ")]
+    built = [
+        re.fullmatch(r"docker build -f (\S+) -t (\S+) \.\s*(#.*)?", line) for line in lines if "docker build" in line
+    ]
+    assert built and all(built), lines
+    assert all((ROOT / match[1]).is_file() for match in built)
+    for line in lines:
+        assert any(re.search(rf"{re.escape(match[2])}\b", line) for match in built), line
 
 
 def check_overrides(page, command, words):

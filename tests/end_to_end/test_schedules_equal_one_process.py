@@ -97,3 +97,37 @@ def test_mtp_of_any_depth_trains_under_every_schedule(tmp_path, depth):
     }
     for name, found in zip(asked, run_ranks(4, train_rank, list(asked.values()))):
         check(f"{name}, MTP {depth}", found, expected)
+
+
+ONE_EXPERT_A_RANK = (
+    "model.n_routed_experts=2",
+    "model.num_experts_per_tok=1",
+    "model.n_group=1",
+    "model.topk_group=1",
+    "model.num_hidden_layers=4",
+    "data.sequence_length=16",
+    "parallel.expert=2",
+)
+WAYS_TO_ONE_EXPERT = {
+    "dualpipe": (*PIPELINE, "parallel.schedule=dualpipe", "optim.micro_batch=1"),
+    "dualpipev": (*PIPELINE, "parallel.schedule=dualpipev", "optim.micro_batch=1"),
+    "dualpipe, recompute": (
+        *PIPELINE,
+        "parallel.schedule=dualpipe",
+        "optim.micro_batch=1",
+        "parallel.recompute=[norm,moe_act,shared_experts]",
+    ),
+}
+
+
+def test_a_rank_with_one_expert_trains_as_one_process(tmp_path):
+    """Nothing is sorted there: what the overlapped plan frees as a copy may be what the experts hold."""
+    path = str(tmp_path / "reference.pt")
+    whole = (*ONE_EXPERT_A_RANK[:-1], "optim.global_batch=8")
+    ((expected,),) = run_ranks(1, train_rank, [Case(whole, steps=2, save_to=path)])
+    asked = {
+        name: Case((*ONE_EXPERT_A_RANK, "optim.global_batch=8", *more), steps=2, reference=path)
+        for name, more in WAYS_TO_ONE_EXPERT.items()
+    }
+    for name, found in zip(asked, run_ranks(4, train_rank, list(asked.values()))):
+        check(name, found, expected)

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from parallel.actions import Action, Overlap, Schedule, parse
+from parallel.actions import Action, Overlap, Placement, Schedule, parse
+from parallel.connections import connection_rounds, pairs_of
 from parallel.errors import ScheduleError
-from parallel.schedules import SCHEDULES, make_schedule
+from parallel.schedules import SCHEDULES, forward_only, make_schedule
 from parallel.simulator import Times, simulate
 from parallel.transfers import Transfers
 from parallel.validate import validate
@@ -34,8 +35,9 @@ def schedules(draw):
 
 @settings(deadline=None, max_examples=150)
 @given(schedules())
-def test_every_generator_is_proven_at_every_size(schedule):
+def test_every_generator_and_its_evaluation_are_proven_at_every_size(schedule):
     validate(schedule)
+    validate(forward_only(schedule.placement), evaluates=True)
 
 
 @settings(deadline=None, max_examples=60)
@@ -159,6 +161,55 @@ def test_queues_that_both_ends_agree_on_but_hang_are_found(schedule, seed):
     queues[rank][peer] = queues[peer][rank] = turned
     with pytest.raises(ScheduleError, match="waits for ever"):
         validate(schedule, Transfers(tuple(queues)))
+
+
+# -- connections: the first message of two ranks holds their hosts -----------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", range(1, 18))
+@pytest.mark.parametrize("kind", ["loop", "v", "mirror"])
+def test_every_pair_connects_once_in_three_rounds_at_most(kind, ranks):
+    for chunks in (1, 2, 3) if kind == "loop" else (1,):
+        place = Placement(kind, ranks, 2 * ranks if kind == "v" else ranks * chunks, 2 * ranks)
+        rounds = connection_rounds(pairs_of(place))
+        assert len(rounds) <= 3
+        for pairs in rounds:
+            assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs), "a rank with two partners"
+        used = {
+            (min(rank, peer), max(rank, peer))
+            for rank, queues in enumerate(Transfers.of(forward_only(place)).queues)
+            for peer in queues
+        }
+        assert sorted(pair for pairs in rounds for pair in pairs) == sorted(used)
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 5, 8])
+def test_a_schedule_whose_ranks_have_not_connected_is_refused_where_it_hangs(ranks):
+    schedule = make_schedule("interleaved", ranks, 2 * ranks, 2)
+    apart = ((),) * ranks
+    waits = rf"rank 0, action 0: waits for ever with the first message between it and rank {ranks - 1}, the activation"
+    with pytest.raises(ScheduleError, match=waits):
+        validate(schedule, connections=apart)
+    with pytest.raises(ScheduleError, match=waits):
+        validate(forward_only(schedule.placement), connections=apart, evaluates=True)
+    validate(make_schedule("1f1b", ranks, 2 * ranks), connections=apart)  # its first messages come in a line
+
+
+def test_connections_that_wait_in_a_circle_are_refused():
+    schedule = make_schedule("interleaved", 3, 6, 2)
+    with pytest.raises(ScheduleError, match="rank 0, action 0: waits for ever to connect with rank 1"):
+        validate(schedule, connections=((1, 2), (2, 0), (0, 1)))
+
+
+def test_a_reduction_that_two_ranks_start_in_places_that_wait_for_each_other_is_refused(monkeypatch):
+    """The first reduction over a group that has not connected holds its members' hosts until the last has come."""
+    schedule = make_schedule("dualpipe", 4, 8)
+    validate(schedule, groups_connected=False)
+    last = len(schedule.ranks[3]) - 1
+    monkeypatch.setattr("parallel.validate.reductions", lambda _, rank: {0: {0: [0]}, 3: {last: [0]}}.get(rank, {}))
+    with pytest.raises(ScheduleError, match="waits for ever to reduce stage 0 with rank 3"):
+        validate(schedule, groups_connected=False)
+    validate(schedule)
 
 
 # -- published formulae ------------------------------------------------------------------------------------------------

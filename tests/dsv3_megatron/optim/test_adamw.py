@@ -2,10 +2,14 @@
 
 import copy
 
+import megatron.core.optimizer as optimizers
+import megatron.core.optimizer.distrib_optimizer as distributed
 import pytest
 import torch
 
+from dsv3_megatron.optim import adamw, optimizer
 from dsv3_megatron.optim.adamw import FusedAdam
+from launcher.compose import compose
 
 BF16 = torch.bfloat16
 
@@ -54,3 +58,48 @@ def test_masters_and_moments_of_bf16_weights_keep_their_dtypes_through_a_save(mo
     for seed in range(3, 6):
         assert torch.equal(stepped(optimizer, weight, seed), stepped(resumed, again, seed))
         assert torch.equal(optimizer.state[weight]["master_param"], resumed.state[again]["master_param"])
+
+
+@pytest.mark.parametrize("moments", [torch.float32, BF16])
+def test_portions_change_nothing(moments, monkeypatch):
+    def weights_after_three_steps():
+        made = [torch.nn.Parameter(torch.linspace(0.5, 1.5, size)) for size in (3, 40, 8, 1, 25)]
+        optimizer = FusedAdam(made, lr=0.01, exp_avg_dtype=moments, exp_avg_sq_dtype=moments)
+        for seed in range(3):
+            for number, weight in enumerate(made):
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(10 * seed + number))
+            optimizer.step()
+        return made
+
+    whole = weights_after_three_steps()
+    monkeypatch.setattr(adamw, "_TOGETHER", 12)
+    sizes = [[p.numel() for p in portion] for portion in adamw._portions(whole)]
+    assert sizes == [[3], [40], [8, 1], [25]]
+    for mine, one in zip(weights_after_three_steps(), whole):
+        assert torch.equal(mine, one)
+
+
+@pytest.mark.parametrize(
+    "found, precision, said",
+    [
+        (None, "bf16", "AdamW of this package over torch's (neither Transformer Engine nor Apex is installed)"),
+        (None, "fp32", "AdamW of this package over torch's (neither Transformer Engine nor Apex is installed)"),
+        ("Transformer Engine", "bf16", "Transformer Engine's fused AdamW"),
+        ("Apex", "bf16", "AdamW of this package over torch's (Apex's cannot hold moments in BF16)"),
+        ("Apex", "fp32", "Apex's fused AdamW"),
+    ],
+)
+def test_a_gpu_uses_a_fused_adamw_where_one_is_and_ours_elsewhere(found, precision, said, monkeypatch):
+    theirs = type("FusedAdam", (torch.optim.Optimizer,), {})
+    monkeypatch.setattr(optimizer, "_THEIRS", found)
+    values = {"Adam": theirs, "HAVE_APEX_OR_TE": bool(found), "USING_TE_OPTIMIZER": found == "Transformer Engine",
+              "USING_APEX_OPTIMIZER": found == "Apex"}  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(distributed, name, value)
+    for name, value in (("Adam", theirs), ("USING_PYTORCH_OPTIMIZER", not found), ("is_te_min_version", None)):
+        monkeypatch.setattr(optimizers, name, value)
+    wanted = compose(["recipe=dsv3_tiny", f"precision={precision}"]).precision
+    for backend in ("te", "torch"):
+        assert optimizer.choose_adamw(backend, torch.device("cuda", 3), wanted) == said
+        assert optimizers.Adam is distributed.Adam is (FusedAdam if said.startswith("AdamW of this") else theirs)
+        assert not optimizers.USING_PYTORCH_OPTIMIZER and distributed.HAVE_APEX_OR_TE

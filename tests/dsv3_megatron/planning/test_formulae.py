@@ -54,6 +54,6 @@ def test_formulae_agree_with_the_exact_path(overrides):
 
 
 def test_experts_of_one_rank_exchange_nothing():
-    recipe = compose(["recipe=dsv3_h200"])
+    recipe = compose(["recipe=dsv3_one_gpu"])
     exact, fast = make_plan(recipe, 1), make_plan(recipe, 1, measure=estimate_stages)
     assert fast.tightest.total_bytes == pytest.approx(exact.tightest.total_bytes, rel=0.005)

@@ -8,9 +8,9 @@ import torch
 from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.shapes import check_shapes
-from dsv3_megatron.precision.transformer_engine import check_hardware
+from dsv3_megatron.precision.transformer_engine import check_hardware, check_policy
 from launcher.compose import compose
-from parallel.errors import LayoutError, PackageError, RecipeError
+from parallel.errors import LayoutError, PackageError, RecipeError, UserError
 
 CPU = torch.device("cpu")
 TENSOR = [f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient")]
@@ -41,7 +41,7 @@ def test_what_te_does_otherwise_is_told():
     assert len(lines) == 2 and "SwiGLU" in lines[0] and "one copy" in lines[1]
 
 
-@pytest.mark.parametrize("recipe", ["dsv3_671b", "dsv3_16b", "dsv3_h200", "dsv3_article"])
+@pytest.mark.parametrize("recipe", ["dsv3_671b", "dsv3_16b", "dsv3_one_gpu", "dsv3_article"])
 def test_the_shapes_of_recipes_for_gpus_divide(recipe):
     check_shapes(compose([f"recipe={recipe}"]))
 
@@ -56,7 +56,7 @@ def test_the_shapes_of_recipes_for_gpus_divide(recipe):
 )
 def test_a_width_that_does_not_divide_is_named_with_the_nearest(override, named):
     with pytest.raises(LayoutError, match="multiple of 16") as error:
-        check_shapes(compose(["recipe=dsv3_h200", override]))
+        check_shapes(compose(["recipe=dsv3_one_gpu", override]))
     assert named in str(error.value) and "nearest that is" in str(error.value)
 
 
@@ -71,10 +71,28 @@ def test_holding_weights_in_fp8_is_refused_by_the_emulation():
         check_precision(compose(["recipe=dsv3_tiny", "precision=fp8", "precision.fp8.hold_weights=true"]), "torch", CPU)
 
 
-def test_delayed_scaling_on_te_is_refused_where_it_would_not_be_fp8():
-    words = ["precision=fp8", *TENSOR, "precision.fp8.scaling=delayed", "parallel.schedule=dualpipev"]
-    with pytest.raises(LayoutError, match="without FP8"):
-        check_precision(compose(["recipe=dsv3_tiny", *words]), "te", CPU)
+DELAYED = ["recipe=dsv3_tiny", "precision=fp8", *TENSOR, "precision.fp8.scaling=delayed"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named", "help"),
+    [
+        (("parallel.schedule=dualpipev",), "parallel.schedule=dualpipev would train without FP8", "schedule=1f1b"),
+        (("parallel.pipeline=2",), "parallel.pipeline = 2", "parallel.pipeline=1"),
+        (("parallel.recompute=[norm,mla_up,moe_act]",), r"parallel.recompute = \[moe_act, norm\]", "scaling=current"),
+        ((), "precision.fp8.swiglu_cache = e4m3", "swiglu_cache=high"),
+        (("precision.fp8.swiglu_cache=high", "precision.fp8.hold_weights=true"), "hold_weights = true", "hold_weights"),
+    ],
+)
+def test_delayed_scaling_on_te_is_refused_where_it_would_fail_or_not_be_fp8(overrides, named, help):
+    with pytest.raises(UserError, match=named) as error:
+        check_precision(compose([*DELAYED, *overrides]), "te", CPU)
+    assert help in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_te_does_otherwise_with_tensor_tiles_is_told():
+    lines = deviations(compose([*DELAYED, "precision.fp8.swiglu_cache=high"]).precision.fp8)
+    assert any("fast accumulation" in line for line in lines) and any("powers of two" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +123,17 @@ def test_a_precision_asked_for_is_the_one_that_is_taken(recipe, name):
 def test_a_key_of_fp8_does_not_switch_it_on_under_another_name():
     with pytest.raises(RecipeError, match="precision.name = bf16, but precision.fp8 is set"):
         compose(["recipe=dsv3_tiny", "precision=bf16", "precision.fp8={hold_weights: true}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "help"),
+    [
+        ("gradient_tile=128x128", "gradient_tile=1x128"),
+        ("accumulation=14bit", "backend=torch"),
+        ("wgrad_operands=retiled", "wgrad_operands=requantised"),
+    ],
+)
+def test_what_only_the_emulation_can_do_is_refused_on_te(override, help):
+    with pytest.raises(RecipeError, match=override.split("=")[0]) as error:
+        check_policy(compose(["recipe=dsv3_tiny", "precision=fp8", f"precision.fp8.{override}"]).precision.fp8)
+    assert help in str(error.value) and "\n" not in str(error.value)

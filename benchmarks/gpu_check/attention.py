@@ -1,0 +1,106 @@
+"""Which kernel serves DeepSeek-V3's attention in BF16: 192 channels for queries and keys, 128 for values."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
+
+HEADS, LENGTH, WIDTH, VALUE = 128, 4096, 192, 128
+
+
+def backends(visit: Visit) -> Outcomes:
+    """Each of torch's backends, forward and backward, alone; torch's own choice; and TE's."""
+    from importlib.util import find_spec
+
+    found = {name: _torch(visit, name) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", None)}
+    chosen = found.pop(None)
+    te = _of_te(visit) if find_spec("transformer_engine") else "not installed"
+    served = {name: value for name, value in found.items() if isinstance(value, float)}
+    shown = (
+        ", ".join(f"{name.split('_')[0].lower()} {ms:.2f} ms" for name, ms in served.items())
+        or "none but the plain one"
+    )
+    own = f"{chosen:.2f} ms" if isinstance(chosen, float) else chosen
+    said = f"torch serves it by {shown}, of its own choice in {own}; te: {te}"
+    yield judged(isinstance(chosen, float), said, torch=found, chosen=chosen, te=te)
+
+
+def _inputs(visit: Visit, layout: tuple[int, ...]) -> list[Any]:
+    """Return query, key and value; ``layout`` is their shape but for the channels."""
+    import torch
+
+    return [
+        torch.randn((*layout, width), device=visit.device, dtype=torch.bfloat16, requires_grad=True)
+        for width in (WIDTH, WIDTH, VALUE)
+    ]
+
+
+def _torch(visit: Visit, name: str | None) -> float | str:
+    """Return milliseconds of a forward and a backward, or why the backend does not serve it."""
+    from contextlib import nullcontext
+
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    query, key, value = _inputs(visit, (1, HEADS, LENGTH))
+    try:
+        with sdpa_kernel([getattr(SDPBackend, name)]) if name else nullcontext():
+            return _milliseconds(
+                lambda: (
+                    torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+                )
+            )
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0][:200]
+
+
+def _milliseconds(run: Any, times: int = 5) -> float:
+    import torch
+
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times * 1e3
+
+
+class _Kept(logging.Handler):
+    """Keeps what TE says of its choice."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one message."""
+        self.said.append(record.getMessage())
+
+
+def _of_te(visit: Visit) -> str:
+    """Return which of TE's backends ran, by its log, and how long it took; or why none did."""
+    os.environ |= {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"}  # read when TE's attention is imported
+    import transformer_engine.pytorch as te
+
+    kept = _Kept()
+    logging.getLogger().addHandler(kept)
+    for name in ("DotProductAttention", "transformer_engine"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+        logging.getLogger(name).addHandler(kept)
+    try:
+        layer = te.DotProductAttention(HEADS, (WIDTH, VALUE), qkv_format="sbhd", attn_mask_type="causal").to(
+            visit.device
+        )
+        query, key, value = _inputs(visit, (LENGTH, 1, HEADS))
+        took = _milliseconds(lambda: layer(query, key, value).sum().backward())
+    except Exception as error:  # whatever its extension raises is the answer
+        return f"refused: {str(error).strip().splitlines()[0][:200]}"
+    ran = next(
+        (line for line in kept.said if "Running with" in line or "Selected backend" in line), "its log does not say"
+    )
+    return f"{ran} ({took:.2f} ms)"

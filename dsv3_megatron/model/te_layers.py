@@ -1,0 +1,25 @@
+"""What Transformer Engine's layers are told once they are built, which neither they nor megatron-core say of them."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv3_megatron.model.stage import is_routed_expert
+
+
+def settle_te_layers(chunk: torch.nn.Module) -> None:
+    """Let a stage's TE layers add weight gradients in float32, and every shard of a gradient count once in its norm."""
+    for layer in chunk.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):
+            # A product adds its float32 sum to ``main_grad``. Otherwise every microbatch's gradient is rounded to BF16
+            # first, and a grouped layer that owes weight gradients keeps a BF16 buffer of all its weights for each
+            # microbatch. megatron-core's field for it would have the output head ask for Apex as well.
+            layer.fuse_wgrad_accumulation = True
+    for name, weight in chunk.named_parameters():
+        # The norm counts a weight of every TP rank where it is marked as sharded, else of the first one. TE marks all
+        # weights of its linear layers (linear.py, reset_parameters), also those that every TP rank holds whole, and
+        # none of its grouped layers without a TP group, whose shards lie on all TP ranks.
+        if is_routed_expert(name):
+            weight.tensor_model_parallel = True
+        elif getattr(weight, "sequence_parallel", False):
+            weight.tensor_model_parallel = False

@@ -1,0 +1,172 @@
+"""The end of a rank that failed: what it failed of reaches the terminal, with rank and host, and once a host.
+
+torchrun ends the ranks of a host as soon as it sees one of them leave, and prints seven lines for every rank that left
+with an error of its own. So the ranks of a host agree, by files in the folder that torchrun made for their error files:
+
+- A rank with something to say that no rank of its host has said speaks at once. The first of all has its whole
+  traceback shown; later ones, mostly the loss of a peer, one line with the place of the whole.
+- The first to speak leaves when all others of the host have failed too, or after ``GRACE_SECONDS``: by then ranks that
+  were about to fail have had their say. torchrun takes it for the root cause, and repeats its line in its report.
+- A rank that had nothing new to say leaves with 0 when the first is about to go, which keeps it out of torchrun's
+  report. One that had waits until torchrun ends it. Until then none closes a connection that others wait on.
+
+Every host speaks for itself: its output may be a file of its own (SLURM). Imports nothing slow: most mistakes are found
+before torch is imported.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from parallel.errors import UserError
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment variable: one file a rank, read for torchrun's report
+GRACE_SECONDS = 3.0  # ranks of one host that make the same mistake come to it within a second, if it is not busy
+ENDED_SECONDS = 10.0  # torchrun looks ten times a second, and ends its ranks at once
+LEAVE_SECONDS = 0.2  # in which waiting processes, which look fifty times a second, are gone
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # with which torchrun ends a rank
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank failed of, in one line and as a whole (a traceback; empty where the line says all), and its code."""
+
+    line: str
+    whole: str
+    code: int
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Return the failure that an exception is."""
+        if isinstance(error, UserError):
+            return cls(str(error).replace("\n", " "), "", error.exit_code)
+        whole = "".join(traceback.format_exception(error))
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        return cls(" ".join(traceback.format_exception_only(error)[-1].split()) + place, whole, 1)
+
+    @property
+    def key(self) -> str:
+        """What makes two failures the same: a user's mistake its words; else all but numbers, such as ports."""
+        text = re.sub(r"0x[0-9a-f]+|\d+", "#", self.line) if self.whole else self.line
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def last_words(failure: Failure) -> int:
+    """Say what this rank failed of; return, when it is time to leave, the code to leave with."""
+    ended = _listen()
+    file = os.environ.get(ERROR_FILE, os.devnull)
+    if file == os.devnull:  # no torchrun, or one that keeps nothing: nothing to agree by
+        _say(failure, is_first=True)
+        return failure.code
+    with suppress(OSError):
+        host = _Host(Path(file))
+        is_first, is_new = host.enter(failure)
+        if is_first:
+            _wait(GRACE_SECONDS, lambda: ended() or host.all_are_here())
+            host.close(failure)
+            return failure.code
+        _wait(GRACE_SECONDS + ENDED_SECONDS, lambda: ended() or (host.is_closed() and not is_new))
+        return 0 if host.is_closed() and not is_new else failure.code
+    _say(failure, is_first=True)  # a full disk, say
+    return failure.code
+
+
+class _Host:
+    """The failed ranks of this host and start: a file for each, and one for all that was said, with whose it is."""
+
+    def __init__(self, error_file: Path):
+        self._error_file = error_file
+        self._folder = error_file.parent.parent / "failed"  # torchrun makes attempt_N/LOCAL_RANK/error.json
+        self._folder.mkdir(exist_ok=True)
+
+    def enter(self, failure: Failure) -> tuple[bool, bool]:
+        """Take this rank in and let it speak if it has something new; return whether it is first, and whether new."""
+        with self._alone():
+            is_first = not any(self._folder.glob("rank_*"))
+            said = self._folder / failure.key
+            is_new = not said.exists()
+            if is_new:
+                self._error_file.write_text(json.dumps(_for_torchrun(failure)))
+                _say(failure, is_first=is_first, whole_at=self._error_file)
+            with said.open("a") as ranks:
+                ranks.write(f"{os.environ['RANK']}\n")
+            (self._folder / f"rank_{os.environ['RANK']}").touch()
+        return is_first, is_new
+
+    def all_are_here(self) -> bool:
+        """Return whether every rank of this host has failed."""
+        return len(list(self._folder.glob("rank_*"))) >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def is_closed(self) -> bool:
+        """Return whether the first rank is about to leave."""
+        return (self._folder / "closed").exists()
+
+    def close(self, failure: Failure) -> None:
+        """Name the ranks of this host that failed of the same, and let them go first."""
+        others = sorted(int(rank) for rank in (self._folder / failure.key).read_text().split())
+        others.remove(int(os.environ["RANK"]))
+        if others:
+            _write(f"[the same from rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}]\n")
+        (self._folder / "closed").touch()
+        time.sleep(LEAVE_SECONDS if others else 0.0)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One rank at a time: what is said stays together."""
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
+            yield
+
+
+def _say(failure: Failure, *, is_first: bool, whole_at: Path | None = None) -> None:
+    who = f"[rank {os.environ.get('RANK', 0)} on {socket.gethostname()}]"
+    if failure.whole and is_first:
+        _write(f"{who}\n{failure.whole}")
+    else:
+        _write(f"{who} {failure.line}" + (f"; whole traceback in {whole_at}" if failure.whole else "") + "\n")
+
+
+def _write(text: str) -> None:
+    with suppress(OSError):  # nobody reads any more
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _for_torchrun(failure: Failure) -> dict[str, object]:
+    """Return the content of an error file (torch.distributed.elastic.multiprocessing.errors): its report shows
+    ``py_callstack``, whole, so it gets the line."""
+    extra = {"py_callstack": failure.line, "timestamp": str(int(time.time()))}
+    return {"message": {"message": failure.line, "extraInfo": extra}, "traceback": failure.whole}
+
+
+def _listen() -> Callable[[], bool]:
+    """Survive torchrun's signal from now on; return what tells whether it came."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    for number in ENDING:
+        signal.signal(number, note)
+    return lambda: bool(came)
+
+
+def _wait(seconds: float, over: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not over() and time.monotonic() < deadline:
+        time.sleep(0.02)

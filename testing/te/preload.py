@@ -1,0 +1,13 @@
+"""What a test rank on Transformer Engine needs, imported once in its fork server (tests/ranks.py)."""
+
+import warnings
+
+warnings.filterwarnings("ignore")
+
+from testing.te.install import install
+
+install()
+
+import transformer_engine.pytorch  # noqa: F401
+
+import tests.tiny  # noqa: F401

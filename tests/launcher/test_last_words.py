@@ -1,0 +1,178 @@
+"""What a rank fails of reaches the terminal, with rank and host, in few lines, whoever leaves first."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.last_words import Failure
+from parallel.errors import DataError
+from tests.ranks import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = socket.gethostname()
+MISTAKE = "model.n_routed_expert=8"
+LINE = "recipe: model.n_routed_expert is not a key of a recipe; did you mean model.n_routed_experts?"
+REPORT_LINES = 40  # two of ours, torchrun's traceback, and its block for one rank: 36 by torch 2.13
+BLOCK_LINES = 8  # and for each other rank that it had to end
+
+# Fails on the last rank alone, which no recipe can ask for: argv = where, what, then the command.
+OF_THE_LAST = """
+import os, runpy, sys
+where, what = sys.argv[1:3]
+del sys.argv[:3]
+if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    from parallel.errors import DataError
+
+    def fail(*arguments):
+        raise {"mistake": DataError("shard_7 cannot be read on this host"), "bug": ValueError("a bug")}[what]
+
+    if where == "start":
+        import dsv3_megatron.fits
+        dsv3_megatron.fits.check_world = fail
+    else:
+        from dsv3_megatron.trainer import Trainer
+        Trainer.prepare = fail
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def torchrun(ranks, *words, flags=()):
+    """Run ranks; return the lines of the terminal and the exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *flags]
+    command += ["--master-port", str(free_port()), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    return (done.stdout + done.stderr).splitlines(), done.returncode
+
+
+def root_cause(lines):
+    """Return (rank, words) of torchrun's report."""
+    text = "\n".join(lines).partition("Root Cause")[2]
+    return int(re.search(r"rank +: (\d+)", text)[1]), re.search(r"traceback : (.*)", text)[1]
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_ranks_is_told_once_in_every_try():
+    for _ in range(3):
+        lines, code = torchrun(4, "launcher/pretrain.py", "recipe=dsv3_tiny", MISTAKE)
+        assert code == 1  # torchrun's, whatever the ranks leave with
+        first = re.fullmatch(rf"\[rank (\d) on {HOST}\] {re.escape(LINE)}", lines[0])
+        assert first, lines[0]
+        same = re.fullmatch(r"\[the same from ranks? ([\d, ]+)\]", lines[1])
+        others = {int(rank) for rank in same[1].split(",")} if same else set()
+        assert others <= {0, 1, 2, 3} - {int(first[1])}  # on a busy machine some come too late: torchrun ended them
+        assert root_cause(lines) == (int(first[1]), LINE)
+        assert sum(LINE in line for line in lines) == 2
+        assert len(lines) <= REPORT_LINES + BLOCK_LINES * (3 - len(others)), "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_one_rank_names_rank_and_host(tmp_path):
+    wrapper = tmp_path / "rank"
+    wrapper.write_text(f'#!/bin/sh\n[ "$RANK" = 2 ] && set -- "$@" {MISTAKE}\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    words = ("launcher/pretrain.py", "recipe=dsv3_tiny", "optim.global_batch=12", f"run.directory={tmp_path / 'run'}")
+    lines, code = torchrun(3, wrapper, *words, flags=("--no-python",))
+    assert code == 1
+    assert lines[0] == f"[rank 2 on {HOST}] {LINE}", lines[:3]
+    assert root_cause(lines) == (2, LINE)
+    assert len(lines) <= REPORT_LINES + 2 * BLOCK_LINES, "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "what", "ranks"), [("start", "bug", 3), ("group", "mistake", 2)])
+def test_what_one_rank_fails_of_comes_before_what_others_make_of_it(tmp_path, where, what, ranks):
+    """The others wait for that rank in a collective, and fail when it is gone."""
+    script = tmp_path / "of_the_last.py"
+    script.write_text(OF_THE_LAST)
+    words = ("recipe=dsv3_tiny", "data=synthetic", "optim.global_batch=12", f"run.directory={tmp_path / 'run'}")
+    lines, code = torchrun(ranks, script, where, what, "launcher/pretrain.py", *words)
+    said = next(line for line in lines if line.startswith("[rank "))
+    rank, cause = root_cause(lines)
+    assert (code, rank) == (1, ranks - 1), "\n".join(lines)
+    if what == "mistake":
+        assert said == f"[rank {rank} on {HOST}] {cause}" and "shard_7" in cause
+    else:
+        assert said == f"[rank {rank} on {HOST}]"
+        after = lines[lines.index(said) + 1 :]
+        assert after[0].startswith("Traceback") and "ValueError: a bug" in after
+        assert cause.startswith("ValueError: a bug (") and "of_the_last.py" in cause
+    assert sum("Traceback" in line for line in lines) <= 2  # that one and torchrun's own
+
+
+RANK = """
+import sys
+from launcher.last_words import Failure, last_words
+from parallel.errors import DoesNotFitError, RecipeError
+errors = {"a": RecipeError("a"), "b": DoesNotFitError("b"), "c": OSError("port 1")}
+sys.exit(last_words(Failure.of(errors[sys.argv[1]])))
+"""
+
+
+class Start:
+    """Ranks of a host that fail, without torchrun: its signal is sent by hand."""
+
+    def __init__(self, folder, size):
+        self.folder, self.size, self.ranks = folder, size, {}
+
+    def fail(self, rank, what, heard=True):
+        """Let a rank fail; return when the others know of it."""
+        (self.folder / str(rank)).mkdir(parents=True)
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.size),
+            "TORCHELASTIC_ERROR_FILE": str(self.folder / str(rank) / "error.json"),
+        }  # fmt: skip
+        command = [sys.executable, "-c", RANK, what]
+        self.ranks[rank] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + (30 if heard else 0)
+        while not (self.folder / "failed" / f"rank_{rank}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def end(self, rank):
+        """Return (exit code, what was said) of a rank."""
+        said = self.ranks[rank].communicate(timeout=30)[1]
+        return self.ranks[rank].returncode, said.splitlines()
+
+
+def test_each_leaves_with_its_own_code_and_a_signal_loses_no_word(tmp_path):
+    start = Start(tmp_path, 4)
+    start.fail(1, "a")
+    start.fail(2, "b")
+    start.fail(0, "a")
+    for rank in (1, 2):
+        start.ranks[rank].send_signal(signal.SIGTERM)
+    assert start.end(1) == (2, [f"[rank 1 on {HOST}] recipe: a", "[the same from rank 0]"])
+    assert start.end(2) == (3, [f"[rank 2 on {HOST}] plan: b"])
+    assert start.end(0) == (0, [])
+    error = json.loads((tmp_path / "1" / "error.json").read_text())
+    assert error["message"]["message"] == "recipe: a"
+
+
+def test_a_rank_that_nobody_joins_leaves_by_itself(tmp_path):
+    start = Start(tmp_path, 2)
+    start.fail(0, "a")
+    assert start.end(0) == (2, [f"[rank 0 on {HOST}] recipe: a"])  # rank 1 never came
+
+
+def test_where_ranks_cannot_agree_each_speaks(tmp_path):
+    start = Start(tmp_path, 2)
+    (tmp_path / "failed").touch()  # no folder can be made there
+    start.fail(1, "c", heard=False)
+    code, said = start.end(1)
+    assert code == 1
+    assert said[0] == f"[rank 1 on {HOST}]" and said[-1] == "OSError: port 1"
+
+
+@pytest.mark.parametrize(("text", "same"), [("port 1 of 0xab12 is closed", True), ("port 1 of 0xab12 is open", False)])
+def test_tracebacks_that_differ_in_numbers_are_the_same(text, same):
+    other = Failure.of(OSError("port 23 of 0xff00 is closed"))
+    assert (Failure.of(OSError(text)).key == other.key) == same
+    assert Failure.of(DataError("shard 1")).key != Failure.of(DataError("shard 2")).key
