@@ -1,21 +1,26 @@
 """Watching a run changes nothing: whatever comes between its steps, losses, gradient norms, weights, moments and router
 biases are, bit for bit, those of the run that nobody watches. And nothing piles up over the steps."""
 
-from dataclasses import replace
 from functools import cache
 
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from tests.ranks import run_ranks
+from tests.ranks import TE, run_ranks
+from tests.te import WORDS
 from tests.watching import ALWAYS, WATCHERS, Run, differences, objects_after, run_watched
 
 TENSOR_TILES = tuple(f"precision.fp8.{x}_tile=tensor" for x in ("activation", "weight", "gradient"))
+DELAYED = ("precision=fp8", "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high", *TENSOR_TILES)
 PRECISIONS = {
     "fp32": (),
     "bf16": ("precision=bf16",),
     "fp8": ("precision=fp8",),
-    "fp8, delayed scaling": ("precision=fp8", "precision.fp8.scaling=delayed", *TENSOR_TILES),
+    "fp8, delayed scaling": DELAYED,
+    "te, bf16": (*WORDS, "precision=bf16"),
+    "te, fp8": (*WORDS, "precision=fp8"),
+    "te, fp8 held": (*WORDS, "precision=fp8_held"),
+    "te, fp8, delayed scaling": (*WORDS, *DELAYED),
 }
 PAIR = "parallel.pipeline=2"
 SCHEDULES = {
@@ -37,19 +42,20 @@ WITH_AVERAGE = frozenset({"average", "report", "stragglers"})
 EVERYTHING = frozenset(ALWAYS)
 
 
-@cache
-def unwatched(precision, schedule):
-    """Every rank's outcome of the run that nobody watches."""
+def outcomes(precision, schedule, **how):
+    """Return every rank's outcome of a run."""
     ranks, overrides = SCHEDULES[schedule]
-    (found,) = run_ranks(ranks, run_watched, [Run((*PRECISIONS[precision], *overrides))])
+    preload = {"preload": TE} if precision.startswith("te") else {}
+    (found,) = run_ranks(ranks, run_watched, [Run((*PRECISIONS[precision], *overrides), **how)], **preload)
     return found
+
+
+unwatched = cache(outcomes)
 
 
 def what_differs(precision, schedule, always, between, **how):
     """Return, by rank, in what a watched run differs from the unwatched one."""
-    ranks, overrides = SCHEDULES[schedule]
-    run = replace(Run((*PRECISIONS[precision], *overrides), tuple(sorted(always)), between), **how)
-    (found,) = run_ranks(ranks, run_watched, [run])
+    found = outcomes(precision, schedule, always=tuple(sorted(always)), between=between, **how)
     return [differences(*both) for both in zip(found, unwatched(precision, schedule), strict=True)]
 
 
@@ -59,7 +65,7 @@ PLANS = st.lists(st.sets(st.sampled_from(sorted(WATCHERS)), max_size=3), min_siz
 # Not shrunk: an example costs seconds, and the message says where the two runs part.
 @settings(
     deadline=None,
-    max_examples=5,
+    max_examples=4,
     suppress_health_check=[HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )
@@ -74,9 +80,10 @@ PLANS = st.lists(st.sets(st.sampled_from(sorted(WATCHERS)), max_size=3), min_siz
 @example("fp8", "dualpipev", WITH_AVERAGE, ALL_BACKWARDS)
 @example("bf16", "one rank, recompute", WITH_AVERAGE, ALL_BACKWARDS)
 @example("fp32", "interleaved", WITH_AVERAGE, ALL)
-@example("fp8", "EP 2", WITH_AVERAGE, ALL_BACKWARDS)
 @example("fp8, delayed scaling", "zb1p", (), ALL)
-@example("bf16", "1f1b", WITH_AVERAGE, ALL_BACKWARDS)
+@example("te, fp8 held", "dualpipe", WITH_AVERAGE, ALL)
+@example("te, fp8, delayed scaling", "EP 2", WITH_AVERAGE, ALL_BACKWARDS)
+@example("te, fp8", "1f1b", WITH_AVERAGE, ALL_BACKWARDS)
 def test_watching_a_run_changes_nothing(precision, schedule, always, between):
     for rank, wrong in enumerate(what_differs(precision, schedule, always, between)):
         assert not wrong, f"rank {rank}: {len(wrong)} differ, the first: {'; '.join(wrong[:5])}"
