@@ -25,6 +25,6 @@ class AmaxHistory:
         """Return the amax to scale x [..., A, B] by, [..., 1, 1], and note x's own for later uses."""
         own = largest_of_tiles(x.detach().nan_to_num(0.0), whole_tile(x, (0, 0)))
         earlier = torch.stack(list(self._seen)).amax(0) if self._seen else own
-        if True:
+        if note:
             self._seen.append(own)
         return earlier
