@@ -57,9 +57,13 @@ def _operands(visit: Visit) -> tuple[Any, Any, Any]:
 
 def _products(products: Any, x: Any, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
     """Return Y, dX, dW by one of dsv3_megatron.precision's products."""
+    import torch
+
     y, kept = products.forward(x, weight, None, None)
     dx, dy_kept = products.input_gradient(dy, weight, None)
-    return y, dx, products.weight_gradient(dy_kept, products.owed(kept, None), None)
+    dw = torch.zeros(weight.shape, device=weight.device)
+    products.add_weight_gradient(dw, dy_kept, products.owed(kept, None), None, None)
+    return y, dx, dw
 
 
 def _emulated(x: Any, weight: Any, dy: Any) -> tuple[Any, Any, Any]:

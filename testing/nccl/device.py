@@ -341,9 +341,10 @@ class Gpu(TorchDispatchMode):
                 self._under_way[key].append(operation)
 
     def under_way(self) -> list[Any]:
-        """Return the operations whose data have not arrived."""
+        """Return the operations whose data have not arrived. One that failed is kept: its data never will."""
         with self.lock:
-            for key in [k for k, operations in self._under_way.items() if all(o.done.is_set() for o in operations)]:
+            arrived = [k for k, all_ in self._under_way.items() if all(o.done.is_set() and not o.error for o in all_)]
+            for key in arrived:
                 del self._under_way[key]
             return [o for operations in self._under_way.values() for o in operations if not o.done.is_set()]
 
