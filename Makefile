@@ -1,13 +1,13 @@
-# make env | demo | test | test-slurm | test-docker | lint | docs | bench | chaos | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-slurm | test-docker | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TE := testing/te/requirements.txt
+TE := $(wildcard testing/te/requirements.txt)
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slurm test-docker lint docs bench chaos clean slurm-installed
+.PHONY: env demo test test-slurm test-docker lint docs bench gpu-check chaos clean slurm-installed
 
 env: $(STAMP)
 
@@ -17,9 +17,10 @@ $(STAMP): pyproject.toml constraints.txt $(TE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@rm -rf $(VENV)/te  # Transformer Engine's Python, for tests: beside the packages, so that nothing else finds it
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -d $(VENV)/te -r $(TE)
-	$(BIN)/python -m zipfile -e $(VENV)/te/*.whl $(VENV)/te
+# Transformer Engine's Python, for tests: beside the packages, so that nothing else finds it. An image has no tests.
+	@rm -rf $(VENV)/te
+	$(if $(TE),$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -d $(VENV)/te -r $(TE))
+	$(if $(TE),$(BIN)/python -m zipfile -e $(VENV)/te/*.whl $(VENV)/te)
 	@touch $(STAMP)
 
 # Two pipeline stages x experts over two ranks: four processes, on two cores, on real text. What a demo of before has
@@ -29,8 +30,10 @@ demo: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
+# WORKERS=2 shares the files among two workers; a file is one worker's, as its tests share what they have made.
+WORKERS ?= 0
 test: $(STAMP) slurm-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # submit.py on a real SLURM of three nodes, on this machine.
 test-slurm: $(STAMP) slurm-installed
@@ -60,6 +63,11 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run_all.py
+
+# On a machine with a GPU, seven minutes at most: docs/gpu_check.md. With the environment of make env where it is, else
+# with the machine's own python3, as a container of a cluster has it. GPU_CHECK="seconds=120 only=losses" to choose.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check $(GPU_CHECK)
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)

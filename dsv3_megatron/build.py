@@ -13,7 +13,7 @@ from dsv3_megatron.recipe import Recipe
 from parallel.actions import Placement, Schedule
 from parallel.engine import Engine
 from parallel.errors import RecipeError
-from parallel.groups import build_groups
+from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
 from parallel.watchdog import Watchdog
 
@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
@@ -96,7 +97,7 @@ class Parts:
         found = self._engines.pop(key, None)
         if found is None:
             schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
-            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog)
+            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog, self.device)
             if len(self._engines) == _ENGINES:
                 del self._engines[next(iter(self._engines))]  # not used for longest
         self._engines[key] = found
@@ -140,6 +141,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     adamw = choose_adamw(backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
+    connect_groups((groups.intra_dp_cp, groups.intra_expt_dp), device)
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
     layers = layers_of_stages(recipe)
@@ -170,6 +172,9 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     parts.adamw = adamw
     if recipe.optim.ema_decay is not None:
         parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
+    if backend.name == "te" and recipe.precision.fp8 is not None and recipe.precision.fp8.scaling == "delayed":
+        first_layers = {stage: parts.first_layer(stage) for stage in chunks}
+        parts.extra_states[te_amaxes.NAME] = te_amaxes.TeAmaxes(chunks, first_layers, groups)
     return parts
 
 

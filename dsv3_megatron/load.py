@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dsv3_megatron.build import Parts, build_parts
+from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.checkpoint.choose import choose_checkpoint
 from dsv3_megatron.checkpoint.load import Found, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import read_content
@@ -18,9 +19,10 @@ from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.host import choose_device
+from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.trainer import processes
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, PackageError
 from parallel.settings import ParallelSettings
 from parallel.world import World
 
@@ -35,6 +37,7 @@ class TrainedModel:
     data: Data
     checkpoint: Path
     progress: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what a person should know of how it was loaded
 
 
 @contextmanager
@@ -44,13 +47,14 @@ def trained_model(
     """Load the newest valid checkpoint of a run, or the one of ``step``, for as long as the block lasts.
 
     ``weights``: those trained, or their average over the last steps (optim.ema_decay).
-    An imported run's own tokenizer takes the place of the data's. Raises: CheckpointError: there is none, it is
+    An imported run's own tokenizer takes the place of the data's. A run that was trained on Transformer Engine runs on
+    the torch backend where there is none, with a note. Raises: CheckpointError: there is none, it is
     damaged, or it holds no average.
     """
     path = choose_checkpoint(directory, step).path
-    alone = recipe.model_copy(update={"parallel": ParallelSettings()})
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
+    alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     if (own := Path(directory) / "tokenizer.json").is_file():
         data = replace(data, tokenizer=Tokenizer.load(own))
@@ -58,10 +62,30 @@ def trained_model(
         parts = build_parts(alone, alone.layout(1), device)
         content = read_content(path)
         found = Found(path, content["progress"], tuple(content["extra"]), content["optimizer"])
-        extra = ("ema",) if weights == "ema" else ()
-        if extra and (parts.ema is None or "ema" not in found.extra):
+        extra = tuple(name for name in found.extra if name == te_amaxes.NAME and name in parts.extra_states)
+        if weights == "ema" and (parts.ema is None or "ema" not in found.extra):
             raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")
-        load_checkpoint(found, parts, training=False, extra=extra)
-        if extra:
+        load_checkpoint(found, parts, training=False, extra=(*extra, "ema") if weights == "ema" else extra)
+        if weights == "ema":
             parts.ema.copy_into_weights()
-        yield TrainedModel(parts, data, path, found.progress)
+        yield TrainedModel(parts, data, path, found.progress, tuple(notes))
+
+
+def as_it_runs_here(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
+    """Return a recipe that runs on this machine, and a line where that is another backend than the recipe's.
+
+    A checkpoint is the same on both backends, and evaluating on a laptop what was trained on GPUs is common.
+    """
+    notes = []
+    try:
+        backend = backend_name(recipe.backend, device)
+    except PackageError as error:
+        backend = "torch"
+        notes.append(f"on backend torch, not te, with which it was trained ({error.args[0].partition(';')[0]})")
+    fp8 = recipe.precision.fp8
+    if (
+        backend == "torch" and fp8 is not None and fp8.hold_weights
+    ):  # that is Transformer Engine's; the numbers are kept
+        fp8 = fp8.model_copy(update={"hold_weights": False})
+    precision = recipe.precision.model_copy(update={"fp8": fp8})
+    return recipe.model_copy(update={"backend": backend, "precision": precision}), notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from torch import Tensor
 
 from dsv3_megatron.build import Parts
+from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.gradients import finish_gradients
 from dsv3_megatron.loads import gather_loads, step_loads, step_overflow, update_biases
 from dsv3_megatron.model.depth_masks import with_depth_masks
@@ -150,7 +151,8 @@ def train_step(
 @torch.no_grad()
 def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
     """Return the next-token loss of batches (this data-parallel rank's), in nats per token over all ranks."""
-    with _without_mtp(parts):
+    amaxes = parts.extra_states.get(te_amaxes.NAME)
+    with _without_mtp(parts), amaxes.untouched() if amaxes else nullcontext():
         total, _ = run_pipeline(parts, batches, training=False)
     return _mean_loss(parts, total)
 

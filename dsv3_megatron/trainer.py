@@ -445,6 +445,7 @@ def run(
             world_size=world.size,
             store=process_group_store(),
             abort_seconds=recipe.run.abort_seconds,
+            device=device,
         )
         try:
             trainer = Trainer(recipe, parts, data, reporter, resolved_recipe)

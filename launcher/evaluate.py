@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     from dsv3_megatron.step import evaluate_batches
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:
+        for note in model.notes:
+            print(note, file=sys.stderr)
         micro, count = recipe.optim.micro_batch, model.data.held_out_count
         batches = evaluation_batches(model.data.held_out, count=count, micro_batch=micro, dp_rank=0, dp=1)
         values = {"step": model.progress["step"], "held_out_loss": evaluate_batches(model.parts, batches)}

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     from dsv3_megatron.speculate import Speculation, speculate_tokens
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:
+        for note in model.notes:
+            print(note, file=sys.stderr)
         tokenizer = model.data.tokenizer
         if tokenizer is None:
             raise DataError(

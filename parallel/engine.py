@@ -13,16 +13,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.actions import Action, Schedule, Step
 from parallel.connections import connection_order
 from parallel.posting import Cursor, reductions
+from parallel.streams import has_streams
 from parallel.transfers import Message, MessageKey, Queue, Transfers
 from parallel.watchdog import Watchdog
 
 Emit = Callable[[Tensor], None]
+_CPU = torch.device("cpu")
 
 
 class Stages(Protocol):
@@ -56,13 +59,23 @@ class Stages(Protocol):
 class Engine:
     """One rank's share of one schedule. Made once, run every step."""
 
-    def __init__(self, schedule: Schedule, group: dist.ProcessGroup, stages: Stages, watchdog: Watchdog | None = None):
-        """Take the schedule's list of this rank in ``group`` (the pipeline group: rank r there runs list r)."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        group: dist.ProcessGroup,
+        stages: Stages,
+        watchdog: Watchdog | None = None,
+        device: torch.device = _CPU,
+    ):
+        """Take the schedule's list of this rank in ``group`` (the pipeline group: rank r there runs list r).
+
+        ``device`` is where messages live.
+        """
         self.rank = group.rank()
         self.steps = schedule.ranks[self.rank]
         self.waited_seconds = 0.0
         self._placement, self._last = schedule.placement, schedule.stages - 1
-        self._stages, self._watchdog = stages, watchdog
+        self._stages, self._watchdog, self._device = stages, watchdog, device
         self._queues = Transfers.of(schedule).queues[self.rank]
         self._group = group
         self._reduce_after = reductions(schedule, self.rank)
@@ -84,8 +97,14 @@ class Engine:
             self._execute(step)
             for stage in self._reduce_after.get(position, ()):
                 self._stages.start_reduction(stage)
-        for channel in self._channels.values():
+            if self._watchdog is not None:
+                self._watchdog.launched()
+        for peer, channel in self._channels.items():
+            if self._watchdog is not None:
+                self._watchdog.waits(f"last messages to pipeline rank {peer} to leave")
             channel.finish()
+            if self._watchdog is not None:
+                self._watchdog.runs()
         if self._watchdog is not None:
             self._watchdog.end()
 
@@ -95,7 +114,7 @@ class Engine:
         One message each way: under NCCL the first makes the communicator of the two, and each direction has a transport
         of its own to connect (parallel.connections).
         """
-        number = self._stages.empty_message().new_zeros(1)
+        number = torch.zeros(1, device=self._device)
         for peer in self._to_connect:
             if self._watchdog is not None:
                 self._watchdog.enter(f"connecting with pipeline rank {peer}")
@@ -120,7 +139,18 @@ class Engine:
         )
 
     def _take(self, payload: str, part: Action) -> Tensor:
-        """Return what another stage has made for ``part``, waiting for it if it comes from another rank."""
+        """Return what another stage has made for ``part``, waiting for it if it comes from another rank.
+
+        Its memory may belong to another stream than the one that uses it from here on: messages are posted, and
+        overlapped forwards end, on the plan's communication stream. So it is recorded for the current one, and is not
+        used for anything else before what runs here has read it.
+        """
+        tensor = self._await(payload, part)
+        if has_streams(self._device):
+            tensor.record_stream(torch.cuda.current_stream())
+        return tensor
+
+    def _await(self, payload: str, part: Action) -> Tensor:
         before = part.stage - 1 if payload == "activation" else part.stage + 1
         source = self._placement.rank_of(before, part.microbatch)
         key = (payload, part.stage, part.microbatch)

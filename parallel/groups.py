@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,18 @@ def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupColle
         groups.dp_cp = groups.intra_dp_cp = _union_group(layout, "dp_cp")
         groups.expt_dp = groups.intra_expt_dp = _union_group(layout, "expert_dp")
     return groups
+
+
+def connect_groups(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
+    """Sum a number over each group, so that no later collective of theirs holds the host.
+
+    Under NCCL a group's first collective makes its communicator and holds the host until all members call it. Left to
+    the first reduction of gradients, ranks that hold the same stages and finish them at different places of a schedule
+    can wait for each other for ever (parallel.validate). All ranks name groups of the same kinds in the same order.
+    """
+    for group in groups:
+        if group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _union_group(layout: Layout, name: str) -> dist.ProcessGroup:

@@ -27,6 +27,7 @@ def validate(
     transfers: Transfers | None = None,
     connections: Connections | None = None,
     *,
+    groups_connected: bool = True,
     evaluates: bool = False,
 ) -> Transfers:
     """Return the messages of a schedule that is proven right. Raises ScheduleError when a rule is broken.
@@ -35,13 +36,16 @@ def validate(
         schedule: of training, or one of forwards only where it ``evaluates``.
         transfers: its messages; those of ``Transfers.of`` if None.
         connections: in which order ranks connect before the first step; the engine's (parallel.connections) if None.
+        groups_connected: whether the groups over which gradients are reduced have met before the first step
+            (parallel.groups.connect_groups).
     """
     _check_completeness(schedule, evaluates)
     for rank in range(len(schedule.ranks)):
         _check_order_on_rank(schedule, rank)
     transfers = transfers or Transfers.of(schedule)
     _check_queues(schedule, transfers)
-    _DryRun(schedule, transfers, connection_order(schedule.placement) if connections is None else connections).run()
+    connections = connection_order(schedule.placement) if connections is None else connections
+    _DryRun(schedule, transfers, connections, groups_connected).run()
     return transfers
 
 
@@ -119,15 +123,17 @@ class _DryRun:
 
     - a pair's first message, and the first one in each direction, until both ends post it (parallel.connections);
     - a message it needs, until both ends have posted it and all earlier ones of the pair have passed;
-    - the first reduction over a group, which makes its communicator, until every holder of the stage starts it;
+    - the first reduction over a group that has not connected, which makes its communicator, until every holder of the
+      stage starts it;
     - the end of the step, until what it sent has left.
 
     On a GPU the host stands at a message or at the step's end only where it reads a number; a run in which it always
     stands there ends in fewer cases, never in more.
     """
 
-    def __init__(self, schedule: Schedule, transfers: Transfers, connections: Connections):
+    def __init__(self, schedule: Schedule, transfers: Transfers, connections: Connections, groups_connected: bool):
         self._schedule, self._transfers, self._connections = schedule, transfers, connections
+        self._groups_connected = groups_connected
         self._posted: dict[tuple[int, int], int] = {}  # (rank, peer) -> messages posted in their queue
         self._passed: set[Message] = set()
         self._heads: dict[tuple[int, int], int] = {}
@@ -155,7 +161,7 @@ class _DryRun:
             pair = frozenset((rank, peer))
             yield self._meeting(("connect", pair), rank, pair, f"to connect with rank {peer}")
         cursors = {peer: Cursor(queue, rank) for peer, queue in self._transfers.queues[rank].items()}
-        reduce_after = reductions(schedule, rank)
+        reduce_after = {} if self._groups_connected else reductions(schedule, rank)
         for peer, cursor in cursors.items():
             yield from self._post(rank, peer, cursor.begin())
         for position, step in enumerate(schedule.ranks[rank]):

@@ -3,6 +3,10 @@
 Each rank notes the action it is in. When none ends for a given time, a thread of that rank writes the place and the
 Python stack to the store that the process group started with, and the first rank to notice prints what all have
 written. A rank that wrote nothing is named too: it is dead, or not stuck.
+
+On a GPU the host runs ahead: a message that never comes holds a stream, and the host only where it reads a number, in
+most steps after the last action. So an event follows every message that an action waits for, and every action; the
+oldest that is not over is where the GPU stands. Events are used again as soon as they are over.
 """
 
 from __future__ import annotations
@@ -13,12 +17,16 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from parallel.actions import Step
+from parallel.streams import has_streams
 
+_CPU = torch.device("cpu")
 ABORTED = 70  # exit code of a process that ended itself: EX_SOFTWARE, so that a launcher sees a failure
 
 
@@ -34,6 +42,7 @@ class Watchdog:
         store: dist.Store,
         report: Callable[[str], None] | None = None,
         abort_seconds: float | None = None,
+        device: torch.device = _CPU,
     ):
         """Watch this process from now on.
 
@@ -43,6 +52,7 @@ class Watchdog:
             report: gets the text, on the first rank that notices; stderr by default.
             abort_seconds: end the process when one action takes longer than this, after writing the stacks of all its
                 threads to stderr; what started it starts it anew. None = never.
+            device: where actions run.
         """
         self._timeout, self._rank, self._world_size = timeout_seconds, rank, world_size
         self._store = store
@@ -54,6 +64,7 @@ class Watchdog:
         self._waits_for = ""
         self._told = False
         self._steps = 0
+        self._launches = _Launches() if has_streams(device) else None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -64,11 +75,11 @@ class Watchdog:
             self._steps += 1
         stages = ", ".join(f"stage {p.stage} microbatch {p.microbatch}" for p in step.parts)
         self._place = f"action {position + 1} of {count}: {step} ({stages})"
-        self._waits_for, self._told, self._since = "", False, time.monotonic()
+        self._waits_for, self._since = "", time.monotonic()
 
     def enter(self, place: str) -> None:
         """Something that is no action of a schedule begins, such as the optimizer's part of a step."""
-        self._place, self._waits_for, self._told, self._since = place, "", False, time.monotonic()
+        self._place, self._waits_for, self._since = place, "", time.monotonic()
 
     def leave(self) -> None:
         """It is over, and nothing is under way."""
@@ -79,8 +90,15 @@ class Watchdog:
         self._waits_for = f", waits for the {for_what}"
 
     def runs(self) -> None:
-        """What the action waited for is here."""
+        """What the action waited for is here, or the current stream waits for it."""
+        if self._launches is not None:
+            self._launches.add(f"{self._place}{self._waits_for}")
         self._waits_for = ""
+
+    def launched(self) -> None:
+        """All that the action does is done, or has been given to the current stream."""
+        if self._launches is not None:
+            self._launches.add(self._place)
 
     def end(self) -> None:
         """The last action of a step is over."""
@@ -94,22 +112,35 @@ class Watchdog:
     def _watch(self) -> None:
         shortest = min(self._timeout, self._abort or self._timeout)
         while not self._closing.wait(min(shortest / 4, 1.0)):
-            since = self._since
-            if since is not None and not self._told and time.monotonic() - since > self._timeout:
+            now, since, seconds = time.monotonic(), self._since, 0.0
+            if since is not None:
+                seconds = now - since
+            standing = self._launches.oldest() if self._launches is not None else None
+            if standing is not None:
+                seconds = max(seconds, now - standing[1])
+            if seconds <= self._timeout:
+                self._told = False
+            elif not self._told:
                 self._told = True
-                self._tell(time.monotonic() - since)
-            if since is not None and self._abort and time.monotonic() - since > self._abort:
+                self._tell(seconds)
+            if self._abort and seconds > self._abort:
                 faulthandler.dump_traceback(sys.stderr)
-                text = f"hang: rank {self._rank} ends itself after {self._abort:g} s in {self._place}"
+                text = f"hang: rank {self._rank} ends itself after {self._abort:g} s in {self._where()}"
                 print(text, file=sys.stderr, flush=True)
                 os._exit(ABORTED)
+
+    def _where(self) -> str:
+        """Return where the host is, and where the GPU is if that is behind."""
+        host = f"{self._place}{self._waits_for}" if self._since is not None else "nothing that is watched"
+        standing = self._launches.oldest() if self._launches is not None else None
+        return host if standing is None else f"{standing[0]}, on the GPU, while the host is in {host}"
 
     def _tell(self, seconds: float) -> None:
         frame = sys._current_frames().get(self._main)
         where = traceback.extract_stack(frame)[-1] if frame else None
         stack = f" [{where.filename.rsplit('/', 1)[-1]}:{where.lineno} {where.name}]" if where else ""
         key = f"watchdog/{self._steps}"  # all ranks of a hang are in the same step
-        self._store.set(f"{key}/{self._rank}", f"{self._place}{self._waits_for}, for {seconds:.0f} s{stack}")
+        self._store.set(f"{key}/{self._rank}", f"{self._where()}, for {seconds:.0f} s{stack}")
         if self._store.add(f"{key}/told", 1) > 1:
             return
         self._closing.wait(min(self._timeout, 5.0))  # the others notice about now
@@ -118,6 +149,44 @@ class Watchdog:
             place = self._store.get(f"{key}/{rank}").decode() if self._store.check([f"{key}/{rank}"]) else None
             lines.append(f"  rank {rank}: {place or 'has not said: not stuck, or dead'}")
         self._report("\n".join(lines))
+
+
+class _Launches:
+    """What the host has given to the GPU and is not over, in order, as events that another thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: deque[tuple[str, torch.cuda.Event]] = deque()
+        self._free: list[torch.cuda.Event] = []
+        self._since = 0.0  # when what was before the oldest was over, as far as anybody asked
+
+    def add(self, what: str) -> None:
+        """Note that the current stream does ``what`` after all it was given before."""
+        with self._lock:
+            self._forget_what_is_over()
+            event = self._free.pop() if self._free else torch.cuda.Event()
+            event.record()
+            if not self._under_way:
+                self._since = time.monotonic()
+            self._under_way.append((what, event))
+
+    def oldest(self) -> tuple[str, float] | None:
+        """Return what the GPU does now and since when, or None if it has nothing left to do."""
+        with self._lock:
+            self._forget_what_is_over()
+            return (self._under_way[0][0], self._since) if self._under_way else None
+
+    def _forget_what_is_over(self) -> None:
+        while self._under_way and _is_over(self._under_way[0][1]):
+            self._free.append(self._under_way.popleft()[1])
+            self._since = time.monotonic()
+
+
+def _is_over(event: torch.cuda.Event) -> bool:
+    try:
+        return event.query()
+    except RuntimeError:  # the device has failed: the host hears of it where it asks, and this thread must live to tell
+        return False
 
 
 def process_group_store() -> dist.Store:

@@ -11,6 +11,18 @@ from dsv3_megatron.host import adapt_host
 adapt_host("cpu")  # all tests, on machines with GPUs too
 
 
+WAITING = ("tests/slurm/", "tests/end_to_end/")  # whose tests wait for other processes, most of the time or in part
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that of several workers none is left with one of them at the end."""
+
+    def place(item):
+        return next((n for n, start in enumerate(WAITING) if item.nodeid.startswith(start)), len(WAITING))
+
+    items.sort(key=place)
+
+
 @pytest.fixture
 def one_process():
     """The default process group with this process alone in it; yields megatron-core's groups."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.fork_servers import forked_from
 
+_random = random.SystemRandom()  # hypothesis seeds the usual one: two test processes would choose the same ports
 _context = multiprocessing.get_context("forkserver")
 TE = "testing.te.preload"
 
@@ -26,7 +27,7 @@ TE = "testing.te.preload"
 def free_port() -> int:
     """Return a TCP port nobody listens on, below the range from which gloo's own sockets take theirs."""
     while True:
-        port = random.randrange(20000, 30000)
+        port = _random.randrange(20000, 30000)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
@@ -82,6 +83,7 @@ def _rank_main(
         )
         try:
             queue.put((number, rank, None, worker(case)))
+            _leave_group()
         except BaseException:
             queue.put((number, rank, traceback.format_exc(), None))
             queue.close()
@@ -89,3 +91,13 @@ def _rank_main(
             os._exit(1)
     queue.close()
     queue.join_thread()
+
+
+def _leave_group() -> None:
+    """Leave the process group of a case in which all ranks met the same error: a run ends its process then."""
+    import torch
+
+    from parallel.groups import stop_processes
+
+    if torch.distributed.is_initialized():
+        stop_processes()

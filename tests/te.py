@@ -63,10 +63,10 @@ def train(case: Training) -> dict[str, Any]:
     finally:
         stop_processes()
         if recipe.backend == "te":
-            _forget_fp8_state()
+            forget_fp8_state()
 
 
-def _forget_fp8_state() -> None:
+def forget_fp8_state() -> None:
     """Begin anew what TE keeps for the whole process: amaxes of delayed scaling, by layer."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

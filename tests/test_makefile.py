@@ -6,20 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.docker.clean_root import instructions
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkout in which everything is installed, by stand-ins, and something was trained."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    """What docker/Dockerfile.cpu copies, everything installed, by stand-ins, and something trained."""
+    for keyword, rest in instructions((ROOT / "docker" / "Dockerfile.cpu").read_text()):
+        for name in rest.split()[1:-1] if keyword == "COPY" else ():
+            if (ROOT / name).is_file():
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                shutil.copy(ROOT / name, tmp_path / name)
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name in ("python", "torchrun"):
         (programs / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
         (programs / name).chmod(0o755)
-    for name in ("pyproject.toml", "constraints.txt", ".venv/.installed"):
-        (tmp_path / name).touch()
+    (tmp_path / ".venv" / ".installed").touch()
     for run in ("demo", "mine"):
         checkpoint = tmp_path / "runs" / run / "checkpoints" / "step_00000100" / "weights"
         checkpoint.parent.mkdir(parents=True)

@@ -37,6 +37,8 @@ from launcher.arguments import arguments_help, parse_arguments
 from launcher.console import guarded
 from parallel.errors import RecipeError
 
+PATIENCE = 5.0  # of a rehearsal, whose machine does other work too: limits are a GPU's
+
 
 class Arguments(BaseModel):
     """What can be said on the command line."""
@@ -99,7 +101,6 @@ def carry_out(checks: Sequence[Check], visit: Visit, arguments: Arguments, words
     runner = Runner(
         visit,
         arguments.seconds,
-        workers=1 if visit.stands_in else max(1, min(4, (os.cpu_count() or 1) // 4)),
         **_started(visit),
         told=lambda row: record.add(row, runner.visit),
     )
@@ -113,11 +114,12 @@ def _started(visit: Visit) -> dict[str, Any]:
     """Return how processes start. In a rehearsal they are forked from one that has imported everything: nothing there
     is spoiled by a fork, and it takes a third of the time."""
     if not visit.stands_in:
-        return {}
+        return {"workers": max(1, min(4, (os.cpu_count() or 1) // 4))}
     from tests.fork_servers import forked_from
 
     return {
         "context": multiprocessing.get_context("forkserver"),
+        "patience": PATIENCE,
         "forked": lambda check: forked_from(check.stand_ins),
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu_check.outcome import Outcome, Outcomes, Visit, judged
@@ -25,10 +27,15 @@ def is_named(visit: Visit) -> Outcomes:
         step()  # first steps take their time to load kernels
         chunk = next(iter(step.parts.chunks.values()))
         step.parts.watchdog = Watchdog(
-            TIMEOUT, rank=0, world_size=1, store=process_group_store(), report=told.append, abort_seconds=None
+            TIMEOUT,
+            rank=0,
+            world_size=1,
+            store=process_group_store(),
+            report=told.append,
+            device=step.parts.device,
         )
         step.parts._engines.clear()  # engines are made with the watchdog
-        handle = chunk.decoder.layers[-1].register_forward_pre_hook(_hanging(visit, HANGS_IN))
+        handle = chunk.decoder.layers[-1].register_forward_pre_hook(_hanging(_spin_of(visit), HANGS_IN))
         try:
             began = time.perf_counter()
             step()
@@ -45,31 +52,45 @@ def verdict(told: list[str], took: float) -> Outcome:
     """Return whether one report names rank, action and microbatch."""
     if not told:
         return judged(False, f"a step hung for {took:.1f} s, and the watchdog of {TIMEOUT:g} s said nothing", told=told)
-    wanted = ("rank 0", "action ", f"stage 0 microbatch {HANGS_IN}")
-    missing = [part for part in wanted if part not in told[0]]
     said = " | ".join(line.strip() for line in told[0].splitlines())
-    if missing:
-        return judged(False, f"the report does not say '{missing[0]}': {said}", told=told)
+    wanted = {
+        "rank": r"rank 0: ",
+        "action": r"action \d+ of \d+: ",
+        "microbatch": rf"rank 0: action [^(]*\(stage 0 microbatch {HANGS_IN}\)",
+    }
+    if missing := [what for what, pattern in wanted.items() if not re.search(pattern, told[0])]:
+        return judged(False, f"the report does not name the {missing[0]}: {said}", told=told)
     return judged(True, said, told=told)
 
 
-def _hanging(visit: Visit, microbatch: int) -> Any:
+def _hanging(spin: Callable[[], None], microbatch: int) -> Any:
     """Return a hook that hangs when it is called for the microbatch, and only then."""
     calls = []
 
     def hang(*unused: Any) -> None:
         calls.append(0)
         if len(calls) - 1 == microbatch:
-            _spin(visit)
+            spin()
 
     return hang
 
 
-def _spin(visit: Visit) -> None:
+def _spin_of(visit: Visit) -> Callable[[], None]:
+    """Return what hangs for a while; how long a GPU's clock takes is measured now, before anything is watched."""
     if visit.stands_in:
-        time.sleep(LASTS)
-        return
+        return lambda: time.sleep(LASTS)
     import torch
 
-    clock = torch.cuda.clock_rate() if hasattr(torch.cuda, "clock_rate") else 2000  # MHz; needs NVML's package
-    torch.cuda._sleep(int(LASTS * clock * 1e6))
+    cycles = int(LASTS * _cycles_a_second())
+    return lambda: torch.cuda._sleep(cycles)
+
+
+def _cycles_a_second(cycles: int = 100_000_000) -> float:
+    """Return how fast the spinning kernel's clock runs; NVML would say it, but its package may be missing."""
+    import torch
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.cuda._sleep(cycles)
+    torch.cuda.synchronize()
+    return cycles / (time.perf_counter() - start)

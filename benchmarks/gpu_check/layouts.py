@@ -64,13 +64,17 @@ def on_ranks(visit: Visit, recipe: tuple[str, ...]) -> list[dict[str, list[float
     for rank in ranks:
         rank.start()
     found: dict[int, Any] = {}
-    while len(found) < RANKS:  # the check's own time limit ends what waits for ever
-        number, losses, failure = results.get()
-        if failure:
-            raise RuntimeError(f"rank {number}: {failure.strip().splitlines()[-1]}\n{failure}")
-        found[number] = losses
-    for rank in ranks:
-        rank.join()
+    try:
+        while len(found) < RANKS:  # the check's own time limit ends what waits for ever
+            number, losses, failure = results.get()
+            if failure:
+                raise RuntimeError(f"rank {number}: {failure.strip().splitlines()[-1]}\n{failure}")
+            found[number] = losses
+        for rank in ranks:
+            rank.join()
+    finally:
+        for rank in ranks:  # what still runs waits for the one that failed
+            rank.kill()
     return [found[number] for number in range(RANKS)]
 
 

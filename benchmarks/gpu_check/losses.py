@@ -21,12 +21,12 @@ class Tolerance:
     why: str
 
 
-EXACT = Tolerance(
-    1e-5, 2e-4, 2e-3, "float32 sums in another order; AdamW's first steps follow signs of small gradients"
-)
-TF32 = Tolerance(1e-4, 5e-4, 1e-2, "Transformer Engine multiplies float32 as TF32, 10 bits of mantissa")
-ROUNDED = Tolerance(1e-4, 5e-4, 2e-2, "sums rounded to BF16 at other places; five times what BF16 is from float32 here")
-QUANTISED = Tolerance(4e-4, 1e-3, 5e-2, "an FP8 number at a rounding edge falls to either side; as BF16, four times")
+# Each is some three times what was found on a CPU between float32 and BF16, BF16 and FP8, or the backends; and below a
+# loss that is wrong by 0.01 of its 6.2.
+EXACT = Tolerance(1e-5, 2e-4, 2e-3, "sums in another order; AdamW's first steps follow the signs of small gradients")
+TF32 = Tolerance(1e-4, 5e-4, 1e-2, "Transformer Engine may multiply float32 as TF32, 10 bits of mantissa")
+ROUNDED = Tolerance(2e-4, 7e-4, 2e-2, "sums rounded to BF16 at other places")
+QUANTISED = Tolerance(5e-4, 1.4e-3, 5e-2, "a number at a rounding edge of FP8 falls to either side")
 
 
 def tolerance_of(backend: str, precision: str) -> Tolerance:
@@ -66,7 +66,7 @@ def compared(
     said = (
         f"{_shown(found['losses'])}, {beside} {_shown(wanted['losses'])}: {loss[0]:.1e} apart, "
         f"then {max(loss[1:]):.1e}, norms {max(norm):.1e} "
-        f"(allowed {within.first:.0e}, {within.later:.0e}, {within.norm:.0e})"
+        f"(allowed {within.first:.0e}, {within.later:.1e}, {within.norm:.0e})"
     )
     return judged(good, said, **found, beside=wanted, loss_apart=loss, norm_apart=norm, tolerance=vars(within))
 

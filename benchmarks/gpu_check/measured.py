@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import work
 from benchmarks.gpu_check.outcome import Outcome, Outcomes, Visit, judged
+from benchmarks.gpu_check.registry import MEASURED
 from benchmarks.gpu_check.sizing import plan_of, sized
 from benchmarks.gpu_check.tiny import stepper, words
 from benchmarks.gpu_sides import longest_kernels, step_seconds
@@ -23,6 +24,25 @@ def recipe_of(visit: Visit, *more: str) -> tuple[str, ...]:
     return (*sized(machine["memory_bytes"], gpu=machine["name"]), *more)
 
 
+def plan(visit: Visit) -> Outcomes:
+    """What the planner counts for each of our rows, by the real modules on fake tensors: a process without a GPU."""
+    from launcher.compose import compose
+
+    found = {}
+    for backend, precision in MEASURED:
+        recipe = compose(list(recipe_of(visit, f"backend={backend}", f"precision={precision}")))
+        rank = plan_of(recipe, exact=True).tightest
+        found[f"{backend} {precision}"] = _counted(rank)
+    said = "; ".join(f"{name} {one['planned'] / 2**30:.2f} GiB" for name, one in found.items())
+    yield judged(True, f"{' '.join(recipe_of(visit))}: {said}", **found)
+
+
+def _counted(rank: Any) -> dict[str, int]:
+    """Return bytes of a rank as an allocator sees them: without the context, and without and with fragmentation."""
+    planned = rank.total_bytes - rank.reserved_bytes - rank.fragmentation_bytes
+    return {"planned": planned, "allowed": planned + rank.fragmentation_bytes}
+
+
 def ours(visit: Visit, backend: str, precision: str) -> Outcomes:
     """Our trainer's step: its memory, then its time, then its kernels."""
     import torch
@@ -31,7 +51,8 @@ def ours(visit: Visit, backend: str, precision: str) -> Outcomes:
     step = work.ours(recipe, visit.device)
     for _ in range(2):  # the second has the optimizer's state in place
         step()
-    yield memory_beside_plan(recipe, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    counted = visit.found.get("plan", {}).get(f"{backend} {precision}")
+    yield memory_beside_plan(recipe, counted, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     found = in_paper_terms(recipe, step_seconds(step, STEPS), torch.cuda.max_memory_allocated())
     yield speed(found, visit.found.get(f"speed megatron {precision}"))
     kernels = longest_kernels(step)
@@ -40,20 +61,20 @@ def ours(visit: Visit, backend: str, precision: str) -> Outcomes:
     yield judged(whole > 0, f"{shown}; {len(kernels)} listed", kernels=kernels)
 
 
-def memory_beside_plan(recipe: tuple[str, ...], peak: int, reserved: int) -> Outcome:
-    """Return whether the peak of what was allocated is what the plan counts.
+def memory_beside_plan(recipe: tuple[str, ...], counted: dict[str, int] | None, peak: int, reserved: int) -> Outcome:
+    """Return whether the peak of what was allocated is what the plan counts (by formulae where ``counted`` is None).
 
-    Not in either: the context, which no allocator counts, and fragmentation, which is ``reserved`` less the peak.
+    The context is in neither: no allocator counts it. ``reserved`` less the peak is fragmentation.
     """
     from launcher.compose import compose
 
-    rank = plan_of(compose(list(recipe)), exact=True).tightest
-    planned = rank.total_bytes - rank.reserved_bytes - rank.fragmentation_bytes
+    how = "plan" if counted else "plan by formulae"
+    counted = counted or _counted(plan_of(compose(list(recipe))).tightest)
+    planned, allowed = counted["planned"], counted["allowed"]
     share, (low, high) = peak / planned, MEMORY_WITHIN
-    allowed = planned + rank.fragmentation_bytes
     gib = {"peak": peak / 2**30, "planned": planned / 2**30, "held": reserved / 2**30, "allowed": allowed / 2**30}
     said = (
-        f"{gib['peak']:.2f} GiB at its fullest, plan {gib['planned']:.2f}: {share:.3f} of it (allowed {low} to "
+        f"{gib['peak']:.2f} GiB at its fullest, {how} {gib['planned']:.2f}: {share:.3f} of it (allowed {low} to "
         f"{high}); torch holds {gib['held']:.2f} for it, the plan allows {gib['allowed']:.2f}"
     )
     return judged(low <= share <= high, said, recipe=list(recipe), share=share, **gib)

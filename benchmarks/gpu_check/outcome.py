@@ -55,7 +55,7 @@ class Visit:
     device: Literal["cuda", "cpu"]
     gpus: int  # on a CPU: processes that stand for them
     logs: Path  # folder of what the processes print, kept
-    scratch: Path  # empty folder for whatever a check writes, not kept
+    scratch: Path  # a check's own, empty folder for whatever it writes; not kept
     te: bool = True  # Transformer Engine can be imported (under ``cpu``: its stand-in)
     found: dict[str, dict[str, Any]] = field(default_factory=dict)  # name of a row that passed -> its facts
 

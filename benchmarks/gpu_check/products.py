@@ -57,9 +57,13 @@ def _operands(visit: Visit) -> tuple[Any, Any, Any]:
 
 def _products(products: Any, x: Any, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
     """Return Y, dX, dW by one of dsv3_megatron.precision's products."""
+    import torch
+
     y, kept = products.forward(x, weight, None, None)
     dx, dy_kept = products.input_gradient(dy, weight, None)
-    return y, dx, products.weight_gradient(dy_kept, products.owed(kept, None), None)
+    dw = torch.zeros(weight.shape, device=weight.device)
+    products.add_weight_gradient(dw, dy_kept, products.owed(kept, None), None, None)
+    return y, dx, dw
 
 
 def _emulated(x: Any, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
@@ -67,6 +71,53 @@ def _emulated(x: Any, weight: Any, dy: Any) -> tuple[Any, Any, Any]:
     from dsv3_megatron.precision.settings import Fp8Settings
 
     return _products(Fp8Products(Fp8Settings()), x, weight, dy)
+
+
+def quantised_as_emulated(visit: Visit) -> Outcomes:
+    """TE's quantiser beside the emulation, bit for bit: numbers and scales, by rows and by columns."""
+    import torch
+
+    x, weight, _ = _operands(visit)
+    cases = {
+        "activations": x,
+        "weights": weight,
+        "partial tiles": x[:496, :1488].contiguous(),
+        "tiny": x * 1e-30,
+        "zeros": torch.zeros_like(x),
+    }
+    wrong = [
+        f"{name}, tiles {tile[0]}x{tile[1]}: {what}"
+        for tile in ((1, 128), (128, 128))
+        for name, tensor in cases.items()
+        for what in _differences(tensor, tile)
+    ]
+    said = f"{2 * len(cases)} tensors bit for bit, by rows and by columns" if not wrong else "; ".join(wrong[:4])
+    yield judged(not wrong, said, wrong=wrong)
+
+
+def _differences(tensor: Any, tile: tuple[int, int]) -> list[str]:
+    """Return which parts of TE's quantised tensor are not the emulation's."""
+    import torch
+    import transformer_engine.pytorch as te
+
+    from dsv3_megatron.precision.tiles import quantise
+
+    quantiser = te.Float8BlockQuantizer(
+        te.DType.kFloat8E4M3,
+        rowwise=True,
+        columnwise=True,
+        force_pow_2_scales=True,
+        block_scaling_dim=1 if tile[0] == 1 else 2,
+    )
+    found = quantiser(tensor)
+    rows, columns = quantise(tensor, tile), quantise(tensor.t().contiguous(), tile)
+    scales = found._rowwise_scale_inv.t() if tile[0] == 1 else found._rowwise_scale_inv  # TE pads them
+    same = {
+        "numbers by rows": torch.equal(found._rowwise_data.view(torch.uint8), rows.data.view(torch.uint8)),
+        "numbers by columns": torch.equal(found._columnwise_data.view(torch.uint8), columns.data.view(torch.uint8)),
+        "scales": torch.equal(scales[: rows.scale_inv.shape[0], : rows.scale_inv.shape[1]], rows.scale_inv),
+    }
+    return [what for what, equal in same.items() if not equal]
 
 
 def _blockwise() -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from benchmarks.gpu_check.outcome import Visit
 
 PRECISIONS = {"torch": ("fp32", "bf16", "fp8"), "te": ("fp32", "bf16", "fp8", "fp8_held")}
+MEASURED = (("te", "bf16"), ("te", "fp8"), ("torch", "bf16"))
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # Kernels that add in one order, where there are such: what is compared bit for bit must not differ by itself.
@@ -77,7 +78,7 @@ def _measured() -> list[Check]:
             needs=("gpu", *_needs(b)),
             alone=True,
         )
-        for b, p in (("te", "bf16"), ("te", "fp8"), ("torch", "bf16"))
+        for b, p in MEASURED
     ]
     plain = [
         Check(
@@ -110,9 +111,11 @@ def _launches() -> list[Check]:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("machine", "benchmarks.gpu_check.machine:machine", 40),
+    Check("machine", "benchmarks.gpu_check.machine:machine", 40, alone=True),
     Check("cpu losses", "benchmarks.gpu_check.losses:reference", 60, environment=NO_GPU),
+    Check("plan", "benchmarks.gpu_check.measured:plan", 120, after=("machine",), needs=("gpu",), environment=NO_GPU),
     *_per("losses", "losses:beside_the_cpu", 60, _both(), after=("cpu losses",)),
+    Check("fp8 quantiser te", "benchmarks.gpu_check.products:quantised_as_emulated", 40, needs=("te",)),
     *_per("fp8 products", "products:as_emulated", 40, [("te", "fp8"), ("torch", "fp8")]),
     *_per("requantised", "requantise:weights_follow", 60, [("te", "fp8"), ("torch", "fp8")]),
     *_per("ema", "averages:leaves_training_alone", 60, [("te", "bf16"), ("te", "fp8_held"), ("torch", "bf16")],

@@ -47,6 +47,7 @@ class Runner:
         seconds: float,
         *,
         workers: int = 1,
+        patience: float = 1.0,
         context: BaseContext | None = None,
         forked: Callable[[Check], AbstractContextManager] = lambda check: nullcontext(),
         told: Callable[[Row], None] = lambda row: None,
@@ -55,12 +56,14 @@ class Runner:
 
         Args:
             workers: checks that may run at once.
+            patience: by which every check's own limit is multiplied, where a machine is slow or shared.
             context: how processes start; None = each is a new interpreter, as CUDA wants it.
             forked: entered while a check's process is started.
             told: gets every row as soon as it is known.
         """
         self.visit, self.rows = visit, []
         self._seconds, self._workers, self._told, self._forked = seconds, workers, told, forked
+        self._patience = patience
         self._context = context or multiprocessing.get_context("spawn")
         self._end = time.monotonic() + seconds
         self._running: list[_Running] = []
@@ -110,17 +113,23 @@ class Runner:
             return lacks
         if missing := [name for name in check.after if name not in self.visit.found]:
             return f"needs what the row '{missing[0]}' finds, and that has not passed"
-        if (left := self._end - time.monotonic()) < LEAST * check.seconds:
-            return f"{max(left, 0):.0f} of {self._seconds:.0f} s were left, and it may take {check.seconds:.0f}"
+        if (left := self._end - time.monotonic()) < LEAST * self._limit(check):
+            return f"{max(left, 0):.0f} of {self._seconds:.0f} s were left, and it may take {self._limit(check):.0f}"
         return None
+
+    def _limit(self, check: Check) -> float:
+        return check.seconds * self._patience
 
     def _start(self, check: Check) -> None:
         stem = re.sub(r"\W+", "_", check.name)
         outcomes, log = self.visit.scratch / f"{stem}.jsonl", self.visit.logs / f"{stem}.log"
         outcomes.write_text("")
         log.write_text("")
-        limit = min(check.seconds, self._end - time.monotonic())
-        process = self._context.Process(target=child.main, args=(check, self.visit, limit, outcomes, log))
+        limit = min(self._limit(check), self._end - time.monotonic())
+        scratch = self.visit.scratch / stem
+        scratch.mkdir()
+        given = replace(self.visit, scratch=scratch)
+        process = self._context.Process(target=child.main, args=(check, given, limit, outcomes, log))
         with self._forked(check):
             process.start()
         self._running.append(_Running(check, process, time.monotonic(), limit, outcomes, log))
@@ -142,8 +151,8 @@ class Runner:
         """Tell the rows of a process that has ended; ``why`` it did so, where that was not its own wish."""
         found = _outcomes(one.outcomes)[: len(one.check.fills)]
         missing = one.check.fills[len(found) :]
-        if why is not None and not missing and why.status == "FAIL":  # all was found, and then it broke
-            found, missing = found[:-1], one.check.fills[-1:]
+        if why is not None and not missing and {why.status, found[-1].status} == {"FAIL", "PASS"}:
+            found, missing = found[:-1], one.check.fills[-1:]  # all was found, and then it broke
         for name, outcome in zip(one.check.fills, found):
             self._tell(Row(name, outcome.status, outcome.said, round(took, 1), outcome.facts, str(one.log)))
         if missing and why is None:
@@ -156,7 +165,7 @@ class Runner:
             why = replace(why, status="SKIPPED", said=f"comes after '{missing[0]}' in one process")
 
     def _too_long(self, one: _Running) -> Outcome:
-        if one.limit < one.check.seconds:
+        if one.limit < self._limit(one.check):
             return Outcome("SKIPPED", f"cut off after {one.limit:.0f} s: the visit's {self._seconds:.0f} s were over")
         place = _place(one.log.read_text(errors="replace"))
         return Outcome("FAIL", f"did not end within {one.limit:g} s" + (f"; was in {place}" if place else ""))

@@ -78,18 +78,16 @@ def drawn_on_the_cpu() -> Iterator[None]:
 
     from dsv3_megatron.model import initialise
 
-    draw = initialise._draw
+    draw = initialise._whole
 
-    def drawn(share: torch.Tensor, key: str, **how: Any) -> None:
-        host = torch.empty(share.shape, dtype=torch.float32)
-        draw(host, key, **how)
-        share.copy_(host)
+    def drawn(shape: list[int], key: str, *, device: torch.device, **how: Any) -> torch.Tensor:
+        return draw(shape, key, device=torch.device("cpu"), **how).to(device)
 
-    initialise._draw = drawn
+    initialise._whole = drawn
     try:
         yield
     finally:
-        initialise._draw = draw
+        initialise._whole = draw
 
 
 class Observed:

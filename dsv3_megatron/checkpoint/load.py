@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3_megatron.build import Parts
 from dsv3_megatron.checkpoint.manifest import checkpoints, problems, read_content
+from dsv3_megatron.checkpoint.masters import masters_from_weights, parts_of, weights_from_masters
 from dsv3_megatron.checkpoint.save import RANDOM, RECIPE
-from dsv3_megatron.checkpoint.state import restore_random_state, whole_state
+from dsv3_megatron.checkpoint.state import is_te_state, restore_random_state, whole_state
 from parallel.errors import CheckpointError
 
 
@@ -85,36 +92,47 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
     if parts.ema is not None:
         parts.ema.wait()  # it may still read the weights of the last step
     state = whole_state(parts, loading=True, extra=extra, optimizer=training and found.optimizer)
-    kept = {} if found.optimizer else _take_module_states(state["model"])
+    wanted = dict(_wanted(state))
     try:
         state = dist_checkpointing.load(state, str(found.path))
     except (Exception, CheckpointException) as error:  # many kinds, and torch's own is no Exception
-        reason = (str(error).strip().splitlines() or [""])[-1][:200]
+        reason = _misfit(found.path, wanted) or (str(error).strip().splitlines() or [""])[-1][:200]
         raise CheckpointError(
             f"{found.path} does not fit this model ({reason}); use the recipe it was trained with"
         ) from error
     for stage, chunk in parts.chunks.items():
-        chunk.load_state_dict(state["model"][f"stage{stage}"] | kept.get(f"stage{stage}", {}))
+        missing, unexpected = chunk.load_state_dict(state["model"][f"stage{stage}"], strict=False)
+        assert not unexpected and all(map(is_te_state, missing)), (missing, unexpected)
     for name in extra:
         parts.extra_states[name].load_state(state["extra"][name])
     return _resume_training(found, parts, state, extra) if training else []
 
 
-def _take_module_states(model: dict[str, Any]) -> dict[str, Any]:
-    """Take what is no tensor (TE's FP8 scales) out of a model's sharded state and return it as it is: weights that
-    were imported come without."""
-    taken: dict[str, Any] = {}
-    for stage, state in model.items():
-        names = [name for name, value in state.items() if isinstance(value, ShardedObject)]
-        taken[stage] = {name: state.pop(name).data for name in names}
-    return taken
+def _wanted(state: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield key and whole shape of every tensor that this rank asks of a checkpoint."""
+    for value in nested_values(state):
+        pieces = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+        yield from ((piece.key, piece.global_shape) for piece in pieces if isinstance(piece, ShardedTensor))
+
+
+def _misfit(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> str:
+    """Return the first tensor that a checkpoint lacks or has in another shape, "" if there is none."""
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    if missing := sorted(wanted.keys() - stored.keys()):
+        return f"it holds no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+    for key, shape in wanted.items():
+        if tuple(stored[key].size) != shape:
+            return f"{key} has shape {tuple(stored[key].size)}, not {shape}"
+    return ""
 
 
 def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: tuple[str, ...]) -> list[str]:
     if found.optimizer:
+        _complete_groups(parts.optimizer, state["optimizer"])
         parts.optimizer.load_state_dict(state["optimizer"])
+        weights_from_masters(parts.optimizer, parts.ddps.values())
     else:
-        parts.optimizer.reload_model_params()  # master weights are those just loaded; moments begin at zero
+        masters_from_weights(parts.optimizer, _loaded_weights(parts, state["model"]))
     notes = []
     for name in sorted(set(parts.extra_states) - set(extra)):
         parts.extra_states[name].begin_anew()
@@ -124,3 +142,25 @@ def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: t
     if found.optimizer:
         restore_random_state((found.path / RANDOM).read_bytes(), parts.layout, parts.device)
     return notes
+
+
+def _complete_groups(optimizer: MegatronOptimizer, stored: dict[Any, Any]) -> None:
+    """Give the groups of parameters stored the keys that this optimizer's AdamW has and the one that saved has not.
+
+    megatron-core puts the stored groups in the place of the optimizer's own (0.16.1), and every AdamW reads keys of its
+    own there: TE's and Apex's wants ``bias_correction``, ours has none.
+    """
+    chained = parts_of(optimizer)
+    for number, part in enumerate(chained):
+        for group in (stored if len(chained) == 1 else stored[number])["optimizer"]["param_groups"]:
+            for key, value in part.optimizer.defaults.items():
+                group.setdefault(key, value)
+
+
+def _loaded_weights(parts: Parts, model: dict[str, Any]) -> dict[torch.nn.Parameter, Tensor]:
+    """Return what was loaded for every parameter."""
+    return {
+        parameter: model[f"stage{stage}"][name]
+        for stage, chunk in parts.chunks.items()
+        for name, parameter in chunk.named_parameters()
+    }

@@ -3,6 +3,12 @@
 Tensors are described as megatron-core's sharded state, fully reshardable, so that any layout loads what any other
 wrote. Random generators belong to a rank and are taken back in the same layout only; nothing in training draws from
 them after the first weights (there is no dropout), so another layout loses nothing.
+
+There is one format: the names, shapes and formats of the torch backend (``hugging_face.our_shapes``). A stage on
+Transformer Engine gives its tensors those names itself (``model.specs.NAMES_IN_CHECKPOINTS``); the optimizer's states
+and the average of the weights take theirs from it. Weights that TE holds in FP8 are stored as the numbers that they
+stand for, and TE's pickled ``_extra_state`` is not stored at all: what of it has numbers, delayed scaling's amaxes, is
+an extra state (``te_amaxes``).
 """
 
 from __future__ import annotations
@@ -13,6 +19,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -56,9 +65,26 @@ def _chunk_state(chunk: GPTModel, metadata: dict[str, Any]) -> dict[str, Any]:
     borrowed = chunk.mtp_process and "embedding" not in dict(chunk.named_children())
     chunk.mtp_process, before = chunk.mtp_process and not borrowed, chunk.mtp_process
     try:
-        return chunk.sharded_state_dict(metadata=metadata)
+        state = chunk.sharded_state_dict(metadata=metadata)
     finally:
         chunk.mtp_process = before
+    return {name: value for name, value in state.items() if not is_te_state(name)}
+
+
+def is_te_state(name: str) -> bool:
+    """Return whether an entry of a module's state is Transformer Engine's pickled state, by its name."""
+    return name.rpartition(".")[2].startswith("_extra_state")
+
+
+def _as_numbers(state: dict[str, Any]) -> None:
+    """Replace weights held in FP8, in place, by the BF16 numbers that they stand for, in host memory.
+
+    Those are exact where scales are powers of two. Where they are not, a run that resumes loses nothing either: it
+    quantises its float32 masters anew.
+    """
+    for value in nested_values(state):
+        if isinstance(value, ShardedBase) and is_float8tensor(value.data):
+            value.data = value.data.dequantize().detach().cpu()
 
 
 def whole_state(parts: Parts, *, loading: bool, extra: tuple[str, ...], optimizer: bool = True) -> dict[str, Any]:
@@ -67,6 +93,8 @@ def whole_state(parts: Parts, *, loading: bool, extra: tuple[str, ...], optimize
     if optimizer:
         metadata = cutting(parts.groups)
         state["optimizer"] = parts.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+    if not loading:  # loading does it by itself; the optimizer has found its weights by now
+        _as_numbers(state["model"])
     if extra:
         metadata = cutting(parts.groups)
         state["extra"] = {n: parts.extra_states[n].sharded_state(metadata, loading=loading) for n in extra}
@@ -74,10 +102,19 @@ def whole_state(parts: Parts, *, loading: bool, extra: tuple[str, ...], optimize
 
 
 def prepare_moments(optimizer: MegatronOptimizer) -> None:
-    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros."""
+    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros.
+
+    megatron-core's own (``init_state_fn``) forgets an argument that TE's Adam wants (0.16.1 over TE 2.20.2).
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.optimizer.state:
-            part.init_state_fn(part.optimizer, part.config)
+        adam = part.optimizer
+        if adam.state:
+            continue
+        if not hasattr(adam, "initialize_state"):
+            part.init_state_fn(adam, part.config)
+            continue
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            adam.initialize_state(parameter, part.config.store_param_remainders)
 
 
 # -- random generators -------------------------------------------------------------------------------------------------

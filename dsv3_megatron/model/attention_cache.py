@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_megatron.precision.e5m6 import quantise_e5m6
@@ -25,19 +24,36 @@ class _Saved:
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
-        self.shape = tuple(tensor.shape)
+        self.shape, self.stride = tuple(tensor.shape), tensor.stride()
         self._output: Callable[[], Tensor] | None = None
 
     def restore(self) -> Tensor:
-        """Return the tensor, or what is kept in its place, in its shape [B, H, S, V or wider], padding as zeros."""
+        """Return the tensor, or what is kept in its place, in its shape [B, H, S, V or wider] and with its strides,
+        padding as zeros.
+
+        The strides matter: the backward of torch's memory-efficient attention takes the rows of an output to lie
+        H * V numbers apart and asks nobody (``o_strideM`` in its kernel_backward.h, torch 2.13), where [S, B, H, V] has
+        them B times as far: above one sequence a microbatch it would read those of another.
+        """
         if self._output is None:
             return self.tensor
-        kept = self._output()
-        return F.pad(kept, (0, self.shape[-1] - kept.shape[-1])).permute(1, 2, 0, 3)
+        kept = self._output().permute(1, 2, 0, 3)
+        if kept.shape == self.shape and _same_memory(kept, self.stride):
+            return kept.as_strided(self.shape, self.stride)
+        restored = kept.new_empty_strided(self.shape, self.stride)
+        width = kept.shape[-1]
+        restored[..., width:] = 0
+        restored[..., :width].copy_(kept)
+        return restored
 
     def exchange(self, output: Callable[[], Tensor]) -> None:
         """Forget the tensor: ``output`` gives [S, B, H, V] of it back."""
         self._output, self.tensor = output, None
+
+
+def _same_memory(tensor: Tensor, stride: tuple[int, ...]) -> bool:
+    """Return whether other strides name the same places: those of dimensions of one do not count."""
+    return all(n == 1 or own == other for n, own, other in zip(tensor.shape, tensor.stride(), stride))
 
 
 class _AsItIs:

@@ -131,7 +131,9 @@ class GroupedLinear(torch.nn.Module):
     def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         """Return ([T, O], no bias) from [T, I]; the first ``tokens_per_expert[0]`` rows belong to expert 0."""
         ends = _ends(tokens_per_expert, x.device)
-        wiring = Wiring(self.weight_gradients, later=self.config.delay_wgrad_compute)
+        wiring = Wiring(
+            self.weight_gradients, self.config.delay_wgrad_compute, self.training, rows=tuple(tokens_per_expert)
+        )
         if torch.is_grad_enabled() or self.products is not HIGH_PRECISION:
             return separable_product(x, self.weight, self.products, wiring, ends), None
         return self.products.forward(x, self.weight, ends)[0], None

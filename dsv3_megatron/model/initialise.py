@@ -84,9 +84,7 @@ def _draw(
     shape = list(share.shape)
     if dim is not None:
         shape[dim] *= size
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator(share.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-    whole = torch.empty(shape, dtype=torch.float32, device=share.device).normal_(0.0, std, generator=generator)
+    whole = _whole(shape, key, std=std, seed=seed, device=share.device)
     if size == 1:
         mine = whole
     elif gated:  # gate and up are each sharded: a rank holds [gate share; up share]
@@ -97,6 +95,13 @@ def _draw(
         mine = mine.to(share.dtype)  # what the weight would be if it were not held in FP8
         _keep_for_masters(share, mine)
     share.copy_(mine)
+
+
+def _whole(shape: list[int], key: str, *, std: float, seed: int, device: torch.device) -> Tensor:
+    """Return the whole matrix called ``key``, float32. A GPU's generator gives other numbers than a CPU's."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
 
 
 def _keep_for_masters(weight: Tensor, drawn: Tensor) -> None:

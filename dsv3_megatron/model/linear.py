@@ -10,7 +10,7 @@ bubble schedules and DualPipe live on (arXiv 2401.10241, arXiv 2412.19437 sectio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,32 +22,25 @@ from torch import Tensor
 
 from dsv3_megatron.precision.kept import Kept, kept_of
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
+from dsv3_megatron.precision.weight_gradients import accumulate
 
 
 class WeightGradients:
     """The weight gradients a module still owes: a queue, oldest microbatch first."""
 
     def __init__(self) -> None:
-        self._owed: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+        self._owed: deque[tuple[Tensor, Callable[[Tensor], None]]] = deque()
 
     def __len__(self) -> int:
         return len(self._owed)
 
-    def owe(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
-        """Queue a weight gradient; ``compute`` returns it in the weight's shape."""
-        self._owed.append((weight, compute))
+    def owe(self, weight: Tensor, add: Callable[[Tensor], None]) -> None:
+        """Queue a weight gradient; ``add`` adds it to a float32 tensor of the weight's shape."""
+        self._owed.append((weight, add))
 
-    @torch.no_grad()
     def pay_one(self) -> None:
-        """Compute the oldest gradient and add it where the optimizer looks: ``main_grad`` under DDP, else ``grad``."""
-        weight, compute = self._owed.popleft()
-        gradient = compute()
-        if getattr(weight, "main_grad", None) is not None:
-            weight.main_grad.add_(gradient)
-        elif weight.grad is None:
-            weight.grad = gradient.to(weight.dtype)
-        else:
-            weight.grad.add_(gradient)
+        """Compute the oldest gradient and add it where the optimizer looks."""
+        accumulate(*self._owed.popleft())
 
 
 @dataclass(frozen=True)
@@ -56,14 +49,17 @@ class Wiring:
 
     ``gather``: x is a rank's share of the sequence and is gathered over ``group`` first; the input gradient is
     reduce-scattered. ``reduce``: the input gradient is summed over ``group``. ``later``: the weight gradient is only
-    queued, for ``backward_dw``; else it is computed in backward.
+    queued, for ``backward_dw``; else it is computed in backward. ``training``: as the module's. ``rows``: of each
+    expert, where W is a stack of experts.
     """
 
     owed: WeightGradients
     later: bool
+    training: bool
     group: dist.ProcessGroup | None = None
     gather: bool = False
     reduce: bool = False
+    rows: Sequence[int] | None = None
 
 
 class SeparableProduct(torch.autograd.Function):
@@ -80,7 +76,11 @@ class SeparableProduct(torch.autograd.Function):
         kept: Kept | None,
     ) -> Tensor:
         whole = _gather_sequence(x, wiring.group) if wiring.gather else x
-        y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept)
+        y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept, training=wiring.training)
+        # What is gathered is not kept where it can be gathered again: a rank's share is.
+        ctx.gathers_again = wiring.gather and not wiring.later and products is HIGH_PRECISION
+        if ctx.gathers_again:
+            ctx.saved = x
         ctx.weight, ctx.products, ctx.wiring, ctx.ends = weight, products, wiring, ends
         return y
 
@@ -90,8 +90,8 @@ class SeparableProduct(torch.autograd.Function):
         ctx.saved = None  # freed when the weight gradient is paid, not when the graph goes
         grad = grad.contiguous()  # grouped products refuse the zero strides of an expanded gradient
         grad_x, dy = products.input_gradient(grad, weight, ends)
-        x = products.owed(saved, ends)
-        wiring.owed.owe(weight, lambda: products.weight_gradient(dy, x, ends))
+        x = products.owed(_gather_sequence(saved, wiring.group) if ctx.gathers_again else saved, ends)
+        wiring.owed.owe(weight, lambda total: products.add_weight_gradient(total, dy, x, ends, wiring.rows))
         if not wiring.later:
             wiring.owed.pay_one()
         if wiring.gather:
@@ -118,16 +118,16 @@ class _Separable:
     """What column- and row-parallel layers share: the choice of product, and ``backward_dw``."""
 
     products: Products = HIGH_PRECISION
+    can_wait = True  # whether a schedule may leave the weight gradient to a W
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
-        later = self.config.delay_wgrad_compute
-        plain = self.products is HIGH_PRECISION and not later
-        if plain or (not torch.is_grad_enabled() and self.products is HIGH_PRECISION):
+        later = self.can_wait and self.config.delay_wgrad_compute
+        if not (torch.is_grad_enabled() and weight.requires_grad) and self.products is HIGH_PRECISION:
             return super()._forward_impl(input, weight, *args, **kwargs)
         if not hasattr(self, "weight_gradients"):
             self.weight_gradients = WeightGradients()
         gather, reduce = kwargs.get("sequence_parallel", False), kwargs.get("allreduce_dgrad", False)
-        wiring = Wiring(self.weight_gradients, later, self.tp_group, gather, reduce)
+        wiring = Wiring(self.weight_gradients, later, self.training, self.tp_group, gather, reduce)
         return separable_product(input, weight, self.products, wiring, None)
 
     def backward_dw(self) -> None:
@@ -142,6 +142,12 @@ class ColumnParallelLinear(_Separable, MegatronColumnParallelLinear):
 
 class RowParallelLinear(_Separable, MegatronRowParallelLinear):
     """Y = X W^T with the columns of W over TP ranks."""
+
+
+class OutputHead(ColumnParallelLinear):
+    """The output head. Its weight gradient belongs to every backward: no schedule counts on leaving it to a W."""
+
+    can_wait = False
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -177,9 +183,9 @@ class DuplicatedLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Return ([..., output_size], no bias) from [..., input_size]."""
         later = self.config.delay_wgrad_compute
-        if self.products is HIGH_PRECISION and not (later and torch.is_grad_enabled()):
+        if self.products is HIGH_PRECISION and not torch.is_grad_enabled():
             return torch.nn.functional.linear(x, self.weight), None
-        wiring = Wiring(self.weight_gradients, later)
+        wiring = Wiring(self.weight_gradients, later, self.training)
         return separable_product(x, self.weight, self.products, wiring, None), None
 
     def backward_dw(self) -> None:

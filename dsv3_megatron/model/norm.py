@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.precision.weight_gradients import in_float32
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm, computed in float32, gain of ones at the start.
@@ -26,4 +28,4 @@ class RMSNorm(torch.nn.Module):
         """Return the normed [..., D] in the dtype of ``x``."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], in_float32(self.weight), self.eps).to(x.dtype)

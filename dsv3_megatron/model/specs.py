@@ -23,6 +23,14 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.routing.capacity import CapacityRouter
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 
+# Transformer Engine's fused norms: their names in the module -> in checkpoints, which have those of the torch backend
+# (checkpoint/hugging_face.py, our_shapes). The prefix of a layer goes before both.
+NAMES_IN_CHECKPOINTS = {
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
 
 def layer_spec(backend: BackendSpecProvider, model: ModelSettings, *, moe: bool) -> ModuleSpec:
     """Return one pre-norm layer: h += MLA(norm(h)); h += FFN(norm(h)) (arXiv 2412.19437, figure 2)."""
@@ -65,6 +73,7 @@ def layer_spec(backend: BackendSpecProvider, model: ModelSettings, *, moe: bool)
             pre_mlp_layernorm=mlp_norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=NAMES_IN_CHECKPOINTS if fused else {},
         ),
     )
 

@@ -11,7 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from dsv3_megatron.model.linear import DuplicatedLinear
+from dsv3_megatron.model.embedding import VocabParallelEmbedding
+from dsv3_megatron.model.linear import DuplicatedLinear, OutputHead
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
 
@@ -47,6 +48,7 @@ def build_stage(
         mtp_block_spec=mtp_spec(backend, model, groups) if last else None,
         pg_collection=groups,
     )
+    _use_our_ends(module)
     for name, parameter in module.named_parameters():
         if is_routed_expert(name):
             parameter.allreduce = False  # as in GroupedLinear; TE's layers need the same at EP 1
@@ -55,6 +57,15 @@ def build_stage(
             part.tp_group = groups.tp  # which of the TP ranks' copies a checkpoint takes
     keep_bias_in_float32(module)
     return module
+
+
+def _use_our_ends(module: GPTModel) -> None:
+    """Let embedding and output head be ours, which add their gradients up in float32: GPTModel names the classes it
+    makes them of (0.16.1), and they differ in their forward only."""
+    for name, ours in (("embedding.word_embeddings", VocabParallelEmbedding), ("output_layer", OutputHead)):
+        if (part := dict(module.named_modules()).get(name)) is not None:
+            assert issubclass(ours, type(part)), (name, type(part))
+            part.__class__ = ours
 
 
 def is_routed_expert(parameter_name: str) -> bool:

@@ -30,6 +30,7 @@ from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
 from dsv3_megatron.pipeline import ModelStages
+from dsv3_megatron.precision import products, weight_gradients
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.recipe import Recipe
@@ -163,6 +164,9 @@ _KERNELS = (
     (swiglu._FromInput, "backward"),
     (attention_cache.OutputCache, "keep"),
     (attention_cache._Saved, "restore"),
+    (products, "add_product"),
+    (products, "add_grouped_product"),
+    (weight_gradients, "add_product"),
 )
 
 
@@ -188,10 +192,10 @@ class _KernelProducts(Fp8Products):
         super().__init__(settings)
         self._memory = memory
 
-    def forward(self, *operands: Any) -> Any:
+    def forward(self, *operands: Any, training: bool = True) -> Any:
         """Return Y and what is kept."""
         with self._memory.as_one_kernel():
-            return super().forward(*operands)
+            return super().forward(*operands, training=training)
 
     def input_gradient(self, *operands: Any) -> Any:
         """Return dX and what is kept of dY."""
@@ -203,10 +207,10 @@ class _KernelProducts(Fp8Products):
         with self._memory.as_one_kernel():
             return super().owed(*operands)
 
-    def weight_gradient(self, *operands: Any) -> Any:
-        """Return dW."""
+    def add_weight_gradient(self, *operands: Any) -> None:
+        """Add dW to the buffer."""
         with self._memory.as_one_kernel():
-            return super().weight_gradient(*operands)
+            super().add_weight_gradient(*operands)
 
 
 @contextmanager

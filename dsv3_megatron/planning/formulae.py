@@ -37,7 +37,7 @@ def _stage(parts: Parts, layers: tuple[int, ...], stage: int) -> StageMemory:
         kept_owed=round(owed),
         peak_forward=round(_forward(everything)),
         peak_backward=round(backward),
-        peak_weight_grad=round(_weight_gradients(everything)) if parts.splits else 0,
+        peak_weight_grad=round(owed) if parts.splits else 0,
         message=round(parts.message),
     )
 
@@ -63,7 +63,6 @@ def _joined(first: Part, second: Part) -> Part:
         gradients=first.gradients + second.gradients,
         forward=second.forward,
         backward=max(first.backward - second.kept, second.backward),
-        weight_grad=max(first.weight_grad, second.weight_grad),
     )
 
 
@@ -77,21 +76,12 @@ def _forward(parts: list[Part]) -> float:
 
 
 def _backward(parts: list[Part], *, splits: bool) -> float:
-    """Return the peak of a backward that runs alone; one that splits is followed by its weight gradients."""
+    """Return the peak of a backward that runs alone."""
     level = peak = sum(part.kept for part in parts)
     for part in reversed(parts):
         peak = max(peak, level + part.backward)
         level += (part.owed if splits else 0.0) - part.kept
-    return max(peak, _weight_gradients(parts)) if splits else peak
-
-
-def _weight_gradients(parts: list[Part]) -> float:
-    """Return the peak of weight gradients, paid from the first layer on; what the stage received leaves last."""
-    level, peak = sum(part.owed for part in parts), 0.0
-    for part in parts[1:]:
-        peak = max(peak, level + part.weight_grad)
-        level -= part.owed
-    return peak
+    return max(peak, level)
 
 
 def _overlapped(parts: Parts, before: Part, inner: list[Part], after: Part) -> float:
@@ -106,8 +96,8 @@ def _overlapped(parts: Parts, before: Part, inner: list[Part], after: Part) -> f
     pairs = list(zip(inner[::2], inner[1::2]))
     for (attention, block), (b_attention, b_block) in zip(pairs, reversed(pairs)):
         level += attention.kept
-        # The backward's products beside the rows that the forward will send; then dW beside those it has sent.
-        paid = b_block.gradients + b_block.weight_grad + parts.message
+        # The backward's products beside the rows that the forward will send; then those it has sent.
+        paid = b_block.gradients + parts.message
         peak = max(peak, level + b_block.backward + block.rows, level + paid + 2 * block.rows)
         level += block.kept - b_block.kept
         # Gradients on both sides of the backward's exchange stay until the layer is done.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3_megatron.planning.stage_memory import StageMemory
+from dsv3_megatron.planning.te_gradients import placeholder_bytes
 from dsv3_megatron.recipe import Recipe
 from parallel.actions import Action, Schedule, Step
 from parallel.layout import Layout
@@ -124,7 +125,7 @@ def rank_memory(
         # Transformer Engine keeps an FP8 weight by rows and by columns (blockwise scaling on Hopper); the emulation
         # keeps what survives FP8 in float32.
         fp8_weights_bytes=held.in_fp8 * (4 if on_cpu else 2),
-        gradients_bytes=held.all * _GRADIENT_BYTES,
+        gradients_bytes=held.all * _GRADIENT_BYTES + placeholder_bytes(recipe, layout, stages),
         optimizer_bytes=optimizer_bytes(recipe, layout, held, copies=copies),
         activations_bytes=activations,
         messages_bytes=messages * memory[0].message,

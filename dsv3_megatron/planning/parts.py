@@ -3,7 +3,8 @@
 No torch. The formulae know the torch backend's modules as a GPU's kernels keep them.
 
 Legend: T tokens of a microbatch on this rank, G tokens where TP ranks share widths, R rows of this rank's experts, D
-hidden size, X and dY the input and the output's gradient of a linear layer, from which its weight gradient dW is made.
+hidden size, X and dY the input and the output's gradient of a linear layer. Their product, the weight gradient, is
+added to the gradient buffer as it is computed: it is no tensor of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class Part:
         gradients: the dY among them.
         forward: besides what it keeps, inside a forward.
         backward: besides what it kept, inside a backward.
-        weight_grad: its largest dW.
         rows: one copy of the rows of this rank's experts; 0 where there are none.
     """
 
@@ -35,7 +35,6 @@ class Part:
     gradients: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
-    weight_grad: float = 0.0
     rows: float = 0.0
 
 
@@ -65,7 +64,6 @@ class Parts:
         # A layer that splits in high precision keeps the X that it gathered over TP, others what was given to them.
         self.gathers = splits and not self.fp8 and layout.tp > 1
         self.copied = self.linear if self.fp8 else 0  # of dY, which in high precision is kept itself
-        self.dw = 4 if self.fp8 else self.size  # bytes of a number of dW
 
     def layer(self, *, moe: bool) -> list[Part]:
         """Return a decoder layer: attention, with the layer's norms and residual sums, and what follows it."""
@@ -98,12 +96,11 @@ class Parts:
                 backward += 2 * operands + g * heads * qk * self.size
         backward += 2 * message if "norm" in self.recompute else 0
         backward += out if "attention" in self.recompute else 0
-        largest = max(heads * v * d, heads * ups * rank, heads * (model.qk_nope_head_dim + v) * model.kv_lora_rank)
-        backward = max(backward, out + message + (0 if self.splits else largest * self.dw))
+        backward = max(backward, out + message)
         owed = inputs * self.linear + self._output(heads) + gradients
         if self.planned and not self.fp8:  # a plan lets go of what its nodes handed on with what they owe
             owed += 2 * message
-        return Part(kept, owed, gradients, forward, backward, largest * self.dw)
+        return Part(kept, owed, gradients, forward, backward)
 
     def _output(self, heads: float) -> float:
         """Return what attention and the layer after it keep of the output, and attention of its rows' sums."""
@@ -137,17 +134,14 @@ class Parts:
         gradients = (2 * numbers + g * d) * self.linear
         owed = x + gradients + (inner if self.cached else numbers * self.linear)
         forward = numbers * (3 if self.cached else 1) * self.size
-        largest = 2 * width * d
-        beside = 2 * numbers * (self.size + self.copied) + 2 * self.message
-        backward = beside if self.splits else beside + largest * self.dw - inner
-        part = Part(kept, owed, gradients, forward, backward, largest * self.dw)
+        backward = 2 * numbers * (self.size + self.copied) + 2 * self.message
+        part = Part(kept, owed, gradients, forward, backward)
         return self._again(part) if recomputed else part
 
     def _experts(self) -> Part:
         """A MoE layer behind its norm: routed experts with their exchanges, router and shared experts."""
         model, r, d = self.model, self.r, self.d
         width, rows = model.moe_intermediate_size / self.layout.expert_tp, self.r * self.d * self.size
-        local = model.n_routed_experts / self.layout.ep
         inner = 2 * r * width * (_WITH_SCALES if self.cached else self.size)
         activated = 0.0 if self.cached else r * width * self.linear
         shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
@@ -159,16 +153,13 @@ class Parts:
         owed = r * d * self.linear + (inner if self.cached else activated) + gradients + shared.owed
         if self.planned and not self.fp8:
             owed += rows
-        largest = local * 2 * width * d
         if self.planned:  # on both sides of the exchange and of the products; SwiGLU's input is let go or owed
             beside = gradients + made_again - (0.0 if self.cached else inner)
             backward = 4 * rows + beside + 2 * self.message + self._normed_again()
         else:
             products = rows + 2 * r * width * (self.size + self.copied)  # dX and dY of the first layer
-            if not self.splits:  # its dW, when what was kept behind it is gone
-                products += largest * self.dw - inner - activated + made_again
             backward = max(self._sorting(rows, gradients), products + self._normed_again())
-        part = Part(kept, owed, gradients, self._exchanged(rows), backward, largest * self.dw, rows)
+        part = Part(kept, owed, gradients, self._exchanged(rows), backward, rows)
         return self._again(part) if "moe" in self.recompute else part
 
     @property
@@ -211,16 +202,17 @@ class Parts:
             gradients=sum(part.gradients for part in parts),
             forward=forward + unkept + (2 * self.message if whole_layer else 0.0),
             backward=inside + peak + 2 * self.message,
-            weight_grad=max(part.weight_grad for part in parts),
             rows=rows,
         )
 
     # -- the ends of the model -----------------------------------------------------------------------------------------
 
     def embedding(self, uses: int = 1) -> Part:
-        """The lookup on the first stage. The gradient is as large as the table; those of several ``uses`` are added."""
+        """The lookup on the first stage. Rows of a BF16 table's gradient are added to the buffer in float32; that of a
+        float32 table is as large as the table, and those of several ``uses`` are added."""
         table = self.model.vocab_size * self.d / self.layout.tp * self.size
-        return Part(self.message, backward=(2 * uses - 1) * table + 2 * self.message)
+        gradient = 2 * self.message if self.size == 2 else (2 * uses - 1) * table
+        return Part(self.message, backward=gradient + 2 * self.message)
 
     def received(self) -> Part:
         """The message that a later stage begins with."""
@@ -239,9 +231,6 @@ class Parts:
     def heads(self, predictions: int) -> Part:
         """Final norm, output head and loss of all predictions, which keep float32 probabilities and normed states."""
         model, tp = self.model, self.layout.tp
-        logits, weight = self.g * model.vocab_size / tp, model.vocab_size * self.d / tp * self.size
+        logits = self.g * model.vocab_size / tp
         kept = predictions * (logits * 4 + self.message)
-        # Gradients of one weight by several predictions wait for each other, then are added.
-        sums = weight * (predictions + 1 if predictions > 1 else 1)
-        backward = max(logits * self.size, sums - predictions * logits * 4)
-        return Part(kept, forward=min(predictions, 2) * logits * self.size, backward=backward)
+        return Part(kept, forward=min(predictions, 2) * logits * self.size, backward=logits * self.size)

@@ -21,9 +21,10 @@ class AmaxHistory:
     def __init__(self, length: int):
         self._seen: deque[Tensor] = deque(maxlen=length)
 
-    def amax_for(self, x: Tensor) -> Tensor:
+    def amax_for(self, x: Tensor, *, note: bool = True) -> Tensor:
         """Return the amax to scale x [..., A, B] by, [..., 1, 1], and note x's own for later uses."""
         own = largest_of_tiles(x.detach().nan_to_num(0.0), whole_tile(x, (0, 0)))
         earlier = torch.stack(list(self._seen)).amax(0) if self._seen else own
-        self._seen.append(own)
+        if note:
+            self._seen.append(own)
         return earlier

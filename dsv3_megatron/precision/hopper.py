@@ -9,6 +9,8 @@ no multiples of 128, stay emulated: torch has no block-scaled grouped product fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,14 +57,16 @@ class HopperFp8(Fp8Products):
         w = self.quantised_weight(weight)[0]
         return multiply(dy, transposed(w))
 
-    def wgrad(self, dy: Kept, x: Kept, ends: Tensor | None) -> Tensor:
-        """Return dW [O, I], float32. Tokens are summed over, so the last tile is filled up with zeros."""
-        if ends is not None or not isinstance(dy, Columns) or not isinstance(x, Columns):
-            return super().wgrad(dy, x, ends)
+    def wgrad(self, total: Tensor, dy: Kept, x: Kept, rows: Sequence[int] | None) -> None:
+        """Add dW to ``total`` [O, I], float32. Tokens are summed over, so the last tile is filled up with zeros."""
+        if rows is not None or not isinstance(dy, Columns) or not isinstance(x, Columns):
+            super().wgrad(total, dy, x, rows)
+            return
         left, right = transposed(dy.quantised), transposed(x.quantised)
         if not _divides(left.data.shape[0], right.data.shape[0]):
-            return super().wgrad(dy, x, ends)
-        return multiply(filled(left), filled(right), torch.float32)
+            super().wgrad(total, dy, x, rows)
+            return
+        total.add_(multiply(filled(left), filled(right), torch.float32))
 
 
 def multiply(a: Quantised, b: Quantised, dtype: torch.dtype = torch.bfloat16) -> Tensor:

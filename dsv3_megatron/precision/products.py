@@ -7,7 +7,8 @@
 | wgrad dW | dY, 128x1 | X, 128x1 | tokens |
 
 The operands are exactly FP8 numbers times their scales; the product itself is float32, rounded once to the output's
-dtype (dW stays float32, as it is added to float32 gradients). Layers hold one of these objects and never ask which.
+dtype (dW stays float32 and is added to float32 gradients, in high precision too). Layers hold one of these objects and
+never ask which.
 
 Legend: T tokens (for experts sorted by expert, ``ends`` [E] the last row of each, exclusive), I and O input and output
 width, E local experts.
@@ -15,6 +16,7 @@ width, E local experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from dsv3_megatron.precision.accumulation import matmul
 from dsv3_megatron.precision.delayed import AmaxHistory
-from dsv3_megatron.precision.grouped import grouped_product, grouped_weight_gradient
+from dsv3_megatron.precision.grouped import grouped_product
 from dsv3_megatron.precision.kept import Columns, Kept
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.tiles import E4M3, E5M2, Format, Quantised, Tile, quantise
+from dsv3_megatron.precision.weight_gradients import add_grouped_product, add_product
 
 _TILES: dict[str, Tile] = {"1x128": (1, 128), "128x128": (128, 128), "tensor": (0, 0)}
 _ALONG_TOKENS: dict[str, Tile] = {"1x128": (128, 1), "128x128": (128, 128), "tensor": (0, 0)}
@@ -34,10 +37,13 @@ _ALONG_TOKENS: dict[str, Tile] = {"1x128": (128, 1), "128x128": (128, 128), "ten
 class Products(Protocol):
     """How a layer multiplies."""
 
-    def forward(self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None) -> tuple[Tensor, object]:
+    def forward(
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None, *, training: bool
+    ) -> tuple[Tensor, object]:
         """Return Y [..., O] from X [..., I] and W [(E,) O, I], and what the weight gradient needs of X.
 
-        ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is.
+        ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is. ``training``: else
+        nothing that later products depend on may change.
         """
 
     def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, object]:
@@ -46,15 +52,20 @@ class Products(Protocol):
     def owed(self, x: object, ends: Tensor | None) -> object:
         """Return what the weight gradient needs of X from the backward on, in place of what ``forward`` kept."""
 
-    def weight_gradient(self, dy: object, x: object, ends: Tensor | None) -> Tensor:
-        """Return dW [(E,) O, I] from what ``input_gradient`` and ``owed`` gave."""
+    def add_weight_gradient(
+        self, total: Tensor, dy: object, x: object, ends: Tensor | None, rows: Sequence[int] | None
+    ) -> None:
+        """Add dW to ``total`` [(E,) O, I], float32, from what ``input_gradient`` and ``owed`` gave.
+
+        ``rows``: of each expert, as the host knows them; None where ``ends`` is.
+        """
 
 
 class HighPrecision:
     """Products in the dtype of the operands."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return Y and X itself."""
         if ends is None:
@@ -69,11 +80,11 @@ class HighPrecision:
         """Return X itself."""
         return x
 
-    def weight_gradient(self, dy: Tensor, x: Tensor, ends: Tensor | None) -> Tensor:
-        """Return dW."""
-        if ends is None:
-            return dy.flatten(0, -2).t().mm(x.flatten(0, -2))
-        return grouped_weight_gradient(x, dy, ends)
+    def add_weight_gradient(
+        self, total: Tensor, dy: Tensor, x: Tensor, ends: Tensor | None, rows: Sequence[int] | None
+    ) -> None:
+        """Add dW to ``total``."""
+        _add_wgrad(total, dy.flatten(0, -2), x.flatten(0, -2), rows)
 
 
 HIGH_PRECISION = HighPrecision()
@@ -89,17 +100,19 @@ class Fp8Products:
     def __init__(self, settings: Fp8Settings):
         self.settings = settings
         self._gradient_format = E5M2 if settings.format == "hybrid" else E4M3
+        self._training = True  # a history of amaxes is one of training: an evaluation adds nothing to it
         self._weight: tuple[int, int, Quantised, Tensor] | None = None  # (step, version, in FP8, dequantised)
         length = settings.delayed_history if settings.scaling == "delayed" else 0
         self._histories = {role: AmaxHistory(length) for role in ("input", "weight", "gradient")} if length else {}
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
     ) -> tuple[Tensor, Kept | Tensor]:
         """Return Y, and X in FP8 as the weight gradient will use it: one byte an element is kept, not X.
 
         X itself is kept where it comes again, which takes no memory until then.
         """
+        self._training = training
         rows = x.flatten(0, -2)
         along_channels = self._quantise_rows(rows)
         y = self.fprop(along_channels, weight, ends)
@@ -127,12 +140,14 @@ class Fp8Products:
         kept = dy if tile == "tensor" else Columns(rows, ends, self._quantise_gradient_columns)
         return dx.view(*grad.shape[:-1], dx.shape[-1]), kept
 
-    def weight_gradient(self, dy: Kept, x: Kept, ends: Tensor | None) -> Tensor:
-        """Return dW, float32."""
+    def add_weight_gradient(
+        self, total: Tensor, dy: Kept, x: Kept, ends: Tensor | None, rows: Sequence[int] | None
+    ) -> None:
+        """Add dW to ``total``."""
         whole_tensor = isinstance(x, Quantised) and self.settings.activation_tile == "tensor"
         if not isinstance(x, Columns) and not whole_tensor:
             x = Columns(x.dequantise().flatten(0, -2), ends, self._quantise_columns)
-        return self.wgrad(dy, x, ends)
+        self.wgrad(total, dy, x, rows)
 
     # -- the products themselves: what a backend with FP8 units replaces ----------------------------------------------
 
@@ -153,14 +168,16 @@ class Fp8Products:
         exact = settings.power_of_two_scales and settings.accumulation == "fp32" and weight.dtype is torch.bfloat16
         return torch.bfloat16 if exact and weight.device.type == "cuda" else torch.float32
 
-    def wgrad(self, dy: Kept, x: Kept, ends: Tensor | None) -> Tensor:
-        """Return dW [(E,) O, I], float32."""
+    def wgrad(self, total: Tensor, dy: Kept, x: Kept, rows: Sequence[int] | None) -> None:
+        """Add dW to ``total`` [(E,) O, I], float32."""
         left, right = dy.dequantise(), x.dequantise()
-        if ends is None:
-            return matmul(left.t(), right, self.settings.accumulation)
         if self.settings.accumulation == "fp32":
-            return grouped_weight_gradient(right, left, ends)
-        return torch.stack([matmul(a.t(), b, self.settings.accumulation) for a, b in _by_expert(ends, left, right)])
+            _add_wgrad(total, left, right, rows)
+        elif rows is None:
+            total.add_(matmul(left.t(), right, self.settings.accumulation))
+        else:
+            for one, a, b in zip(total, left.split(list(rows)), right.split(list(rows))):
+                one.add_(matmul(a.t(), b, self.settings.accumulation))
 
     def _multiply(self, left: Tensor, right: Tensor, ends: Tensor | None) -> Tensor:
         """Return left [T, K] times right [(E,) K, N]."""
@@ -190,7 +207,7 @@ class Fp8Products:
         return self._weight[2:]
 
     def _quantise(self, x: Tensor, tile: Tile, fmt: Format, role: str) -> Quantised:
-        amax = self._histories[role].amax_for(x) if self._histories else None
+        amax = self._histories[role].amax_for(x, note=self._training) if self._histories else None
         return quantise(x, tile, fmt, power_of_two=self.settings.power_of_two_scales, amax=amax)
 
     def _quantise_columns(self, x: Tensor) -> Quantised:
@@ -201,6 +218,13 @@ class Fp8Products:
     def _quantise_gradient_columns(self, grad: Tensor) -> Quantised:
         tile = _ALONG_TOKENS[self.settings.gradient_tile]
         return quantise(grad, tile, self._gradient_format, power_of_two=self.settings.power_of_two_scales)
+
+
+def _add_wgrad(total: Tensor, dy: Tensor, x: Tensor, rows: Sequence[int] | None) -> None:
+    if rows is None:
+        add_product(total, dy.t(), x)
+    else:
+        add_grouped_product(total, dy, x, rows)
 
 
 def _by_expert(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -19,7 +19,6 @@ from parallel.errors import PackageError, RecipeError
 
 _EXACT_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 _ROUND_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
-_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 DEVICES = ("cuda",)  # the device types that TE's kernels run on
 OLDEST_TE = (2, 9)
 OLDEST_CUDA = (12, 9)
@@ -82,15 +81,10 @@ def prepare_environment(precision: PrecisionSettings) -> None:
 
 
 def check_environment(fp8: Fp8Settings) -> None:
-    """Raise PackageError where TE was imported before it was told about scales, or was not told enough."""
+    """Raise PackageError where TE was imported before it was told about scales."""
     from transformer_engine.common import recipe
 
     if recipe_name(fp8) == "delayed":
-        if os.environ.get(_UNPICKLE) != "1":
-            raise PackageError(
-                "precision.fp8.scaling = delayed: Transformer Engine reads the amaxes of a checkpoint only where it "
-                f"may unpickle them; set {_UNPICKLE}=1 if you trust your checkpoints, or scaling=current"
-            )
         return
     made, name, value = {
         "blockwise": (recipe.Float8BlockScaling, _EXACT_SCALES, 0 if fp8.power_of_two_scales else 1),

@@ -11,9 +11,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+
+from dsv3_megatron.precision.weight_gradients import gate
 
 
 class SequenceBalancedRouter(TopKRouter):
@@ -28,6 +34,10 @@ class SequenceBalancedRouter(TopKRouter):
         self.register_buffer(
             "balance_sum", torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device()), persistent=False
         )
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Return logits [S, B, E], float32, from the layer's input [S, B, D]."""
+        return gate(input, self.weight, lambda x, weight: router_gating_linear(x, weight, None, torch.float32))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices of the experts, both [S * B, E], from logits [S, B, E]."""

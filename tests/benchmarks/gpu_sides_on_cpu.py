@@ -1,4 +1,4 @@
-"""Run by test_gpu_sides in a process of its own, with the stand-in for Transformer Engine on the path.
+"""Run by test_gpu_sides in a process of its own, on Transformer Engine's Python (python -m testing.te).
 
 Builds the sides of the GPU benchmark at a tiny shape, takes steps, and prints losses and facts. Arguments: overrides of
 the recipe.
@@ -18,9 +18,13 @@ from launcher.compose import compose
 BF16, FP8 = (*sys.argv[1:], "precision=bf16"), (*sys.argv[1:], "precision=fp8")
 
 
-def three_steps(step):
-    """Return the losses of three steps, and what the side says of itself."""
-    return {"losses": [float(step()) for _ in range(3)], **step.facts}
+def three_steps(step, after=lambda: None):
+    """Return the losses of three steps, and what the side says of itself; ``after`` is called after each."""
+    losses = []
+    for _ in range(3):
+        losses.append(float(step()))
+        after()
+    return {"losses": losses, **step.facts}
 
 
 torch.set_num_threads(1)
@@ -30,34 +34,27 @@ found = {"transformers": three_steps(work.transformers(BF16, dtype="bfloat16"))}
 from dsv3_megatron.host import adapt_host  # on a GPU plain megatron-core runs without it
 
 adapt_host()
-import transformer_engine.pytorch as te
-
-from dsv3_megatron.optim.adamw import FusedAdam
-from dsv3_megatron.optim.optimizer import use_our_adamw
 from parallel.groups import stop_processes
+from testing.te.calls import calls, forget
+
+quantised, products, modules = [], set(), set()
 
 
-class Adam(FusedAdam):
-    """Our AdamW in the place of TE's, which the stand-in has not; megatron-core looks at its arguments."""
-
-    def __init__(self, *given, master_weight_dtype=None, exp_avg_dtype=torch.float32, exp_avg_sq_dtype=torch.float32,
-                 use_decoupled_grad=False, **others):  # fmt: skip
-        moments = {"exp_avg_dtype": exp_avg_dtype, "exp_avg_sq_dtype": exp_avg_sq_dtype}
-        super().__init__(*given, use_decoupled_grad=use_decoupled_grad, **moments, **others)
+def note():
+    """Note what a step asked of the kernels."""
+    quantised.append(len(calls("quantize", tile="128x128")))
+    products.update(call["a"] for kind in ("gemm", "grouped_gemm") for call in calls(kind, layout="TN"))
+    forget()
 
 
-def make_drawn(module, name, shape, arguments, make=te._Module._make):
-    """TE draws its weights; the stand-in leaves them as they are."""
-    make(module, name, shape, arguments)
-    weight = getattr(module, name)
-    torch.nn.init.normal_(weight, std=0.02) if len(shape) > 1 else torch.nn.init.ones_(weight)
+def note_module(module, given):
+    """Note which modules ran."""
+    modules.add(type(module).__name__)
 
 
-use_our_adamw()
-te.optimizers.FusedAdam, te._Module._make = Adam, make_drawn
-found["megatron"] = three_steps(megatron(compose(list(FP8)), "cpu"))
-found["recipes"] = sorted({str(recipe) for _, recipe in te.FORWARDS})
-found["modules"] = sorted({name for name, _ in te.FORWARDS})
+torch.nn.modules.module.register_module_forward_pre_hook(note_module)
+found["megatron"] = three_steps(megatron(compose(list(FP8)), "cpu"), note)
+found |= {"quantised": quantised, "weights": sorted(products), "modules": sorted(modules)}
 stop_processes()
-found["stages"] = gpu_sides.stage_seconds((*BF16, "backend=torch"), 3, "cpu")
+found["stages"] = gpu_sides.stage_seconds((*BF16, "backend=te"), 3, "cpu")
 print(json.dumps(found))

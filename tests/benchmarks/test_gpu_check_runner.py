@@ -68,7 +68,7 @@ def test_every_fault_is_a_row_with_its_reason_and_costs_no_other(visited):
 
 
 def test_what_a_hung_check_started_is_ended_with_it(visited):
-    pid = int((visited[2] / "started").read_text())
+    pid = int((visited[2] / "hang" / "started").read_text())
     started = psutil.Process(pid) if psutil.pid_exists(pid) else None
     assert started is None or started.status() == psutil.STATUS_ZOMBIE  # nobody may be there to bury it
 

@@ -20,10 +20,10 @@ SMALL = ("recipe=dsv3_tiny", "model.num_nextn_predict_layers=0", "model.num_hidd
 
 @pytest.fixture(scope="module")
 def sides():
-    """What the sides find in a process that has the stand-in for Transformer Engine."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests' / 'te_stub'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("gpu_sides_on_cpu.py")), *SMALL]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    """What the sides find in a process that has Transformer Engine's Python."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "testing.te", str(Path(__file__).with_name("gpu_sides_on_cpu.py")), *SMALL]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -37,7 +37,9 @@ def test_plain_megatron_core_and_transformers_train_the_same_shape(sides):
 
 
 def test_plain_megatron_core_is_over_transformer_engine_in_fp8(sides):
-    assert sides["recipes"] == ["Float8BlockScaling:e4m3", "None"]  # None: the last norm
+    assert sides["weights"] == ["Float8BlockwiseQTensor"]
+    first, *later = sides["quantised"]
+    assert first and later == [first, first]  # in every step, as its own schedule has it
     # Grouped experts, norms fused into the linear after them, TE's attention.
     wanted = {"TERowParallelGroupedLinear", "TELayerNormColumnParallelLinear", "TEDotProductAttention", "Fp8Padding"}
     assert wanted <= set(sides["modules"])

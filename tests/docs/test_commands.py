@@ -29,6 +29,7 @@ NOT_RUN = {
     r"make ": "installs, or takes minutes, or is what runs this test; make -n says what it would do",
     r"torchrun .*pretrain\.py": "tests/end_to_end starts torchrun; composed, and laid out over its ranks",
     r"torchrun ": "no command but a mention of a flag",
+    r"python benchmarks/gpu_check ": "minutes, tests/benchmarks rehearses it; refused where there is no GPU",
     r"python benchmarks/": "minutes to hours, some on a GPU; compiled",
     r"python launcher/submit\.py (status|logs|cancel)": "needs a job: tests/slurm; refused for want of one",
     r"python launcher/submit\.py$": "no command but a mention; its help",
@@ -60,6 +61,11 @@ def without_work(reason, command, words):
         recipe, ranks = compose(arguments), int(words[words.index("--nproc-per-node") + 1])
         check_world(recipe, World(rank=0, size=ranks, local_rank=0))
         recipe.data.check_source()
+    elif "refused where" in reason:
+        words = [word for word in words[2:] if not word.startswith("device=")]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: False)
+            assert in_process("benchmarks/gpu_check/__main__.py", words) == 2
     elif "compiled" in reason:
         compile((ROOT / script).read_text(), script, "exec")
     elif "want of one" in reason:

@@ -9,7 +9,7 @@ from testing.te.kernels.attention import (
 from testing.te.kernels.gemm import generic_gemm, grouped_gemm
 from testing.te.kernels.held import compute_partial_amax, compute_scale_and_scale_inv, partial_cast
 from testing.te.kernels.norm import rmsnorm_backward, rmsnorm_forward
-from testing.te.kernels.optimizer import adam, l2norm, scale
+from testing.te.kernels.optimizer import adam, adam_with_remainders, l2norm, scale
 from testing.te.kernels.quantise import create_empty, quantize, split_quantize
 from testing.te.kernels.rows import pad, unpad
 from testing.te.kernels.whole import transpose, update_amax_and_scale
@@ -24,6 +24,7 @@ KERNELS = {
     "fused_multi_row_unpadding": unpad,
     "generic_gemm": generic_gemm,
     "multi_tensor_adam": adam,
+    "multi_tensor_adam_param_remainder": adam_with_remainders,
     "multi_tensor_compute_scale_and_scale_inv": compute_scale_and_scale_inv,
     "multi_tensor_l2norm": l2norm,
     "multi_tensor_scale": scale,

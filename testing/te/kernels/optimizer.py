@@ -15,19 +15,46 @@ def adam(
     mode: int, bias_correction: int, weight_decay: float,
 ) -> None:  # fmt: skip
     """Update (gradients, parameters, first moments, second moments and, where given, float32 masters) in place."""
-    if mode != _ADAMW:
-        raise NotImplementedError("testing/te: Adam with L2 regularisation")
     grads, parameters, first, second = lists[:4]
     masters = lists[4] if len(lists) > 4 else parameters
     record("adam", tensors=len(grads), gradient=grads[0].dtype, parameter=parameters[0].dtype,
            moment=first[0].dtype, master=masters[0].dtype)  # fmt: skip
-    correct = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1, 1)
+    how = (lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay)
     for grad, parameter, m, v, master in zip(grads, parameters, first, second, masters):
-        g, weight = grad.float(), master.float()
-        m32, v32 = m.float().lerp(g, 1 - beta1), beta2 * v.float() + (1 - beta2) * g * g
-        weight = weight - lr * ((m32 / correct[0]) / ((v32 / correct[1]).sqrt() + eps) + weight_decay * weight)
-        for kept, new in ((m, m32), (v, v32), (master, weight), (parameter, weight)):
-            kept.copy_(new)
+        weight = _updated(master.float(), grad, m, v, *how)
+        master.copy_(weight)
+        parameter.copy_(weight)
+
+
+def adam_with_remainders(
+    chunk: int, noop: Tensor, lists: list[list[Tensor]], lr: float, beta1: float, beta2: float, eps: float, step: int,
+    mode: int, bias_correction: int, weight_decay: float,
+) -> None:  # fmt: skip
+    """As :func:`adam`, of BF16 parameters whose masters' lower 16 bits lie apart (the fifth list)."""
+    record("adam", tensors=len(lists[0]), gradient=lists[0][0].dtype, parameter=lists[1][0].dtype,
+           moment=lists[2][0].dtype, master="remainder")  # fmt: skip
+    how = (lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay)
+    for grad, parameter, m, v, remainder in zip(*lists):
+        low = remainder.int()
+        high = parameter.view(torch.int16).int() - (low < 0).int()  # a remainder below zero was rounded up
+        bits = _updated(((high << 16) | (low & 0xFFFF)).view(torch.float32), grad, m, v, *how).view(torch.int32)
+        remainder.copy_((bits & 0xFFFF).to(torch.int16))
+        parameter.view(torch.int16).copy_(((bits >> 16) + (remainder < 0).int()).to(torch.int16))
+
+
+def _updated(
+    weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, lr: float, beta1: float, beta2: float, eps: float, step: int,
+    mode: int, bias_correction: int, weight_decay: float,
+) -> Tensor:  # fmt: skip
+    """Return float32 weights after one step of AdamW; the moments are updated in place."""
+    if mode != _ADAMW:
+        raise NotImplementedError("testing/te: Adam with L2 regularisation")
+    correct = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1, 1)
+    g = grad.float()
+    m32, v32 = m.float().lerp(g, 1 - beta1), beta2 * v.float() + (1 - beta2) * g * g
+    m.copy_(m32)
+    v.copy_(v32)
+    return weight - lr * ((m32 / correct[0]) / ((v32 / correct[1]).sqrt() + eps) + weight_decay * weight)
 
 
 def scale(chunk: int, noop: Tensor, lists: list[list[Tensor]], factor: float) -> None:

@@ -1,16 +1,19 @@
 """A run on the te backend that is stopped and resumed is, bit for bit, the run that was not stopped."""
 
 import json
-import os
 
 import pytest
+import torch
 
 import dsv3_megatron.trainer as trainer_module
+from dsv3_megatron.build import build_parts
+from dsv3_megatron.checkpoint.state import prepare_moments
 from launcher.compose import compose, resolved_yaml
+from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS
-from tests.tiny import SMALL
+from tests.te import FP8, WORDS, forget_fp8_state
+from tests.tiny import SMALL, small_recipe
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))
@@ -33,9 +36,11 @@ class Silent:
 
 def run(overrides):
     """Train a recipe as launcher/pretrain.py does."""
-    os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"  # TE's amaxes of delayed scaling
     recipe = compose([*SMALL, "run.name=te", f"run.steps={STEPS}", *overrides])
-    trainer_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
+    try:
+        trainer_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
+    finally:
+        forget_fp8_state()
 
 
 def measured(directory):
@@ -64,3 +69,23 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(runs, name):
     whole, resumed = runs[name]
     assert sorted(whole) == list(range(1, STEPS + 1))
     assert resumed == whole
+
+
+def moments_before_the_first_step(words):
+    """Return the formats and the largest numbers of the moments that a save before the first step would hold."""
+    recipe = small_recipe(*words)
+    start_processes(World.from_environment(), torch.device("cpu"))
+    try:
+        parts = build_parts(recipe, recipe.layout(1), torch.device("cpu"))
+        prepare_moments(parts.optimizer)
+        states = [s for part in parts.optimizer.chained_optimizers for s in part.optimizer.state.values()]
+        found = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+        return {(str(moment.dtype), moment.abs().max().item()) for moment in found}
+    finally:
+        stop_processes()
+
+
+def test_a_save_before_the_first_step_holds_moments_of_zero():
+    cases = [SETTINGS["bf16"], SETTINGS["held"], SETTINGS["held, float32 moments"], WORDS]
+    found = [found for (found,) in run_ranks(1, moments_before_the_first_step, cases, preload=TE)]
+    assert found == [{("torch.bfloat16", 0.0)}] * 2 + [{("torch.float32", 0.0)}] * 2

@@ -17,31 +17,36 @@ from launcher.export_hf import main as export
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.end_to_end.test_data_and_regime import train
-from tests.ranks import run_ranks
+from tests.ranks import TE, run_ranks
+from tests.te import WORDS
 from tests.tiny import VALUES, named_weights, small_recipe, step_batches_of
 
 DECAY = 0.7
 
 
 def average_in_training(overrides):
-    """Train three steps; return the largest difference of the average from its recurrence on this rank."""
+    """Train three steps; return, of this rank, the largest difference of the average from its recurrence and from the
+    weights, and of the weights from it once it is copied into them, as a share of the largest."""
     recipe, world = small_recipe(f"optim.ema_decay={DECAY}", *overrides), World.from_environment()
     start_processes(world, torch.device("cpu"), timeout_seconds=120)
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
-        expected = {k: v.double().clone() for k, v in named_weights(parts).items()}
+        expected = {k: v.float().double() for k, v in named_weights(parts).items()}
         for number in range(3):
             train_step(parts, step_batches_of(parts, number), VALUES)
             for name, weight in named_weights(parts).items():
-                expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.double()
+                expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.float().double()
         parts.ema.wait()
         found = {
             global_name(name, parts.first_layer(stage)): parts.ema.average[f"stage{stage}.{name}"]
             for stage, chunk in parts.chunks.items()
             for name, _ in chunk.named_parameters()
         }
-        moved = max((found[k] - v).abs().max().item() for k, v in named_weights(parts).items())
-        return max((found[k] - e).abs().max().item() for k, e in expected.items()), moved
+        moved = max((found[k] - v.float()).abs().max().item() for k, v in named_weights(parts).items())
+        error = max((found[k] - e).abs().max().item() for k, e in expected.items())
+        parts.ema.copy_into_weights()
+        copied = {k: (found[k] - v.float()).abs().max() / found[k].abs().max() for k, v in named_weights(parts).items()}
+        return error, moved, max(copied.values()).item()
     finally:
         stop_processes()
 
@@ -50,8 +55,17 @@ def test_the_average_is_its_recurrence_in_every_layout():
     dual = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")
     for ranks, cases in ((1, [()]), (2, [("parallel.expert=2",), dual, (*dual, "precision=bf16")])):
         for case, results in zip(cases, run_ranks(ranks, average_in_training, cases)):
-            for error, moved in results:
+            for error, moved, copied in results:
                 assert error < 1e-6 < 1e-4 < moved, case
+                assert copied < (2**-8 if "precision=bf16" in case else 1e-7), case
+
+
+def test_the_average_of_weights_held_in_fp8_is_that_of_the_numbers_they_stand_for():
+    dual = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")
+    case = (*WORDS, "precision=fp8_held", *dual)
+    for error, moved, copied in run_ranks(2, average_in_training, [case], preload=TE)[0]:
+        assert error < 1e-6 < 1e-4 < moved
+        assert copied < 2**-4, "quantised again, with scales of its own"
 
 
 def test_averaging_runs_beside_training_and_is_waited_for():

@@ -8,7 +8,7 @@ import torch
 from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.shapes import check_shapes
-from dsv3_megatron.precision.transformer_engine import check_hardware
+from dsv3_megatron.precision.transformer_engine import check_hardware, check_policy
 from launcher.compose import compose
 from parallel.errors import LayoutError, PackageError, RecipeError, UserError
 
@@ -123,3 +123,17 @@ def test_a_precision_asked_for_is_the_one_that_is_taken(recipe, name):
 def test_a_key_of_fp8_does_not_switch_it_on_under_another_name():
     with pytest.raises(RecipeError, match="precision.name = bf16, but precision.fp8 is set"):
         compose(["recipe=dsv3_tiny", "precision=bf16", "precision.fp8={hold_weights: true}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "help"),
+    [
+        ("gradient_tile=128x128", "gradient_tile=1x128"),
+        ("accumulation=14bit", "backend=torch"),
+        ("wgrad_operands=retiled", "wgrad_operands=requantised"),
+    ],
+)
+def test_what_only_the_emulation_can_do_is_refused_on_te(override, help):
+    with pytest.raises(RecipeError, match=override.split("=")[0]) as error:
+        check_policy(compose(["recipe=dsv3_tiny", "precision=fp8", f"precision.fp8.{override}"]).precision.fp8)
+    assert help in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,49 @@
+"""What Transformer Engine keeps in place of weight gradients that it has added to the float32 buffer already. No torch.
+
+autograd must be handed a gradient, and TE hands it one tensor that nobody reads for every shape of weight: weights of
+the same shape share it, in all layers, for as long as the process lives (TE 2.20.2, module/base.py, get_dummy_wgrad).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dsv3_megatron.planning.stage_memory import composition
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.stages import layers_of_stages
+from parallel.layout import Layout
+
+
+def placeholder_bytes(recipe: Recipe, layout: Layout, stages: Iterable[int]) -> int:
+    """Return their bytes on a rank that holds ``stages``; 0 on another backend than te."""
+    if recipe.backend != "te":
+        return 0
+    shapes = {shape for stage in stages for shape in _shapes(recipe, layout, stage)}
+    return sum(rows * columns for rows, columns in shapes) * (2 if recipe.precision.parameters == "bf16" else 4)
+
+
+def _shapes(recipe: Recipe, layout: Layout, stage: int) -> set[tuple[int, int]]:
+    """Return the shapes of a stage's weights that TE multiplies with, as this rank holds them: (outputs, inputs)."""
+    model, tp = recipe.model, layout.tp
+    d, heads = model.hidden_size, model.num_attention_heads // tp
+    query = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    parts = composition(model, layers_of_stages(recipe), stage)
+    shapes = {
+        (query, model.q_lora_rank or d),
+        (model.kv_lora_rank + model.qk_rope_head_dim, d),
+        (heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank),
+        (d, heads * model.v_head_dim),
+    }
+    if model.q_lora_rank:
+        shapes.add((model.q_lora_rank, d))
+    widths = []
+    if parts.dense:
+        widths.append(model.intermediate_size // tp)
+    if parts.moe:
+        widths.append(model.moe_intermediate_size // layout.expert_tp)
+    if parts.moe and model.n_shared_experts:
+        widths.append(model.n_shared_experts * model.moe_intermediate_size // tp)
+    shapes |= {(2 * width, d) for width in widths} | {(d, width) for width in widths}
+    if parts.mtp:
+        shapes.add((d // tp, 2 * d))
+    return shapes

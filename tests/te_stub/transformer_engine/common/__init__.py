@@ -1,3 +1,0 @@
-"""Recipes."""
-
-from transformer_engine.common import recipe as recipe
