@@ -42,7 +42,7 @@ TINY = (
     "optim.micro_batch=1",
     "data.sequence_length=16",
     "optim.learning_rate=0.01",
-    "run.steps=5",
+    "run.steps=4",
     "checkpoint.keep=2",
 )
 # What is on for a whole run, beside training.
@@ -63,7 +63,7 @@ class Run:
 
     overrides: tuple[str, ...]
     always: tuple[str, ...] = ()
-    between: tuple[tuple[str, ...], ...] = ((),) * 5
+    between: tuple[tuple[str, ...], ...] = ((),) * 4
     flips_a_bit: bool = False
 
 
@@ -107,7 +107,7 @@ def _trainer(recipe: Any, world: World) -> Trainer:
     parts = build_parts(recipe, recipe.layout(world.size), device)
     parts.watchdog = Watchdog(300, rank=world.rank, world_size=world.size, store=process_group_store())
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    data = replace(data, held_out_count=4)
+    data = replace(data, held_out_count=2)
     trainer = Trainer(recipe, parts, data, SilentReporter(), resolved_yaml(recipe))
     trainer.prepare()
     return trainer

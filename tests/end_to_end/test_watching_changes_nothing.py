@@ -33,10 +33,10 @@ SCHEDULES = {
     "dualpipe": (2, (PAIR, "parallel.schedule=dualpipe")),
     "dualpipev": (2, (PAIR, "parallel.schedule=dualpipev")),
 }
-STEPS = 5
-# Every watcher, in two orders.
-ALL = (("evaluate", "save beside"), ("measure memory", "load back"), ("save", "load elsewhere"), ("export", "report"))
-ALL += (("profile", "evaluate"),)
+STEPS = 4
+# Every watcher, in two orders. (To load back is to save first.)
+ALL = (("evaluate", "save beside"), ("measure memory", "load back"), ("load elsewhere", "report"))
+ALL += (("export", "profile", "evaluate"),)
 ALL_BACKWARDS = tuple(names[::-1] for names in ALL[::-1])
 WITH_AVERAGE = frozenset({"average", "report", "stragglers"})
 EVERYTHING = frozenset(ALWAYS)
@@ -65,7 +65,7 @@ PLANS = st.lists(st.sets(st.sampled_from(sorted(WATCHERS)), max_size=3), min_siz
 # Not shrunk: an example costs seconds, and the message says where the two runs part.
 @settings(
     deadline=None,
-    max_examples=4,
+    max_examples=2,
     suppress_health_check=[HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
 )
@@ -76,14 +76,12 @@ PLANS = st.lists(st.sets(st.sampled_from(sorted(WATCHERS)), max_size=3), min_siz
     between=PLANS.map(lambda plan: tuple(tuple(sorted(names)) for names in plan)),
 )
 @example("bf16", "dualpipe", WITH_AVERAGE, ALL)
-@example("fp8, delayed scaling", "one rank", EVERYTHING, ALL)
+@example("bf16", "one rank, recompute", EVERYTHING, ALL_BACKWARDS)
 @example("fp8", "dualpipev", WITH_AVERAGE, ALL_BACKWARDS)
-@example("bf16", "one rank, recompute", WITH_AVERAGE, ALL_BACKWARDS)
 @example("fp32", "interleaved", WITH_AVERAGE, ALL)
 @example("fp8, delayed scaling", "zb1p", (), ALL)
 @example("te, fp8 held", "dualpipe", WITH_AVERAGE, ALL)
 @example("te, fp8, delayed scaling", "EP 2", WITH_AVERAGE, ALL_BACKWARDS)
-@example("te, fp8", "1f1b", WITH_AVERAGE, ALL_BACKWARDS)
 def test_watching_a_run_changes_nothing(precision, schedule, always, between):
     for rank, wrong in enumerate(what_differs(precision, schedule, always, between)):
         assert not wrong, f"rank {rank}: {len(wrong)} differ, the first: {'; '.join(wrong[:5])}"
