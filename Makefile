@@ -30,8 +30,8 @@ demo: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
-# WORKERS=2 shares the files among two workers; a file is one worker's, as its tests share what they have made.
-WORKERS ?= 0
+# The files are shared among two workers; a file is one worker's, as its tests share what they have made. WORKERS=0: none.
+WORKERS ?= 2
 test: $(STAMP) slurm-installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
