@@ -6,7 +6,7 @@ import gc
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import dsv3_megatron.build as build_module
 import dsv3_megatron.trainer as trainer_module
-from dsv3_megatron.build import build_parts
+from dsv3_megatron.build import Parts, build_parts
 from dsv3_megatron.checkpoint.exporting import export
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
@@ -83,7 +83,8 @@ def differences(run: Outcome, other: Outcome) -> list[str]:
         for name in mine
         if mine[name] != theirs[name]
     ]
-    return found + [name for name in run.tensors if run.tensors[name] != other.tensors.get(name)]
+    names = {**run.tensors, **other.tensors}
+    return found + [name for name in names if run.tensors.get(name) != other.tensors.get(name)]
 
 
 def run_watched(run: Run) -> Outcome:
@@ -144,7 +145,7 @@ def _train(trainer: Trainer, run: Run) -> Outcome:
     return Outcome([_numbers(result) for result in results], _checksums(trainer.parts))
 
 
-def _flip_a_bit(parts: Any) -> None:
+def _flip_a_bit(parts: Parts) -> None:
     (moments, *_) = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])[0].optimizer.state.values()
     moments["exp_avg"].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
@@ -190,7 +191,7 @@ def _numbers(result: StepResult) -> dict[str, Any]:
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
 
 
-def _checksums(parts: Any) -> dict[str, str]:
+def _checksums(parts: Parts) -> dict[str, str]:
     """Return a checksum of every tensor that the next step would read."""
     found = {}
     for stage, chunk in parts.chunks.items():
@@ -202,7 +203,16 @@ def _checksums(parts: Any) -> dict[str, str]:
         for index, state in enumerate(part.optimizer.state.values()):
             found |= {f"optimizer {number}.{index}.{name}": x for name, x in state.items() if torch.is_tensor(x)}
     found["random generator"] = torch.get_rng_state()
-    return {name: _checksum(tensor) for name, tensor in found.items()}
+    hooked = {f"hook {name}": "there" for name in _hooked(parts)}
+    return {name: _checksum(tensor) for name, tensor in found.items()} | hooked
+
+
+def _hooked(parts: Parts) -> Iterator[str]:
+    """Yield the parameters whose gradient DDP would still be told of, whether or not autograd brings it."""
+    for stage, ddp in parts.ddps.items():
+        for name, parameter in parts.chunks[stage].named_parameters():
+            if parameter.expand_as(parameter).grad_fn.next_functions[0][0] in ddp.grad_accs:
+                yield f"{stage}.{name}"
 
 
 def _checksum(tensor: torch.Tensor) -> str:
