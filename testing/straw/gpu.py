@@ -64,6 +64,8 @@ class Gpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Carry one operation out."""
         kwargs = kwargs or {}
+        if any(kind not in (FakeTensor, Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # made of other tensors, as TE's: what it does with those comes here again
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         here = [x for x in tensors if isinstance(x, FakeTensor)]
         target = kwargs.get("device")

@@ -9,7 +9,7 @@ from torch import Tensor
 def aligned_causal_softmax(inputs: Tensor, scale: float) -> Tensor:
     """Return the softmax of scores [..., queries, keys]; the last query sees all keys."""
     queries, keys = inputs.shape[-2:]
-    later = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+    later = torch.ones(queries, keys, dtype=torch.bool, device=inputs.device).triu(1 + keys - queries)
     return (inputs.float() * scale).masked_fill(later, float("-inf")).softmax(-1).to(inputs.dtype)
 
 

@@ -31,7 +31,7 @@ def _cut(tensor: Tensor, quantizer: Any, usage: str) -> tuple[Tensor, Tensor]:
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     data, scale = _tiles(rows.t() if columns else rows, quantizer)
     shape = tuple(tensor.shape)
-    stored = torch.zeros(quantizer.get_scale_shape(shape, columns))  # padded to multiples of 4
+    stored = torch.zeros(quantizer.get_scale_shape(shape, columns), device=tensor.device)  # padded to multiples of 4
     scale = scale if _is_2d(quantizer) else scale.t()
     stored[: scale.shape[0], : scale.shape[1]] = scale
     return data.reshape(quantizer.get_columnwise_shape(shape) if columns else shape), stored
@@ -39,7 +39,7 @@ def _cut(tensor: Tensor, quantizer: Any, usage: str) -> tuple[Tensor, Tensor]:
 
 def _tiles(matrix: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
     if matrix.numel() == 0:
-        return matrix.new_empty(matrix.shape, dtype=torch.uint8), torch.empty((0, 0), dtype=torch.float32)
+        return matrix.new_empty(matrix.shape, dtype=torch.uint8), matrix.new_empty((0, 0), dtype=torch.float32)
     fmt: Format = E4M3 if torch_dtype(quantizer.dtype) == torch.float8_e4m3fn else E5M2
     tile = (128, 128) if _is_2d(quantizer) else (1, 128)
     found = quantise(matrix.contiguous(), tile, fmt, power_of_two=quantizer.force_pow_2_scales)

@@ -25,7 +25,7 @@ def compute_scale_and_scale_inv(
 
 def compute_partial_amax(tensor: Tensor, amax: Tensor, rows: int, columns: int, start: int, block: int) -> None:
     """Raise ``amax`` [row blocks, column blocks] by a shard that begins at element ``start`` of [rows, columns]."""
-    whole = torch.zeros(rows * columns)
+    whole = torch.zeros(rows * columns, device=tensor.device)
     whole[start : start + tensor.numel()] = tensor.float().reshape(-1).abs()
     padded = torch.nn.functional.pad(whole.view(rows, columns), (0, -columns % block, 0, -rows % block))
     blocks = padded.view(-(-rows // block), block, -1, block).amax((1, 3))

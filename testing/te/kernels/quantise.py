@@ -34,6 +34,6 @@ def create_empty(quantizer: Any, shape: tuple, dtype: torch.dtype, device: torch
     """Return a tensor of the quantizer's class (never its bare storage) that holds no numbers yet; here zeros."""
     was, quantizer.internal = quantizer.internal, False
     try:
-        return quantize(torch.zeros(shape, dtype=dtype), quantizer)
+        return quantize(torch.zeros(shape, dtype=dtype, device=device), quantizer)
     finally:
         quantizer.internal = was
