@@ -1,4 +1,4 @@
-# make env | demo | test | test-slurm | test-docker | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TE := $(wildcard testing/te/requirements.txt)
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slurm test-docker lint docs bench gpu-check chaos clean slurm-installed
+.PHONY: env demo test test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos clean slurm-installed
 
 env: $(STAMP)
 
@@ -51,6 +51,24 @@ slurm-installed:
 # Runs the steps of docker/Dockerfile.cpu in a clean Debian; root, and some minutes.
 test-docker: $(STAMP)
 	$(BIN)/python -m tests.docker.clean_root
+
+# The tests of the te backend over Transformer Engine's compiled bindings, in an environment of their own, without a GPU:
+# testing/te/README.md says where TE_BINDINGS comes from. TE_TORCH is the torch that they were compiled against.
+TE_BINDINGS ?=
+TE_TORCH ?= 2.11.0
+TE_PYTHON ?= python3.12
+TE_VERSION = $(shell sed -n s/^transformer_engine==//p $(TE))
+COMPILED := .cache/te-compiled
+PIP_COMPILED = $(COMPILED)/bin/python -m pip --quiet --disable-pip-version-check
+test-te-compiled:
+	@[ -f "$(TE_BINDINGS)" ] || { echo "TE_BINDINGS = '$(TE_BINDINGS)' is no file; set it to a wheel of transformer_engine_torch $(TE_VERSION) (testing/te/README.md)"; exit 2; }
+	rm -rf $(COMPILED)
+	$(TE_PYTHON) -m venv $(COMPILED)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt >$(COMPILED)/constraints.txt
+	$(PIP_COMPILED) install -c $(COMPILED)/constraints.txt torch==$(TE_TORCH) -e '.[dev]'
+	$(PIP_COMPILED) download --no-deps --only-binary=:all: -d $(COMPILED)/te -r $(TE) transformer_engine_cu13==$(TE_VERSION)
+	for wheel in $(COMPILED)/te/*.whl $(TE_BINDINGS); do $(COMPILED)/bin/python -m zipfile -e $$wheel $(COMPILED)/te || exit; done
+	$(COMPILED)/bin/python -m pytest $$(grep -rlE 'preload=TE' tests --include='test_*.py')
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,8 +43,7 @@ def make_extension() -> types.ModuleType:
     module = types.ModuleType("transformer_engine_torch", __doc__)
     for name, members in _ENUMERATIONS.items():
         setattr(module, name, enum.IntEnum(name, members))
-    for name, kernel in KERNELS.items():
-        setattr(module, name, torch.no_grad()(kernel))
+    _put(module)
     module.get_cudnn_version = lambda: 91900
     module.get_cublasLt_version = lambda: 130100
     module.get_num_cublas_streams = lambda: 1
@@ -58,6 +57,24 @@ def make_extension() -> types.ModuleType:
 
     module.__getattr__ = looked_up
     return module
+
+
+def put_kernels(compiled: types.ModuleType) -> None:
+    """Put our kernels in the place of the compiled ones, so that all else is compiled: names, numbers, classes.
+
+    Raises: AssertionError: the stand-in has a name or a number that the compiled extension has not.
+    """
+    unknown = [name for name in KERNELS if not hasattr(compiled, name)]
+    assert not unknown, f"transformer_engine_torch has no {', '.join(unknown)}"
+    for name, members in _ENUMERATIONS.items():
+        found = {member: int(getattr(getattr(compiled, name), member)) for member in members}
+        assert found == members, f"transformer_engine_torch.{name} is {found}, the stand-in's {members}"
+    _put(compiled)
+
+
+def _put(module: types.ModuleType) -> None:
+    for name, kernel in KERNELS.items():
+        setattr(module, name, torch.no_grad()(kernel))
 
 
 def _missing(name: str) -> Callable:

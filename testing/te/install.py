@@ -11,17 +11,18 @@ import importlib.machinery
 import importlib.metadata
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import DistributionFinder
 from pathlib import Path
 from unittest.mock import patch
 
 from testing.te.absent import absent_packages
-from testing.te.extension import make_extension
+from testing.te.extension import make_extension, put_kernels
 from testing.te.gloo import gather_types_apart
 from testing.te.machine import pretend_hopper
 from testing.te.project import let_te_run_on_a_cpu
-from testing.te.tree import tree
+from testing.te.tree import has_bindings, tree
 
 _PACKAGE = "transformer_engine"
 
@@ -44,7 +45,7 @@ class _Finder(DistributionFinder, importlib.abc.Loader):
     """Finds the package and its version, and nothing else; what is below it Python finds by the package's path."""
 
     def __init__(self, folder: Path, on_cpu: bool):
-        self._folder, self._on_cpu = folder, on_cpu
+        self._folder, self._on_cpu, self._compiled = folder, on_cpu, has_bindings(folder)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name != _PACKAGE:
@@ -62,10 +63,12 @@ class _Finder(DistributionFinder, importlib.abc.Loader):
         return importlib.metadata.MetadataPathFinder.find_distributions(here)
 
     def exec_module(self, package: types.ModuleType) -> None:
-        """Do what the package's own ``__init__`` does, without looking for shared libraries."""
-        with absent_packages(), patch.dict("os.environ", NVTE_PROJECT_BUILDING="1", NVTE_FRAMEWORK="pytorch"):
-            package.common = importlib.import_module(f"{_PACKAGE}.common")
-            package.common.load_framework_extension = _load_extension
+        """Do what the package's own ``__init__`` does, without looking for shared libraries that are not there."""
+        environment = {"NVTE_FRAMEWORK": "pytorch"} | ({} if self._compiled else {"NVTE_PROJECT_BUILDING": "1"})
+        with absent_packages(), patch.dict("os.environ", environment):
+            package.common = common = importlib.import_module(f"{_PACKAGE}.common")
+            compiled = common.load_framework_extension
+            common.load_framework_extension = partial(_load_over, compiled) if self._compiled else _load_stand_in
             package.pytorch = importlib.import_module(f"{_PACKAGE}.pytorch")
             importlib.import_module(f"{_PACKAGE}.common.recipe")
         # It took all names of the extension at import; those made since are asked for one by one.
@@ -79,5 +82,10 @@ class _Finder(DistributionFinder, importlib.abc.Loader):
             let_te_run_on_a_cpu()
 
 
-def _load_extension(framework: str) -> None:
+def _load_stand_in(framework: str) -> None:
     sys.modules["transformer_engine_torch"] = make_extension()
+
+
+def _load_over(load_compiled: Callable[[str], None], framework: str) -> None:
+    load_compiled(framework)
+    put_kernels(sys.modules["transformer_engine_torch"])

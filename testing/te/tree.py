@@ -20,9 +20,14 @@ def tree() -> Path:
 
     Raises: FileNotFoundError: it is not there, or of another version.
     """
-    folder = Path(os.environ.get("TE_TREE", Path(sys.prefix) / "te"))
+    folder = Path(os.environ.get("TE_TREE", Path(sys.prefix) / "te")).absolute()  # programs change their directory
     if not (folder / f"transformer_engine-{pinned_version()}.dist-info").is_dir():
         raise FileNotFoundError(
             f"{folder} does not hold transformer_engine {pinned_version()} unpacked; run `make env`, which fetches it"
         )
     return folder
+
+
+def has_bindings(folder: Path) -> bool:
+    """Return whether a folder holds the compiled half too, as the ``site-packages`` of a GPU machine does."""
+    return any(folder.glob("transformer_engine_torch-*.dist-info"))

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from testing.te.extension import make_extension, put_kernels
 from testing.te.tree import pinned_version
 from tests.ranks import TE, run_ranks
 
@@ -68,3 +70,16 @@ def test_a_program_imports_it_when_it_asks_for_it(tmp_path):
     script = [sys.executable, "-m", "testing.te", str(tmp_path / "program.py"), "key=value"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "transformer_engine.pytorch.module.linear key=value", done.stderr[-2000:]
+
+
+def test_kernels_are_put_on_a_compiled_extension_only_where_it_is_like_the_stand_in():
+    compiled = types.SimpleNamespace(**{n: v for n, v in vars(make_extension()).items() if not n.startswith("__")})
+    compiled.quantize = None
+    put_kernels(compiled)
+    assert callable(compiled.quantize)
+    del compiled.quantize
+    with pytest.raises(AssertionError, match="transformer_engine_torch has no quantize$"):
+        put_kernels(compiled)
+    compiled.quantize, compiled.DType = None, types.SimpleNamespace(**compiled.DType.__members__ | {"kFloat8E5M2": 9})
+    with pytest.raises(AssertionError, match=r"DType is .*'kFloat8E5M2': 9"):
+        put_kernels(compiled)
