@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ def _misfit(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> str:
 
 def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: tuple[str, ...]) -> list[str]:
     if found.optimizer:
-        _complete_groups(parts.optimizer, state["optimizer"])
-        parts.optimizer.load_state_dict(state["optimizer"])
+        with _own_options(parts.optimizer):
+            parts.optimizer.load_state_dict(state["optimizer"])
         weights_from_masters(parts.optimizer, parts.ddps.values())
     else:
         masters_from_weights(parts.optimizer, _loaded_weights(parts, state["model"]))
@@ -144,17 +145,20 @@ def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: t
     return notes
 
 
-def _complete_groups(optimizer: MegatronOptimizer, stored: dict[Any, Any]) -> None:
-    """Give the groups of parameters stored the keys that this optimizer's AdamW has and the one that saved has not.
+@contextmanager
+def _own_options(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Leave the options of this optimizer's AdamW what the recipe says, whatever is loaded inside; the step it counts
+    comes from the checkpoint.
 
-    megatron-core puts the stored groups in the place of the optimizer's own (0.16.1), and every AdamW reads keys of its
-    own there: TE's and Apex's wants ``bias_correction``, ours has none.
+    megatron-core puts the stored groups of parameters, in its own groups' order, in the place of its own (0.16.1).
+    A recipe that was changed would have no effect, and every AdamW reads keys of its own there: TE's and Apex's wants
+    ``bias_correction``, ours has none.
     """
-    chained = parts_of(optimizer)
-    for number, part in enumerate(chained):
-        for group in (stored if len(chained) == 1 else stored[number])["optimizer"]["param_groups"]:
-            for key, value in part.optimizer.defaults.items():
-                group.setdefault(key, value)
+    own = [[dict(group) for group in part.optimizer.param_groups] for part in parts_of(optimizer)]
+    yield
+    for part, options in zip(parts_of(optimizer), own):
+        for group, mine in zip(part.optimizer.param_groups, options):
+            group.update((key, value) for key, value in mine.items() if key not in ("params", "step"))
 
 
 def _loaded_weights(parts: Parts, model: dict[str, Any]) -> dict[torch.nn.Parameter, Tensor]:

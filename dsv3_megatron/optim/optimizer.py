@@ -55,7 +55,10 @@ def build_optimizer(
         config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = not held or config.fp8_recipe == "delayed"
         config.exp_avg_dtype = config.exp_avg_sq_dtype = torch.bfloat16
         config.store_param_remainders = False
-    return get_megatron_optimizer(config, chunks, pg_collection=groups, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, chunks, pg_collection=groups, use_gloo_process_groups=False)
+    for group in optimizer.param_groups:  # megatron-core marks who is exempt; its own scheduler would act on it
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def choose_adamw(backend: str, device: torch.device, precision: PrecisionSettings) -> str:
