@@ -22,6 +22,7 @@ from importlib import metadata
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from parallel.errors import LayoutError, PackageError
 from parallel.world import World
@@ -93,6 +94,7 @@ def _adapt_to_no_cuda() -> None:
     _redirect_cuda_factories()
     _redirect_cuda_moves()
     _mend_cpu_split_sizes()
+    _exchange_unequal_shares_over_gloo()
 
 
 def _adapt_anywhere() -> None:
@@ -308,6 +310,38 @@ def _mend_cpu_split_sizes() -> None:
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
+
+
+def _exchange_unequal_shares_over_gloo() -> None:
+    """Why: with TP inside experts over EP, the ranks of a TP group hold different numbers of rows; NCCL gathers and
+    reduce-scatters such, gloo refuses ("invalid tensor size"). Can go when test_schedules_equal_one_process.py passes
+    without it."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_along_first_dim(
+        input_: torch.Tensor, group: dist.ProcessGroup, output_split_sizes: list[int] | None = None, *rest: object
+    ) -> torch.Tensor:
+        if output_split_sizes is None or len(set(output_split_sizes)) == 1:
+            return gather(input_, group, output_split_sizes, *rest)
+        longest = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        longest[: len(input_)] = input_
+        parts = [torch.empty_like(longest) for _ in output_split_sizes]
+        dist.all_gather(parts, longest, group=group)
+        return torch.cat([part[:rows] for part, rows in zip(parts, output_split_sizes)])
+
+    def reduce_scatter_along_first_dim(
+        input_: torch.Tensor, group: dist.ProcessGroup, input_split_sizes: list[int] | None = None, *rest: object
+    ) -> torch.Tensor:
+        if input_split_sizes is None or len(set(input_split_sizes)) == 1:
+            return reduce_scatter(input_, group, input_split_sizes, *rest)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_along_first_dim
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
 
 
 # -- on every machine --------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def _hooked(parts: Parts) -> Iterator[str]:
     """Yield the parameters whose gradient DDP would still be told of, whether or not autograd brings it."""
     for stage, ddp in parts.ddps.items():
         for name, parameter in parts.chunks[stage].named_parameters():
-            if parameter.expand_as(parameter).grad_fn.next_functions[0][0] in ddp.grad_accs:
+            if torch.autograd.graph.get_gradient_edge(parameter).node in ddp.grad_accs:
                 yield f"{stage}.{name}"
 
 

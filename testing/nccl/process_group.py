@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.utils._python_dispatch import _disable_current_modes
 
 from testing.nccl.device import Gpu, Stream, StuckError
@@ -284,6 +285,16 @@ class MannersGroup(dist.ProcessGroup):
                         tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
 
+# Under which names torch.distributed calls them before torch 2.13.
+_NAMES_BEFORE = {
+    "_allgather_base": "all_gather_single",
+    "_reduce_scatter_base": "reduce_scatter_single",
+    "alltoall_base": "all_to_all_single",
+    "allgather_into_tensor_coalesced": "all_gather_single_coalesced",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter_single_coalesced",
+}
+
+
 def _collectives() -> None:
     """Give MannersGroup the collectives that torch.distributed calls: (name, of gloo, operands written, read)."""
 
@@ -333,8 +344,10 @@ def _collectives() -> None:
                 work.wait()
 
     def coalesced(name: str, one: str) -> None:
-        def collective(self: MannersGroup, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> MannersWork:
-            single = getattr(self._gloo, one)
+        def collective(
+            self: MannersGroup, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+        ) -> MannersWork:
+            single, opts = getattr(self._gloo, one), opts or AllgatherOptions()  # torch 2.11 gives none
             return self._collective(
                 name,
                 inputs,
@@ -353,6 +366,8 @@ def _collectives() -> None:
         return self._collective("barrier", [nothing], [nothing], lambda: self._gloo.barrier(), asynchronous=False)
 
     MannersGroup.barrier = barrier
+    for before, now in _NAMES_BEFORE.items():
+        setattr(MannersGroup, before, getattr(MannersGroup, now))
 
 
 _collectives()

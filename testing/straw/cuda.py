@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch._subclasses import fake_tensor
 
 from testing.straw.library import DEVICES
 from testing.straw.record import Record
@@ -20,6 +21,10 @@ _HOPPER = types.SimpleNamespace(
 
 def pretend_cuda(library: ctypes.CDLL, record: Record) -> None:
     """Let torch say in this process that it is built with CUDA and has GPUs; count what waits for them."""
+    library.straw_take_over()
+    fake_tensor.init_gpu_context = lambda device: None  # where torch is built with CUDA it allocates memory
+    for kind in ("flash", "mem_efficient", "cudnn"):  # a torch built with CUDA would ask the GPU what they can do
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     cuda = torch.cuda
     torch.version.cuda = "12.9"
     cuda.is_available, cuda.is_initialized = lambda: True, lambda: True

@@ -1,5 +1,6 @@
 // What torch asks of a CUDA device outside of kernels: how many there are, which one is current in this thread, streams.
-// With this, autograd runs over fake tensors that say cuda:N on a torch built without CUDA. It computes nothing.
+// With this, autograd runs over fake tensors that say cuda:N. It computes nothing. In a torch built with CUDA it takes the
+// place of what is there: its hooks have a higher priority, and its guard is put in again once torch is loaded.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -53,13 +54,19 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return kDevices; }
   DeviceIndex getCurrentDevice() const override { return current; }
   void setCurrentDevice(DeviceIndex device) const override { current = device; }
+  long versionCuDNN() const override { return 0; }  // too old for attention
+  long versionRuntimeCuDNN() const override { return 0; }
   at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace
 
+extern "C" void straw_take_over() {
+  static StrawGuard guard;
+  impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)].store(&guard);
+}
 extern "C" void straw_set_device(int device) { current = static_cast<DeviceIndex>(device); }
 extern "C" int straw_get_device() { return current; }

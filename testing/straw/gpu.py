@@ -100,6 +100,11 @@ class Gpu(TorchDispatchMode):
             # torch's shape rule knows BF16 only, its kernel multiplies float32 one group at a time (2.13).
             out = self._fake(func, (args[0].bfloat16(), args[1].bfloat16(), *args[2:]), kwargs)
             return self._fake(aten.to.dtype, (out, torch.float32), {})
+        if func is aten.addmm.dtype_out:
+            # torch's shape rule takes the dtype of the result for a factor (2.11; 2.13's does not).
+            product = self._fake(aten.mm.default, args[1:3], {})
+            self._fake(aten.add_.Tensor, (kwargs["out"], product), {})
+            return kwargs["out"]
         return self._fake(func, args, kwargs)
 
     def _on_host(self, func: Any, args: tuple, kwargs: dict) -> Any:

@@ -21,18 +21,18 @@ class NoCompilerError(Exception):
 
 def load() -> ctypes.CDLL:
     """Return the library, compiled if need be. Call before ``import torch``. Raises NoCompilerError."""
-    key = hashlib.sha256(SOURCE.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]
+    torch = Path(util.find_spec("torch").origin).parent
+    key = hashlib.sha256(SOURCE.read_bytes() + f"{metadata.version('torch')} {torch}".encode()).hexdigest()[:16]
     path = CACHE / f"device-{key}.so"
     if not path.exists():
-        _compile(path)
+        _compile(path, torch)
     return ctypes.CDLL(str(path))
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, torch: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NoCompilerError("no C++ compiler here; install with: apt-get install g++")
-    torch = Path(util.find_spec("torch").origin).parent
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_suffix(f".{os.getpid()}")  # several may compile at once
     how = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch / 'include'}"]

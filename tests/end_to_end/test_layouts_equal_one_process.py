@@ -15,6 +15,7 @@ TWO = {
     "TP2": ("parallel.tensor=2",),
     "TP2 x EP2": ("parallel.tensor=2", "parallel.expert=2"),
     "TP2 x expert-TP2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
+    "expert-TP2": ("parallel.expert_tensor=2",),
     "DP2 recompute": ("parallel.recompute=[norm,mla_up,moe_act,attention]",),
     "EP2 microbatch 1": ("parallel.expert=2", "optim.micro_batch=1"),
 }
@@ -22,6 +23,8 @@ FOUR = {
     "PP2 x EP2": ("parallel.pipeline=2", "parallel.expert=2"),
     "PP4": ("parallel.pipeline=4",),
     "TP2 x EP2 x PP2": ("parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"),
+    "EP2 x expert-TP2": ("parallel.expert=2", "parallel.expert_tensor=2"),
+    "TP2 x EP2 x expert-TP2": ("parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=2"),
     "CP4": ("parallel.context=4",),
     "CP2 x TP2": ("parallel.context=2", "parallel.tensor=2", "parallel.recompute=[mla_up,attention]"),
     "CP2 x EP2": ("parallel.context=2", "parallel.expert=2"),

@@ -117,6 +117,7 @@ WAYS_TO_ONE_EXPERT = {
         "optim.micro_batch=1",
         "parallel.recompute=[norm,moe_act,shared_experts]",
     ),
+    "dualpipev, half an expert": ("parallel.schedule=dualpipev", "parallel.expert_tensor=2", "optim.micro_batch=1"),
 }
 
 
