@@ -43,6 +43,8 @@ TWO = {
     "ep2": Training((*WORDS, "parallel.expert=2")),
     "tp2": Training((*WORDS, "parallel.tensor=2")),
     "tp2 ep2": Training((*WORDS, "parallel.tensor=2", "parallel.expert=2")),
+    "expert tp2": Training((*WORDS, "parallel.expert_tensor=2")),
+    "tp2 expert tp2": Training((*WORDS, "parallel.tensor=2", "parallel.expert_tensor=2")),
     "dp2 held": Training((*FP8, HELD)),
     "flagship": Training(FLAGSHIP),
 }  # fmt: skip
@@ -122,7 +124,7 @@ def test_every_schedule_trains_as_one_process(one, two, schedule):
             assert found["norms"] == pytest.approx(expected["norms"], rel=max(5 * tolerance, 1e-5))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2 ep2"])
+@pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2 ep2", "expert tp2", "tp2 expert tp2"])
 def test_every_layout_has_the_gradient_norm_of_one_process(one, two, layout):
     for found in two[layout]:
         assert found["losses"] == pytest.approx(one["fp32"]["losses"], rel=1e-6)
