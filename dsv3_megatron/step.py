@@ -105,7 +105,8 @@ def train_step(
         config.mtp_loss_scaling_factor = values.mtp_weight
         config.moe_aux_loss_coeff = values.balance_weight
     parts.stages.mtp_depth_decay = values.mtp_depth_decay
-    scale = parts.optimizer.scale_loss(torch.ones((), device=parts.device))
+    # [], as megatron-core makes it where a backward runs without: it copies later ones into the first of the process.
+    scale = parts.optimizer.scale_loss(torch.ones((), device=parts.device)).reshape(())
     MTPLossAutoScaler.set_loss_scale(scale)
     MoEAuxLossAutoScaler.set_loss_scale(scale)
     for ddp in parts.ddps.values():
