@@ -12,8 +12,8 @@ from dsv3_megatron.planning.plan import Plan
 from dsv3_megatron.planning.roofline import Device
 from dsv3_megatron.planning.steptime import StepModel, overlapped
 from launcher.compose import compose
+from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule
-from parallel.simulator import Times, simulate
 
 
 @dataclass(frozen=True)

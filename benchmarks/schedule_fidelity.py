@@ -29,9 +29,9 @@ import torch.distributed as dist
 
 from benchmarks.other_runtimes import megatrons, torchs
 from benchmarks.sleeping import SleepingStages
-from parallel.engine import Engine
+from parallel.pipeline.engine import Engine
+from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule
-from parallel.simulator import Times, simulate
 
 RANKS, SECONDS, REPEATS = 8, 0.02, 5
 CASES = [("1f1b", 20, 1), ("interleaved", 24, 2), ("zb1p", 20, 1), ("dualpipe", 20, 1), ("dualpipev", 20, 1)]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule, placement
 from parallel.search import search
 from parallel.search.annealing import anneal
-from parallel.simulator import Times, simulate
 
 DEEPSEEK = {"forward": 57.0, "input_grad": 82.0, "weight_grad": 42.0, "overlapped": 140.0}
 LONG = 60_000  # simulations of the annealing in the second table

@@ -7,13 +7,13 @@ import time
 import torch
 from torch import Tensor
 
-from parallel.actions import Action
-from parallel.engine import Emit
-from parallel.simulator import Times
+from parallel.pipeline.actions import Action
+from parallel.pipeline.engine import Emit
+from parallel.pipeline.simulator import Times
 
 
 class SleepingStages:
-    """parallel.engine.Stages whose passes only sleep; messages are small tensors."""
+    """parallel.pipeline.engine.Stages whose passes only sleep; messages are small tensors."""
 
     def __init__(self, times: Times, last_stage: int):
         self._times, self._last = times, last_stage

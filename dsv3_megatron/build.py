@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from dsv3_megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Placement, Schedule
-from parallel.engine import Engine
 from parallel.errors import RecipeError
 from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
-from parallel.watchdog import Watchdog
+from parallel.pipeline.actions import Placement, Schedule
+from parallel.pipeline.engine import Engine
+from parallel.pipeline.watchdog import Watchdog
 
 adapt_host()
 

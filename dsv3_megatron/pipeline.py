@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dsv3_megatron.model.depth_masks import KEY, DepthMasks
 from dsv3_megatron.precision.products import Fp8Products
-from parallel.actions import Action, Schedule
-from parallel.engine import Emit
+from parallel.pipeline.actions import Action, Schedule
+from parallel.pipeline.engine import Emit
 
 Batch = dict[str, Tensor]
 Key = tuple[int, int]  # (stage, microbatch)
@@ -37,7 +37,7 @@ class _Plain:
 
 
 class ModelStages:
-    """The stages of this rank: implements parallel.engine.Stages."""
+    """The stages of this rank: implements parallel.pipeline.engine.Stages."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class ModelStages:
         gradient: Tensor | None,
         emit_gradient: Emit,
     ) -> None:
-        """Run a forward, a backward, or both overlapped (parallel.engine.Stages.run)."""
+        """Run a forward, a backward, or both overlapped (parallel.pipeline.engine.Stages.run)."""
         if backward is not None and gradient is None:
             gradient = self._loss_gradient(backward)
         if self._planned:

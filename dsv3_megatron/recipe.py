@@ -13,9 +13,9 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
 from dsv3_megatron.slurm_settings import SlurmSettings, TimeLimit
-from parallel.actions import Placement
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
+from parallel.pipeline.actions import Placement
 from parallel.schedules import placement
 from parallel.settings import ParallelSettings
 from parallel.units import parse_bytes, parse_count

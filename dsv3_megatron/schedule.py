@@ -5,11 +5,11 @@ from __future__ import annotations
 from dsv3_megatron.model.costs import stage_costs
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.stages import layers_of_stages
-from parallel.actions import Schedule
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.simulator import Times
 from parallel.schedules import forward_only, make_schedule
 from parallel.search import cached_search, search
-from parallel.simulator import Times
 
 # One stage of DeepSeek-V3 on H800s, milliseconds: derived from the repository's published profile and arXiv 2412.19437.
 # Only their ratios matter here; the planner measures and prices stages properly.

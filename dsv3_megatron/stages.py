@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsv3_megatron.model.costs import multiplied_parameters
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Placement
+from parallel.pipeline.actions import Placement
 
 
 def layers_of_stages(recipe: Recipe) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
 from parallel.errors import HealthError
 from parallel.groups import start_processes, stop_processes
-from parallel.watchdog import Watchdog, process_group_store
+from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.world import World
 
 EARLY_STOP = "asked to stop before the first step: nothing to save, the next start goes on from here"

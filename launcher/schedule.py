@@ -22,12 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.console import guarded
-from parallel.drawing import draw_svg, draw_text
 from parallel.errors import RecipeError
+from parallel.pipeline.drawing import draw_svg, draw_text
+from parallel.pipeline.simulator import Timeline, Times, simulate
+from parallel.pipeline.validate import validate
 from parallel.schedules import SCHEDULES, make_schedule, placement
 from parallel.search import search
-from parallel.simulator import Timeline, Times, simulate
-from parallel.validate import validate
 
 
 class Arguments(BaseModel):

@@ -27,7 +27,7 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     ``device`` becomes the current one: megatron-core, Transformer Engine and ``device="cuda"`` all mean that. It is not
     given to the process group (``device_id``): that opens the group's communicator at once, and NCCL would then carry
     the messages of all pairs of a pipeline on one stream, in one order, where the proof that no schedule can deadlock
-    (parallel.validate) takes each pair's messages to have a queue of their own.
+    (parallel.pipeline.validate) takes each pair's messages to have a queue of their own.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -88,7 +88,8 @@ def connect_groups(groups: Iterable[dist.ProcessGroup], device: torch.device) ->
 
     Under NCCL a group's first collective makes its communicator and holds the host until all members call it. Left to
     the first reduction of gradients, ranks that hold the same stages and finish them at different places of a schedule
-    can wait for each other for ever (parallel.validate). All ranks name groups of the same kinds in the same order.
+    can wait for each other for ever (parallel.pipeline.validate). All ranks name groups of the same kinds in the same
+    order.
     """
     for group in groups:
         if group.size() > 1:

@@ -30,8 +30,8 @@ from dsv3_megatron.trainer import Trainer
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.groups import start_processes, stop_processes
-from parallel.live_memory import LiveMemory
-from parallel.watchdog import Watchdog, process_group_store
+from parallel.pipeline.live_memory import LiveMemory
+from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.world import World
 from tests.tiny import SMALL
 

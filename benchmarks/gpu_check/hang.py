@@ -20,7 +20,7 @@ def is_named(visit: Visit) -> Outcomes:
     does not return."""
     import torch
 
-    from parallel.watchdog import Watchdog, process_group_store
+    from parallel.pipeline.watchdog import Watchdog, process_group_store
 
     told: list[str] = []
     with stepper(visit, words("torch", "fp32")) as step:

@@ -12,8 +12,8 @@ from dsv3_megatron.planning.fake_stage import FakeStage, fake_stage
 from dsv3_megatron.planning.stage_memory import StageMemory, composition
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Action, Schedule
 from parallel.layout import Layout
+from parallel.pipeline.actions import Action, Schedule
 
 _MICROBATCHES = 5
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Val
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.stages import layers_of_stages
 from parallel.errors import RecipeError
-from parallel.simulator import Times
+from parallel.pipeline.simulator import Times
 
 Seconds = PositiveFloat | tuple[PositiveFloat, ...]
 

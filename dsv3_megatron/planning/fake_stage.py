@@ -37,7 +37,7 @@ from dsv3_megatron.recipe import Recipe
 from parallel.fake_world import fake_world
 from parallel.groups import build_groups
 from parallel.layout import Layout
-from parallel.live_memory import LiveMemory
+from parallel.pipeline.live_memory import LiveMemory
 
 
 @dataclass

@@ -10,8 +10,8 @@ from dsv3_megatron.model.costs import attention_parameters
 from dsv3_megatron.planning.parts import Part, Parts
 from dsv3_megatron.planning.stage_memory import StageMemory, composition
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Schedule
 from parallel.layout import Layout
+from parallel.pipeline.actions import Schedule
 
 
 def estimate_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:

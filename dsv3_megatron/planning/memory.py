@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from dsv3_megatron.planning.stage_memory import StageMemory
 from dsv3_megatron.planning.te_gradients import placeholder_bytes
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Action, Schedule, Step
 from parallel.layout import Layout
-from parallel.posting import AHEAD
-from parallel.transfers import Transfers
+from parallel.pipeline.actions import Action, Schedule, Step
+from parallel.pipeline.posting import AHEAD
+from parallel.pipeline.transfers import Transfers
 
 # What torch's caching allocator cannot hand out, as a share of activations. An allowance, not a measurement.
 FRAGMENTATION = 0.03
@@ -177,6 +177,6 @@ def fullest_moment(
 def receives_ahead(schedule: Schedule) -> list[int]:
     """Return, per pipeline rank, the messages in its memory that no stage has taken or made yet.
 
-    ``AHEAD`` receives are posted ahead to each peer, and a send lives until it has left (parallel.engine).
+    ``AHEAD`` receives are posted ahead to each peer, and a send lives until it has left (parallel.pipeline.engine).
     """
     return [(AHEAD + 1) * len(peers) for peers in Transfers.of(schedule).queues]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from parallel.actions import Overlap, Schedule, Step
+from parallel.pipeline.actions import Overlap, Schedule, Step
 
 
 def paired(schedule: Schedule) -> Schedule:

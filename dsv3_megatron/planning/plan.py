@@ -17,10 +17,10 @@ from dsv3_megatron.precision.on_te import as_carried_out
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.schedule import schedule_of
 from dsv3_megatron.stages import layers_of_stages
-from parallel.actions import Schedule
 from parallel.layout import Layout
 from parallel.links import Moved
-from parallel.simulator import Times
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.simulator import Times
 
 # Keys of plan.json's step that need the cluster's hardware facts.
 _PRICED = (

@@ -16,9 +16,9 @@ from dsv3_megatron.planning.roofline import Device
 from dsv3_megatron.planning.stage_memory import composition
 from dsv3_megatron.planning.traffic import Traffic
 from dsv3_megatron.recipe import Recipe
-from parallel.actions import Schedule
 from parallel.layout import Layout
-from parallel.simulator import Timeline, Times, simulate
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.simulator import Timeline, Times, simulate
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from dsv3_megatron.planning.memory import Held
 from dsv3_megatron.recipe import ClusterSettings, Recipe
-from parallel.actions import Placement
 from parallel.errors import RecipeError
 from parallel.layout import Layout
 from parallel.links import Fabric, Link, Moved, expert_exchange, nodes_reached
+from parallel.pipeline.actions import Placement
 
 
 def fabric_of(cluster: ClusterSettings) -> Fabric:

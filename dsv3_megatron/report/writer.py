@@ -15,9 +15,9 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.report.page import write_report
 from dsv3_megatron.run_directory import RunDirectory
 from dsv3_megatron.schedule import schedule_of, stage_times
-from parallel.drawing import draw_svg
 from parallel.errors import ScheduleError
-from parallel.simulator import simulate
+from parallel.pipeline.drawing import draw_svg
+from parallel.pipeline.simulator import simulate
 
 # A report takes a moment to write: of a long run, seconds. Never more than this share of the run.
 _LARGEST_SHARE = 0.002

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from launcher.views.plan import text_of
-from parallel.drawing import draw_svg
+from parallel.pipeline.drawing import draw_svg
 
 if TYPE_CHECKING:
     from dsv3_megatron.planning.memory import RankMemory

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 from typing import Literal
 
-from parallel.actions import Placement, Schedule
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Placement, Schedule
 from parallel.schedules.dualpipe import dualpipe
 from parallel.schedules.dualpipev import dualpipev
 from parallel.schedules.forward_only import forward_only

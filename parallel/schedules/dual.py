@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from parallel.actions import Action, Overlap, Step, backward, forward, input_gradient, weight_gradient
+from parallel.pipeline.actions import Action, Overlap, Step, backward, forward, input_gradient, weight_gradient
 
 
 class _Counters:

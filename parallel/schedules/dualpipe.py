@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parallel.actions import Placement, Schedule, Step
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Placement, Schedule, Step
 from parallel.schedules.dual import dual_actions
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.actions import Action, Placement, Schedule
+from parallel.pipeline.actions import Action, Placement, Schedule
 
 
 def forward_only(placement: Placement, name: str = "forward") -> Schedule:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parallel.actions import Action, Placement, Schedule, backward, forward
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Action, Placement, Schedule, backward, forward
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:

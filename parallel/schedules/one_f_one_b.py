@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parallel.actions import Action, Placement, Schedule, backward, forward
+from parallel.pipeline.actions import Action, Placement, Schedule, backward, forward
 
 
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:

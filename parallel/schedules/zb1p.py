@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parallel.actions import Action, Placement, Schedule, forward, input_gradient, weight_gradient
+from parallel.pipeline.actions import Action, Placement, Schedule, forward, input_gradient, weight_gradient
 
 
 def zb1p(ranks: int, microbatches: int) -> Schedule:

@@ -14,13 +14,13 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from parallel.actions import Placement, Schedule
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Placement, Schedule
+from parallel.pipeline.simulator import Times, simulate
+from parallel.pipeline.validate import validate
 from parallel.schedules import PLACEMENTS, make_schedule
 from parallel.search.annealing import anneal
 from parallel.search.list_scheduling import Rule, list_schedule
-from parallel.simulator import Times, simulate
-from parallel.validate import validate
 
 VERSION = 1  # of what the search finds; part of the cache's key
 _BUDGET = 6_000_000  # actions simulated while annealing: some ten seconds

@@ -11,9 +11,18 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from parallel.actions import Action, Overlap, Schedule, Step, backward, input_gradient, peak_live, weight_gradient
 from parallel.errors import ScheduleError
-from parallel.simulator import Times, simulate
+from parallel.pipeline.actions import (
+    Action,
+    Overlap,
+    Schedule,
+    Step,
+    backward,
+    input_gradient,
+    peak_live,
+    weight_gradient,
+)
+from parallel.pipeline.simulator import Times, simulate
 
 _REACH = 8  # positions an action is moved at most in one change
 _HOT = 3e-4  # warmth at the start, as a share of the makespan: more walks away from a good start and never comes back

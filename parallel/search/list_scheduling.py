@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from parallel.actions import (
+from parallel.pipeline.actions import (
     Action,
     Overlap,
     Placement,
@@ -23,7 +23,7 @@ from parallel.actions import (
     input_gradient,
     weight_gradient,
 )
-from parallel.simulator import Times
+from parallel.pipeline.simulator import Times
 
 
 @dataclass(frozen=True)

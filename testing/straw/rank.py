@@ -75,7 +75,7 @@ def _pipeline_rank(recipe: Any, world: Any) -> int:
 def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
     """Name the parts of a run as they come."""
     from dsv3_megatron.checkpoint.save import Saver
-    from parallel.engine import Engine
+    from parallel.pipeline.engine import Engine
 
     taken = 0
 

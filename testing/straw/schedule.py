@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parallel.actions import Action, Overlap, Schedule, Step
+from parallel.pipeline.actions import Action, Overlap, Schedule, Step
 
 
 def cut(schedule: Schedule, rank: int, pairs: int = 2) -> Schedule:

@@ -160,7 +160,7 @@ def products_are_off(visit):
 def watchdog_is_silent(visit):
     """Actions are not told to the watchdog."""
     from benchmarks.gpu_check import hang
-    from parallel.watchdog import Watchdog
+    from parallel.pipeline.watchdog import Watchdog
 
     Watchdog.begin = Watchdog.enter = lambda self, *given, **more: None
     yield from hang.is_named(visit)

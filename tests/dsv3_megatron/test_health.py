@@ -221,7 +221,7 @@ def test_nothing_that_is_not_finite_enters_the_window():
 HANGING = """
 import sys, time
 from torch.distributed import HashStore
-from parallel.watchdog import Watchdog
+from parallel.pipeline.watchdog import Watchdog
 dog = Watchdog(0.2, rank=0, world_size=1, store=HashStore(), abort_seconds=1.0)
 def stands_here():
     dog.enter("the end of the step")

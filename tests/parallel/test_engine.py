@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from parallel.actions import passes
-from parallel.engine import Engine
 from parallel.groups import start_processes
+from parallel.pipeline.actions import passes
+from parallel.pipeline.engine import Engine
+from parallel.pipeline.simulator import Times
+from parallel.pipeline.validate import validate
+from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.schedules import forward_only, make_schedule, placement
 from parallel.schedules.dualpipev import dualpipev
-from parallel.simulator import Times
-from parallel.validate import validate
-from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
 from tests.parallel.toy_stages import ToyStages
 from tests.ranks import run_ranks

@@ -6,12 +6,12 @@ import time
 import torch
 import torch.distributed as dist
 
-from parallel import engine as engine_module
-from parallel.connections import connection_order
-from parallel.engine import Engine, _Channel
 from parallel.groups import start_processes
+from parallel.pipeline import engine as engine_module
+from parallel.pipeline.connections import connection_order
+from parallel.pipeline.engine import Engine, _Channel
+from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.schedules import SCHEDULES, forward_only, make_schedule
-from parallel.watchdog import Watchdog, process_group_store
 from parallel.world import World
 from testing.nccl.device import Event
 from testing.nccl.ranks import nccl_rank

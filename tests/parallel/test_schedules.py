@@ -9,13 +9,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from parallel.actions import Action, Overlap, Placement, Schedule, parse
-from parallel.connections import connection_rounds, pairs_of
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Action, Overlap, Placement, Schedule, parse
+from parallel.pipeline.connections import connection_rounds, pairs_of
+from parallel.pipeline.simulator import Times, simulate
+from parallel.pipeline.transfers import Transfers
+from parallel.pipeline.validate import validate
 from parallel.schedules import SCHEDULES, forward_only, make_schedule
-from parallel.simulator import Times, simulate
-from parallel.transfers import Transfers
-from parallel.validate import validate
 
 
 @st.composite
@@ -206,7 +206,9 @@ def test_a_reduction_that_two_ranks_start_in_places_that_wait_for_each_other_is_
     schedule = make_schedule("dualpipe", 4, 8)
     validate(schedule, groups_connected=False)
     last = len(schedule.ranks[3]) - 1
-    monkeypatch.setattr("parallel.validate.reductions", lambda _, rank: {0: {0: [0]}, 3: {last: [0]}}.get(rank, {}))
+    monkeypatch.setattr(
+        "parallel.pipeline.validate.reductions", lambda _, rank: {0: {0: [0]}, 3: {last: [0]}}.get(rank, {})
+    )
     with pytest.raises(ScheduleError, match="waits for ever to reduce stage 0 with rank 3"):
         validate(schedule, groups_connected=False)
     validate(schedule)

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.actions import Placement
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Placement
+from parallel.pipeline.simulator import Times, simulate
+from parallel.pipeline.validate import validate
 from parallel.schedules import make_schedule, placement
 from parallel.search import RULES, cached_search, memory_bound, search
 from parallel.search.annealing import anneal
 from parallel.search.list_scheduling import list_schedule
-from parallel.simulator import Times, simulate
-from parallel.validate import validate
 
 DEEPSEEK = {"forward": 57.0, "input_grad": 82.0, "weight_grad": 42.0, "overlapped": 140.0}
 

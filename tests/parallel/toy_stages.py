@@ -4,11 +4,11 @@ import time
 
 import torch
 
-from parallel.simulator import Times
+from parallel.pipeline.simulator import Times
 
 
 class ToyStages:
-    """Implements parallel.engine.Stages. A message carries microbatch, stage it is for, and its kind."""
+    """Implements parallel.pipeline.engine.Stages. A message carries microbatch, stage it is for, and its kind."""
 
     def __init__(self, schedule, times=None, hang_at=None, hang_seconds=4.0):
         self.schedule, self.times = schedule, times or Times.of(schedule.stages)

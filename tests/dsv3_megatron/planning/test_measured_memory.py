@@ -12,7 +12,7 @@ from dsv3_megatron.schedule import schedule_of
 from dsv3_megatron.stages import layers_of_stages
 from dsv3_megatron.step import run_pipeline
 from parallel.groups import start_processes, stop_processes
-from parallel.live_memory import LiveMemory
+from parallel.pipeline.live_memory import LiveMemory
 from parallel.world import World
 from tests.ranks import run_ranks
 from tests.tiny import small_recipe, step_batches_of

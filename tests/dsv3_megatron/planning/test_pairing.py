@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 
 from dsv3_megatron.planning.pairing import paired
-from parallel.actions import passes
+from parallel.pipeline.actions import passes
+from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule
-from parallel.simulator import Times, simulate
 
 PLAIN = [
     ("1f1b", 4, 12, 1),

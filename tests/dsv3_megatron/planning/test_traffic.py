@@ -12,7 +12,7 @@ from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.step import run_pipeline
 from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
-from parallel.transfers import Transfers
+from parallel.pipeline.transfers import Transfers
 from parallel.world import World
 from tests.ranks import run_ranks
 from tests.tiny import small_recipe, step_batches_of

@@ -1,9 +1,9 @@
 """Runs a schedule on this rank: waits for what an action needs, runs it, sends what it made.
 
 The engine knows actions, messages and ranks, and nothing of models: what a stage computes is behind :class:`Stages`.
-Messages of a pair of ranks are posted in the order of parallel.transfers. Receives are posted ahead of need, sends as
-soon as their tensor exists, and nothing blocks before its result is needed. A stage's gradient reduction starts when
-its last weight gradient is done, in an order that all ranks holding the stage share.
+Messages of a pair of ranks are posted in the order of parallel.pipeline.transfers. Receives are posted ahead of need,
+sends as soon as their tensor exists, and nothing blocks before its result is needed. A stage's gradient reduction
+starts when its last weight gradient is done, in an order that all ranks holding the stage share.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.actions import Action, Schedule, Step
-from parallel.connections import connection_order
-from parallel.posting import Cursor, reductions
-from parallel.streams import has_streams
-from parallel.transfers import Message, MessageKey, Queue, Transfers
-from parallel.watchdog import Watchdog
+from parallel.device import has_streams
+from parallel.pipeline.actions import Action, Schedule, Step
+from parallel.pipeline.connections import connection_order
+from parallel.pipeline.posting import Cursor, reductions
+from parallel.pipeline.transfers import Message, MessageKey, Queue, Transfers
+from parallel.pipeline.watchdog import Watchdog
 
 Emit = Callable[[Tensor], None]
 _CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ class Engine:
         """Exchange a number with every rank this one has messages for, so that no later call holds the host.
 
         One message each way: under NCCL the first makes the communicator of the two, and each direction has a transport
-        of its own to connect (parallel.connections).
+        of its own to connect (parallel.pipeline.connections).
         """
         number = torch.zeros(1, device=self._device)
         for peer in self._to_connect:

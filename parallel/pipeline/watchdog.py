@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from parallel.actions import Step
-from parallel.streams import has_streams
+from parallel.device import has_streams
+from parallel.pipeline.actions import Step
 
 _CPU = torch.device("cpu")
 ABORTED = 70  # exit code of a process that ended itself: EX_SOFTWARE, so that a launcher sees a failure

@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from parallel.actions import Action, Schedule
-from parallel.connections import connection_order
 from parallel.errors import ScheduleError
-from parallel.posting import Cursor, reductions
-from parallel.transfers import Message, MessageKey, Transfers
+from parallel.pipeline.actions import Action, Schedule
+from parallel.pipeline.connections import connection_order
+from parallel.pipeline.posting import Cursor, reductions
+from parallel.pipeline.transfers import Message, MessageKey, Transfers
 
 Connections = tuple[tuple[int, ...], ...]  # per rank, the peers it connects with before the first step, in order
 
@@ -35,7 +35,8 @@ def validate(
     Args:
         schedule: of training, or one of forwards only where it ``evaluates``.
         transfers: its messages; those of ``Transfers.of`` if None.
-        connections: in which order ranks connect before the first step; the engine's (parallel.connections) if None.
+        connections: in which order ranks connect before the first step; the engine's (parallel.pipeline.connections) if
+        None.
         groups_connected: whether the groups over which gradients are reduced have met before the first step
             (parallel.groups.connect_groups).
     """
@@ -121,7 +122,8 @@ class _DryRun:
 
     What holds a rank:
 
-    - a pair's first message, and the first one in each direction, until both ends post it (parallel.connections);
+    - a pair's first message, and the first one in each direction, until both ends post it
+      (parallel.pipeline.connections);
     - a message it needs, until both ends have posted it and all earlier ones of the pair have passed;
     - the first reduction over a group that has not connected, which makes its communicator, until every holder of the
       stage starts it;

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from html import escape
 
-from parallel.actions import Action, Schedule, Step
-from parallel.simulator import Timeline
+from parallel.pipeline.actions import Action, Schedule, Step
+from parallel.pipeline.simulator import Timeline
 
 FILLS = {"F": "#ffffff", "B": "#1f4e79", "I": "#9dc3e6", "W": "url(#hatch)"}
 _INK = {"F": "#000000", "B": "#ffffff", "I": "#000000", "W": "#000000"}

@@ -2,7 +2,7 @@
 
 The order of actions on a rank is the schedule's; nothing is reordered. Messages take ``send`` each and do not compete
 for a link. The same run serves two purposes: with real times it prices a schedule, with unit times it gives the one
-order of events that messages are sorted by (parallel.transfers).
+order of events that messages are sorted by (parallel.pipeline.transfers).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from parallel.actions import Action, Schedule, Step
 from parallel.errors import ScheduleError
+from parallel.pipeline.actions import Action, Schedule, Step
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from parallel.actions import Action, Schedule
-from parallel.simulator import unit_timeline
+from parallel.pipeline.actions import Action, Schedule
+from parallel.pipeline.simulator import unit_timeline
 
 MessageKey = tuple[Literal["activation", "gradient"], int, int]  # payload, stage that consumes it, microbatch
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from parallel.actions import Placement
+from parallel.pipeline.actions import Placement
 
 Pair = tuple[int, int]
 

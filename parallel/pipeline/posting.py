@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parallel.actions import Schedule
-from parallel.simulator import unit_timeline
-from parallel.transfers import Message, MessageKey, Queue
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.simulator import unit_timeline
+from parallel.pipeline.transfers import Message, MessageKey, Queue
 
 # Receives posted to a peer and not used yet, when no send waits behind them: enough to hide a message, few buffers.
 AHEAD = 2

@@ -1,0 +1,1 @@
+"""A pipeline schedule as data, and what executes, times, proves and draws it."""
