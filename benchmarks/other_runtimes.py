@@ -46,7 +46,7 @@ def torchs(name: str, many: int, chunks: int, seconds: float) -> Callable[[], No
 
 def megatrons(many: int) -> Callable[[], None]:
     """Return a step of megatron-core's 1F1B over stages that take no time."""
-    from dsv3_megatron.host import adapt_host
+    from dsv3_megatron.megatron.host import adapt_host
 
     adapt_host()
     from megatron.core import parallel_state

@@ -54,7 +54,7 @@ def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
 
     recipe = compose(list(words))
     prepare_environment(recipe.precision)  # before anything imports TE
-    from dsv3_megatron.host import choose_device
+    from dsv3_megatron.megatron.host import choose_device
 
     world = World.from_environment()
     place = choose_device(device, world)

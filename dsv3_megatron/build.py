@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.host import adapt_host
+from dsv3_megatron.megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
 from parallel.groups import build_groups, connect_groups

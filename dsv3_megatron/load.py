@@ -18,7 +18,7 @@ from dsv3_megatron.checkpoint.manifest import read_content
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
-from dsv3_megatron.host import choose_device
+from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.trainer import processes

@@ -21,7 +21,7 @@ from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.health import HealthState, StepGuard, nonfinite_gradients, stop_agreed
-from dsv3_megatron.host import choose_device
+from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.metrics import (
     JsonLines,
     MetricsWriter,

@@ -54,7 +54,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 def prepare_process(recipe: Recipe, world: World) -> None:
     """Do what must be done before anything imports megatron-core: threads, what TE reads at import, the device."""
     prepare_threads(world.size)
-    from dsv3_megatron.host import choose_device
+    from dsv3_megatron.megatron.host import choose_device
     from dsv3_megatron.precision.transformer_engine import prepare_environment
 
     prepare_environment(recipe.precision)

@@ -6,7 +6,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands that tests start as a user types them find no GPU either
 
-from dsv3_megatron.host import adapt_host
+from dsv3_megatron.megatron.host import adapt_host
 
 adapt_host("cpu")  # all tests, on machines with GPUs too
 

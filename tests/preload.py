@@ -4,7 +4,7 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-from dsv3_megatron.host import adapt_host
+from dsv3_megatron.megatron.host import adapt_host
 
 adapt_host("cpu")
 import dsv3_megatron.trainer  # noqa: F401

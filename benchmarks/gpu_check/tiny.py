@@ -47,7 +47,7 @@ def words(backend: str, precision: str, *more: str) -> tuple[str, ...]:
 def prepare(visit: Visit, recipe: tuple[str, ...]) -> Any:
     """Return the recipe, and prepare this process for it as launcher/pretrain.py does: before megatron-core and TE are
     imported."""
-    from dsv3_megatron.host import adapt_host
+    from dsv3_megatron.megatron.host import adapt_host
     from dsv3_megatron.precision.transformer_engine import prepare_environment
     from launcher.compose import compose
 

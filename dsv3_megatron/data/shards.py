@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsv3_megatron.host import adapt_host
+from dsv3_megatron.megatron.host import adapt_host
 from parallel.errors import DataError
 
 adapt_host()

@@ -86,7 +86,7 @@ def make_te_backend() -> BackendSpecProvider:
     """Return Transformer Engine's leaf modules, where TE is installed."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    from dsv3_megatron.host_te import adapt_te
+    from dsv3_megatron.megatron.transformer_engine import adapt_te
 
     adapt_te()
 

@@ -6,7 +6,7 @@ import types
 
 import torch
 
-from dsv3_megatron.host import adapt_host
+from dsv3_megatron.megatron.host import adapt_host
 from testing.te.calls import record
 
 _HOPPER = types.SimpleNamespace(

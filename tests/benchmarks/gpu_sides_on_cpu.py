@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 torch.manual_seed(1)
 found = {"transformers": three_steps(work.transformers(BF16, dtype="bfloat16"))}
 
-from dsv3_megatron.host import adapt_host  # on a GPU plain megatron-core runs without it
+from dsv3_megatron.megatron.host import adapt_host  # on a GPU plain megatron-core runs without it
 
 adapt_host()
 from parallel.groups import stop_processes

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron import host
 from dsv3_megatron.checkpoint.state import gather_random_states, restore_random_state
+from dsv3_megatron.megatron import host
 from parallel.errors import LayoutError, PackageError
 from parallel.groups import start_processes
 from parallel.layout import Layout

@@ -11,7 +11,7 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dsv3_megatron.build import build_parts
-from dsv3_megatron.host import virtual_device
+from dsv3_megatron.megatron.host import virtual_device
 from dsv3_megatron.model.backend import make_te_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.costs import count_parameters

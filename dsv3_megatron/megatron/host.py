@@ -77,7 +77,7 @@ def adapt_host(device: Literal["cpu", "cuda"] | None = None) -> None:
         if chosen is not None or (device == "cpu" and gpu_present() and torch.cuda.is_initialized()):
             raise LayoutError(
                 f"run.device = {device}, but this process is prepared for {chosen or 'cuda'}; choose in a process of "
-                f'its own: dsv3_megatron.host.adapt_host("{device}") comes before everything else'
+                f'its own: dsv3_megatron.megatron.host.adapt_host("{device}") comes before everything else'
             )
         _state["chosen"] = device
         if device == "cpu":

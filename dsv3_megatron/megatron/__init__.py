@@ -1,0 +1,1 @@
+"""What megatron-core needs adapted, from outside, for one version."""
