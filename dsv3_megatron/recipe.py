@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeI
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
 from dsv3_megatron.data.settings import DataSettings
-from dsv3_megatron.health_settings import HealthSettings
+from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings

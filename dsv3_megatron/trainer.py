@@ -20,7 +20,9 @@ from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
 from dsv3_megatron.fits import check_world
-from dsv3_megatron.health import HealthState, StepGuard, nonfinite_gradients, stop_agreed
+from dsv3_megatron.health.step_guard import HealthState, StepGuard, nonfinite_gradients, stop_agreed
+from dsv3_megatron.health.stop_signals import StopSignals
+from dsv3_megatron.health.stragglers import Slowest, WorkClock
 from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.metrics import (
     JsonLines,
@@ -44,8 +46,6 @@ from dsv3_megatron.start_from import (
     starting_candidates,
 )
 from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
-from dsv3_megatron.stop_signals import StopSignals
-from dsv3_megatron.stragglers import Slowest, WorkClock
 from dsv3_megatron.writers import open_writers
 from parallel.errors import HealthError
 from parallel.groups import start_processes, stop_processes

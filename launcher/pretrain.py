@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from dsv3_megatron.stop_signals import StopSignals
+from dsv3_megatron.health.stop_signals import StopSignals
 
 # A warning that comes during the imports below, which take seconds, is kept too.
 SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None

@@ -22,10 +22,10 @@ from dsv3_megatron.checkpoint.exporting import export
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.data.build import build as build_data
+from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.megatron.host import replaced
 from dsv3_megatron.report.page import write_report
 from dsv3_megatron.step import StepResult, evaluate_batches
-from dsv3_megatron.stop_signals import StopSignals
 from dsv3_megatron.trainer import Trainer
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter

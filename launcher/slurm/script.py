@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from dsv3_megatron.stop_signals import WARNED_FILE
+from dsv3_megatron.health.stop_signals import WARNED_FILE
 from launcher.hydra_flags import quoted
 from launcher.slurm.job import ROOT, Job
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.stragglers import WorkClock
+from dsv3_megatron.health.stragglers import WorkClock
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv3_megatron.trainer as trainer_module
-from dsv3_megatron.health import HealthState, StepGuard
-from dsv3_megatron.health_settings import HealthSettings
+from dsv3_megatron.health.settings import HealthSettings
+from dsv3_megatron.health.step_guard import HealthState, StepGuard
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import UserError

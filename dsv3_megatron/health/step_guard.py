@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.health_settings import HealthSettings
+from dsv3_megatron.health.settings import HealthSettings
 
 
 @dataclass
