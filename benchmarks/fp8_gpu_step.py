@@ -111,7 +111,7 @@ def main(words: list[str]) -> int:
     if not torch.cuda.is_available():
         print("fp8_gpu_step: there is no GPU here; run this on one with Transformer Engine installed", file=sys.stderr)
         return 2
-    from dsv3_megatron.run_directory import environment
+    from dsv3_megatron.run.directory import environment
 
     made: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "command": words}
     made |= {"environment": environment({}), "rows": {}, "rounds": {}, "kernels": {}, "stage_seconds": {}, "failed": {}}

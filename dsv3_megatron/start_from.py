@@ -12,7 +12,7 @@ from typing import Any
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 from parallel.errors import CheckpointError
 
 MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings")  # what context extension changes

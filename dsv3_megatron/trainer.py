@@ -37,7 +37,7 @@ from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.routing.load import RunningLoads, max_violation
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.start_from import (
     check_start,
     nothing_to_start_from,

@@ -16,8 +16,8 @@ from dsv3_megatron.metric_names import NAMES, grouped
 from dsv3_megatron.metrics import StepMetrics
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.row_numbers import RowNumbers
-from dsv3_megatron.run_directory import RunDirectory
-from dsv3_megatron.typed import program
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.shell import program
 from parallel.errors import PackageError
 
 _PATIENCE_SECONDS = 30  # at the start, for a server that does not answer

@@ -8,7 +8,7 @@ from dsv3_megatron.metrics import MetricsWriter
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.report.writer import ReportWriter, draw_schedule
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 from parallel.layout import Layout
 
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsv3_megatron.run_directory import RunDirectory
-from dsv3_megatron.typed import program, script
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.shell import program, script
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.console import guarded, text_plot
 from parallel.errors import DataError

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.compose import DEFAULT_RECIPE, build, compose, load_resolved, options, resolved_yaml
 from launcher.console import ProgressLine, guarded

@@ -23,7 +23,7 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
 from dsv3_megatron.fits import check_world
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run_lock import run_lock
+from dsv3_megatron.run.lock import run_lock
 from launcher.compose import resolved_yaml, run_command
 from launcher.console import ConsoleReporter, SilentReporter, guarded
 from launcher.last_words import Failure, last_words

@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 def machine(visit: Visit) -> Outcomes:
     """Versions, the GPU and its memory; on a GPU also bandwidths. Fails only where torch cannot use the GPU."""
-    from dsv3_megatron.run_directory import environment
+    from dsv3_megatron.run.directory import environment
 
     facts: dict[str, Any] = {"environment": environment({"gpus": visit.gpus})}
     if visit.stands_in:

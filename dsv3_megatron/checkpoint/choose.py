@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3_megatron.checkpoint.manifest import checkpoints, folder_name, newest_valid, read_manifest
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 from parallel.errors import CheckpointError
 
 

@@ -25,7 +25,7 @@ from dsv3_megatron.checkpoint.manifest import checksum, read_content
 from dsv3_megatron.checkpoint.regions import Regions
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight
-from dsv3_megatron.run_directory import write_atomically
+from dsv3_megatron.run.directory import write_atomically
 from parallel.errors import CheckpointError
 
 EMA = "ema."  # begins the keys of the average of the weights (optim.ema)

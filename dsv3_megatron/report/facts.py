@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.run_directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory
 from launcher.slurm.client import job_facts
 from parallel.errors import ClusterError
 from parallel.units import show_count, show_duration

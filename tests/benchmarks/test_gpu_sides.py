@@ -116,7 +116,7 @@ def test_our_rows_train_and_leave_no_checkpoint(tmp_path):
 def test_what_is_known_is_written_though_a_row_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "no GPU")
-    monkeypatch.setattr("dsv3_megatron.run_directory.environment", lambda world: {})
+    monkeypatch.setattr("dsv3_megatron.run.directory.environment", lambda world: {})
     monkeypatch.setattr(fp8_gpu_step.subprocess, "run", without_work)
     assert fp8_gpu_step.main(["rounds=2", "recipe=dsv3_one_gpu", f"output={tmp_path / 'found.json'}"]) == 1
     found = json.loads((tmp_path / "found.json").read_text())

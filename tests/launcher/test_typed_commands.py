@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.typed import program, script
+from dsv3_megatron.run.shell import program, script
 from launcher.demo import next_commands
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dsv3_megatron.run_lock import STALE_SECONDS, run_lock
+from dsv3_megatron.run.lock import STALE_SECONDS, run_lock
 from parallel.errors import RunInUseError
 
 
