@@ -38,12 +38,12 @@ from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
-from dsv3_megatron.pipeline import ModelStages
+from dsv3_megatron.pipeline.model_stages import ModelStages
+from dsv3_megatron.pipeline.schedule import evaluation_schedule, schedule_of
+from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
-from dsv3_megatron.schedule import evaluation_schedule, schedule_of
-from dsv3_megatron.stages import layers_of_stages
 
 # Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
 # all its pipeline ranks, has ten thousand actions.

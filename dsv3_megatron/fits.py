@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.schedule import schedule_of
 from parallel.errors import DoesNotFitError, LayoutError, ScheduleError
 from parallel.layout import Layout
 from parallel.world import World

@@ -20,7 +20,7 @@ from dsv3_megatron.gradients import finish_gradients
 from dsv3_megatron.loads import gather_loads, step_loads, step_overflow, update_biases
 from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
-from dsv3_megatron.pipeline import Batch
+from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.to_device import to_device

@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, ValidationError
 
+from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.stages import layers_of_stages
 from parallel.errors import RecipeError
 from parallel.pipeline.simulator import Times
 

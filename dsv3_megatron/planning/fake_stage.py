@@ -29,7 +29,7 @@ from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
-from dsv3_megatron.pipeline import ModelStages
+from dsv3_megatron.pipeline.model_stages import ModelStages
 from dsv3_megatron.precision import products, weight_gradients
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings

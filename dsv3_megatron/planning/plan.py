@@ -9,14 +9,14 @@ from typing import Any
 
 from dsv3_megatron.model.costs import Parameters, count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.pipeline.schedule import schedule_of
+from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.planning.memory import Held, RankMemory, held_parameters, rank_memory, receives_ahead
 from dsv3_megatron.planning.pairing import paired
 from dsv3_megatron.planning.stage_memory import StageMemory
 from dsv3_megatron.planning.steptime import StepModel, StepTime, step_time
 from dsv3_megatron.precision.on_te import as_carried_out
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.schedule import schedule_of
-from dsv3_megatron.stages import layers_of_stages
 from parallel.layout import Layout
 from parallel.links import Moved
 from parallel.pipeline.actions import Schedule

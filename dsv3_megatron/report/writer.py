@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from dsv3_megatron.metrics import StepMetrics, append_event
+from dsv3_megatron.pipeline.schedule import schedule_of, stage_times
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.report.page import write_report
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.schedule import schedule_of, stage_times
 from parallel.errors import ScheduleError
 from parallel.pipeline.drawing import draw_svg
 from parallel.pipeline.simulator import simulate

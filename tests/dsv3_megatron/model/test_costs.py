@@ -9,7 +9,7 @@ from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.costs import attention_parameters, count_parameters, training_flops_per_token
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.stage import build_stage
-from dsv3_megatron.stages import balanced_stages
+from dsv3_megatron.pipeline.split import balanced_stages
 from launcher.compose import compose
 from parallel.layout import Layout
 from parallel.schedules import placement

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dsv3_megatron.build import build_parts
+from dsv3_megatron.pipeline.schedule import schedule_of
+from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.planning.activations import measure_stages
 from dsv3_megatron.planning.memory import fullest_moment
-from dsv3_megatron.schedule import schedule_of
-from dsv3_megatron.stages import layers_of_stages
 from dsv3_megatron.step import run_pipeline
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.live_memory import LiveMemory

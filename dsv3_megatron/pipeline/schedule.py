@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsv3_megatron.model.costs import stage_costs
+from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.stages import layers_of_stages
 from parallel.errors import ScheduleError
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.simulator import Times
