@@ -68,7 +68,7 @@ def _serve(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads)}
     import torch
 
-    from dsv3_megatron.metrics import peak_memory_bytes
+    from dsv3_megatron.metrics.step_metrics import peak_memory_bytes
 
     torch.set_num_threads(threads)
     try:

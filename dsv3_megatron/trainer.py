@@ -24,7 +24,7 @@ from dsv3_megatron.health.step_guard import HealthState, StepGuard, nonfinite_gr
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.health.stragglers import Slowest, WorkClock
 from dsv3_megatron.megatron.host import choose_device
-from dsv3_megatron.metrics import (
+from dsv3_megatron.metrics.step_metrics import (
     JsonLines,
     MetricsWriter,
     StepMetrics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dsv3_megatron.metrics import MetricsWriter
+from dsv3_megatron.metrics.step_metrics import MetricsWriter
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.report.writer import ReportWriter, draw_schedule
@@ -27,11 +27,11 @@ def open_writers(
     if logging.report_every_seconds:
         writers.append(ReportWriter(run.path, logging.report_every_seconds))
     if logging.wandb != "disabled":
-        from dsv3_megatron.wandb_run import WandbRun
+        from dsv3_megatron.metrics.wandb_writer import WandbRun
 
         writers.append(WandbRun(recipe, first_step, tokens, tell))
     if logging.tensorboard:
-        from dsv3_megatron.tensorboard_run import TensorBoardRun
+        from dsv3_megatron.metrics.tensorboard_writer import TensorBoardRun
 
         writers.append(TensorBoardRun(run.path, first_step))
     return writers

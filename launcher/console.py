@@ -12,7 +12,7 @@ from parallel.errors import UserError
 from parallel.units import show_bytes, show_count, show_duration
 
 if TYPE_CHECKING:
-    from dsv3_megatron.metrics import StepMetrics
+    from dsv3_megatron.metrics.step_metrics import StepMetrics
 
 
 def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> int:

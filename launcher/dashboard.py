@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsv3_megatron.metric_names import NAMES
+from dsv3_megatron.metrics.names import NAMES
 from launcher.arguments import arguments_help, parse_arguments
 from launcher.console import guarded
 from parallel.errors import PackageError, RecipeError

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.metrics import StepMetrics, append_event
+from dsv3_megatron.metrics.step_metrics import StepMetrics, append_event
 from dsv3_megatron.pipeline.schedule import schedule_of, stage_times
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.report.page import write_report

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv3_megatron.metric_names import NAMES
+from dsv3_megatron.metrics.names import NAMES
 from launcher.dashboard import Arguments, load, main, workspace
 from parallel.errors import RecipeError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_megatron.metric_names import GROUPS, NAMES, grouped
-from dsv3_megatron.metrics import StepMetrics
-from dsv3_megatron.wandb_run import WandbRun, run_id
+from dsv3_megatron.metrics.names import GROUPS, NAMES, grouped
+from dsv3_megatron.metrics.step_metrics import StepMetrics
+from dsv3_megatron.metrics.wandb_writer import WandbRun, run_id
 from dsv3_megatron.writers import open_writers
 from launcher.compose import compose
 from parallel.layout import Layout
@@ -138,7 +138,7 @@ def test_a_held_out_loss_before_the_first_step_lies_where_the_run_goes_on(tmp_pa
 
 
 def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
-    import dsv3_megatron.wandb_run as module
+    import dsv3_megatron.metrics.wandb_writer as module
 
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 2)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.metric_names import NAMES, grouped
-from dsv3_megatron.metrics import StepMetrics
+from dsv3_megatron.metrics.names import NAMES, grouped
+from dsv3_megatron.metrics.step_metrics import StepMetrics
 from parallel.errors import PackageError
 
 

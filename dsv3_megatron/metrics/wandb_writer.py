@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.metric_names import NAMES, grouped
-from dsv3_megatron.metrics import StepMetrics
+from dsv3_megatron.metrics.names import NAMES, grouped
+from dsv3_megatron.metrics.row_numbers import RowNumbers
+from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.row_numbers import RowNumbers
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.shell import program
 from parallel.errors import PackageError
