@@ -23,10 +23,10 @@ def saves(place: Path, repeats: int, steps: int, hidden: int) -> dict[str, float
     """Return median seconds of a few steps with each kind of save, the stall that the run measures, and bytes."""
     import torch
 
-    from dsv3_megatron.build import build_parts
     from dsv3_megatron.checkpoint.save import Flags, Saver
     from dsv3_megatron.data.samples import Synthetic, step_batches
-    from dsv3_megatron.step import StepValues, train_step
+    from dsv3_megatron.train.build import build_parts
+    from dsv3_megatron.train.step import StepValues, train_step
     from launcher.compose import compose
     from parallel.groups import start_processes, stop_processes
     from parallel.world import World

@@ -58,10 +58,10 @@ def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
 
     world = World.from_environment()
     place = choose_device(device, world)
-    from dsv3_megatron.build import build_parts
     from dsv3_megatron.data.samples import Synthetic, step_batches
     from dsv3_megatron.model.costs import training_flops_per_token
-    from dsv3_megatron.step import StepValues, train_step
+    from dsv3_megatron.train.build import build_parts
+    from dsv3_megatron.train.step import StepValues, train_step
     from parallel.groups import start_processes
 
     start_processes(world, place)

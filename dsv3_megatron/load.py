@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from dsv3_megatron.build import Parts, build_parts
 from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.checkpoint.choose import choose_checkpoint
 from dsv3_megatron.checkpoint.load import Found, load_checkpoint
@@ -21,7 +20,8 @@ from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.trainer import processes
+from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.train.trainer import processes
 from parallel.errors import CheckpointError, PackageError
 from parallel.settings import ParallelSettings
 from parallel.world import World

@@ -11,12 +11,12 @@ from dsv3_megatron.megatron.host import adapt_host, virtual_device
 
 adapt_host("cpu")  # on a machine with GPUs too: nothing here computes
 
-from dsv3_megatron.build import parameter_dtype
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.stage import build_stage
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.train.build import parameter_dtype
 from parallel.groups import build_groups, start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings

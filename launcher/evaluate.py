@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     from dsv3_megatron.data.samples import evaluation_batches
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.speculate import acceptance_rates
-    from dsv3_megatron.step import evaluate_batches
+    from dsv3_megatron.train.step import evaluate_batches
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:
         for note in model.notes:

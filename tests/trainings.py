@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsv3_megatron.build import Parts, build_parts
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.save import Saver
-from dsv3_megatron.step import train_step
+from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.train.step import train_step
 from launcher.compose import resolved_yaml
 from parallel.errors import CheckpointError
 from parallel.groups import start_processes, stop_processes

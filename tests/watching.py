@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import dsv3_megatron.build as build_module
-import dsv3_megatron.trainer as trainer_module
-from dsv3_megatron.build import Parts, build_parts
+import dsv3_megatron.train.build as build_module
+import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.exporting import export
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
@@ -25,8 +24,9 @@ from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.megatron.host import replaced
 from dsv3_megatron.report.page import write_report
-from dsv3_megatron.step import StepResult, evaluate_batches
-from dsv3_megatron.trainer import Trainer
+from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.train.step import StepResult, evaluate_batches
+from dsv3_megatron.train.trainer import Trainer
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.groups import start_processes, stop_processes

@@ -126,7 +126,7 @@ def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watche
     from parallel.world import World
 
     recipe = prepare(visit, (*recipe_words, f"run.directory={directory}", f"run.device={visit.device}"))
-    import dsv3_megatron.trainer as trainer
+    import dsv3_megatron.train.trainer as trainer
 
     seen, build, data = Observed(**watched), trainer.build_parts, trainer.build_data
 
@@ -145,7 +145,7 @@ def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watche
 
 def weights_of(parts: Any) -> dict[str, Any]:
     """Return copies of this rank's parameters and router biases, by name, in host memory."""
-    from dsv3_megatron.build import named_parameters
+    from dsv3_megatron.train.build import named_parameters
 
     found = {name: p.detach().float().cpu().clone() for name, p in named_parameters(parts).items()}
     for stage, chunk in parts.chunks.items():

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_megatron.build import Parts
 from dsv3_megatron.checkpoint.manifest import checkpoints, problems, read_content
 from dsv3_megatron.checkpoint.masters import masters_from_weights, parts_of, weights_from_masters
 from dsv3_megatron.checkpoint.save import RANDOM, RECIPE
 from dsv3_megatron.checkpoint.state import is_te_state, restore_random_state, whole_state
+from dsv3_megatron.train.build import Parts
 from parallel.errors import CheckpointError
 
 

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.build import Parts
 from dsv3_megatron.checkpoint.manifest import (
     MANIFEST,
     checkpoints,
@@ -45,6 +44,7 @@ from dsv3_megatron.checkpoint.write import (
     write_file,
     write_share,
 )
+from dsv3_megatron.train.build import Parts
 from parallel.errors import CheckpointError
 from parallel.units import show_bytes
 

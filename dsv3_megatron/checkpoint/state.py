@@ -27,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from dsv3_megatron.build import Parts
+from dsv3_megatron.train.build import Parts
 from parallel.layout import Layout
 
 

@@ -22,7 +22,6 @@ from dsv3_megatron.megatron.host import adapt_host, balanced_dispatch, replaced
 
 adapt_host("cpu")  # on a machine with GPUs too: fake tensors of the CPU are all that is needed
 
-from dsv3_megatron.build import parameter_dtype
 from dsv3_megatron.model import attention, attention_cache, dispatch, swiglu
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
@@ -34,6 +33,7 @@ from dsv3_megatron.precision import products, weight_gradients
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.train.build import parameter_dtype
 from parallel.fake_world import fake_world
 from parallel.groups import build_groups
 from parallel.layout import Layout

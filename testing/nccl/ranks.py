@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from dsv3_megatron import build
+from dsv3_megatron.train import build
 from parallel.pipeline import engine, watchdog
 from testing.nccl.device import Gpu, streams_of
 from testing.nccl.process_group import manners, message_label

@@ -30,7 +30,7 @@ def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words:
 
     recipe, world = compose(words), World(rank, world_size, local_rank)
     device = _prepare(recipe, world)
-    import dsv3_megatron.trainer as trainer
+    import dsv3_megatron.train.trainer as trainer
     from launcher.console import SilentReporter
 
     rows, pp_rank = recipe.data.sequence_length * recipe.optim.micro_batch, _pipeline_rank(recipe, world)
@@ -107,7 +107,7 @@ def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
 @contextmanager
 def _few_microbatches(pp_rank: int, actions: dict[str, dict[str, int]]) -> Iterator[None]:
     """Cut schedules to what matters on this rank; note the kinds of its actions."""
-    from dsv3_megatron import build
+    from dsv3_megatron.train import build
 
     def cutting(make: Callable) -> Callable:
         def made(recipe: Any, microbatches: int) -> Any:

@@ -71,7 +71,7 @@ def faulty(name, function, seconds=60.0, **more):
 
 def loss_is_off(visit):
     """The second step's loss is wrong by a hundredth."""
-    import dsv3_megatron.step as steps
+    import dsv3_megatron.train.step as steps
     from benchmarks.gpu_check import losses
 
     train, calls = steps.train_step, []
@@ -105,7 +105,7 @@ def load_is_not_exact(visit):
     """One weight in a million comes back changed."""
     import torch
 
-    import dsv3_megatron.trainer as trainer
+    import dsv3_megatron.train.trainer as trainer
     from benchmarks.gpu_check import resume
 
     load = trainer.load_checkpoint
@@ -122,7 +122,7 @@ def load_is_not_exact(visit):
 
 def other_data_after_a_resume(visit):
     """State comes back, and the place in the data does not."""
-    import dsv3_megatron.trainer as trainer
+    import dsv3_megatron.train.trainer as trainer
     from benchmarks.gpu_check import resume
 
     stored = trainer.Progress.of
@@ -132,9 +132,9 @@ def other_data_after_a_resume(visit):
 
 def average_stands_still(visit):
     """The average never takes a new weight in, and a save scales the gradients down."""
-    import dsv3_megatron.trainer as trainer
+    import dsv3_megatron.train.trainer as trainer
     from benchmarks.gpu_check import averages
-    from dsv3_megatron.optim.ema import Ema
+    from dsv3_megatron.train.ema import Ema
 
     Ema._update = lambda self: None
     train = trainer.train_step

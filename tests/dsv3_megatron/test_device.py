@@ -43,7 +43,7 @@ def test_a_run_on_the_cpu_leaves_the_gpus_of_the_machine_alone(tmp_path):
 
 def test_the_cpu_may_be_chosen_after_megatron_core_was_imported():
     found = with_gpus(
-        "import dsv3_megatron.build\n"
+        "import dsv3_megatron.train.build\n"
         "from launcher import plan\n"
         "assert plan.main(['recipe=dsv3_tiny', 'show=precision']) == 0\n"
         "from tests.tiny import Case, train_rank\n"

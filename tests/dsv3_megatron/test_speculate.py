@@ -22,7 +22,7 @@ from dsv3_megatron.speculate import (
     main_states,
     speculate_tokens,
 )
-from dsv3_megatron.trainer import run as train
+from dsv3_megatron.train.trainer import run as train
 from launcher import generate
 from launcher.compose import load_resolved, resolved_yaml
 from launcher.console import SilentReporter

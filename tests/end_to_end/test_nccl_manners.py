@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel import utils as plan
 
-import dsv3_megatron.trainer as trainer
+import dsv3_megatron.train.trainer as trainer
 from launcher.compose import resolved_yaml
 from launcher.console import SilentReporter
 from parallel.groups import stop_processes

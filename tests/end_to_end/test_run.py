@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
-from dsv3_megatron.trainer import run
+from dsv3_megatron.train.trainer import run
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
 
 WARNED_WHEN_BUILT = """
 import os, runpy, signal, sys
-from dsv3_megatron.trainer import Trainer
+from dsv3_megatron.train.trainer import Trainer
 prepare = Trainer.prepare
 Trainer.prepare = lambda self: (prepare(self), os.kill(os.getpid(), signal.SIGUSR1))
 del sys.argv[0]

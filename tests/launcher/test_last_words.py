@@ -35,10 +35,10 @@ if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         raise {"mistake": DataError("shard_7 cannot be read on this host"), "bug": ValueError("a bug")}[what]
 
     if where == "start":
-        import dsv3_megatron.fits
-        dsv3_megatron.fits.check_world = fail
+        import dsv3_megatron.train.preflight
+        dsv3_megatron.train.preflight.check_world = fail
     else:
-        from dsv3_megatron.trainer import Trainer
+        from dsv3_megatron.train.trainer import Trainer
         Trainer.prepare = fail
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

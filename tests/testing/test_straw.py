@@ -29,13 +29,13 @@ MICROBATCHES, LEFT = 32, 4  # a step's, and passes of MoE layers on each of thes
 STEP = {
     "to device, not waited for: dsv3_megatron/to_device.py to_device": (
         4 * MICROBATCHES + 1, "tokens, positions, labels and mask of a microbatch; the count of tokens"),
-    "item: dsv3_megatron/gradients.py finish_gradients": (1, "gradients are divided by the tokens of all ranks"),
-    "item: dsv3_megatron/step.py _mean_loss": (1, "the guard asks for the loss before weights change"),
+    "item: dsv3_megatron/train/gradients.py finish_gradients": (1, "gradients are divided by the tokens of all ranks"),
+    "item: dsv3_megatron/train/step.py _mean_loss": (1, "the guard asks for the loss before weights change"),
     "item: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": (1, "and for the norm"),
-    "item: dsv3_megatron/step.py _balance_loss": (1, "reported"),
-    "tolist: dsv3_megatron/step.py _mtp_losses": (1, "reported"),
-    "to host: dsv3_megatron/loads.py gather_loads": (1, "reported"),
-    "event.synchronize: dsv3_megatron/optim/ema.py Ema._update": (1, "in a thread of its own"),
+    "item: dsv3_megatron/train/step.py _balance_loss": (1, "reported"),
+    "tolist: dsv3_megatron/train/step.py _mtp_losses": (1, "reported"),
+    "to host: dsv3_megatron/train/expert_load.py gather_loads": (1, "reported"),
+    "event.synchronize: dsv3_megatron/train/ema.py Ema._update": (1, "in a thread of its own"),
 }  # fmt: skip
 MOE = "megatron/core/transformer/moe/"
 # In the pipeline, for one MoE layer and microbatch, forward and backward.
@@ -109,7 +109,7 @@ def test_an_evaluation_waits_as_forwards_do(ranks):
     both = {place: times for place, (times, _) in layer.items()}
     expected = {place: min(times, IN_FORWARD.get(place, times)) for place, times in both.items()}
     for kind in ("first", "middle"):
-        many = waits(counted[kind], "evaluation")["item: dsv3_megatron/step.py _mean_loss"]
+        many = waits(counted[kind], "evaluation")["item: dsv3_megatron/train/step.py _mean_loss"]
         found = waits(counted[kind], "evaluation, pipeline")
         found.pop("to device: transformer_engine/pytorch/utils.py _empty_tensor", None)  # made once a process
         assert found == {place: many * times for place, times in expected.items()}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.checkpoint.exporting import INDEX, file_bytes, plan_shards
 from dsv3_megatron.checkpoint.hugging_face import from_hugging_face, our_shapes, published_tensors
 from dsv3_megatron.checkpoint.hugging_face_config import config_from_settings, settings_from_config
@@ -25,6 +24,7 @@ from dsv3_megatron.load import trained_model
 from dsv3_megatron.model.settings import ModelSettings, RopeScaling
 from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.precision.weights import dequantise_weight
+from dsv3_megatron.train.build import build_parts
 from launcher import export_hf, import_hf
 from launcher.compose import compose, load_resolved, resolved_yaml
 from parallel.errors import CheckpointError, RecipeError

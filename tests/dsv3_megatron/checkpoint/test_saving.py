@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-import dsv3_megatron.trainer as trainer_module
+import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter

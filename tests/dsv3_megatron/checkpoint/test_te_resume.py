@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-import dsv3_megatron.trainer as trainer_module
-from dsv3_megatron.build import build_parts
+import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.state import prepare_moments
+from dsv3_megatron.train.build import build_parts
 from launcher.compose import compose, resolved_yaml
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dsv3_megatron.trainer as trainer_module
+import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.health.step_guard import HealthState, StepGuard
 from launcher.compose import compose, resolved_yaml

@@ -8,9 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.data.samples import Synthetic, step_batches
-from dsv3_megatron.step import train_step
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.step import train_step
 from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

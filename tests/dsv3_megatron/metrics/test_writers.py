@@ -13,7 +13,7 @@ import pytest
 from dsv3_megatron.metrics.names import GROUPS, NAMES, grouped
 from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.metrics.wandb_writer import WandbRun, run_id
-from dsv3_megatron.writers import open_writers
+from dsv3_megatron.train.writers import open_writers
 from launcher.compose import compose
 from parallel.layout import Layout
 

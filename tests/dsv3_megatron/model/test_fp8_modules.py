@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.model.attention import CoreAttention
 from dsv3_megatron.model.dispatch import Fp8AllToAllDispatcher, _AllToAll
 from dsv3_megatron.model.stage import forward_logits
@@ -14,7 +13,8 @@ from dsv3_megatron.model.swiglu import SwiGLU, swiglu
 from dsv3_megatron.precision.e5m6 import quantise_e5m6
 from dsv3_megatron.precision.kept import kept_of
 from dsv3_megatron.precision.tiles import quantise_dequantise
-from dsv3_megatron.trainer import processes
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.trainer import processes
 from launcher.compose import compose
 from parallel.world import World
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dsv3_megatron.build import build_parts
+from dsv3_megatron.train.build import build_parts
 from parallel.groups import start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World

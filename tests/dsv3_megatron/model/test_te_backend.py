@@ -10,13 +10,13 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.megatron.host import virtual_device
 from dsv3_megatron.model.backend import make_te_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.model.stage import build_stage, is_routed_expert
-from dsv3_megatron.step import train_step
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.step import train_step
 from launcher.compose import compose
 from parallel.groups import build_groups, start_processes, stop_processes
 from parallel.layout import Layout

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.model.embedding import VocabParallelEmbedding
 from dsv3_megatron.model.experts import GroupedLinear
 from dsv3_megatron.model.norm import RMSNorm
 from dsv3_megatron.precision.weight_gradients import accumulate, add_grouped_product, add_product, embedding
 from dsv3_megatron.routing.router import SequenceBalancedRouter
-from dsv3_megatron.step import run_pipeline
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.step import run_pipeline
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.ranks import run_ranks

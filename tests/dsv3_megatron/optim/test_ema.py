@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.load import trained_model
 from dsv3_megatron.model.initialise import global_name
-from dsv3_megatron.optim.ema import Ema
-from dsv3_megatron.step import train_step
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.ema import Ema
+from dsv3_megatron.train.step import train_step
 from launcher.compose import load_resolved
 from launcher.export_hf import main as export
 from parallel.groups import start_processes, stop_processes

@@ -2,9 +2,9 @@
 
 import torch
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.planning.te_gradients import placeholder_bytes
-from dsv3_megatron.step import train_step
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.step import train_step
 from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.layout import Layout

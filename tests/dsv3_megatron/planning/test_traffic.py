@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from dsv3_megatron.build import build_parts
 from dsv3_megatron.model import context
 from dsv3_megatron.planning.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
-from dsv3_megatron.step import run_pipeline
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.step import run_pipeline
 from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.transfers import Transfers

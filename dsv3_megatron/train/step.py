@@ -14,16 +14,16 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch import Tensor
 
-from dsv3_megatron.build import Parts
 from dsv3_megatron.checkpoint import te_amaxes
-from dsv3_megatron.gradients import finish_gradients
-from dsv3_megatron.loads import gather_loads, step_loads, step_overflow, update_biases
 from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
 from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.routing.load import max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.to_device import to_device
+from dsv3_megatron.train.build import Parts
+from dsv3_megatron.train.expert_load import gather_loads, step_loads, step_overflow, update_biases
+from dsv3_megatron.train.gradients import finish_gradients
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,12 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.checkpoint import te_amaxes
-from dsv3_megatron.gradients import wrap_for_reduction
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.model.te_layers import settle_te_layers
-from dsv3_megatron.optim.ema import Ema
 from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
 from dsv3_megatron.pipeline.model_stages import ModelStages
 from dsv3_megatron.pipeline.schedule import evaluation_schedule, schedule_of
@@ -44,6 +42,8 @@ from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
+from dsv3_megatron.train.ema import Ema
+from dsv3_megatron.train.gradients import wrap_for_reduction
 
 # Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
 # all its pipeline ranks, has ten thousand actions.

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3_megatron.build import Parts
 from dsv3_megatron.routing.bias import update_expert_bias
 from dsv3_megatron.routing.capacity import CapacityRouter
 from dsv3_megatron.routing.router import SequenceBalancedRouter
+from dsv3_megatron.train.build import Parts
 
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
 

@@ -103,7 +103,9 @@ class Ema:
         parameter whose ``.data`` is exchanged for a tensor of another dtype or device, and back, has lost its gradient
         accumulator, and with it the hooks through which DDP gathers its gradient.)
         """
-        from dsv3_megatron.checkpoint.state import model_state  # builds on dsv3_megatron.build, which imports this file
+        from dsv3_megatron.checkpoint.state import (
+            model_state,  # builds on dsv3_megatron.train.build, which imports this file
+        )
 
         self.wait()
         missing = {id(weight): self.average[name] for name, weight in self._weights.items()}

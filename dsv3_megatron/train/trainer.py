@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.build import Parts, build_parts, named_parameters
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.resume import choose_start
@@ -19,7 +18,6 @@ from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
 from dsv3_megatron.data.build import Data
 from dsv3_megatron.data.build import build as build_data
 from dsv3_megatron.data.samples import evaluation_batches, step_batches
-from dsv3_megatron.fits import check_world
 from dsv3_megatron.health.step_guard import HealthState, StepGuard, nonfinite_gradients, stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.health.stragglers import Slowest, WorkClock
@@ -34,19 +32,21 @@ from dsv3_megatron.metrics.step_metrics import (
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
-from dsv3_megatron.precision.check import check_precision
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.start_from import (
+from dsv3_megatron.train.build import Parts, build_parts, named_parameters
+from dsv3_megatron.train.precision_check import check_precision
+from dsv3_megatron.train.preflight import check_world
+from dsv3_megatron.train.start import (
     check_start,
     nothing_to_start_from,
     other_model,
     refuse_other_model,
     starting_candidates,
 )
-from dsv3_megatron.step import StepResult, StepValues, evaluate_batches, train_step
-from dsv3_megatron.writers import open_writers
+from dsv3_megatron.train.step import StepResult, StepValues, evaluate_batches, train_step
+from dsv3_megatron.train.writers import open_writers
 from parallel.errors import HealthError
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.watchdog import Watchdog, process_group_store

@@ -1,0 +1,1 @@
+"""Training: from a recipe and a world to a finished run."""
