@@ -19,9 +19,9 @@ def exports(place: Path, repeats: int) -> dict[str, float]:
     """Return MB/s of the export and of a plain save_file of the same tensors, from a checkpoint of ``saves``."""
     from safetensors.torch import load_file, save_file
 
-    from dsv3_megatron.checkpoint.exporting import export
+    from dsv3_megatron.checkpoint.hugging_face.export import export
+    from dsv3_megatron.checkpoint.hugging_face.regions import Regions
     from dsv3_megatron.checkpoint.manifest import newest_valid
-    from dsv3_megatron.checkpoint.regions import Regions
     from launcher.compose import compose
 
     checkpoint = newest_valid(place / "synchronous")[0]

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_resolved(Path(given.run) / RECIPE)
     output = writable_folder(Path(given.output))
     from dsv3_megatron.checkpoint.choose import choose_checkpoint
-    from dsv3_megatron.checkpoint.exporting import EMA, export
+    from dsv3_megatron.checkpoint.hugging_face.export import EMA, export
 
     checkpoint = choose_checkpoint(given.run, given.step)
     for wrong in checkpoint.wrong:
@@ -117,7 +117,7 @@ def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
 
 def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, Any]) -> None:
     """Write config.json and generation_config.json."""
-    from dsv3_megatron.checkpoint.hugging_face_config import config_from_settings
+    from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
 
     begin, end = tokens.get("bos_token"), tokens.get("eos_token")
     config = config_from_settings(recipe.model, dtype, begin=begin, end=end)

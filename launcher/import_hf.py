@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parse_arguments(ImportArguments, arguments)
     folder, config = read_config(Path(given.input))
     has_weights = any(folder.glob("*.safetensors")) and Path(given.input).is_dir()
-    from dsv3_megatron.checkpoint.hugging_face_config import settings_from_config
+    from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
 
     model = settings_from_config(config)
     if has_weights:
@@ -83,7 +83,7 @@ def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
 
 def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
     """Return the model with as many MTP depths as there are weights for."""
-    from dsv3_megatron.checkpoint.importing import depths_present, read_index
+    from dsv3_megatron.checkpoint.hugging_face.import_ import depths_present, read_index
 
     depths = depths_present(model, read_index(folder))
     if depths < model.num_nextn_predict_layers:
@@ -129,7 +129,7 @@ def import_weights(
     model: ModelSettings, folder: Path, directory: RunDirectory, recipe: Recipe, given: ImportArguments
 ) -> int:
     """Write checkpoints/step_00000000; return its bytes."""
-    from dsv3_megatron.checkpoint.importing import import_weights
+    from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
     from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
 
     if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:

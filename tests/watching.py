@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import dsv3_megatron.train.build as build_module
 import dsv3_megatron.train.trainer as trainer_module
-from dsv3_megatron.checkpoint.exporting import export
+from dsv3_megatron.checkpoint.hugging_face.export import export
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.data.build import build as build_data

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.load import Found, candidates_of, find_checkpoint
-from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal, show
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import CheckpointError
 

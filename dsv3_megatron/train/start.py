@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
 from dsv3_megatron.checkpoint.manifest import checkpoints
-from dsv3_megatron.checkpoint.recipe_changes import changes, read_recipe, refusal
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from parallel.errors import CheckpointError

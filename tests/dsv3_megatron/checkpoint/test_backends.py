@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from dsv3_megatron.checkpoint.exporting import export
-from dsv3_megatron.checkpoint.hugging_face import our_shapes
-from dsv3_megatron.checkpoint.importing import import_weights
+from dsv3_megatron.checkpoint.hugging_face.export import export
+from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
+from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from launcher import evaluate
 from launcher.compose import load_resolved, resolved_yaml
 from tests.checkpoints import assert_same_tensors

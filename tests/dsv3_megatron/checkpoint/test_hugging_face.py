@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dsv3_megatron.checkpoint.exporting import INDEX, file_bytes, plan_shards
-from dsv3_megatron.checkpoint.hugging_face import from_hugging_face, our_shapes, published_tensors
-from dsv3_megatron.checkpoint.hugging_face_config import config_from_settings, settings_from_config
+from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings, settings_from_config
+from dsv3_megatron.checkpoint.hugging_face.export import INDEX, file_bytes, plan_shards
+from dsv3_megatron.checkpoint.hugging_face.names import from_hugging_face, our_shapes, published_tensors
+from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import newest_valid
-from dsv3_megatron.checkpoint.regions import Regions
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.generate import continue_tokens
 from dsv3_megatron.load import trained_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from dsv3_megatron.checkpoint.hugging_face import from_hugging_face
+from dsv3_megatron.checkpoint.hugging_face.names import from_hugging_face
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.settings import ModelSettings

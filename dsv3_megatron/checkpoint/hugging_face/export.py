@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3_megatron.checkpoint.hugging_face import Published, our_shapes, published_tensors
+from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
+from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import checksum, read_content
-from dsv3_megatron.checkpoint.regions import Regions
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight
 from dsv3_megatron.run.directory import write_atomically
