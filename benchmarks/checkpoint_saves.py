@@ -24,7 +24,7 @@ def saves(place: Path, repeats: int, steps: int, hidden: int) -> dict[str, float
     import torch
 
     from dsv3_megatron.checkpoint.save import Flags, Saver
-    from dsv3_megatron.data.samples import Synthetic, step_batches
+    from dsv3_megatron.data.source.samples import Synthetic, step_batches
     from dsv3_megatron.train.build import build_parts
     from dsv3_megatron.train.step import StepValues, train_step
     from launcher.compose import compose

@@ -43,7 +43,7 @@ def measure(directory: str, sequences: int) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from dsv3_megatron.data import stdlib
+    from dsv3_megatron.data.source import stdlib
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.model.stage import forward_logits
 

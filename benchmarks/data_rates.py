@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import zstandard
 
-from dsv3_megatron.data.prepare import PrepareOptions, prepare
-from dsv3_megatron.data.stdlib import source_files
+from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
+from dsv3_megatron.data.source.stdlib import source_files
 from dsv3_megatron.data.tokenizer import Tokenizer
 
 ROUNDS, TARGET_BYTES, SAMPLES = 5, 10_000_000, 300
@@ -75,8 +75,8 @@ def main() -> None:
             starts.append(starting)
         ratio = statistics.median(t / o for t, o in zip(theirs, ours))
         # Imported late: workers import this file too, and should not wait for torch.
-        from dsv3_megatron.data.build import build
         from dsv3_megatron.data.settings import DataSettings
+        from dsv3_megatron.data.source.build import build
 
         settings = DataSettings(
             source="indexed", path=str(folder / "out"), cache=str(folder / "cache"), sequence_length=4096, fim_rate=0.1,

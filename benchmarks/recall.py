@@ -52,7 +52,7 @@ def accuracy(recipe: Any, directory: Path, sequences: int) -> list[float]:
     import numpy as np
     import torch
 
-    from dsv3_megatron.data.samples import Recall
+    from dsv3_megatron.data.source.samples import Recall
     from dsv3_megatron.load import trained_model
     from dsv3_megatron.model.stage import forward_logits
 

@@ -52,7 +52,7 @@ def acceptance(directory: Path) -> tuple[list[float], list[float]]:
     """Return by MTP depth how often drafts agree with the main model: alone, and with all shallower ones."""
     import torch
 
-    from dsv3_megatron.data.samples import make_batch
+    from dsv3_megatron.data.source.samples import make_batch
     from dsv3_megatron.load import trained_model
 
     with trained_model(load_resolved(directory / "recipe.yaml"), directory) as trained, torch.no_grad():

@@ -58,7 +58,7 @@ def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
 
     world = World.from_environment()
     place = choose_device(device, world)
-    from dsv3_megatron.data.samples import Synthetic, step_batches
+    from dsv3_megatron.data.source.samples import Synthetic, step_batches
     from dsv3_megatron.model.costs import training_flops_per_token
     from dsv3_megatron.train.build import build_parts
     from dsv3_megatron.train.step import StepValues, train_step

@@ -14,8 +14,8 @@ from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.checkpoint.choose import choose_checkpoint
 from dsv3_megatron.checkpoint.load import Found, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import read_content
-from dsv3_megatron.data.build import Data
-from dsv3_megatron.data.build import build as build_data
+from dsv3_megatron.data.source.build import Data
+from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.model.backend import backend_name

@@ -91,7 +91,7 @@ def writable_folder(folder: Path) -> Path:
 
 def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
     """Write tokenizer.json and what transformers needs beside it; return its special tokens, {} if there is none."""
-    from dsv3_megatron.data.build import build
+    from dsv3_megatron.data.source.build import build
     from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
 
     tokenizer = build(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed).tokenizer

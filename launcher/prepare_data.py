@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         print(arguments_help(__doc__, Arguments))
         return 0
     given = parse_arguments(Arguments, arguments)
-    from dsv3_megatron.data.prepare import PrepareOptions, prepare
+    from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 
     inputs = _list(given.input)
     try:

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _sample(inputs: list[str], field: str, limit: int, found: dict[str, int]) -> Iterator[str]:
     """Yield documents of all inputs, whole blocks of them evenly spread, until ``limit`` characters."""
-    from dsv3_megatron.data.documents import BLOCK_BYTES, blocks, files_of, texts
+    from dsv3_megatron.data.prepare.documents import BLOCK_BYTES, blocks, files_of, texts
 
     files = [path for name in inputs for path in files_of(name)[0]]
     total = sum(path.stat().st_size for path in files)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3_megatron.data.samples import Sample, Synthetic, step_batches
+from dsv3_megatron.data.source.samples import Sample, Synthetic, step_batches
 from dsv3_megatron.model.initialise import _matrices, global_name
 from dsv3_megatron.model.stage import is_routed_expert
 from dsv3_megatron.recipe import Recipe

@@ -20,7 +20,7 @@ import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.hugging_face.export import export
 from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
-from dsv3_megatron.data.build import build as build_data
+from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.megatron.host import replaced
 from dsv3_megatron.report.page import write_report

@@ -15,9 +15,9 @@ from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.resume import choose_start
 from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
-from dsv3_megatron.data.build import Data
-from dsv3_megatron.data.build import build as build_data
-from dsv3_megatron.data.samples import evaluation_batches, step_batches
+from dsv3_megatron.data.source.build import Data
+from dsv3_megatron.data.source.build import build as build_data
+from dsv3_megatron.data.source.samples import evaluation_batches, step_batches
 from dsv3_megatron.health.step_guard import HealthState, StepGuard, nonfinite_gradients, stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.health.stragglers import Slowest, WorkClock

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_megatron.data.prepare import PrepareOptions, prepare
+from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.train.trainer import run
 from launcher.compose import compose, resolved_yaml

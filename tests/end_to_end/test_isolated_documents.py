@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_megatron.data.samples import Sample, make_batch
+from dsv3_megatron.data.source.samples import Sample, make_batch
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.stage import build_stage

@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from dsv3_megatron.data import stdlib
-from dsv3_megatron.data.build import build
-from dsv3_megatron.data.samples import Recall, Synthetic, TokenWindows, evaluation_batches, permuted, step_batches
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.source import stdlib
+from dsv3_megatron.data.source.build import build
+from dsv3_megatron.data.source.samples import (
+    Recall,
+    Synthetic,
+    TokenWindows,
+    evaluation_batches,
+    permuted,
+    step_batches,
+)
 from dsv3_megatron.data.tokenizer import SPECIAL, Tokenizer
 from parallel.errors import DataError
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.blend import CYCLE, Blend
-from dsv3_megatron.data.fim import Middle, restored
-from dsv3_megatron.data.indexed import PackedShards, PackingRule, make_packing
-from dsv3_megatron.data.packing import best_fit, cut
-from dsv3_megatron.data.samples import Sample, step_batches
-from dsv3_megatron.data.shards import ShardWriter
+from dsv3_megatron.data.source.blend import CYCLE, Blend
+from dsv3_megatron.data.source.fim import Middle, restored
+from dsv3_megatron.data.source.indexed import PackedShards, PackingRule, make_packing
+from dsv3_megatron.data.source.packing import best_fit, cut
+from dsv3_megatron.data.source.samples import Sample, step_batches
+from dsv3_megatron.data.source.shards import ShardWriter
 from parallel.errors import DataError
 
 START, END, PAD = 0, 1, 2
@@ -146,7 +146,7 @@ def test_epochs_hold_the_same_samples_in_another_order(shards):
 
 def test_a_packing_is_read_back_from_the_cache(shards, monkeypatch):
     before = [packed(shards, "c").sample(n).tokens.tolist() for n in range(5)]
-    monkeypatch.setattr("dsv3_megatron.data.indexed.make_packing", None)  # a second making would fail
+    monkeypatch.setattr("dsv3_megatron.data.source.indexed.make_packing", None)  # a second making would fail
     assert [packed(shards, "c").sample(n).tokens.tolist() for n in range(5)] == before
     monkeypatch.undo()
     assert [packed(shards, "c", seed=2).sample(n).tokens.tolist() for n in range(5)] != before

@@ -17,10 +17,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data import documents as reading
-from dsv3_megatron.data.documents import blocks, files_of, texts
-from dsv3_megatron.data.prepare import PrepareOptions, prepare
-from dsv3_megatron.data.shards import open_shard, read_manifest, verify_checksums
+from dsv3_megatron.data.prepare import documents as reading
+from dsv3_megatron.data.prepare.documents import blocks, files_of, texts
+from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
+from dsv3_megatron.data.source.shards import open_shard, read_manifest, verify_checksums
 from dsv3_megatron.data.tokenizer import BEGIN, END, FIM_HOLE, Tokenizer
 from parallel.errors import DataError
 

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv3_megatron.data.samples import Synthetic, step_batches
+from dsv3_megatron.data.source.samples import Synthetic, step_batches
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
 from launcher.compose import compose

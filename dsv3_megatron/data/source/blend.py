@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsv3_megatron.data.samples import Sample, SampleSource
+from dsv3_megatron.data.source.samples import Sample, SampleSource
 from parallel.errors import DataError
 
 CYCLE = 1 << 16  # samples after which the pattern of sources repeats; weights are kept to one part in so many

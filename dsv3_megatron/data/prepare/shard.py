@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.data.documents import Bad, Block, blocks, files_of, texts
+from dsv3_megatron.data.prepare.documents import Bad, Block, blocks, files_of, texts
 from dsv3_megatron.data.tokenizer import Tokenizer
 from parallel.errors import DataError
 
@@ -96,7 +96,7 @@ class _Preparation:
         self.done = 0
 
     def run(self) -> Any:
-        from dsv3_megatron.data.shards import MANIFEST, TOKENIZER, Manifest, read_manifest, write_json
+        from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, read_manifest, write_json
 
         self.state = self._begin()
         manifest = Manifest(
@@ -131,7 +131,7 @@ class _Preparation:
 
     def _begin(self) -> _State:
         """Return where an earlier run stood, or a new beginning."""
-        from dsv3_megatron.data.shards import MANIFEST, Source, read_manifest
+        from dsv3_megatron.data.source.shards import MANIFEST, Source, read_manifest
 
         fingerprint = self._fingerprint()
         earlier = None
@@ -247,7 +247,7 @@ class _Preparation:
             source.text_bytes += int(result.text_bytes[number])
 
     def _writer(self, index: int, split: str) -> Any:
-        from dsv3_megatron.data.shards import ShardWriter
+        from dsv3_megatron.data.source.shards import ShardWriter
 
         if split not in self.writers:
             source = self.state.sources[index]
@@ -258,7 +258,7 @@ class _Preparation:
 
     def _commit(self, next_block: int) -> None:
         """Finish the open shards and say in the journal that everything before ``next_block`` is done."""
-        from dsv3_megatron.data.shards import write_json
+        from dsv3_megatron.data.source.shards import write_json
 
         for split, writer in self.writers.items():
             self.written_source.shards[split].append(writer.commit())

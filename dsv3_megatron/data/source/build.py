@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.samples import Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.tokenizer import Tokenizer
 from parallel.errors import DataError
 
@@ -47,7 +47,7 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
             raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
         return Data(Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1), 32, None)
     if settings.source == "stdlib":
-        from dsv3_megatron.data import stdlib
+        from dsv3_megatron.data.source import stdlib
 
         tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
         return _windows(tokenizer, train, held_out, settings, seed)
@@ -68,10 +68,10 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
 
 
 def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
-    from dsv3_megatron.data.blend import Blend
-    from dsv3_megatron.data.fim import Middle
-    from dsv3_megatron.data.indexed import PackedShards, PackingRule
-    from dsv3_megatron.data.shards import TOKENIZER, read_manifest
+    from dsv3_megatron.data.source.blend import Blend
+    from dsv3_megatron.data.source.fim import Middle
+    from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
+    from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest
 
     folder = settings.path
     manifest = read_manifest(folder)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.fim import MARKS, Middle
-from dsv3_megatron.data.packing import best_fit, cut
-from dsv3_megatron.data.samples import Sample, permuted
-from dsv3_megatron.data.shards import Shard, open_shard
+from dsv3_megatron.data.source.fim import MARKS, Middle
+from dsv3_megatron.data.source.packing import best_fit, cut
+from dsv3_megatron.data.source.samples import Sample, permuted
+from dsv3_megatron.data.source.shards import Shard, open_shard
 from parallel.errors import DataError
 
 VERSION = 1  # of the packing kept in the cache

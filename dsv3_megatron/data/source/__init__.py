@@ -1,0 +1,1 @@
+"""What a step reads: samples in a reproducible order."""
