@@ -44,7 +44,7 @@ def measure(directory: str, sequences: int) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from dsv3_megatron.data.source import stdlib
-    from dsv3_megatron.load import trained_model
+    from dsv3_megatron.inference.trained_model import trained_model
     from dsv3_megatron.model.stage import forward_logits
 
     recipe = load_resolved(Path(directory) / "recipe.yaml")

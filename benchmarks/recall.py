@@ -53,7 +53,7 @@ def accuracy(recipe: Any, directory: Path, sequences: int) -> list[float]:
     import torch
 
     from dsv3_megatron.data.source.samples import Recall
-    from dsv3_megatron.load import trained_model
+    from dsv3_megatron.inference.trained_model import trained_model
     from dsv3_megatron.model.stage import forward_logits
 
     # The model is built for the sequence length of its recipe; RoPE goes on as far as it is asked to.

@@ -53,7 +53,7 @@ def acceptance(directory: Path) -> tuple[list[float], list[float]]:
     import torch
 
     from dsv3_megatron.data.source.samples import make_batch
-    from dsv3_megatron.load import trained_model
+    from dsv3_megatron.inference.trained_model import trained_model
 
     with trained_model(load_resolved(directory / "recipe.yaml"), directory) as trained, torch.no_grad():
         model, depths = trained.parts.whole_model.eval(), trained.parts.recipe.model.num_nextn_predict_layers

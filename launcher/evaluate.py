@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_process(recipe, World(0, 1, 0))
     from dsv3_megatron.data.source.samples import evaluation_batches
-    from dsv3_megatron.load import trained_model
-    from dsv3_megatron.speculate import acceptance_rates
+    from dsv3_megatron.inference.speculate import acceptance_rates
+    from dsv3_megatron.inference.trained_model import trained_model
     from dsv3_megatron.train.step import evaluate_batches
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:

@@ -51,9 +51,9 @@ def main(arguments: Sequence[str]) -> int:
         )
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_process(recipe, World(0, 1, 0))
-    from dsv3_megatron.generate import continue_tokens
-    from dsv3_megatron.load import trained_model
-    from dsv3_megatron.speculate import Speculation, speculate_tokens
+    from dsv3_megatron.inference.generate import continue_tokens
+    from dsv3_megatron.inference.speculate import Speculation, speculate_tokens
+    from dsv3_megatron.inference.trained_model import trained_model
 
     with trained_model(recipe, given.run, given.step, given.weights) as model:
         for note in model.notes:

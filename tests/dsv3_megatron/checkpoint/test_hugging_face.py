@@ -19,8 +19,8 @@ from dsv3_megatron.checkpoint.hugging_face.names import from_hugging_face, our_s
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from dsv3_megatron.checkpoint.save import Saver
-from dsv3_megatron.generate import continue_tokens
-from dsv3_megatron.load import trained_model
+from dsv3_megatron.inference.generate import continue_tokens
+from dsv3_megatron.inference.trained_model import trained_model
 from dsv3_megatron.model.settings import ModelSettings, RopeScaling
 from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.precision.weights import dequantise_weight

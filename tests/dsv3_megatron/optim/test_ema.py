@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsv3_megatron.load import trained_model
+from dsv3_megatron.inference.trained_model import trained_model
 from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.ema import Ema

@@ -11,10 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.generate import continue_tokens, nucleus
-from dsv3_megatron.load import trained_model
-from dsv3_megatron.model.stage import forward_logits
-from dsv3_megatron.speculate import (
+from dsv3_megatron.inference.generate import continue_tokens, nucleus
+from dsv3_megatron.inference.speculate import (
     Speculation,
     acceptance_rates,
     depth_states,
@@ -22,6 +20,8 @@ from dsv3_megatron.speculate import (
     main_states,
     speculate_tokens,
 )
+from dsv3_megatron.inference.trained_model import trained_model
+from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.train.trainer import run as train
 from launcher import generate
 from launcher.compose import load_resolved, resolved_yaml
