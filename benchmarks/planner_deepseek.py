@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_megatron.planning.kernels import Kernels
 from dsv3_megatron.planning.plan import Plan
-from dsv3_megatron.planning.roofline import Device
-from dsv3_megatron.planning.steptime import StepModel, overlapped
+from dsv3_megatron.planning.time.kernels import Kernels
+from dsv3_megatron.planning.time.roofline import Device
+from dsv3_megatron.planning.time.steptime import StepModel, overlapped
 from launcher.compose import compose
 from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule

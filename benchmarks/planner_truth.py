@@ -17,9 +17,9 @@ warnings.filterwarnings("ignore")
 
 from benchmarks.planner_deepseek import Row, profile_rows, step_rows, with_published_chunk_times
 from benchmarks.published_runs import GB200, RUNS
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
+from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
 from dsv3_megatron.planning.plan import Plan, make_plan
-from dsv3_megatron.planning.te_gradients import placeholder_bytes
 from dsv3_megatron.recipe import Recipe
 from launcher.compose import compose
 

@@ -74,7 +74,8 @@ class ClusterSettings(BaseModel):
         default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
     )
     architecture: Literal["hopper", "blackwell"] = Field(
-        "hopper", description="which published kernels the planner prices with (dsv3_megatron/planning/efficiency.py)"
+        "hopper",
+        description="which published kernels the planner prices with (dsv3_megatron/planning/time/efficiency.py)",
     )
     sms: NonNegativeInt = 0
     communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")

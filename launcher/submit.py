@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run import shell as typed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.recipe import Recipe
 from launcher.compose import compose

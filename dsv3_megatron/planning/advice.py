@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import UserError
 

@@ -11,10 +11,10 @@ from dsv3_megatron.model.costs import Parameters, count_parameters, training_flo
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.pipeline.split import layers_of_stages
-from dsv3_megatron.planning.memory import Held, RankMemory, held_parameters, rank_memory, receives_ahead
-from dsv3_megatron.planning.pairing import paired
-from dsv3_megatron.planning.stage_memory import StageMemory
-from dsv3_megatron.planning.steptime import StepModel, StepTime, step_time
+from dsv3_megatron.planning.memory.ranks import Held, RankMemory, held_parameters, rank_memory, receives_ahead
+from dsv3_megatron.planning.memory.stage_memory import StageMemory
+from dsv3_megatron.planning.time.pairing import paired
+from dsv3_megatron.planning.time.steptime import StepModel, StepTime, step_time
 from dsv3_megatron.precision.on_te import as_carried_out
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
@@ -207,7 +207,7 @@ def make_plan(
     schedule = schedule_of(recipe, batch // (recipe.optim.micro_batch * layout.dp))
     schedule = paired(schedule) if overlap else schedule
     if measure is None:
-        from dsv3_megatron.planning.activations import measure_stages as measure  # torch: seconds to import
+        from dsv3_megatron.planning.memory.activations import measure_stages as measure  # torch: seconds to import
     stages = measure(recipe, layout, layers, schedule)
     place = schedule.placement
     held = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.planning.splits import Layers, shorter_split
 from dsv3_megatron.recipe import Recipe

@@ -50,7 +50,7 @@ def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:
 def _measure(options: dict[str, str]) -> object:
     if options.get("fast") != "true":
         return None
-    from dsv3_megatron.planning.formulae import estimate_stages
+    from dsv3_megatron.planning.memory.formulae import estimate_stages
 
     return estimate_stages
 
@@ -58,7 +58,7 @@ def _measure(options: dict[str, str]) -> object:
 def _times(options: dict[str, str], recipe: object) -> object:
     if "calibrate" not in options:
         return None
-    from dsv3_megatron.planning.calibrate import times_from_file
+    from dsv3_megatron.planning.time.calibrate import times_from_file
 
     return times_from_file(Path(options["calibrate"]), recipe)
 

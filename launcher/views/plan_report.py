@@ -9,7 +9,7 @@ from launcher.views.plan import text_of
 from parallel.pipeline.drawing import draw_svg
 
 if TYPE_CHECKING:
-    from dsv3_megatron.planning.memory import RankMemory
+    from dsv3_megatron.planning.memory.ranks import RankMemory
     from dsv3_megatron.planning.plan import Plan
 
 GIB = 2**30

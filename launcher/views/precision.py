@@ -43,7 +43,7 @@ def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
 
 def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
     """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
-    from dsv3_megatron.meta import meta_model
+    from dsv3_megatron.planning.whole_model import meta_model
     from dsv3_megatron.precision.policy import module_class
     from dsv3_megatron.precision.products import Fp8Products
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fp8_gpu_step, gpu_sides, gpu_table
-from dsv3_megatron.planning.calibrate import times_from_file
+from dsv3_megatron.planning.time.calibrate import times_from_file
 from launcher.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dsv3_megatron.planning.efficiency import BLACKWELL, HOPPER
-from dsv3_megatron.planning.roofline import Device
+from dsv3_megatron.planning.time.efficiency import BLACKWELL, HOPPER
+from dsv3_megatron.planning.time.roofline import Device
 from launcher.compose import compose
 
 

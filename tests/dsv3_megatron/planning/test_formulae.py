@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from launcher.compose import compose
 

@@ -7,8 +7,8 @@ import torch
 
 from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.pipeline.split import layers_of_stages
-from dsv3_megatron.planning.activations import measure_stages
-from dsv3_megatron.planning.memory import fullest_moment
+from dsv3_megatron.planning.memory.activations import measure_stages
+from dsv3_megatron.planning.memory.ranks import fullest_moment
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import run_pipeline
 from parallel.groups import start_processes, stop_processes

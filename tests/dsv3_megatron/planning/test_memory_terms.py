@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.pipeline.split import layers_of_stages
-from dsv3_megatron.planning.formulae import estimate_stages, stage_parameters
-from dsv3_megatron.planning.memory import Held, fullest_moment, optimizer_bytes
+from dsv3_megatron.planning.memory.formulae import estimate_stages, stage_parameters
+from dsv3_megatron.planning.memory.ranks import Held, fullest_moment, optimizer_bytes
+from dsv3_megatron.planning.memory.stage_memory import StageMemory
 from dsv3_megatron.planning.plan import make_plan
-from dsv3_megatron.planning.stage_memory import StageMemory
 from launcher.compose import compose
 from parallel.layout import Layout
 from parallel.schedules import make_schedule

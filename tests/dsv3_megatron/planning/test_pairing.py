@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dsv3_megatron.planning.pairing import paired
+from dsv3_megatron.planning.time.pairing import paired
 from parallel.pipeline.actions import passes
 from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.published_runs import RUNS
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from launcher.compose import compose
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dsv3_megatron.planning import search
-from dsv3_megatron.planning.formulae import estimate_stages
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.planning.splits import better, shorter_split
 from launcher.compose import compose

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from dsv3_megatron.planning.calibrate import times_from_file
-from dsv3_megatron.planning.formulae import estimate_stages
-from dsv3_megatron.planning.kernels import Kernels
+from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
-from dsv3_megatron.planning.roofline import DEEPGEMM, Device
-from dsv3_megatron.planning.steptime import StepModel
+from dsv3_megatron.planning.time.calibrate import times_from_file
+from dsv3_megatron.planning.time.kernels import Kernels
+from dsv3_megatron.planning.time.roofline import DEEPGEMM, Device
+from dsv3_megatron.planning.time.steptime import StepModel
 from dsv3_megatron.recipe import ClusterSettings
 from launcher.compose import compose
 from parallel.errors import RecipeError

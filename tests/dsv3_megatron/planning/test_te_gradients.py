@@ -2,7 +2,7 @@
 
 import torch
 
-from dsv3_megatron.planning.te_gradients import placeholder_bytes
+from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
 from launcher.compose import compose

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsv3_megatron.meta import meta_model
+from dsv3_megatron.planning.whole_model import meta_model
 from dsv3_megatron.precision.policy import module_class, policy
 from dsv3_megatron.precision.products import Fp8Products
 from launcher.compose import compose

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from dsv3_megatron.model.stage import is_routed_expert
-from dsv3_megatron.planning.fake_stage import FakeStage, fake_stage
-from dsv3_megatron.planning.stage_memory import StageMemory, composition
+from dsv3_megatron.planning.memory.fake_stage import FakeStage, fake_stage
+from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout

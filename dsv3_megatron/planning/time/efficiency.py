@@ -18,7 +18,7 @@ class Efficiency:
 
     Attributes:
         fp8_at_7168: FP8 products with K = 7168, share of the FP8 peak; None = as the fit over DeepGEMM's table says
-            (:mod:`~dsv3_megatron.planning.roofline`), whose loss at small K holds for every architecture.
+            (:mod:`~dsv3_megatron.planning.time.roofline`), whose loss at small K holds for every architecture.
         fp8_weight_gradient: products added to float32 gradients, share of the FP8 peak; None = as other products, and
             the memory that adding takes.
         cast: reading, scaling and writing, share of the memory's peak.

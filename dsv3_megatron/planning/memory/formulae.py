@@ -7,8 +7,8 @@ them to it. What the parts of a stage hold is in parts.py; here a pass goes thro
 from __future__ import annotations
 
 from dsv3_megatron.model.costs import attention_parameters
-from dsv3_megatron.planning.parts import Part, Parts
-from dsv3_megatron.planning.stage_memory import StageMemory, composition
+from dsv3_megatron.planning.memory.parts import Part, Parts
+from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsv3_megatron.planning.memory import Held
+from dsv3_megatron.planning.memory.ranks import Held
 from dsv3_megatron.recipe import ClusterSettings, Recipe
 from parallel.errors import RecipeError
 from parallel.layout import Layout

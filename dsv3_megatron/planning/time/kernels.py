@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dsv3_megatron.planning.roofline import Device, Format
-from dsv3_megatron.planning.traffic import widths_over_context
+from dsv3_megatron.planning.time.roofline import Device, Format
+from dsv3_megatron.planning.time.traffic import widths_over_context
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.links import ranks_reached

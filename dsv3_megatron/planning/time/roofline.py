@@ -1,6 +1,6 @@
 """How long a kernel takes on a GPU that nobody has here: peaks, times the shares of them that others have measured.
 
-The shares and their sources: :mod:`~dsv3_megatron.planning.efficiency`.
+The shares and their sources: :mod:`~dsv3_megatron.planning.time.efficiency`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from dsv3_megatron.planning.efficiency import EFFICIENCIES, Efficiency
+from dsv3_megatron.planning.time.efficiency import EFFICIENCIES, Efficiency
 from dsv3_megatron.recipe import ClusterSettings
 
 Format = Literal["fp8", "bf16", "fp32"]

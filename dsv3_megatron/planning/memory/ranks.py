@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3_megatron.planning.stage_memory import StageMemory
-from dsv3_megatron.planning.te_gradients import placeholder_bytes
+from dsv3_megatron.planning.memory.stage_memory import StageMemory
+from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Action, Schedule, Step

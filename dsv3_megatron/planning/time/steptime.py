@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3_megatron.planning.kernels import Kernels, PartTimes
-from dsv3_megatron.planning.memory import Held
-from dsv3_megatron.planning.roofline import Device
-from dsv3_megatron.planning.stage_memory import composition
-from dsv3_megatron.planning.traffic import Traffic
+from dsv3_megatron.planning.memory.ranks import Held
+from dsv3_megatron.planning.memory.stage_memory import composition
+from dsv3_megatron.planning.time.kernels import Kernels, PartTimes
+from dsv3_megatron.planning.time.roofline import Device
+from dsv3_megatron.planning.time.traffic import Traffic
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Schedule

@@ -1,0 +1,1 @@
+"""Bytes that every rank holds, by the real modules or by formula."""
