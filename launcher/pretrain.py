@@ -21,9 +21,9 @@ from dsv3_megatron.health.stop_signals import StopSignals
 # A warning that comes during the imports below, which take seconds, is kept too.
 SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
+from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.lock import run_lock
-from dsv3_megatron.train.preflight import check_world
 from launcher.compose import resolved_yaml, run_command
 from launcher.console import ConsoleReporter, SilentReporter, guarded
 from launcher.last_words import Failure, last_words

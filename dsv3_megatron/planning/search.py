@@ -17,8 +17,8 @@ from multiprocessing import get_context
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.planning.splits import Layers, shorter_split
+from dsv3_megatron.preflight.layout import check_layout
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.layout_check import check_layout
 from parallel.errors import UserError
 
 _THOROUGH = ("norm", "mla_up", "moe_act", "shared_experts")

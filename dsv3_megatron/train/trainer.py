@@ -32,12 +32,12 @@ from dsv3_megatron.metrics.step_metrics import (
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.preflight.precision import check_precision
+from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.train.build import Parts, build_parts, named_parameters
-from dsv3_megatron.train.precision_check import check_precision
-from dsv3_megatron.train.preflight import check_world
 from dsv3_megatron.train.start import (
     check_start,
     nothing_to_start_from,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3_megatron.preflight.world import check_schedule
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.preflight import check_schedule
 from parallel.errors import ClusterError, DoesNotFitError
 
 ROOT = Path(__file__).resolve().parents[2]

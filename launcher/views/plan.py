@@ -23,7 +23,7 @@ def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:
     warnings.filterwarnings("ignore")
     recipe = compose(list(overrides))
     world = _number(options, "world")
-    from dsv3_megatron.train.layout_check import check_layout, world_of
+    from dsv3_megatron.preflight.layout import check_layout, world_of
 
     if options.get("search") == "true":  # the recipe's own layout need not be possible there
         from launcher.views.search import search_run

@@ -12,7 +12,7 @@ import pytest
 import torch
 import zstandard
 
-from dsv3_megatron.train.preflight import check_world
+from dsv3_megatron.preflight.world import check_world
 from launcher.compose import RECIPES, compose
 from parallel.errors import ClusterError
 from parallel.world import World

@@ -35,8 +35,8 @@ if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         raise {"mistake": DataError("shard_7 cannot be read on this host"), "bug": ValueError("a bug")}[what]
 
     if where == "start":
-        import dsv3_megatron.train.preflight
-        dsv3_megatron.train.preflight.check_world = fail
+        import dsv3_megatron.preflight.world
+        dsv3_megatron.preflight.world.check_world = fail
     else:
         from dsv3_megatron.train.trainer import Trainer
         Trainer.prepare = fail

@@ -8,9 +8,9 @@ from dsv3_megatron.precision import transformer_engine
 from dsv3_megatron.precision.hopper import why_not
 from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.settings import Fp8Settings
+from dsv3_megatron.preflight.fp8_shapes import check_shapes
+from dsv3_megatron.preflight.world import OVERLAPPING
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.fp8_shapes import check_shapes
-from dsv3_megatron.train.preflight import OVERLAPPING
 from parallel.errors import LayoutError, RecipeError
 from parallel.settings import ParallelSettings
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import product
 from math import log2
 
+from dsv3_megatron.preflight.world import check_schedule
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.preflight import check_schedule
 from parallel.errors import LayoutError, UserError
 
 
