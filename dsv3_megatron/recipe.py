@@ -2,118 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.model.settings import ModelSettings
+from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
-from dsv3_megatron.slurm_settings import SlurmSettings, TimeLimit
+from dsv3_megatron.settings import ClusterSettings, LoggingSettings, RunSettings
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
 from parallel.pipeline.actions import Placement
 from parallel.schedules import placement
 from parallel.settings import ParallelSettings
-from parallel.units import parse_bytes, parse_count
-
-Count = Annotated[NonNegativeInt, BeforeValidator(parse_count)]
-Bytes = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
-
-
-class RunSettings(BaseModel):
-    """The ``run`` section: what to call the run, where it lives, when it ends."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(min_length=1)
-    directory: str = Field(description="where the run's files go; runs/<name> unless told otherwise")
-    seed: NonNegativeInt = 1234
-    steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
-    tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
-    resume: Literal["auto", "never", "required"] = "auto"
-    start_from: str | None = Field(
-        None, description="run directory whose newest weights a new run begins with; tokens are counted anew"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
-    hang_seconds: float = Field(
-        300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
-    )
-    abort_seconds: float | None = Field(
-        1800.0, gt=0, description="end the process, so that it is started anew, when nothing moves for so long"
-    )
-    evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
-
-
-class LinkSettings(BaseModel):
-    """Bandwidth one GPU gets out of a class of links, one way."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gigabytes_per_second: float = Field(gt=0, description="10^9 bytes a second a GPU can send, as achieved")
-    latency_microseconds: float = Field(ge=0)
-    own_node: bool = Field(
-        False, description="between nodes: counts what stays on its node as sent, as DeepEP's benchmark prints it"
-    )
-
-
-class ClusterSettings(BaseModel):
-    """The ``cluster`` section: hardware facts for the planner, job options for SLURM."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    nodes: PositiveInt | None = Field(None, description="null = whatever torchrun starts")
-    gpus_per_node: NonNegativeInt = Field(0, description="0 = a CPU machine")
-    device: str = "cpu"
-    memory: Bytes = Field(0, description="memory of one device, such as 80GiB; 0 = not known")
-    peak_tflops: dict[Literal["fp32", "bf16", "fp8"], float] = Field(
-        default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
-    )
-    architecture: Literal["hopper", "blackwell"] = Field(
-        "hopper",
-        description="which published kernels the planner prices with (dsv3_megatron/planning/time/efficiency.py)",
-    )
-    sms: NonNegativeInt = 0
-    communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")
-    exchange_sms: NonNegativeInt = Field(
-        0, description="SMs that dispatch and combine had where links were measured; 0 = the links alone bound them"
-    )
-    memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
-    reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
-    dollars_per_gpu_hour: float = Field(2.0, ge=0)
-    intra_node: LinkSettings | None = None
-    inter_node: LinkSettings | None = None
-    launcher: Literal["torchrun", "slurm"] = "torchrun"
-    partition: str | None = Field(None, description="SLURM partition; null = the cluster's default")
-    time_limit: TimeLimit | None = Field(
-        None, description="of one job: minutes, or such as 24:00:00; a run goes on over many"
-    )
-    slurm: SlurmSettings = SlurmSettings()
-
-    @property
-    def world_size(self) -> int | None:
-        """GPUs of the whole cluster, or None where the cluster has no fixed size."""
-        return self.nodes * self.gpus_per_node if self.nodes and self.gpus_per_node else None
-
-
-class LoggingSettings(BaseModel):
-    """The ``logging`` section."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    wandb_project: str = "dsv3-megatron"
-    wandb_group: str | None = Field(None, description="runs shown together; null = the recipe's name")
-    tensorboard: bool = Field(False, description="event files in <run directory>/tensorboard too")
-    report_every_seconds: NonNegativeInt = Field(
-        60, description="report.html is written anew so often, and at the end; 0 = never"
-    )
-    expert_load_every_steps: PositiveInt = Field(50, description="load of every expert is kept every so many steps")
-    console_every_steps: PositiveInt = 1
 
 
 class Recipe(BaseModel):
@@ -210,8 +115,6 @@ class Recipe(BaseModel):
 
     def _check_curves(self) -> None:
         """Phases must follow each other in tokens, and moving ones must say where they go."""
-        from dsv3_megatron.optim.regime import Regime
-
         Regime(self.optim, self.data.sequence_length)
 
     def layout(self, world_size: int) -> Layout:

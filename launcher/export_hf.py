@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parse_arguments(ExportArguments, arguments)
     recipe = load_resolved(Path(given.run) / RECIPE)
     output = writable_folder(Path(given.output))
-    from dsv3_megatron.checkpoint.choose import choose_checkpoint
+    from dsv3_megatron.checkpoint.find import choose_checkpoint
     from dsv3_megatron.checkpoint.hugging_face.export import EMA, export
 
     checkpoint = choose_checkpoint(given.run, given.step)

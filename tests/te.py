@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.utils.deterministic
 
-from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import StepValues, evaluate_batches, train_step
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

@@ -13,8 +13,9 @@ from torch import Tensor
 from dsv3_megatron.data.source.samples import Sample, Synthetic, step_batches
 from dsv3_megatron.model.initialise import _matrices, global_name
 from dsv3_megatron.model.stage import is_routed_expert
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import StepResult, StepValues, train_step
 from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
+from dsv3_megatron.checkpoint.find import find_checkpoint
+from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.save import Saver
-from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
 from launcher.compose import resolved_yaml
 from parallel.errors import CheckpointError

@@ -17,14 +17,16 @@ import torch.distributed as dist
 
 import dsv3_megatron.train.build as build_module
 import dsv3_megatron.train.trainer as trainer_module
+from dsv3_megatron.checkpoint.find import find_checkpoint
 from dsv3_megatron.checkpoint.hugging_face.export import export
-from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
+from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.health.stop_signals import StopSignals
-from dsv3_megatron.megatron.host import replaced
+from dsv3_megatron.megatron.replaced import replaced
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.report.page import write_report
-from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import StepResult, evaluate_batches
 from dsv3_megatron.train.trainer import Trainer
 from launcher.compose import compose, resolved_yaml

@@ -49,7 +49,7 @@ def _loss_with(visit: Visit, recipe: tuple[str, ...], weights: dict[str, Any]) -
     """Return the loss of the first batch by a new model with these weights."""
     import torch
 
-    from dsv3_megatron.train.build import named_parameters
+    from dsv3_megatron.pipeline.parts import named_parameters
 
     with stepper(visit, recipe) as step, torch.no_grad():
         for name, parameter in named_parameters(step.parts).items():

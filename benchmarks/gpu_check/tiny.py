@@ -145,7 +145,7 @@ def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watche
 
 def weights_of(parts: Any) -> dict[str, Any]:
     """Return copies of this rank's parameters and router biases, by name, in host memory."""
-    from dsv3_megatron.train.build import named_parameters
+    from dsv3_megatron.pipeline.parts import named_parameters
 
     found = {name: p.detach().float().cpu().clone() for name, p in named_parameters(parts).items()}
     for stage, chunk in parts.chunks.items():

@@ -1,15 +1,13 @@
-"""Finding a checkpoint that is as it was written, and filling a rank from it, in any layout."""
+"""Filling a rank from a checkpoint, whatever layout wrote it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -18,68 +16,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3_megatron.checkpoint.manifest import checkpoints, problems, read_content
+from dsv3_megatron.checkpoint.find import Found
+from dsv3_megatron.checkpoint.manifest import RANDOM
 from dsv3_megatron.checkpoint.masters import masters_from_weights, parts_of, weights_from_masters
-from dsv3_megatron.checkpoint.save import RANDOM, RECIPE
 from dsv3_megatron.checkpoint.state import is_te_state, restore_random_state, whole_state
-from dsv3_megatron.train.build import Parts
+from dsv3_megatron.pipeline.parts import Parts
 from parallel.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint whose every byte was checked."""
-
-    path: Path
-    progress: dict[str, Any]
-    extra: tuple[str, ...] = ()
-    optimizer: bool = True  # whether it holds the state of a run, or (imported) weights alone
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe it was trained with."""
-        return self.path / RECIPE
-
-
-def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
-    """Return the first candidate whose files are all as written, and what was wrong with those before it.
-
-    All ranks call this together; rank 0's candidates count, and each rank reads its share of the files.
-    """
-    wrong: list[str] = []
-    number = 0
-    while True:
-        offer: list[Any] = [None, None, None]  # path, content, what is wrong
-        if dist.get_rank() == 0 and number < len(candidates):
-            offer[0] = candidates[number]
-            try:
-                offer[1] = read_content(candidates[number])
-            except CheckpointError as error:
-                offer[2] = str(error)
-        dist.broadcast_object_list(offer, src=0)
-        path, content, failure = offer
-        if path is None:
-            return None, wrong
-        damage = [failure] if failure else _damage(path, content["files"])
-        if not damage:
-            return Found(path, content["progress"], tuple(content["extra"]), content["optimizer"]), wrong
-        wrong.append(damage[0])
-        number += 1
-
-
-def _damage(path: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """Return what is wrong with the files, the same on all ranks."""
-    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    mine = by_size[dist.get_rank() :: dist.get_world_size()]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [str(CheckpointError(p)) for p in problems(path, files, mine)])
-    return [problem for each in found for problem in each]
-
-
-def candidates_of(folder: Path, named: str | None) -> list[Path]:
-    """Return the checkpoints to try, newest first: those of a run, or, while it has none, the one named."""
-    own = checkpoints(folder)
-    return own or ([Path(named)] if named else [])
 
 
 def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[str, ...] = ()) -> list[str]:

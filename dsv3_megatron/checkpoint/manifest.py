@@ -18,7 +18,7 @@ import xxhash
 
 from parallel.errors import CheckpointError
 
-MANIFEST = "manifest.json"
+MANIFEST, RECIPE, RANDOM = "manifest.json", "recipe.yaml", "random.pt"
 _NAME = re.compile(r"step_(\d{8,})")
 _USE_OLDER = "use an older checkpoint"
 

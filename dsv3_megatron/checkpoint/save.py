@@ -27,6 +27,8 @@ import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.manifest import (
     MANIFEST,
+    RANDOM,
+    RECIPE,
     checkpoints,
     folder_name,
     manifest_text,
@@ -44,12 +46,11 @@ from dsv3_megatron.checkpoint.write import (
     write_file,
     write_share,
 )
-from dsv3_megatron.train.build import Parts
+from dsv3_megatron.pipeline.parts import Parts
 from parallel.errors import CheckpointError
 from parallel.units import show_bytes
 
 LATEST = "latest"  # names the newest checkpoint, for people and scripts; resuming does not read it
-RECIPE, RANDOM = "recipe.yaml", "random.pt"
 FINAL_ATTEMPTS = 3
 Tell = Callable[[str, dict[str, Any]], None]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,22 +27,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from dsv3_megatron.train.build import Parts
+from dsv3_megatron.pipeline.parts import Parts
 from parallel.layout import Layout
-
-
-class ExtraState(Protocol):
-    """A state that is saved beside model and optimizer under a name: registered in ``Parts.extra_states``."""
-
-    def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """Return megatron-core's sharded state of this rank. Keys of its tensors must not be those of the model:
-        begin them with the state's name. ``metadata`` says how to cut, as for ``chunk.sharded_state_dict``."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded, in the form :meth:`sharded_state` has."""
-
-    def begin_anew(self) -> None:
-        """Model and optimizer were loaded from a checkpoint that does not hold this state: start from them."""
 
 
 def cutting(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dsv3_megatron.model.stage import forward_logits
-from dsv3_megatron.train.build import Parts
+from dsv3_megatron.pipeline.parts import Parts
 
 
 def continue_tokens(

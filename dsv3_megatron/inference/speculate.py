@@ -16,7 +16,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from dsv3_megatron.train.build import Parts
+from dsv3_megatron.pipeline.parts import Parts
 
 
 @dataclass

@@ -11,16 +11,17 @@ from typing import Any, Literal
 import torch
 
 from dsv3_megatron.checkpoint import te_amaxes
-from dsv3_megatron.checkpoint.choose import choose_checkpoint
-from dsv3_megatron.checkpoint.load import Found, load_checkpoint
+from dsv3_megatron.checkpoint.find import Found, choose_checkpoint
+from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import read_content
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.model.backend import backend_name
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.build import Parts, build_parts
+from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.trainer import processes
 from parallel.errors import CheckpointError, PackageError
 from parallel.settings import ParallelSettings

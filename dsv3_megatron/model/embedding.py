@@ -7,7 +7,7 @@ import types
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from dsv3_megatron.megatron.host import replaced
+from dsv3_megatron.megatron.replaced import replaced
 from dsv3_megatron.precision.weight_gradients import embedding
 
 _FUNCTIONS = types.SimpleNamespace(embedding=embedding)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv3_megatron.model.linear import WeightGradients, Wiring, separable_product
 from dsv3_megatron.model.swiglu import give_back
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
-from dsv3_megatron.to_device import to_device
+from parallel.device import to_device
 
 
 class GroupedExperts(TEGroupedMLP):

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from dsv3_megatron.megatron.host import adapt_host, virtual_device
+from dsv3_megatron.megatron.cpu import virtual_device
+from dsv3_megatron.megatron.host import adapt_host
 
 adapt_host("cpu")  # on a machine with GPUs too: nothing here computes
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def program(name: str) -> str:

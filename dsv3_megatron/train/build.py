@@ -2,115 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
-import torch.distributed as dist
 
 from dsv3_megatron.megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
 from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
-from parallel.pipeline.actions import Placement, Schedule
-from parallel.pipeline.engine import Engine
-from parallel.pipeline.watchdog import Watchdog
+from parallel.pipeline.actions import Placement
 
 adapt_host()
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.initialise import forget_drawn, global_name, initialise
+from dsv3_megatron.model.initialise import forget_drawn, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
 from dsv3_megatron.pipeline.model_stages import ModelStages
-from dsv3_megatron.pipeline.schedule import evaluation_schedule, schedule_of
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.train.ema import Ema
 from dsv3_megatron.train.gradients import wrap_for_reduction
-
-# Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
-# all its pipeline ranks, has ten thousand actions.
-_ENGINES = 4
-
-
-@dataclass
-class Parts:
-    """What one rank trains with. Stages are in ascending order everywhere: ranks that hold the same agree on it."""
-
-    recipe: Recipe
-    layout: Layout
-    groups: ProcessGroupCollection
-    device: torch.device
-    backend: BackendSpecProvider
-    layers_of_stages: tuple[int, ...]
-    chunks: dict[int, GPTModel]
-    ddps: dict[int, DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    stages: ModelStages
-    embedding_copy: torch.nn.Parameter | None
-    _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
-    watchdog: Watchdog | None = None
-    ema: Ema | None = None
-    adamw: str = ""  # whose AdamW updates the weights
-    extra_states: dict[str, Any] = field(default_factory=dict)  # name -> checkpoint.state.ExtraState
-
-    @property
-    def data_rank(self) -> int:
-        """This rank's data-parallel coordinate: which sequences of a batch it reads."""
-        return self.layout.coordinates(dist.get_rank())["dp"]
-
-    @property
-    def configs(self) -> list[MLATransformerConfig]:
-        """The configurations of this rank's stages."""
-        return [chunk.config for chunk in self.chunks.values()]
-
-    @property
-    def whole_model(self) -> GPTModel:
-        """The model, where one rank holds it as one stage."""
-        (chunk,) = self.chunks.values()
-        return chunk
-
-    def first_layer(self, stage: int) -> int:
-        """Return the number (from 0) of a stage's first decoder layer."""
-        return sum(self.layers_of_stages[:stage])
-
-    def engine(self, microbatches: int, *, training: bool) -> tuple[Schedule, Engine]:
-        """Return the schedule for so many microbatches and the engine that runs it; the latest few are kept."""
-        key = ("train" if training else "forward", microbatches)
-        found = self._engines.pop(key, None)
-        if found is None:
-            schedule = (schedule_of if training else evaluation_schedule)(self.recipe, microbatches)
-            found = schedule, Engine(schedule, self.groups.pp, self.stages, self.watchdog, self.device)
-            if len(self._engines) == _ENGINES:
-                del self._engines[next(iter(self._engines))]  # not used for longest
-        self._engines[key] = found
-        return found
-
-
-def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
-    """Return this rank's parameters, of all its stages, by their names in the whole model."""
-    return {
-        global_name(name, parts.first_layer(stage)): parameter
-        for stage, chunk in parts.chunks.items()
-        for name, parameter in chunk.named_parameters()
-    }
 
 
 def parameter_dtype(recipe: Recipe) -> torch.dtype:

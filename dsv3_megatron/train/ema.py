@@ -21,6 +21,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from dsv3_megatron.checkpoint.state import model_state
+
 PREFIX = "ema."
 
 
@@ -94,7 +96,7 @@ class Ema:
         for name, weight in self._weights.items():
             weight.copy_(self.average[name].to(weight.device))
 
-    # -- a state of checkpoints (checkpoint.state.ExtraState) ----------------------------------------------------------
+    # -- a state of checkpoints (pipeline.parts.ExtraState) ----------------------------------------------------------
 
     def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
         """Return the average as megatron-core's sharded state: cut as the model is, under keys of its own.
@@ -103,9 +105,6 @@ class Ema:
         parameter whose ``.data`` is exchanged for a tensor of another dtype or device, and back, has lost its gradient
         accumulator, and with it the hooks through which DDP gathers its gradient.)
         """
-        from dsv3_megatron.checkpoint.state import (
-            model_state,  # builds on dsv3_megatron.train.build, which imports this file
-        )
 
         self.wait()
         missing = {id(weight): self.average[name] for name, weight in self._weights.items()}

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.routing.bias import update_expert_bias
 from dsv3_megatron.routing.capacity import CapacityRouter
 from dsv3_megatron.routing.router import SequenceBalancedRouter
-from dsv3_megatron.train.build import Parts
 
+RUNNING = 0.99  # the loads of about the last hundred steps, over which the paper of loss-free balancing smooths too
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
 
 
@@ -80,3 +81,33 @@ def step_overflow(parts: Parts) -> tuple[int, int] | None:
         router.overflow.zero_()
     dist.all_reduce(total)  # no TP, no CP with capacity: every rank's microbatches and layers are its own
     return round(total[0].item()), round(total[1].item())
+
+
+def max_violation(tokens_per_expert: Tensor) -> Tensor:
+    """Return MaxVio of each layer: how far the busiest expert is above the mean load, as a share of the mean.
+
+    Args:
+        tokens_per_expert: [..., E] tokens of a batch; leading dimensions are layers.
+    Returns: [...] float64; 0 when all experts have the same load.
+    Source: arXiv 2408.15664 section 4.1.
+    """
+    load = tokens_per_expert.double()
+    mean = load.mean(-1)
+    return (load.amax(-1) - mean) / mean.clamp(min=1e-12)
+
+
+class RunningLoads:
+    """Loads averaged over the last steps, each step's share of tokens fading by 1% a step.
+
+    MaxVio of a batch mixes imbalance with chance; of the running loads only what persists is left. Begins anew in a
+    resumed run: it is a measure, not a state.
+    """
+
+    def __init__(self) -> None:
+        self._loads: Tensor | None = None
+
+    def update(self, loads: Tensor) -> Tensor:
+        """Add a step's loads [..., E] and return the running ones, in shares of the layer's tokens."""
+        shares = loads.double() / loads.double().sum(-1, keepdim=True).clamp(min=1)
+        self._loads = shares if self._loads is None else torch.lerp(shares, self._loads, RUNNING)
+        return self._loads

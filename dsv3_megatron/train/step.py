@@ -18,12 +18,11 @@ from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
 from dsv3_megatron.pipeline.model_stages import Batch
-from dsv3_megatron.routing.load import max_violation
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.routing.router import SequenceBalancedRouter
-from dsv3_megatron.to_device import to_device
-from dsv3_megatron.train.build import Parts
-from dsv3_megatron.train.expert_load import gather_loads, step_loads, step_overflow, update_biases
+from dsv3_megatron.train.expert_load import gather_loads, max_violation, step_loads, step_overflow, update_biases
 from dsv3_megatron.train.gradients import finish_gradients
+from parallel.device import to_device
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.checkpoint.load import find_checkpoint, load_checkpoint
+from dsv3_megatron.checkpoint.find import choose_start, find_checkpoint
+from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
-from dsv3_megatron.checkpoint.resume import choose_start
 from dsv3_megatron.checkpoint.save import Flags, Saver, describe_save
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
@@ -32,12 +32,13 @@ from dsv3_megatron.metrics.step_metrics import (
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.model.costs import count_parameters, training_flops_per_token
 from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.pipeline.parts import Parts, named_parameters
 from dsv3_megatron.preflight.precision import check_precision
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.train.build import Parts, build_parts, named_parameters
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.expert_load import RunningLoads, max_violation
 from dsv3_megatron.train.start import (
     check_start,
     nothing_to_start_from,

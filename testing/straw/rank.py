@@ -59,7 +59,8 @@ def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words:
 
 def _prepare(recipe: Any, world: Any) -> torch.device:
     """Do what launcher.pretrain does before it imports megatron-core; return the device."""
-    from dsv3_megatron.megatron.host import _leave_functions_uncompiled, choose_device
+    from dsv3_megatron.megatron.cpu import _leave_functions_uncompiled
+    from dsv3_megatron.megatron.host import choose_device
     from dsv3_megatron.precision.transformer_engine import prepare_environment
 
     prepare_environment(recipe.precision)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.links import Fabric, Link, expert_exchange, nodes_reached, ranks_reached
+from dsv3_megatron.planning.time.expert_exchange import expert_exchange, nodes_reached, ranks_reached
+from parallel.links import Fabric, Link
 
 FABRIC = Fabric(8, Link(160e9, 0.0), Link(40e9, 0.0))
 

@@ -27,7 +27,7 @@ MICROBATCHES, LEFT = 32, 4  # a step's, and passes of MoE layers on each of thes
 
 # What a step waits for, or copies, outside of its pipeline: place -> (times, why that is all right).
 STEP = {
-    "to device, not waited for: dsv3_megatron/to_device.py to_device": (
+    "to device, not waited for: parallel/device.py to_device": (
         4 * MICROBATCHES + 1, "tokens, positions, labels and mask of a microbatch; the count of tokens"),
     "item: dsv3_megatron/train/gradients.py finish_gradients": (1, "gradients are divided by the tokens of all ranks"),
     "item: dsv3_megatron/train/step.py _mean_loss": (1, "the guard asks for the loss before weights change"),
@@ -46,7 +46,7 @@ LAYER = {
     f"masked_select: {MOE}moe_utils.py permute": (2, "megatron-core's permutation; TE's kernel is not asked for"),
 }  # fmt: skip
 EMULATION = {  # what the torch backend does besides: FP8 of experts is emulated without TE
-    "to device, not waited for: dsv3_megatron/to_device.py to_device": (2, "where experts' rows end"),
+    "to device, not waited for: parallel/device.py to_device": (2, "where experts' rows end"),
     "item: dsv3_megatron/precision/kept.py columns": (4, "rows are padded to tiles"),
 }  # fmt: skip
 BACKENDS = {

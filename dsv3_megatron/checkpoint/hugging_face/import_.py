@@ -32,8 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, run_all
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
-from dsv3_megatron.checkpoint.manifest import MANIFEST, checksum, folder_name, manifest_text, sync_folder
-from dsv3_megatron.checkpoint.save import RECIPE
+from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, checksum, folder_name, manifest_text, sync_folder
 from dsv3_megatron.checkpoint.write import COMMON, ChecksummingFile, write_file
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import dequantise_weight

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 
-from dsv3_megatron.megatron.host import adapt_host, balanced_dispatch, replaced
+from dsv3_megatron.megatron.host import adapt_host
+from dsv3_megatron.megatron.replaced import replaced
+from dsv3_megatron.planning.memory.balanced_dispatch import balanced_dispatch
 
 adapt_host("cpu")  # on a machine with GPUs too: fake tensors of the CPU are all that is needed
 

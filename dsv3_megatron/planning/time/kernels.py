@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from dsv3_megatron.planning.time.expert_exchange import ranks_reached
 from dsv3_megatron.planning.time.roofline import Device, Format
 from dsv3_megatron.planning.time.traffic import widths_over_context
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
-from parallel.links import ranks_reached
 
 Pass = str  # F, I or W
 Kind = str  # what a kernel does, for tables

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 from dsv3_megatron.planning.time.efficiency import EFFICIENCIES, Efficiency
-from dsv3_megatron.recipe import ClusterSettings
+from dsv3_megatron.settings import ClusterSettings
 
 Format = Literal["fp8", "bf16", "fp32"]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsv3_megatron.planning.memory.ranks import Held
-from dsv3_megatron.recipe import ClusterSettings, Recipe
+from dsv3_megatron.planning.time.expert_exchange import expert_exchange, nodes_reached
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.settings import ClusterSettings
 from parallel.errors import RecipeError
 from parallel.layout import Layout
-from parallel.links import Fabric, Link, Moved, expert_exchange, nodes_reached
+from parallel.links import Fabric, Link, Moved
 from parallel.pipeline.actions import Placement
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_megatron.megatron.host import virtual_device
+from dsv3_megatron.megatron.cpu import virtual_device
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.costs import attention_parameters, count_parameters, training_flops_per_token

@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from dsv3_megatron.megatron.host import virtual_device
+from dsv3_megatron.megatron.cpu import virtual_device
 from dsv3_megatron.model.backend import make_te_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.costs import count_parameters

@@ -10,7 +10,7 @@ from dsv3_megatron.planning.time.calibrate import times_from_file
 from dsv3_megatron.planning.time.kernels import Kernels
 from dsv3_megatron.planning.time.roofline import DEEPGEMM, Device
 from dsv3_megatron.planning.time.steptime import StepModel
-from dsv3_megatron.recipe import ClusterSettings
+from dsv3_megatron.settings import ClusterSettings
 from launcher.compose import compose
 from parallel.errors import RecipeError
 

@@ -5,8 +5,8 @@ import torch
 
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.routing.bias import update_expert_bias
-from dsv3_megatron.routing.load import RunningLoads, max_violation
 from dsv3_megatron.routing.router import SequenceBalancedRouter
+from dsv3_megatron.train.expert_load import RunningLoads, max_violation
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
 from tests.tiny import small_recipe

@@ -1,0 +1,168 @@
+"""The sections of a recipe that no room owns: ``run``, ``cluster`` with ``cluster.slurm``, ``logging``."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from parallel.units import parse_bytes, parse_count
+
+
+def _one_line(text: str) -> str:
+    if re.search(r"[\x00-\x1f]", text):
+        raise ValueError("it holds a control character; #SBATCH lines cannot")
+    return text
+
+
+def _as_text(value: object) -> object:
+    """Return a number as the text it stands for: 1000 of memory, 30 minutes."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _time(text: str) -> str:
+    if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
+        raise ValueError("it is not a time; write minutes, hours:minutes:seconds or days-hours, such as 24:00:00")
+    if text.isdigit() and int(text) > 30 * 24 * 60:
+        raise ValueError("that many minutes are over 30 days; quote a time with colons: YAML reads 24:00:00 as 86400")
+    return text
+
+
+def _variables(values: dict[str, str]) -> dict[str, str]:
+    for name in values:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{name!r} is not a name of an environment variable")
+    return values
+
+
+Line = Annotated[str, BeforeValidator(_as_text), AfterValidator(_one_line)]
+TimeLimit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_time)]
+Variables = Annotated[dict[str, Annotated[str, BeforeValidator(_as_text)]], AfterValidator(_variables)]
+Count = Annotated[NonNegativeInt, BeforeValidator(parse_count)]
+Bytes = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
+
+
+class SlurmSettings(BaseModel):
+    """Options of the batch job that a cluster's file sets once for everybody."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    account: Line | None = Field(None, description="who pays; null = the user's default account")
+    qos: Line | None = Field(None, description="quality of service; null = the partition's")
+    constraint: Line | None = Field(None, description="features that nodes must have")
+    reservation: Line | None = None
+    exclude: Line | None = Field(None, description="nodes to keep away from, such as node[017,033]")
+    exclusive: bool = Field(True, description="whole nodes; false only on shared test machines")
+    memory: Line | None = Field("0", description="memory of a node; 0 = all of it, null = the partition's default")
+    cpus_per_task: PositiveInt | None = Field(None, description="CPUs of a node's agent; null = all the job has there")
+    ranks_per_node: PositiveInt | None = Field(None, description="processes of a node; null = cluster.gpus_per_node")
+    options: tuple[Line, ...] = Field((), description="further sbatch options as they stand, such as --switches=1")
+    warning_seconds: PositiveInt = Field(
+        300, description="USR1 so long before the time limit; at least a step, a save and 60 s (SLURM looks every 30 s)"
+    )
+    max_starts: PositiveInt = Field(3, description="give up after so many starts without a new checkpoint")
+    restarts: NonNegativeInt = Field(0, description="restarts by torchrun within a job before the job itself fails")
+    array_limit: PositiveInt | None = Field(None, description="points of a sweep that may run at once")
+    python: Line | None = Field(
+        None, description="interpreter of the job; null = the submitting one, python in a container"
+    )
+    setup: tuple[str, ...] = Field((), description="shell lines to run first on the batch host, such as module load")
+    environment: Variables = Field(
+        default_factory=dict, description="variables of every process: NCCL, UCX and network settings of this cluster"
+    )
+    container: Literal["none", "pyxis", "apptainer"] = "none"
+    image: Line | None = Field(None, description="container image: a squash file, a .sif or a registry's name")
+    mounts: tuple[Line, ...] = Field((), description="folders seen in the container: PATH or PATH:PATH")
+
+
+class RunSettings(BaseModel):
+    """The ``run`` section: what to call the run, where it lives, when it ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    directory: str = Field(description="where the run's files go; runs/<name> unless told otherwise")
+    seed: NonNegativeInt = 1234
+    steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
+    tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
+    resume: Literal["auto", "never", "required"] = "auto"
+    start_from: str | None = Field(
+        None, description="run directory whose newest weights a new run begins with; tokens are counted anew"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
+    hang_seconds: float = Field(
+        300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
+    )
+    abort_seconds: float | None = Field(
+        1800.0, gt=0, description="end the process, so that it is started anew, when nothing moves for so long"
+    )
+    evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
+
+
+class LinkSettings(BaseModel):
+    """Bandwidth one GPU gets out of a class of links, one way."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gigabytes_per_second: float = Field(gt=0, description="10^9 bytes a second a GPU can send, as achieved")
+    latency_microseconds: float = Field(ge=0)
+    own_node: bool = Field(
+        False, description="between nodes: counts what stays on its node as sent, as DeepEP's benchmark prints it"
+    )
+
+
+class ClusterSettings(BaseModel):
+    """The ``cluster`` section: hardware facts for the planner, job options for SLURM."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    nodes: PositiveInt | None = Field(None, description="null = whatever torchrun starts")
+    gpus_per_node: NonNegativeInt = Field(0, description="0 = a CPU machine")
+    device: str = "cpu"
+    memory: Bytes = Field(0, description="memory of one device, such as 80GiB; 0 = not known")
+    peak_tflops: dict[Literal["fp32", "bf16", "fp8"], float] = Field(
+        default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
+    )
+    architecture: Literal["hopper", "blackwell"] = Field(
+        "hopper",
+        description="which published kernels the planner prices with",
+    )
+    sms: NonNegativeInt = 0
+    communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")
+    exchange_sms: NonNegativeInt = Field(
+        0, description="SMs that dispatch and combine had where links were measured; 0 = the links alone bound them"
+    )
+    memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
+    reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
+    dollars_per_gpu_hour: float = Field(2.0, ge=0)
+    intra_node: LinkSettings | None = None
+    inter_node: LinkSettings | None = None
+    launcher: Literal["torchrun", "slurm"] = "torchrun"
+    partition: str | None = Field(None, description="SLURM partition; null = the cluster's default")
+    time_limit: TimeLimit | None = Field(
+        None, description="of one job: minutes, or such as 24:00:00; a run goes on over many"
+    )
+    slurm: SlurmSettings = SlurmSettings()
+
+    @property
+    def world_size(self) -> int | None:
+        """GPUs of the whole cluster, or None where the cluster has no fixed size."""
+        return self.nodes * self.gpus_per_node if self.nodes and self.gpus_per_node else None
+
+
+class LoggingSettings(BaseModel):
+    """The ``logging`` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    wandb_project: str = "dsv3-megatron"
+    wandb_group: str | None = Field(None, description="runs shown together; null = the recipe's name")
+    tensorboard: bool = Field(False, description="event files in <run directory>/tensorboard too")
+    report_every_seconds: NonNegativeInt = Field(
+        60, description="report.html is written anew so often, and at the end; 0 = never"
+    )
+    expert_load_every_steps: PositiveInt = Field(50, description="load of every expert is kept every so many steps")
+    console_every_steps: PositiveInt = 1
