@@ -25,26 +25,26 @@ class TorchBackend(BackendSpecProvider):
     def __init__(self) -> None:
         import megatron.core.transformer.multi_latent_attention as attention
 
-        from dsv3_megatron.model.linear import DuplicatedLinear
+        from dsv3_megatron.model.layers.linear import DuplicatedLinear
 
         # MLA knows a duplicated layer only by the name TELinear (megatron-core 0.16.1); can go when it asks the spec.
         attention.TELinear = DuplicatedLinear
 
     def column_parallel_linear(self) -> type:
         """Linear with its output dimension over TP."""
-        from dsv3_megatron.model.linear import ColumnParallelLinear
+        from dsv3_megatron.model.layers.linear import ColumnParallelLinear
 
         return ColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
         """Linear with its input dimension over TP."""
-        from dsv3_megatron.model.linear import RowParallelLinear
+        from dsv3_megatron.model.layers.linear import RowParallelLinear
 
         return RowParallelLinear
 
     def duplicated_linear(self) -> type:
         """Linear that every TP rank holds whole."""
-        from dsv3_megatron.model.linear import DuplicatedLinear
+        from dsv3_megatron.model.layers.linear import DuplicatedLinear
 
         return DuplicatedLinear
 
@@ -57,13 +57,13 @@ class TorchBackend(BackendSpecProvider):
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         """RMSNorm."""
-        from dsv3_megatron.model.norm import RMSNorm
+        from dsv3_megatron.model.layers.norm import RMSNorm
 
         return RMSNorm
 
     def core_attention(self) -> type:
         """Softmax attention without its projections."""
-        from dsv3_megatron.model.attention import CoreAttention
+        from dsv3_megatron.model.layers.attention import CoreAttention
 
         return CoreAttention
 
@@ -71,13 +71,13 @@ class TorchBackend(BackendSpecProvider):
         self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
     ) -> tuple[type, MLPSubmodules]:
         """The routed experts and their two layers."""
-        from dsv3_megatron.model.experts import DownLinear, GateUpLinear, GroupedExperts
+        from dsv3_megatron.model.layers.experts import DownLinear, GateUpLinear, GroupedExperts
 
         return GroupedExperts, MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear)
 
     def activation_func(self) -> type:
         """SwiGLU, which computes its output again in backward."""
-        from dsv3_megatron.model.swiglu import SwiGLU
+        from dsv3_megatron.model.layers.swiglu import SwiGLU
 
         return SwiGLU
 
@@ -103,14 +103,14 @@ def make_te_backend() -> BackendSpecProvider:
             self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
         ) -> tuple[type, MLPSubmodules]:
             """TE's grouped layers, in experts that can keep SwiGLU's input in FP8."""
-            from dsv3_megatron.model.experts import TEGroupedExperts
+            from dsv3_megatron.model.layers.experts import TEGroupedExperts
 
             _, layers = super().grouped_mlp_modules(moe_use_grouped_gemm, moe_use_legacy_grouped_gemm)
             return TEGroupedExperts, layers
 
         def activation_func(self) -> type:
             """SwiGLU, which can keep its input in FP8 and compute its output again."""
-            from dsv3_megatron.model.swiglu import SwiGLU
+            from dsv3_megatron.model.layers.swiglu import SwiGLU
 
             return SwiGLU
 

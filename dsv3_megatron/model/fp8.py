@@ -8,9 +8,9 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from dsv3_megatron.model.dispatch import dispatch_in_fp8
-from dsv3_megatron.model.experts import GroupedExperts
-from dsv3_megatron.model.linear import ColumnParallelLinear
+from dsv3_megatron.model.layers.dispatch import dispatch_in_fp8
+from dsv3_megatron.model.layers.experts import GroupedExperts
+from dsv3_megatron.model.layers.linear import ColumnParallelLinear
 from dsv3_megatron.precision.policy import layer_is_exempt, module_class
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings

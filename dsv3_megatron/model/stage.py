@@ -11,8 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from dsv3_megatron.model.embedding import VocabParallelEmbedding
-from dsv3_megatron.model.linear import DuplicatedLinear, OutputHead
+from dsv3_megatron.model.layers.embedding import VocabParallelEmbedding
+from dsv3_megatron.model.layers.linear import DuplicatedLinear, OutputHead
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
 

@@ -24,11 +24,11 @@ from dsv3_megatron.planning.memory.balanced_dispatch import balanced_dispatch
 
 adapt_host("cpu")  # on a machine with GPUs too: fake tensors of the CPU are all that is needed
 
-from dsv3_megatron.model import attention, attention_cache, dispatch, swiglu
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.norm import RMSNorm
+from dsv3_megatron.model.layers import attention, attention_cache, dispatch, swiglu
+from dsv3_megatron.model.layers.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
 from dsv3_megatron.pipeline.model_stages import ModelStages
 from dsv3_megatron.precision import products, weight_gradients

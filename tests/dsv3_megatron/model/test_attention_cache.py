@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dsv3_megatron.model import attention_cache
-from dsv3_megatron.model.attention_cache import OutputCache
+from dsv3_megatron.model.layers import attention_cache
+from dsv3_megatron.model.layers.attention_cache import OutputCache
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
 from parallel.groups import start_processes, stop_processes

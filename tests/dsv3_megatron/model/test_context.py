@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.model.context import to_heads, to_pieces
+from dsv3_megatron.model.layers.context import to_heads, to_pieces
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.ranks import run_ranks

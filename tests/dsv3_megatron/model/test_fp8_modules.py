@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dsv3_megatron.model.attention import CoreAttention
-from dsv3_megatron.model.dispatch import Fp8AllToAllDispatcher, _AllToAll
+from dsv3_megatron.model.layers.attention import CoreAttention
+from dsv3_megatron.model.layers.dispatch import Fp8AllToAllDispatcher, _AllToAll
+from dsv3_megatron.model.layers.swiglu import SwiGLU, swiglu
 from dsv3_megatron.model.stage import forward_logits
-from dsv3_megatron.model.swiglu import SwiGLU, swiglu
 from dsv3_megatron.precision.e5m6 import quantise_e5m6
 from dsv3_megatron.precision.kept import kept_of
 from dsv3_megatron.precision.tiles import quantise_dequantise

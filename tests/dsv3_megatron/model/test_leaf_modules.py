@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from dsv3_megatron.model.attention import CoreAttention
 from dsv3_megatron.model.backend import TorchBackend, choose_backend
 from dsv3_megatron.model.config import RECOMPUTE, transformer_config
-from dsv3_megatron.model.experts import DownLinear, GateUpLinear
-from dsv3_megatron.model.norm import RMSNorm
+from dsv3_megatron.model.layers.attention import CoreAttention
+from dsv3_megatron.model.layers.experts import DownLinear, GateUpLinear
+from dsv3_megatron.model.layers.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
 from parallel.errors import PackageError
 from parallel.layout import Layout

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3_megatron.model.embedding import VocabParallelEmbedding
-from dsv3_megatron.model.experts import GroupedLinear
-from dsv3_megatron.model.norm import RMSNorm
+from dsv3_megatron.model.layers.embedding import VocabParallelEmbedding
+from dsv3_megatron.model.layers.experts import GroupedLinear
+from dsv3_megatron.model.layers.norm import RMSNorm
 from dsv3_megatron.precision.weight_gradients import accumulate, add_grouped_product, add_product, embedding
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.train.build import build_parts

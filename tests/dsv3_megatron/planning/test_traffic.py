@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from dsv3_megatron.model import context
+from dsv3_megatron.model.layers import context
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.train.build import build_parts

@@ -14,8 +14,8 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from torch import Tensor
 
-from dsv3_megatron.model.linear import WeightGradients, Wiring, separable_product
-from dsv3_megatron.model.swiglu import give_back
+from dsv3_megatron.model.layers.linear import WeightGradients, Wiring, separable_product
+from dsv3_megatron.model.layers.swiglu import give_back
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
 from parallel.device import to_device
 

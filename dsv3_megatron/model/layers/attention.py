@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from dsv3_megatron.model.attention_cache import OutputCache
-from dsv3_megatron.model.context import to_heads, to_pieces
+from dsv3_megatron.model.layers.attention_cache import OutputCache
+from dsv3_megatron.model.layers.context import to_heads, to_pieces
 
 
 class CoreAttention(MegatronModule):
