@@ -40,7 +40,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
     recipe.data.check_source()
     prepare_process(recipe, world)
-    from dsv3_megatron.train.trainer import run
+    from dsv3_megatron.train.run import run
 
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()

@@ -55,6 +55,7 @@ def live(life: Life) -> dict[str, Any]:
             result = train_step(parts, step_batches_of(parts, number), VALUES)
             if parts.ema is not None:
                 parts.ema.start()
+                parts.ema.wait()  # the next step changes the weights that it reads
             found["losses"].append(result.lm_loss)
             found["norms"].append(result.grad_norm)
         if life.load is None and life.save is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,19 +21,23 @@ from dsv3_megatron.checkpoint.find import find_checkpoint
 from dsv3_megatron.checkpoint.hugging_face.export import export
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.data.source.build import build as build_data
+from dsv3_megatron.data.source.samples import evaluation_batches
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.megatron.replaced import replaced
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.callbacks.evaluation import Evaluation
+from dsv3_megatron.train.callbacks.saving import Saving
+from dsv3_megatron.train.run import prepare_trainer, watchdog_of
 from dsv3_megatron.train.step import StepResult, evaluate_batches
-from dsv3_megatron.train.trainer import Trainer
+from dsv3_megatron.train.trainer import Callback, Trainer
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.live_memory import LiveMemory
-from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.world import World
 from tests.tiny import SMALL
 
@@ -56,6 +60,9 @@ ALWAYS = {
     "wandb": ("logging.wandb=offline",),
 }
 QUIET = ("logging.report_every_seconds=0", "health.straggler_every_steps=0")
+
+
+C = TypeVar("C", bound=Callback)
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,19 @@ def run_watched(run: Run) -> Outcome:
 def _trainer(recipe: Any, world: World) -> Trainer:
     device = torch.device("cpu")
     parts = build_parts(recipe, recipe.layout(world.size), device)
-    parts.watchdog = Watchdog(300, rank=world.rank, world_size=world.size, store=process_group_store())
+    parts.watchdog = watchdog_of(recipe, world, device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
     data = replace(data, held_out_count=2)
-    trainer = Trainer(recipe, parts, data, SilentReporter(), resolved_yaml(recipe))
-    trainer.prepare()
-    return trainer
+    return prepare_trainer(parts, data, SilentReporter(), resolved_yaml(recipe))
+
+
+def _callback(trainer: Trainer, kind: type[C]) -> C:
+    (found,) = (callback for callback in trainer.callbacks if isinstance(callback, kind))
+    return found
+
+
+def _saver(trainer: Trainer) -> Saver:
+    return _callback(trainer, Saving).saver
 
 
 def _train(trainer: Trainer, run: Run) -> Outcome:
@@ -132,13 +146,13 @@ def _train(trainer: Trainer, run: Run) -> Outcome:
                 _flip_a_bit(trainer.parts)
             for name in names:
                 around.append(WATCHERS[name](trainer) or nullcontext())
-            trainer._asked_to_stop(signals)  # a save under way goes on
+            trainer.is_over(signals)  # moves a save under way on
             for context in around:
                 context.__enter__()
-            trainer._one_step()
+            trainer.step()
             for context in reversed(around):
                 context.__exit__(None, None, None)
-        trainer.saver.finish(trainer.progress.step)
+        _saver(trainer).finish(trainer.progress.step)
         if trainer.parts.ema is not None:
             trainer.parts.ema.wait()
     finally:
@@ -154,8 +168,7 @@ def _flip_a_bit(parts: Parts) -> None:
 
 def _close(trainer: Trainer) -> None:
     trainer.parts.watchdog.close()
-    for writer in trainer._writers:
-        writer.close()
+    trainer.journal.close({"before": None}, finished=False)
 
 
 def objects_after(steps: Sequence[int]) -> list[Counter[str]]:
@@ -173,11 +186,11 @@ def objects_after(steps: Sequence[int]) -> list[Counter[str]]:
             fewer = ("model.num_hidden_layers=2", "optim.batch_multiple=1", grows, f"run.steps={steps[-1] + 1}")
             trainer = _trainer(compose([*TINY, *QUIET, *always, *fewer, f"run.directory={folder}/run"]), world)
             for number in range(1, steps[-1] + 1):
-                trainer._one_step()
+                trainer.step()
                 _evaluate(trainer)
                 if number % 5 == 0:
                     _save_beside(trainer)
-                    trainer.saver.finish(number)
+                    _saver(trainer).finish(number)
                 if number in steps:
                     gc.collect()
                     found.append(Counter(type(thing).__name__ for thing in gc.get_objects()))
@@ -226,12 +239,13 @@ def _checksum(tensor: torch.Tensor) -> str:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    trainer.evaluate()
+    _callback(trainer, Evaluation).evaluate(trainer)
 
 
 def _save(trainer: Trainer, *, beside: bool = False) -> None:
-    trainer.saver.settings = trainer.saver.settings.model_copy(update={"asynchronous": beside})
-    trainer.saver.save(asdict(trainer.progress))
+    saver = _saver(trainer)
+    saver.settings = saver.settings.model_copy(update={"asynchronous": beside})
+    saver.save(asdict(trainer.progress))
 
 
 def _save_beside(trainer: Trainer) -> None:
@@ -240,7 +254,7 @@ def _save_beside(trainer: Trainer) -> None:
 
 def _newest(trainer: Trainer) -> Path:
     """Return the newest complete checkpoint; make one where there is none."""
-    folder = trainer.directory.checkpoints
+    folder = trainer.journal.directory.checkpoints
     found = [checkpoints(folder)]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -264,7 +278,7 @@ def _load_elsewhere(trainer: Trainer) -> None:
     load_checkpoint(found, other, training=True)
     if other.ema is not None:
         other.ema.copy_into_weights()
-    batches = trainer_module.evaluation_batches(
+    batches = evaluation_batches(
         trainer.data.held_out, count=2, micro_batch=1, dp_rank=other.data_rank, dp=other.layout.dp
     )
     evaluate_batches(other, batches)
@@ -280,16 +294,16 @@ def _load_back(trainer: Trainer) -> None:
 
 def _export(trainer: Trainer) -> None:
     path = _newest(trainer)
-    if trainer.is_first:
-        output = trainer.directory.path / "exported"
+    if trainer.journal.speaks:
+        output = trainer.journal.directory.path / "exported"
         output.mkdir(exist_ok=True)
         export(trainer.recipe.model, path, output, dtype="bf16", shard_bytes=2**30, processes=1)
     dist.barrier()
 
 
 def _report(trainer: Trainer) -> None:
-    if trainer.is_first:
-        write_report(trainer.directory.path)
+    if trainer.journal.speaks:
+        write_report(trainer.journal.directory.path)
 
 
 def _profile(trainer: Trainer) -> Any:

@@ -3,4 +3,4 @@
 from dsv3_megatron.megatron.host import adapt_host
 
 adapt_host("cpu")
-import dsv3_megatron.train.trainer  # noqa: F401
+import dsv3_megatron.train.run  # noqa: F401

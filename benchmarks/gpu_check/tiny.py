@@ -126,20 +126,20 @@ def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watche
     from parallel.world import World
 
     recipe = prepare(visit, (*recipe_words, f"run.directory={directory}", f"run.device={visit.device}"))
-    import dsv3_megatron.train.trainer as trainer
+    import dsv3_megatron.train.run as run
 
-    seen, build, data = Observed(**watched), trainer.build_parts, trainer.build_data
+    seen, build, data = Observed(**watched), run.build_parts, run.build_data
 
     def build_and_show(*given: Any) -> Any:
         seen.parts = build(*given)
         return seen.parts
 
-    trainer.build_parts = build_and_show
-    trainer.build_data = lambda *given, **more: replace(data(*given, **more), held_out_count=HELD_OUT)
+    run.build_parts = build_and_show
+    run.build_data = lambda *given, **more: replace(data(*given, **more), held_out_count=HELD_OUT)
     try:
-        trainer.run(recipe, World(0, 1, 0), seen, resolved_yaml(recipe))
+        run.run(recipe, World(0, 1, 0), seen, resolved_yaml(recipe))
     finally:
-        trainer.build_parts, trainer.build_data = build, data
+        run.build_parts, run.build_data = build, data
     return seen
 
 

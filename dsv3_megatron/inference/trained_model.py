@@ -22,7 +22,7 @@ from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.train.build import build_parts
-from dsv3_megatron.train.trainer import processes
+from dsv3_megatron.train.run import processes
 from parallel.errors import CheckpointError, PackageError
 from parallel.settings import ParallelSettings
 from parallel.world import World

@@ -1,21 +1,85 @@
-"""A new run that begins with another run's weights: context extension, or any other next phase of training.
+"""Where a run starts: from its newest valid checkpoint, from another run's weights, or from the first step.
 
-Weights, router biases, the optimizer's moments and the average of the weights come along; steps and tokens are counted
-anew, and so is the order of samples. A run that has a checkpoint of its own goes on from that one instead.
+A new run may begin with another run's weights (``run.start_from``): context extension, or any other next phase of
+training. Weights, router biases, the optimizer's moments and the average of the weights come along; steps and tokens
+are counted anew, and so is the order of samples. A run that has a checkpoint of its own resumes from that one instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
+from dsv3_megatron.checkpoint.find import choose_start, find_checkpoint
+from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.train.journal import Journal
+from dsv3_megatron.train.progress import Progress
 from parallel.errors import CheckpointError
 
 MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings")  # what context extension changes
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        saved_step: the step that the run's own newest checkpoint holds; None where it was loaded from elsewhere.
+    """
+
+    progress: Progress
+    saved_step: int | None = None
+
+
+def load_start(parts: Parts, directory: RunDirectory, journal: Journal) -> Start:
+    """Fill this rank from the newest valid checkpoint, if there is one. All ranks together.
+
+    Raises: CheckpointError: all are damaged, or of another model, or ``run.resume`` says otherwise.
+    """
+    recipe = parts.recipe
+    start = choose_start(
+        recipe,
+        directory.checkpoints,
+        lambda message: journal.event("damaged", {"reason": message}, f"warning: {message}"),
+    )
+    if (found := start.found) is None:
+        if recipe.run.start_from:
+            _load_other_run(recipe.run.start_from, parts, journal)
+        return Start(Progress())
+    notes = load_checkpoint(found, parts, training=True)
+    progress = Progress.of(found.progress)
+    where = f"{found.path} (step {progress.step}, {progress.tokens:,} tokens)"
+    journal.event("resumed", {"step": progress.step, "path": str(found.path)}, f"resumed from {where}")
+    for note in notes:
+        journal.note(note)
+    if start.changed:
+        journal.event("recipe_changed", {"changes": start.changed}, f"recipe changed since then: {start.change}")
+    own = found.path.parent == directory.checkpoints
+    return Start(progress, progress.step if own else None)
+
+
+def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
+    """Begin with the weights of another run, counting anew."""
+    found, wrong = find_checkpoint(starting_candidates(start_from) if journal.speaks else [])
+    if found is None:
+        raise nothing_to_start_from(start_from, wrong)
+    refused: list[Any] = [None]
+    if journal.speaks:
+        refused = [other_model(found.recipe, parts.recipe.model_dump(mode="json"))]
+    dist.broadcast_object_list(refused, src=0)
+    refuse_other_model(start_from, refused[0])
+    notes = load_checkpoint(found, parts, training=True)
+    journal.event("started_from", {"path": str(found.path)}, f"started from {found.path}, counting anew")
+    for note in notes:
+        journal.note(note)
 
 
 def starting_candidates(start_from: str) -> list[Path]:

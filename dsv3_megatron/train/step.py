@@ -93,12 +93,12 @@ def train_step(
     parts: Parts,
     batches: list[Batch],
     values: StepValues,
-    allows: Callable[[float, float], bool] = lambda loss, norm: True,
+    may_update: Callable[[float, float], bool] = lambda loss, norm: True,
 ) -> StepResult:
     """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches.
 
-    ``allows``: asked with the step's loss and gradient norm, the same on all ranks, before anything is changed; where
-    it says no, weights, moments and router biases stay as they are.
+    ``may_update``: asked with the step's loss and gradient norm, the same on all ranks, before anything is changed;
+    where it says no, weights, moments and router biases stay as they are.
     """
     for config in parts.configs:
         config.mtp_loss_scaling_factor = values.mtp_weight
@@ -123,11 +123,7 @@ def train_step(
     lm_loss = _mean_loss(parts, total)
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
-    if parts.ema is not None:
-        parts.ema.wait()  # it still reads the weights of the step before
-    updated = allows(lm_loss, grad_norm) and clip_and_step(parts.optimizer, grad_norm)
-    if parts.ema is not None and updated:
-        parts.ema.start()
+    updated = may_update(lm_loss, grad_norm) and clip_and_step(parts.optimizer, grad_norm)
     if updated:
         update_biases(parts, loads, values.bias_speed)
     # A GPU's sends return before they are done: standing in them measures nothing there.

@@ -30,7 +30,7 @@ def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words:
 
     recipe, world = compose(words), World(rank, world_size, local_rank)
     device = _prepare(recipe, world)
-    import dsv3_megatron.train.trainer as trainer
+    from dsv3_megatron.train import run, trainer
     from launcher.console import SilentReporter
 
     rows, pp_rank = recipe.data.sequence_length * recipe.optim.micro_batch, _pipeline_rank(recipe, world)
@@ -50,7 +50,7 @@ def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words:
         stack.enter_context(_seen_gradients(trainer, found["main_grads"]))
         stack.enter_context(_fake_storages())
         stack.enter_context(gpu)
-        summary = trainer.run(recipe, world, Reporter(), resolved_yaml(recipe))
+        summary = run.run(recipe, world, Reporter(), resolved_yaml(recipe))
     counts: dict[str, dict[str, int]] = {}
     for (part, kind, where), count in sorted(record.counts.items()):
         counts.setdefault(part, {})[f"{kind}: {where}"] = count
@@ -76,6 +76,7 @@ def _pipeline_rank(recipe: Any, world: Any) -> int:
 def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
     """Name the parts of a run as they come."""
     from dsv3_megatron.checkpoint.save import Saver
+    from dsv3_megatron.train.callbacks.evaluation import Evaluation
     from parallel.pipeline.engine import Engine
 
     taken = 0
@@ -95,8 +96,8 @@ def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, method, name in (
-            (trainer.Trainer, "_one_step", step),
-            (trainer.Trainer, "evaluate", lambda _: "evaluation"),
+            (trainer.Trainer, "step", step),
+            (Evaluation, "evaluate", lambda _: "evaluation"),
             (Saver, "save", lambda _: "save"),
             (Saver, "save_finally", lambda _: "save"),
             (Engine, "run", lambda _: f"{record.part}, pipeline"),
@@ -108,7 +109,7 @@ def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
 @contextmanager
 def _few_microbatches(pp_rank: int, actions: dict[str, dict[str, int]]) -> Iterator[None]:
     """Cut schedules to what matters on this rank; note the kinds of its actions."""
-    from dsv3_megatron.train import build
+    from dsv3_megatron.pipeline import parts
 
     def cutting(make: Callable) -> Callable:
         def made(recipe: Any, microbatches: int) -> Any:
@@ -120,7 +121,7 @@ def _few_microbatches(pp_rank: int, actions: dict[str, dict[str, int]]) -> Itera
 
     with ExitStack() as stack:
         for name in ("schedule_of", "evaluation_schedule"):
-            stack.enter_context(patch.object(build, name, cutting(getattr(build, name))))
+            stack.enter_context(patch.object(parts, name, cutting(getattr(parts, name))))
         yield
 
 

@@ -105,10 +105,10 @@ def load_is_not_exact(visit):
     """One weight in a million comes back changed."""
     import torch
 
-    import dsv3_megatron.train.trainer as trainer
+    import dsv3_megatron.train.start as start
     from benchmarks.gpu_check import resume
 
-    load = trainer.load_checkpoint
+    load = start.load_checkpoint
 
     def changed(found, parts, **how):
         notes = load(found, parts, **how)
@@ -116,17 +116,17 @@ def load_is_not_exact(visit):
             next(parts.whole_model.parameters()).view(-1)[0] += 0.125
         return notes
 
-    trainer.load_checkpoint = changed
+    start.load_checkpoint = changed
     yield from resume.bit_exact(visit, "torch", "fp32")
 
 
 def other_data_after_a_resume(visit):
     """State comes back, and the place in the data does not."""
-    import dsv3_megatron.train.trainer as trainer
     from benchmarks.gpu_check import resume
+    from dsv3_megatron.train.progress import Progress
 
-    stored = trainer.Progress.of
-    trainer.Progress.of = classmethod(lambda cls, values: replace(stored(values), samples=0))
+    stored = Progress.of
+    Progress.of = classmethod(lambda cls, values: replace(stored(values), samples=0))
     yield from resume.bit_exact(visit, "torch", "fp32")
 
 

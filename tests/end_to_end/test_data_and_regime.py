@@ -8,7 +8,7 @@ import torch
 
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.tokenizer import Tokenizer
-from dsv3_megatron.train.trainer import run
+from dsv3_megatron.train.run import run
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel import utils as plan
 
-import dsv3_megatron.train.trainer as trainer
+import dsv3_megatron.train.run as run
 from launcher.compose import resolved_yaml
 from launcher.console import SilentReporter
 from parallel.groups import stop_processes
@@ -64,7 +64,7 @@ def run_recipe(case):
             stack.enter_context(nccl_rank(world.rank, stuck_seconds=30))
         stack.enter_context(change())
         try:
-            trainer.run(recipe, world, losses, resolved_yaml(recipe))
+            run.run(recipe, world, losses, resolved_yaml(recipe))
         except AssertionError as error:
             stop_processes()  # the run leaves that to the end of its process
             return str(error)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
-from dsv3_megatron.train.trainer import run
+from dsv3_megatron.train.run import run
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
@@ -250,9 +250,9 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
 
 WARNED_WHEN_BUILT = """
 import os, runpy, signal, sys
-from dsv3_megatron.train.trainer import Trainer
-prepare = Trainer.prepare
-Trainer.prepare = lambda self: (prepare(self), os.kill(os.getpid(), signal.SIGUSR1))
+import dsv3_megatron.train.run as run
+prepare = run.prepare_trainer
+run.prepare_trainer = lambda *given: (prepare(*given), os.kill(os.getpid(), signal.SIGUSR1))[0]
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -38,8 +38,8 @@ if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         import dsv3_megatron.preflight.world
         dsv3_megatron.preflight.world.check_world = fail
     else:
-        from dsv3_megatron.train.trainer import Trainer
-        Trainer.prepare = fail
+        import dsv3_megatron.train.run
+        dsv3_megatron.train.run.prepare_trainer = fail
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
+import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
 from launcher.compose import compose, resolved_yaml
@@ -82,7 +83,7 @@ def run_case(case):
     torch.set_num_threads(1)
     overrides, happenings = case["overrides"], case.get("after", {})
     recipe, notes, done = compose([*SMALL, *overrides]), Notes(), 0
-    original, build = trainer_module.train_step, trainer_module.build_parts
+    original, build = trainer_module.train_step, run_module.build_parts
     built = []
 
     def step(*arguments):
@@ -103,13 +104,13 @@ def run_case(case):
             built[-1].extra_states["counter"] = Counter()
         return built[-1]
 
-    trainer_module.train_step, trainer_module.build_parts = step, with_counter
+    trainer_module.train_step, run_module.build_parts = step, with_counter
     try:
-        trainer_module.run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
+        run_module.run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
     except UserError as error:
         notes.texts.append(f"refused: {error}")
     finally:
-        trainer_module.train_step, trainer_module.build_parts = original, build
+        trainer_module.train_step, run_module.build_parts = original, build
         disk_free(None)
     counter = built[-1].extra_states.get("counter") if built else None
     return notes.texts, counter and (counter.values.tolist(), counter.began)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-import dsv3_megatron.train.trainer as trainer_module
+import dsv3_megatron.train.run as run_module
 from dsv3_megatron.checkpoint.state import prepare_moments
 from dsv3_megatron.train.build import build_parts
 from launcher.compose import compose, resolved_yaml
@@ -38,7 +38,7 @@ def run(overrides):
     """Train a recipe as launcher/pretrain.py does."""
     recipe = compose([*SMALL, "run.name=te", f"run.steps={STEPS}", *overrides])
     try:
-        trainer_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
+        run_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
     finally:
         forget_fp8_state()
 

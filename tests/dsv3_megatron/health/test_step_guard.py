@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.health.step_guard import HealthState, StepGuard
@@ -35,7 +36,7 @@ def run_case(case):
     a delay. Returns the refusal, if any."""
     torch.set_num_threads(1)
     recipe = compose([*SMALL, *BASE, *case["overrides"], f"run.directory={case['directory']}"])
-    original, build, calls, built = trainer_module.train_step, trainer_module.build_parts, 0, []
+    original, build, calls, built = trainer_module.train_step, run_module.build_parts, 0, []
 
     def remember(*arguments):
         built.append(build(*arguments))
@@ -45,14 +46,14 @@ def run_case(case):
                     module.register_forward_hook(lambda *unused: time.sleep(0.01))
         return built[-1]
 
-    def step(parts, batches, values, allows):
+    def step(parts, batches, values, may_update):
         nonlocal calls
         calls += 1
         kind = case.get("faults", {}).get(calls)
         if kind == "bad batch":
             hook = parts.whole_model.output_layer.register_forward_hook(lambda m, i, o: (100 * o[0], *o[1:]))
             try:
-                return original(parts, batches, values, allows)
+                return original(parts, batches, values, may_update)
             finally:
                 hook.remove()
         if kind in ("nan", "inf", "1e4") and rank() == 1:
@@ -66,16 +67,16 @@ def run_case(case):
             poisoned.start_grad_sync = poison
         if kind in ("term", "usr1") and rank() == 1:
             os.kill(os.getpid(), {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}[kind])
-        return original(parts, batches, values, allows)
+        return original(parts, batches, values, may_update)
 
-    trainer_module.train_step, trainer_module.build_parts = step, remember
+    trainer_module.train_step, run_module.build_parts = step, remember
     try:
-        trainer_module.run(recipe, World.from_environment(), SilentReporter(), resolved_yaml(recipe))
+        run_module.run(recipe, World.from_environment(), SilentReporter(), resolved_yaml(recipe))
         return None
     except UserError as error:
         return str(error)
     finally:
-        trainer_module.train_step, trainer_module.build_parts = original, build
+        trainer_module.train_step, run_module.build_parts = original, build
 
 
 def metrics(directory):

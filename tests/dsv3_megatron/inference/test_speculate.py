@@ -22,7 +22,7 @@ from dsv3_megatron.inference.speculate import (
 )
 from dsv3_megatron.inference.trained_model import trained_model
 from dsv3_megatron.model.stage import forward_logits
-from dsv3_megatron.train.trainer import run as train
+from dsv3_megatron.train.run import run as train
 from launcher import generate
 from launcher.compose import load_resolved, resolved_yaml
 from launcher.console import SilentReporter

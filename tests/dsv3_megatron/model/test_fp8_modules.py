@@ -14,7 +14,7 @@ from dsv3_megatron.precision.e5m6 import quantise_e5m6
 from dsv3_megatron.precision.kept import kept_of
 from dsv3_megatron.precision.tiles import quantise_dequantise
 from dsv3_megatron.train.build import build_parts
-from dsv3_megatron.train.trainer import processes
+from dsv3_megatron.train.run import processes
 from launcher.compose import compose
 from parallel.world import World
 

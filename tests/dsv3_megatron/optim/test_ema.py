@@ -33,7 +33,8 @@ def average_in_training(overrides):
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         expected = {k: v.float().double() for k, v in named_weights(parts).items()}
         for number in range(3):
-            train_step(parts, step_batches_of(parts, number), VALUES)
+            train_step(parts, step_batches_of(parts, number), VALUES, lambda loss, norm: parts.ema.wait() or True)
+            parts.ema.start()
             for name, weight in named_weights(parts).items():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.float().double()
         parts.ema.wait()

@@ -1,0 +1,26 @@
+"""What a run is made of, in the words its start prints."""
+
+from __future__ import annotations
+
+from dsv3_megatron.model.costs import count_parameters
+from dsv3_megatron.pipeline.parts import Parts
+
+
+def run_facts(parts: Parts) -> dict[str, str]:
+    """Return name -> text of the lines at the start of a run."""
+    recipe, layout = parts.recipe, parts.layout
+    counted = count_parameters(recipe.model)
+    mtp = f", MTP {counted.mtp:,} more" if counted.mtp else ""
+    ranks = "rank" if layout.world_size == 1 else "ranks"
+    return {
+        "run": recipe.run.directory,
+        "model": f"{counted.main:,} parameters, {counted.activated_per_token:,} active per token{mtp}",
+        "layout": f"{layout.world_size} {ranks}: {layout.describe()}; {_schedule(parts)}",
+        "backend": f"{parts.backend.name} on {parts.device.type}, {recipe.precision.name}; {parts.adamw}",
+    }
+
+
+def _schedule(parts: Parts) -> str:
+    if parts.layout.pp == 1 and len(parts.chunks) == 1:
+        return "one stage"
+    return f"{parts.recipe.parallel.schedule}, layers of stages {list(parts.layers_of_stages)}"

@@ -1,0 +1,100 @@
+"""What a run tells a person and writes down, on rank 0; on every other rank it does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsv3_megatron.metrics.step_metrics import JsonLines, MetricsWriter, StepMetrics, append_event
+from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.train.facts import run_facts
+from dsv3_megatron.train.progress import Progress
+from dsv3_megatron.train.writers import open_writers
+
+
+class Reporter(Protocol):
+    """Who tells a person what happens. Called on rank 0 only."""
+
+    def start(self, facts: dict[str, str]) -> None:
+        """The run is built and about to train."""
+
+    def step(self, metrics: StepMetrics, last_step: int | None) -> None:
+        """A step is done."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """The held-out loss was measured."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know: resumed, saved, skipped."""
+
+
+class Journal:
+    """The console, events.jsonl, metrics.jsonl and the writers beside it, as one."""
+
+    def __init__(self, directory: RunDirectory, reporter: Reporter, *, speaks: bool):
+        """``speaks``: whether this is rank 0."""
+        self.directory, self.speaks = directory, speaks
+        self._reporter = reporter
+        self._writers: list[MetricsWriter] = []
+
+    def open(self, parts: Parts, progress: Progress, resolved_recipe: str, *, finished: bool) -> None:
+        """Write what the run starts with, and open the writers; ``finished``: no step is left to do."""
+        if not self.speaks:
+            return
+        layout = parts.layout
+        self.directory.write_start(resolved_recipe, {"size": layout.world_size, "layout": asdict(layout)})
+        self._writers = [JsonLines(self.directory.metrics, progress.step)]
+        if not finished:
+            self.directory.finished.unlink(missing_ok=True)
+        self._writers += open_writers(parts.recipe, layout, progress.step, progress.tokens, self._reporter.note)
+        self._reporter.start(run_facts(parts))
+
+    def note(self, text: str) -> None:
+        """Tell a person."""
+        if self.speaks:
+            self._reporter.note(text)
+
+    def event(self, name: str, values: dict[str, Any], text: str) -> None:
+        """Tell a person, and keep it in events.jsonl."""
+        if self.speaks:
+            self._reporter.note(text)
+            append_event(self.directory.events, name, values)
+
+    def step(self, metrics: StepMetrics, last_step: int | None) -> None:
+        """Keep a step's metrics."""
+        for writer in self._writers:
+            writer.write(metrics)
+        if self.speaks:
+            self._reporter.step(metrics, last_step)
+
+    def loads(self, step: int, loads: np.ndarray) -> None:
+        """Keep the tokens of every expert in a step, [MoE layers, E]."""
+        for writer in self._writers:
+            writer.loads(step, loads)
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Keep a held-out loss."""
+        for writer in self._writers:
+            writer.event("held_out", {**values, "step": step})
+        if self.speaks:
+            self._reporter.evaluation(step, values)
+
+    def rewind(self, step: int) -> None:
+        """Drop the steps after ``step`` from metrics.jsonl: the run does them again."""
+        if self._writers:
+            self._writers[0].close()
+            self._writers[0] = JsonLines(self.directory.metrics, step)
+
+    def close(self, summary: dict[str, Any], *, finished: bool) -> None:
+        """Write the summary, unless an earlier start's says more, and close the writers."""
+        if not self.speaks:
+            return
+        if summary["before"] or not self.directory.summary.exists():
+            self.directory.write_summary(summary)
+        if finished:
+            self.directory.finished.touch()
+        for writer in self._writers:
+            writer.close()

@@ -1,0 +1,146 @@
+"""A run, from a recipe and a world to its end: what must be there, in the order in which it can be refused cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsv3_megatron.checkpoint.save import Saver, describe_save
+from dsv3_megatron.data.source.build import Data
+from dsv3_megatron.data.source.build import build as build_data
+from dsv3_megatron.health.step_guard import stop_agreed
+from dsv3_megatron.health.stop_signals import StopSignals
+from dsv3_megatron.megatron.host import choose_device
+from dsv3_megatron.model.backend import backend_name
+from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.preflight.precision import check_precision
+from dsv3_megatron.preflight.world import check_world
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.callbacks.average import Averaging
+from dsv3_megatron.train.callbacks.bad_steps import BadSteps
+from dsv3_megatron.train.callbacks.evaluation import Evaluation
+from dsv3_megatron.train.callbacks.metrics import Metrics
+from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
+from dsv3_megatron.train.callbacks.stragglers import Stragglers
+from dsv3_megatron.train.journal import Journal, Reporter
+from dsv3_megatron.train.start import check_start, load_start
+from dsv3_megatron.train.trainer import Callback, Trainer
+from parallel.groups import start_processes, stop_processes
+from parallel.pipeline.watchdog import Watchdog, process_group_store
+from parallel.world import World
+
+
+def run(
+    recipe: Recipe, world: World, reporter: Reporter, resolved_recipe: str, signals: StopSignals | None = None
+) -> dict[str, Any]:
+    """Train a recipe on this rank of a world; return the summary.
+
+    ``signals`` may have listened since the process began: a warning that came meanwhile ends the run at the next place
+    where ranks can agree on it, with nothing but ``stopped_by_signal`` in the summary if no model was built yet.
+    Raises: UserError: what a user can fix, before any process group or data exists where that is possible.
+    """
+    signals = signals or StopSignals()
+    layout = check_world(recipe, world)
+    check_start(recipe)
+    device = choose_device(recipe.run.device, world)
+    remarks = check_precision(recipe, backend_name(recipe.backend, device), device)
+    data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
+    with processes(world, device):
+        if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
+            if world.rank == 0:
+                reporter.note(EARLY_STOP)
+            return {"stopped_by_signal": True}
+        parts = build_parts(recipe, layout, device)
+        parts.watchdog = watchdog_of(recipe, world, device)
+        try:
+            trainer = prepare_trainer(parts, data, reporter, resolved_recipe)
+            for line in remarks:
+                trainer.journal.note(line)
+            return trainer.train(signals)
+        finally:
+            parts.watchdog.close()
+
+
+def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recipe: str) -> Trainer:
+    """Make the run directory, load the newest valid checkpoint if there is one, open the metrics."""
+    recipe, directory = parts.recipe, RunDirectory(parts.recipe.run.directory)
+    journal = Journal(directory, reporter, speaks=dist.get_rank() == 0)
+    if journal.speaks:
+        directory.create()
+    dist.barrier()
+    saver = Saver(
+        directory.checkpoints,
+        recipe.checkpoint,
+        parts,
+        resolved_recipe,
+        lambda name, values: journal.event(name, values, describe_save(name, values)),
+    )
+    start = load_start(parts, directory, journal)
+    saver.saved_step = start.saved_step
+    trainer = Trainer(parts, data, callbacks_of(parts, data, saver), journal, start.progress)
+    journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished)
+    return trainer
+
+
+def callbacks_of(parts: Parts, data: Data, saver: Saver) -> list[Callback]:
+    """Return what happens beside the steps: after a step in this order, at the end in reverse.
+
+    What a step's line of metrics needs comes before it is written; a roll-back comes after that, and before an
+    evaluation or a save of what would be rolled back.
+    """
+    recipe, health = parts.recipe, parts.recipe.health
+    callbacks: list[Callback] = []
+    if parts.ema is not None:
+        callbacks.append(Averaging(parts.ema))
+    if health.straggler_every_steps and parts.layout.world_size > 1:
+        callbacks.append(Stragglers(health, parts))
+    return [
+        *callbacks,
+        Metrics(recipe),
+        BadSteps(health, saver),
+        Evaluation(data, recipe.run.evaluate_every_steps, is_first=dist.get_rank() == 0),
+        Saving(saver),
+    ]
+
+
+def watchdog_of(recipe: Recipe, world: World, device: torch.device) -> Watchdog:
+    """Return the watchdog of this rank, which reports and ends what hangs."""
+    return Watchdog(
+        recipe.run.hang_seconds,
+        rank=world.rank,
+        world_size=world.size,
+        store=process_group_store(),
+        abort_seconds=recipe.run.abort_seconds,
+        device=device,
+    )
+
+
+@contextmanager
+def processes(world: World, device: torch.device) -> Iterator[None]:
+    """The default process group, for as long as the block lasts.
+
+    After an error the group of several ranks is left as it is: taking it down waits for messages of ranks that wait for
+    this one, or closes their connections, so that they fail before this one has said why. The process must then end
+    without ceremony (launcher.pretrain), which ends the others.
+    """
+    start_processes(world, device)
+    try:
+        yield
+    except BaseException:
+        if world.size == 1:
+            stop_processes()
+        raise
+    else:
+        stop_processes()
+
+
+def _warned(signals: StopSignals, world: World, device: torch.device) -> bool:
+    if world.rank == 0:  # one rank asks the file system for all
+        signals.look_back()
+    return bool(stop_agreed(signals.wanted, device)[0])
