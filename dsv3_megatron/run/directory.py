@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.run.files import read_json_lines, write_atomically
 from parallel.errors import RecipeError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "hydra-core", "wandb", "tokenizers", "numpy")
@@ -99,16 +100,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the steps written so far."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        return read_json_lines(self.metrics)
 
 
 def environment(world: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 from launcher.compose import compose
 from parallel.errors import RecipeError
-from parallel.units import show_bytes, show_count, show_duration
+from parallel.units import GIB, show_bytes, show_count, show_duration
 
 if TYPE_CHECKING:
     from dsv3_megatron.planning.plan import Plan
-
-GIB = 2**30
 
 
 def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:

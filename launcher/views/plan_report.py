@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from launcher.views.plan import text_of
 from parallel.pipeline.drawing import draw_svg
+from parallel.units import GIB
 
 if TYPE_CHECKING:
     from dsv3_megatron.planning.memory.ranks import RankMemory
     from dsv3_megatron.planning.plan import Plan
 
-GIB = 2**30
 _PARTS = (
     ("weights", "#1f4e79", lambda r: r.weights_bytes + r.fp8_weights_bytes),
     ("gradients", "#5b9bd5", lambda r: r.gradients_bytes),

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from launcher.compose import GROUPS, RECIPES
 from parallel.errors import DoesNotFitError, RecipeError
+from parallel.units import GIB
 
 if TYPE_CHECKING:
     from dsv3_megatron.planning.search import Found
     from dsv3_megatron.recipe import Recipe
-
-GIB = 2**30
 
 
 def search_run(recipe: Recipe, world: int, overrides: Sequence[str], options: dict[str, str]) -> int:

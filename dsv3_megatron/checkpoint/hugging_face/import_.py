@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, run_all
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
-from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, checksum, folder_name, manifest_text, sync_folder
+from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, folder_name, manifest_text, sync_folder
 from dsv3_megatron.checkpoint.write import COMMON, ChecksummingFile, write_file
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import dequantise_weight
@@ -50,10 +51,6 @@ class _Job:
     tensors: tuple[Published, ...]
     files: dict[str, str]  # every tensor of the input -> its file
     dtype: str | None  # fp32 or bf16; None = as in the file
-
-    @property
-    def record(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.done")
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -148,8 +145,8 @@ def _import_file(job: _Job) -> dict[str, Any]:
     """Write one file of the checkpoint, and return its record; one that is finished already is kept."""
     torch.set_num_threads(1)
     stat = job.source.stat()
-    identity = [job.source.name, stat.st_size, stat.st_mtime_ns, job.dtype]
-    if (kept := _finished(job, identity)) is not None:
+    source = [job.source.name, stat.st_size, stat.st_mtime_ns, job.dtype]
+    if (kept := facts_if_done(job.target, source)) is not None:
         return kept
     entries = []
     target = ChecksummingFile(job.target)
@@ -174,18 +171,7 @@ def _import_file(job: _Job) -> dict[str, Any]:
         raise CheckpointError(
             f"{job.target} could not be written ({error.strerror}); free space and run the command again"
         ) from None
-    record = {"identity": identity, "name": job.target.name, **facts, "entries": entries}
-    job.record.write_text(json.dumps(record))
-    return record
-
-
-def _finished(job: _Job, identity: list[Any]) -> dict[str, Any] | None:
-    try:
-        record = json.loads(job.record.read_text())
-        whole = record["identity"] == identity and record["xxh3"] == checksum(job.target)
-    except (OSError, ValueError, KeyError):
-        return None
-    return record if whole else None
+    return mark_done(job.target, source, {"name": job.target.name, **facts, "entries": entries})
 
 
 def _values(job: _Job, file: Any, tensor: Published) -> Tensor:
@@ -246,8 +232,7 @@ def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dic
     progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
     facts = {"layout": None, "extra": [], "optimizer": False}
     write_file(partial / MANIFEST, manifest_text(progress, files, facts).encode())
-    for record in partial.glob(".*.done"):
-        record.unlink()
+    forget_marks(partial)
     sync_folder(partial)
     if target.exists():
         shutil.rmtree(target)

@@ -8,7 +8,6 @@ that the same shards serve every recipe.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -155,13 +154,3 @@ class ShardWriter:
         return Shard(
             name=self._name, documents=self.documents, tokens=self.tokens, sha256=sha256, bytes=sizes
         )  # fmt: skip
-
-
-def write_json(path: Path, content: object) -> None:
-    """Replace a JSON file as a whole."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
