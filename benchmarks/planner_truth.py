@@ -21,7 +21,7 @@ from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.recipe import Recipe
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.units import GIB
 
 

@@ -10,28 +10,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.recipe import Recipe
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import ProgressLine, guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import CheckpointError
 from parallel.units import parse_bytes, show_bytes
 
 RECIPE = "recipe.yaml"
 
 
-class ExportArguments(BaseModel):
+class ExportArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to take the weights from")
     output: str = Field(description="folder to write")
@@ -42,12 +37,9 @@ class ExportArguments(BaseModel):
     processes: PositiveInt | None = Field(None, description="files written at once; null = one a core, 8 at most")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(ExportArguments, __doc__)
+def main(given: ExportArguments) -> int:
     """Write the folder; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, ExportArguments))
-        return 0
-    given = parse_arguments(ExportArguments, arguments)
     recipe = load_resolved(Path(given.run) / RECIPE)
     output = writable_folder(Path(given.output))
     from dsv3_megatron.checkpoint.find import choose_checkpoint

@@ -7,26 +7,21 @@ speculate=true drafts with the MTP modules and gives the greedy text in fewer pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import guarded
 from launcher.pretrain import prepare_process
 from parallel.errors import DataError, RecipeError
 from parallel.world import World
 
 
-class GenerateArguments(BaseModel):
+class GenerateArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to load the model from")
     weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
@@ -39,12 +34,9 @@ class GenerateArguments(BaseModel):
     speculate: bool = Field(False, description="draft with the MTP modules: the greedy text in fewer passes")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(GenerateArguments, __doc__)
+def main(given: GenerateArguments) -> int:
     """Print the prompt and its continuation; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, GenerateArguments))
-        return 0
-    given = parse_arguments(GenerateArguments, arguments)
     if given.speculate and given.temperature > 0:
         raise RecipeError(
             f"speculate = true drafts greedy text, but temperature = {given.temperature}; set temperature=0"

@@ -14,8 +14,6 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
-
 from dsv3_megatron.health.stop_signals import StopSignals
 
 # A warning that comes during the imports below, which take seconds, is kept too.
@@ -24,9 +22,10 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.lock import run_lock
-from launcher.compose import resolved_yaml, run_command
-from launcher.console import ConsoleReporter, SilentReporter, guarded
-from launcher.last_words import Failure, last_words
+from launcher.command_line.compose import resolved_yaml
+from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
+from launcher.command_line.hydra_flags import run_command
+from launcher.command_line.last_words import Failure, last_words
 from parallel.errors import RunInUseError, UserError
 from parallel.world import World
 

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import guarded
+from launcher.command_line.output import print_or_write
 from parallel.errors import RecipeError
 from parallel.pipeline.drawing import draw_svg, draw_text
 from parallel.pipeline.simulator import Timeline, Times, simulate
@@ -30,10 +28,8 @@ from parallel.schedules import SCHEDULES, make_schedule, placement
 from parallel.search import search
 
 
-class Arguments(BaseModel):
+class ScheduleArguments(Arguments):
     """Keys of the command."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     name: str = Field(description=", ".join((*SCHEDULES, "auto")) + " (searched for the times given)")
     pipeline: PositiveInt = Field(description="pipeline ranks P")
@@ -51,12 +47,9 @@ class Arguments(BaseModel):
     output: Path | None = Field(None, description="file to write; null = stdout")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(ScheduleArguments, __doc__)
+def main(asked: ScheduleArguments) -> int:
     """Show the schedule; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    asked = parse_arguments(Arguments, arguments)
     place = placement(asked.name, asked.pipeline, asked.microbatches, asked.chunks) if asked.name == "auto" else None
     schedule = None if place else make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
     times = Times.of(
@@ -75,13 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             print("tried: " + ", ".join(f"{what} {makespan:g}" for what, makespan in found.tried))
     validate(schedule)
     text = show(simulate(schedule, times), asked.format, asked.width)
-    if asked.output is None:
-        print(text)
-        return 0
-    try:
-        asked.output.write_text(text)
-    except OSError as error:
-        raise RecipeError(f"output = {asked.output} cannot be written ({error.strerror}); name another file") from None
+    print_or_write(text, asked.output)
     return 0
 
 

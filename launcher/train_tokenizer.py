@@ -9,21 +9,18 @@ line breaks and digits in threes are those of DeepSeek-V3's published tokenizer;
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import BeforeValidator, Field, PositiveInt
 
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import ProgressLine, guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import DataError
 from parallel.units import parse_count
 
 
-class Arguments(BaseModel):
+class TokenizerArguments(Arguments):
     """What the command takes."""
 
     input: str = Field(description="files and folders, separated by commas")
@@ -37,12 +34,9 @@ class Arguments(BaseModel):
     )
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(TokenizerArguments, __doc__)
+def main(given: TokenizerArguments) -> int:
     """Train the tokenizer; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    given = parse_arguments(Arguments, arguments)
     from dsv3_megatron.data.tokenizer import Tokenizer
 
     inputs = [part.strip() for part in given.input.split(",") if part.strip()]

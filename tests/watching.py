@@ -29,8 +29,8 @@ from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import StepResult, evaluate_batches
 from dsv3_megatron.train.trainer import Trainer
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.live_memory import LiveMemory
 from parallel.pipeline.watchdog import Watchdog, process_group_store

@@ -33,8 +33,8 @@ from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.record import Record, table
 from benchmarks.gpu_check.registry import CHECKS, Check
 from benchmarks.gpu_check.runner import Runner
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import arguments_help, parse_arguments
+from launcher.command_line.console import guarded
 from parallel.errors import RecipeError
 
 PATIENCE = 5.0  # of a rehearsal, whose machine does other work too: limits are a GPU's

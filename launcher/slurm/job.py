@@ -13,8 +13,6 @@ from dsv3_megatron.preflight.world import check_schedule
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import ClusterError, DoesNotFitError
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @dataclass(frozen=True)
 class Point:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from launcher.compose import compose
 
 if TYPE_CHECKING:
     from dsv3_megatron.recipe import Recipe
@@ -16,16 +13,15 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
+def show_precision(recipe: Recipe, *, as_json: bool) -> str:
     """Return the policy of a recipe and the formats of every parameter's products, as text or JSON."""
     warnings.filterwarnings("ignore")
     from dsv3_megatron.precision.on_te import deviations
     from dsv3_megatron.precision.policy import policy
 
-    recipe = compose(list(overrides))
     rows, modules = policy(recipe.precision), formats_as_built(recipe)
     otherwise = deviations(recipe.precision.fp8) if recipe.precision.fp8 and recipe.backend != "torch" else []
-    if options.get("format") == "json":
+    if as_json:
         return json.dumps({"policy": [vars(row) for row in rows], "on_te": otherwise, "modules": modules})
     lines = [f"precision={recipe.precision.name}: which tensor is in which format, tile, scale, rounding", ""]
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("tensor", "format", "tile", "scale")]

@@ -7,7 +7,7 @@ import pytest
 from dsv3_megatron.planning.whole_model import meta_model
 from dsv3_megatron.precision.policy import module_class, policy
 from dsv3_megatron.precision.products import Fp8Products
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from launcher.plan import main
 from parallel.errors import RecipeError
 
