@@ -191,7 +191,9 @@ def _validation_error(error: ValidationError) -> RecipeError:
     """Return the first of pydantic's complaints as one line: key, value, why, how many more."""
     details = error.errors()
     # A union (a number or phases) complains once per alternative: the deepest place is the one the user wrote.
-    first = max(details, key=lambda d: len(d["loc"])) if details[0]["loc"][:1] == ("optim",) else details[0]
+    deepest = max(details, key=lambda d: len(d["loc"])) if details[0]["loc"][:1] == ("optim",) else details[0]
+    # A misspelt key explains another that is missing.
+    first = next((d for d in details if d["type"] == "extra_forbidden"), deepest)
     # A union's alternative shows as a pseudo-step such as 'tuple[Phase, ...]' in the place of the complaint.
     names = [p for p in first["loc"] if isinstance(p, int) or (re.fullmatch(r"\w+", p) and p not in ("float", "int"))]
     key, value = dotted(names), first["input"]
