@@ -73,6 +73,7 @@ test-te-compiled:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/tally lint --ignore 'tally/*' --fail-level style --slow-checks off docker/Dockerfile docker/Dockerfile.cpu
 
 docs: $(STAMP)

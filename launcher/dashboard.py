@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -102,7 +103,7 @@ def describe(dashboard: Dashboard) -> str:
     return "\n".join(lines)
 
 
-def workspace(dashboard: Dashboard, entity: str, project: str):
+def workspace(dashboard: Dashboard, entity: str, project: str) -> Any:
     """Return the dashboard as wandb-workspaces' object. Raises PackageError where the package is missing."""
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -113,7 +114,7 @@ def workspace(dashboard: Dashboard, entity: str, project: str):
         ) from None
     sections = []
     for section in dashboard.sections:
-        plots = []
+        plots: list[Any] = []  # its own type is a union of every kind of panel
         for panel in section.panels:
             every = [name for name in panel.y if name.endswith("/*")]
             plots.append(

@@ -7,6 +7,7 @@ speculate=true drafts with the MTP modules and gives the greedy text in fewer pa
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,14 +57,13 @@ def main(given: GenerateArguments) -> int:
                 f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"
             )
         prompt = [int(t) for t in tokenizer.encode(given.prompt)]
-        common = {"count": given.tokens, "window": recipe.data.sequence_length, "end": tokenizer.end}
         told = Speculation()
         if given.speculate:
-            found = speculate_tokens(model.parts, prompt, told=told, **common)
+            go_on = partial(speculate_tokens, told=told)
         else:
-            sampling = {"temperature": given.temperature, "seed": given.seed, "top_p": given.top_p}
-            found = continue_tokens(model.parts, prompt, **common, **sampling)
-        made = list(found)
+            go_on = partial(continue_tokens, temperature=given.temperature, seed=given.seed, top_p=given.top_p)
+        window = recipe.data.sequence_length
+        made = list(go_on(model.parts, prompt, count=given.tokens, window=window, end=tokenizer.end))
         print(tokenizer.decode([*prompt, *made]))
         if given.speculate:
             rate = f"{told.accepted}/{told.drafted} drafts accepted"

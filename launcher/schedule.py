@@ -21,6 +21,7 @@ from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
 from launcher.command_line.output import print_or_write
 from parallel.errors import RecipeError
+from parallel.pipeline.actions import Schedule
 from parallel.pipeline.drawing import draw_svg, draw_text
 from parallel.pipeline.simulator import Timeline, Times, simulate
 from parallel.pipeline.validate import validate
@@ -50,10 +51,29 @@ class ScheduleArguments(Arguments):
 @takes(ScheduleArguments, __doc__)
 def main(asked: ScheduleArguments) -> int:
     """Show the schedule; return the exit code."""
-    place = placement(asked.name, asked.pipeline, asked.microbatches, asked.chunks) if asked.name == "auto" else None
-    schedule = None if place else make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
-    times = Times.of(
-        (place or schedule).stages,
+    if asked.name == "auto":
+        schedule = searched(asked)
+    else:
+        schedule = make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
+    validate(schedule)
+    timeline = simulate(schedule, times_of(asked, schedule.stages))
+    print_or_write(show(timeline, asked.format, asked.width), asked.output)
+    return 0
+
+
+def searched(asked: ScheduleArguments) -> Schedule:
+    """Return the best schedule found for the times given; as text, also say what was tried."""
+    place = placement(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
+    found = search(place, times_of(asked, place.stages), seed=asked.seed)
+    if asked.format == "text":
+        print("tried: " + ", ".join(f"{what} {makespan:g}" for what, makespan in found.tried))
+    return found.schedule
+
+
+def times_of(asked: ScheduleArguments, stages: int) -> Times:
+    """Return the times that were asked for."""
+    return Times.of(
+        stages,
         forward=asked.forward,
         input_grad=asked.input_grad,
         weight_grad=asked.weight_grad,
@@ -61,15 +81,6 @@ def main(asked: ScheduleArguments) -> int:
         send=asked.send,
         cost=_costs(asked.cost),
     )
-    if place:
-        found = search(place, times, seed=asked.seed)
-        schedule = found.schedule
-        if asked.format == "text":
-            print("tried: " + ", ".join(f"{what} {makespan:g}" for what, makespan in found.tried))
-    validate(schedule)
-    text = show(simulate(schedule, times), asked.format, asked.width)
-    print_or_write(text, asked.output)
-    return 0
 
 
 def _costs(text: str | None) -> list[float] | None:

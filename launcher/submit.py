@@ -104,7 +104,7 @@ def plan(job: Job) -> None:
     asked = job.recipe.cluster.nodes
     why = "" if asked else " (the least its layout needs; cluster.nodes= asks for more)"
     print(f"{job.nodes} nodes x {job.ranks_per_node} ranks{why}", file=sys.stderr)
-    if not job.recipe.cluster.memory:
+    if not (limit := job.recipe.cluster.memory):
         print("not planned: cluster.memory is not known (docs/planning.md)", file=sys.stderr)
         return
     made = make_plan(job.recipe, job.nodes * job.ranks_per_node, measure=estimate_stages)
@@ -112,10 +112,10 @@ def plan(job: Job) -> None:
     if not made.fits:
         raise DoesNotFitError(
             f"pipeline rank {most.pipeline_rank} would hold {show_bytes(most.total_bytes)} of "
-            f"{show_bytes(most.limit_bytes)}; `launcher/plan.py` with the same keys tells what would help, "
+            f"{show_bytes(limit)}; `launcher/plan.py` with the same keys tells what would help, "
             "cluster.memory=0 submits without asking"
         )
-    told = f"fits by formulae: at most {show_bytes(most.total_bytes)} of {show_bytes(most.limit_bytes)}"
+    told = f"fits by formulae: at most {show_bytes(most.total_bytes)} of {show_bytes(limit)}"
     told += f"; {made.step.seconds:.1f} s a step as planned" if made.step else ""
     print(told, file=sys.stderr)
 

@@ -116,6 +116,7 @@ class Fp8Products:
         rows = x.flatten(0, -2)
         along_channels = self._quantise_rows(rows)
         y = self.fprop(along_channels, weight, ends)
+        saved: Kept | Tensor
         if kept is not None:
             saved = kept
         elif self.input_comes_again and not self._histories:  # a second look at X would count its amax twice

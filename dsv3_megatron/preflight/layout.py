@@ -49,7 +49,7 @@ def nearest_layout(recipe: Recipe, world: int) -> str | None:
         product(*map(_halvings, asked)), key=lambda degrees: sum(log2(a / d) for a, d in zip(asked, degrees))
     )
     for pipeline, expert, tensor in tries:
-        changes = {"pipeline": pipeline, "expert": expert, "tensor": tensor}
+        changes: dict[str, int | str | None] = {"pipeline": pipeline, "expert": expert, "tensor": tensor}
         if pipeline != parallel.pipeline:
             changes["stages"] = None
         if pipeline == 1:

@@ -105,7 +105,7 @@ class RunDirectory:
 
 def environment(world: dict[str, Any]) -> dict[str, Any]:
     """Return versions, git commit, host and world: what one needs to repeat a run."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

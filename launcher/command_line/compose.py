@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -99,10 +99,10 @@ def _from_file(path: Path, overrides: list[str]) -> DictConfig:
     return config
 
 
-def build(config: DictConfig | dict[str, Any]) -> Recipe:
+def build(config: DictConfig | ListConfig | dict[str, Any]) -> Recipe:
     """Return the typed, checked recipe of a composed configuration."""
     try:
-        plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+        plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     except OmegaConfBaseException as error:
         raise _hydra_error(error) from None
     try:
@@ -166,7 +166,7 @@ def _parsed(override: str) -> Override:
         raise RecipeError(f"{override} cannot be read ({_first_line(error)}); quote or close its value") from None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

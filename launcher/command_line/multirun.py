@@ -28,7 +28,7 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
         if override.is_sweep_override():
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            choices.append([override.input_line])
+            choices.append([str(override.input_line)])
     return [list(point) for point in itertools.product(*choices)]
 
 

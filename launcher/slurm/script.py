@@ -175,20 +175,20 @@ _KEEP_WARNING = f"""
 
 
 def _training(job: Job) -> list[str]:
-    slurm = job.recipe.cluster.slurm
+    slurm, image = job.recipe.cluster.slurm, shlex.quote(str(job.recipe.cluster.slurm.image))
     inside = ["bash", "-c", '"$keep_warning"', "torchrun", '"${train[@]}"']
     container: list[str] = []
     mounts = list(dict.fromkeys((*MOUNTS, f"{job.directory}:{job.directory}", *slurm.mounts)))
     if slurm.container == "pyxis":
         container = [
-            f"--container-image={shlex.quote(slurm.image)}",
+            f"--container-image={image}",
             f"--container-mounts={shlex.quote(','.join(mounts))}",
             f"--container-workdir={shlex.quote(str(job.working_directory))}",
         ]
     elif slurm.container == "apptainer":
         binds = [f"--bind={shlex.quote(mount)}" for mount in mounts]
         nv = ["--nv"] if job.recipe.cluster.device == "cuda" else []
-        inside[-1:-1] = ["apptainer", "exec", *nv, *binds, shlex.quote(slurm.image)]  # it, too, must not die of USR1
+        inside[-1:-1] = ["apptainer", "exec", *nv, *binds, image]  # it, too, must not die of USR1
     step = [
         "srun",
         "--kill-on-bad-exit=1",  # the first node to fail ends the others in seconds, not after NCCL's timeout

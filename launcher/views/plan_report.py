@@ -55,9 +55,9 @@ def memory_bars(ranks: list[RankMemory]) -> str:
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#ffffff"/>'
     ]
     for number, (name, colour, _) in enumerate(_PARTS):
-        x = _LEFT + 110 * number
+        left = _LEFT + 110 * number
         parts.append(
-            f'<rect x="{x}" y="8" width="14" height="12" fill="{colour}"/><text x="{x + 19}" y="18">{name}</text>'
+            f'<rect x="{left}" y="8" width="14" height="12" fill="{colour}"/><text x="{left + 19}" y="18">{name}</text>'
         )
     for number, rank in enumerate(ranks):
         y, x = 34 + _ROW * number, float(_LEFT)

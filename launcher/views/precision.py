@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv3_megatron.recipe import Recipe
@@ -37,13 +37,13 @@ def show_precision(recipe: Recipe, *, as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
+def formats_as_built(recipe: Recipe) -> list[dict[str, Any]]:
     """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
     from dsv3_megatron.planning.whole_model import meta_model
     from dsv3_megatron.precision.policy import module_class
     from dsv3_megatron.precision.products import Fp8Products
 
-    found = []
+    found: list[dict[str, Any]] = []
     with meta_model(recipe) as model:
         for name, parameter in model.named_parameters():
             owner, kind = model.get_submodule(name.rsplit(".", 1)[0]), module_class(name)
@@ -54,7 +54,7 @@ def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
     return found
 
 
-def _collapsed(modules: list[dict[str, object]]) -> list[tuple[str, str, str, str]]:
+def _collapsed(modules: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Return (name with * for the layer, layers, shape, products), parameters of equal layers on one line."""
     merged: dict[tuple[str, str, str], list[int]] = {}
     for module in modules:

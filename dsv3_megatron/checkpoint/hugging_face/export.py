@@ -100,7 +100,8 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     path, source = shard.path, _source(shard)
     if (kept := facts_if_done(path, source)) is not None:
         return kept
-    regions, entries = Regions(shard.checkpoint), {}
+    regions = Regions(shard.checkpoint)
+    entries: dict[str, Tensor] = {}
     for tensor in shard.tensors:
         entries |= as_stored(tensor, regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent), shard.dtype)
     partial = path.with_name(f".{path.name}.partial")
@@ -168,7 +169,8 @@ def export(
     check_shapes(model, checkpoint, prefix)
     shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix)
     (folder / INDEX).unlink(missing_ok=True)
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, (shard, record) in enumerate(run_all(write_shard, shards, processes)):
         weight_map |= dict.fromkeys(record["names"], shard.name)
         size += record["bytes"]

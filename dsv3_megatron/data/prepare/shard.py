@@ -296,7 +296,9 @@ def _start_worker(tokenizer: str, text_field: str, split_share: float, seed: int
 
 def _end_with_parent() -> None:
     """Leave when the writing process dies, however it dies: a worker would wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    wait([parent.sentinel])
     os._exit(1)
 
 

@@ -41,6 +41,10 @@ class Shard(BaseModel):
     bytes: dict[Literal["bin", "idx"], int]
 
 
+def _no_shards() -> dict[Split, list[Shard]]:
+    return {split: [] for split in SPLITS}
+
+
 class Source(BaseModel):
     """One input of prepare_data and what became of it."""
 
@@ -57,7 +61,7 @@ class Source(BaseModel):
     duplicates: int = 0
     empty: int = 0
     bad: int = 0
-    shards: dict[Split, list[Shard]] = Field(default_factory=lambda: {split: [] for split in SPLITS})
+    shards: dict[Split, list[Shard]] = Field(default_factory=_no_shards)
 
 
 class Manifest(BaseModel):
