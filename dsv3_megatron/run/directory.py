@@ -111,11 +111,13 @@ def environment(world: dict[str, Any]) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    # Installed into an environment that lies in a repository of the user's, this is no file of that repository.
+    ours = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
         "python": platform.python_version(),
         "packages": versions,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": _git("rev-parse", "HEAD") if ours else None,
+        "git_changed": bool(ours and _git("status", "--porcelain", "--untracked-files=no")),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "world": world,

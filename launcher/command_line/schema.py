@@ -136,7 +136,7 @@ def _default(field: FieldInfo) -> str | None:
         return str(value).lower()
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(str, value))}]"
-    return str(value)
+    return str(value) or '""'
 
 
 def _kind(annotation: Any, limits: str = "") -> str:
