@@ -14,6 +14,7 @@ from pydantic import Field
 
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.shell import program
+from launcher import generate
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded, text_plot
 from launcher.command_line.typed import command
@@ -72,8 +73,6 @@ def tell_result(steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 
 def tell_sample(given: DemoArguments) -> None:
     """Print a continuation of the prompt."""
-    from launcher import generate
-
     print("\nThe model continues:\n" + "-" * 72)
     generate.main([f"run={given.run}", f"prompt={given.prompt}", "tokens=80", "temperature=0.6"])
     print("-" * 72)
@@ -81,7 +80,7 @@ def tell_sample(given: DemoArguments) -> None:
 
 def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
     """Write loss.svg into the run directory: main and MTP loss by tokens, and MaxVio below."""
-    import matplotlib
+    import matplotlib  # half a second, which a refused run need not wait for
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

@@ -34,6 +34,7 @@ def main(given: EvaluateArguments) -> int:
     """Print the held-out loss as one JSON object; return the exit code."""
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_process(recipe, World(0, 1, 0))
+    # torch and megatron-core, which read what was prepared
     from dsv3_megatron.data.source.samples import evaluation_batches
     from dsv3_megatron.inference.speculate import acceptance_rates
     from dsv3_megatron.inference.trained_model import trained_model

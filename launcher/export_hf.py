@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
+from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.compose import load_resolved
@@ -42,6 +44,7 @@ def main(given: ExportArguments) -> int:
     """Write the folder; return the exit code."""
     recipe = load_resolved(Path(given.run) / RECIPE)
     output = writable_folder(Path(given.output))
+    # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint
     from dsv3_megatron.checkpoint.hugging_face.export import EMA, export
 
@@ -83,8 +86,7 @@ def writable_folder(folder: Path) -> Path:
 
 def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
     """Write tokenizer.json and what transformers needs beside it; return its special tokens, {} if there is none."""
-    from dsv3_megatron.data.source.build import build
-    from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
+    from dsv3_megatron.data.source.build import build  # torch, as above
 
     tokenizer = build(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed).tokenizer
     if tokenizer is None:
@@ -109,8 +111,6 @@ def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
 
 def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, Any]) -> None:
     """Write config.json and generation_config.json."""
-    from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
-
     begin, end = tokens.get("bos_token"), tokens.get("eos_token")
     config = config_from_settings(recipe.model, dtype, begin=begin, end=end)
     (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -44,6 +44,7 @@ def main(given: GenerateArguments) -> int:
         )
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_process(recipe, World(0, 1, 0))
+    # torch and megatron-core, which read what was prepared
     from dsv3_megatron.inference.generate import continue_tokens
     from dsv3_megatron.inference.speculate import Speculation, speculate_tokens
     from dsv3_megatron.inference.trained_model import trained_model

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
+from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
+from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
@@ -46,7 +48,6 @@ def main(given: ImportArguments) -> int:
     """Write the run directory; return the exit code."""
     folder, config = read_config(Path(given.input))
     has_weights = any(folder.glob("*.safetensors")) and Path(given.input).is_dir()
-    from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
 
     model = settings_from_config(config)
     if has_weights:
@@ -77,6 +78,7 @@ def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
 
 def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
     """Return the model with as many MTP depths as there are weights for."""
+    # torch and megatron-core: seconds, which a refused command need not wait for
     from dsv3_megatron.checkpoint.hugging_face.import_ import depths_present, read_index
 
     depths = depths_present(model, read_index(folder))
@@ -123,8 +125,7 @@ def import_weights(
     model: ModelSettings, folder: Path, directory: RunDirectory, recipe: Recipe, given: ImportArguments
 ) -> int:
     """Write checkpoints/step_00000000; return its bytes."""
-    from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
-    from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
+    from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights  # as above
 
     if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
         raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")

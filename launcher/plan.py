@@ -18,22 +18,25 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from dsv3_megatron.planning.memory.formulae import estimate_stages
+from dsv3_megatron.planning.plan import Plan, make_plan
+from dsv3_megatron.planning.time.calibrate import times_from_file
+from dsv3_megatron.preflight.layout import check_layout, world_of
+from dsv3_megatron.recipe import Recipe
 from launcher.command_line.arguments import Arguments, takes_recipe
 from launcher.command_line.compose import compose
 from launcher.command_line.console import guarded
 from launcher.command_line.output import print_or_write, write_output
+from launcher.views.plan import text_of
+from launcher.views.plan_report import html_of
 from launcher.views.precision import show_precision
 from launcher.views.regime import show_regime
 from launcher.views.search import search_run
 from parallel.units import parse_count
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.plan import Plan
-    from dsv3_megatron.recipe import Recipe
 
 _PLAN = {"world", "fast", "output", "report", "calibrate", "assume", "advice"}
 _EFFECTIVE = {  # what is asked for -> the keys that have an effect there
@@ -105,14 +108,9 @@ def main(given: PlanArguments, overrides: list[str]) -> int:
 
 def plan_of(recipe: Recipe, given: PlanArguments) -> Plan:
     """Return the plan that was asked for."""
-    from dsv3_megatron.preflight.layout import check_layout, world_of
 
     world = world_of(recipe, given.world)
     check_layout(recipe, world)
-    # These import torch, seconds of start-up that a refused recipe need not wait for.
-    from dsv3_megatron.planning.memory.formulae import estimate_stages
-    from dsv3_megatron.planning.plan import make_plan
-    from dsv3_megatron.planning.time.calibrate import times_from_file
 
     return make_plan(
         recipe,
@@ -125,15 +123,12 @@ def plan_of(recipe: Recipe, given: PlanArguments) -> Plan:
 
 def show_plan(plan: Plan, given: PlanArguments) -> int:
     """Print a plan and write its files; return 0, or 3 when it does not fit."""
-    from launcher.views.plan import text_of
 
     if given.assume:
         print("assume=overlap: planned as if every backward of the steady phase ran beside a forward")
     print("\n".join(text_of(plan, advise=given.advice)))
     write_output(given.output or Path("plan.json"), json.dumps(plan.as_json(), indent=1) + "\n", "output")
     if given.report is not None:
-        from launcher.views.plan_report import html_of
-
         write_output(given.report, html_of(plan), "report")
     return 0 if plan.fits else 3
 

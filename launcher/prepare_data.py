@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
+from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import command
@@ -45,7 +46,6 @@ class PrepareArguments(Arguments):
 @takes(PrepareArguments, __doc__)
 def main(given: PrepareArguments) -> int:
     """Prepare the data; return the exit code."""
-    from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 
     inputs = _list(given.input)
     try:

@@ -14,6 +14,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from dsv3_megatron.data.prepare.documents import BLOCK_BYTES, blocks, files_of, texts
+from dsv3_megatron.data.tokenizer import Tokenizer
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import DataError
@@ -37,7 +39,6 @@ class TokenizerArguments(Arguments):
 @takes(TokenizerArguments, __doc__)
 def main(given: TokenizerArguments) -> int:
     """Train the tokenizer; return the exit code."""
-    from dsv3_megatron.data.tokenizer import Tokenizer
 
     inputs = [part.strip() for part in given.input.split(",") if part.strip()]
     found = {"documents": 0, "characters": 0, "bad": 0}
@@ -55,7 +56,6 @@ def main(given: TokenizerArguments) -> int:
 
 def _sample(inputs: list[str], field: str, limit: int, found: dict[str, int]) -> Iterator[str]:
     """Yield documents of all inputs, whole blocks of them evenly spread, until ``limit`` characters."""
-    from dsv3_megatron.data.prepare.documents import BLOCK_BYTES, blocks, files_of, texts
 
     files = [path for name in inputs for path in files_of(name)[0]]
     total = sum(path.stat().st_size for path in files)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dsv3_megatron.planning.advice import advice
+from dsv3_megatron.planning.plan import Plan, missing_facts
 from parallel.units import GIB, show_bytes, show_count, show_duration
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.plan import Plan
 
 
 def text_of(plan: Plan, *, advise: bool = True) -> list[str]:
@@ -59,16 +56,12 @@ def _memory(plan: Plan, *, advise: bool) -> list[str]:
         )
     lines.append(f"  {where}; fullest at {tightest.fullest_action}")
     if advise:
-        from dsv3_megatron.planning.advice import advice
-
         lines += [f"  {line}" for line in advice(plan)]
     return [*lines, ""]
 
 
 def _time(plan: Plan) -> list[str]:
     if plan.step is None:
-        from dsv3_megatron.planning.plan import missing_facts
-
         name = plan.recipe.cluster.name
         return [f"time            not priced: cluster={name} gives no {missing_facts(plan.recipe)}"]
     lines = ["sent by one GPU in a step               inside the node   between nodes   seconds if alone"]

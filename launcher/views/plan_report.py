@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
+from dsv3_megatron.planning.memory.ranks import RankMemory
+from dsv3_megatron.planning.plan import Plan
 from launcher.views.plan import text_of
 from parallel.pipeline.drawing import draw_svg
 from parallel.units import GIB
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.memory.ranks import RankMemory
-    from dsv3_megatron.planning.plan import Plan
 
 _PARTS = (
     ("weights", "#1f4e79", lambda r: r.weights_bytes + r.fp8_weights_bytes),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.precision.on_te import deviations
+from dsv3_megatron.precision.policy import module_class, policy
+from dsv3_megatron.recipe import Recipe
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -16,9 +17,6 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 def show_precision(recipe: Recipe, *, as_json: bool) -> str:
     """Return the policy of a recipe and the formats of every parameter's products, as text or JSON."""
     warnings.filterwarnings("ignore")
-    from dsv3_megatron.precision.on_te import deviations
-    from dsv3_megatron.precision.policy import policy
-
     rows, modules = policy(recipe.precision), formats_as_built(recipe)
     otherwise = deviations(recipe.precision.fp8) if recipe.precision.fp8 and recipe.backend != "torch" else []
     if as_json:
@@ -39,8 +37,8 @@ def show_precision(recipe: Recipe, *, as_json: bool) -> str:
 
 def formats_as_built(recipe: Recipe) -> list[dict[str, Any]]:
     """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
+    # torch and megatron-core: seconds, which a refused recipe need not wait for
     from dsv3_megatron.planning.whole_model import meta_model
-    from dsv3_megatron.precision.policy import module_class
     from dsv3_megatron.precision.products import Fp8Products
 
     found: list[dict[str, Any]] = []

@@ -105,7 +105,7 @@ def _exact(tokens: int) -> str:
 
 def plot(name: str, regime: Regime, end: int, path: Path) -> None:
     """Draw every curve over the tokens of the run. Raises RecipeError when the file cannot be written."""
-    import matplotlib
+    import matplotlib  # half a second, which the other forms need not wait for
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

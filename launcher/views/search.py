@@ -7,17 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dsv3_megatron.planning.plan import missing_facts
+from dsv3_megatron.planning.search import Found, other_degrees, search_layouts, why_it_wins
+from dsv3_megatron.recipe import Recipe
 from launcher.command_line.output import write_output
 from launcher.command_line.recipe_files import GROUPS, IS_CHECKOUT, RECIPES
 from launcher.command_line.typed import as_typed
 from parallel.errors import DoesNotFitError, RecipeError
 from parallel.units import GIB
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.search import Found
-    from dsv3_megatron.recipe import Recipe
 
 
 def search_run(recipe: Recipe, world: int | None, overrides: Sequence[str], *, top: int, save: str | None) -> int:
@@ -26,8 +24,6 @@ def search_run(recipe: Recipe, world: int | None, overrides: Sequence[str], *, t
     ``top``: rows of the table. ``save``: name of the winner among the recipes; None = a file of the current folder.
     """
     world = world or recipe.cluster.world_size or 1
-    from dsv3_megatron.planning.plan import missing_facts
-    from dsv3_megatron.planning.search import other_degrees, search_layouts, why_it_wins
 
     if missing := missing_facts(recipe):
         raise RecipeError(
