@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dsv3_megatron.preflight.world import check_world
+from launcher.command_line.arguments import HELP
 from launcher.command_line.compose import compose
 from launcher.command_line.hydra_flags import FLAGS
 from launcher.command_line.recipe_files import PACKAGE
@@ -23,7 +24,7 @@ def train(words: Sequence[str]) -> int:
     Raises: UserError: what is wrong with the recipe, before any rank is started.
     """
     options, rest = split_torchrun(words)
-    if not options:
+    if not options or HELP & set(rest):
         sys.argv = [str(PRETRAIN), *rest]
         # As the script that it is: it listens to signals from its first line on, and ends as a rank does.
         runpy.run_module("launcher.pretrain", run_name="__main__", alter_sys=True)
