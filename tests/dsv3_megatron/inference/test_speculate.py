@@ -30,7 +30,7 @@ from parallel.errors import RecipeError
 from parallel.world import World
 from tests.tiny import small_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
