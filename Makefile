@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 env: $(STAMP)
 
 # Installed anew only when what is to be installed changes.
-$(STAMP): pyproject.toml constraints.txt $(TE)
+$(STAMP): pyproject.toml setup.py constraints.txt $(TE)
 	@$(PYTHON) -c 'import sys; sys.exit("python: " + sys.version.split()[0] + " is too old; install Python 3.11 or newer, or set PYTHON=") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -73,6 +73,7 @@ test-te-compiled:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/tally lint --ignore 'tally/*' --fail-level style --slow-checks off docker/Dockerfile docker/Dockerfile.cpu
 
 docs: $(STAMP)

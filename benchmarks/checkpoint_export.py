@@ -22,7 +22,7 @@ def exports(place: Path, repeats: int) -> dict[str, float]:
     from dsv3_megatron.checkpoint.hugging_face.export import export
     from dsv3_megatron.checkpoint.hugging_face.regions import Regions
     from dsv3_megatron.checkpoint.manifest import newest_valid
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     checkpoint = newest_valid(place / "synchronous")[0]
     vocabulary, hidden = Regions(checkpoint).shapes["embedding.word_embeddings.weight"]

@@ -27,7 +27,7 @@ def saves(place: Path, repeats: int, steps: int, hidden: int) -> dict[str, float
     from dsv3_megatron.data.source.samples import Synthetic, step_batches
     from dsv3_megatron.train.build import build_parts
     from dsv3_megatron.train.step import StepValues, train_step
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
     from parallel.groups import start_processes, stop_processes
     from parallel.world import World
 

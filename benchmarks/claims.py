@@ -26,8 +26,8 @@ from pydantic import BaseModel, PositiveInt
 
 from benchmarks.sides import Side, in_turns
 from benchmarks.work import TINY, machine, ours
-from launcher.arguments import parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
 
 DEPTH = "model.num_nextn_predict_layers={}"
 NO_BIAS, EVERY = "optim.bias_speed=0", "run.evaluate_every_steps=20"

@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from launcher.arguments import parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import guarded
 
 LENGTH, WINDOW = 2048, 256
 EDGES = (0, 256, 512, 1024, 2048)

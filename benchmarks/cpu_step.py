@@ -22,8 +22,8 @@ from pydantic import BaseModel, Field, PositiveInt
 
 from benchmarks.sides import Side, in_turns
 from benchmarks.work import SMALL_100M, TINY, machine, matrix_product, ours, transformers
-from launcher.arguments import parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
 
 CASES = {"tiny": (TINY, 4), "100M": (SMALL_100M, 1)}  # recipe, steps of a turn
 TWO_PROCESSES = {"tiny": (), "100M": ("optim.global_batch=8",)}  # gradients are exchanged once a step

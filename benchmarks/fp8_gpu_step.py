@@ -31,8 +31,8 @@ from pydantic import BaseModel, Field
 
 from benchmarks.gpu_check.sizing import sized_here
 from benchmarks.gpu_table import in_paper_terms, reason, table
-from launcher.arguments import parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
 from parallel.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pydantic import BaseModel, Field
 
 from benchmarks.fp8_variants import MEANING, ROOT, VARIANTS, directory, train
-from launcher.arguments import parse_arguments
+from launcher.command_line.arguments import parse_arguments
 
 RESULTS = ROOT / "benchmarks" / "results" / "fp8_vs_bf16.json"
 FIGURE = ROOT / "docs" / "img" / "fp8_vs_bf16.svg"

@@ -31,8 +31,8 @@ from pydantic import BaseModel, Field
 from benchmarks import work
 from benchmarks.gpu_check.sizing import sized_here
 from benchmarks.plain_megatron import megatron
-from launcher.arguments import parse_arguments
-from launcher.compose import compose
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.compose import compose
 
 
 class Arguments(BaseModel):

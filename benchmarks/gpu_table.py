@@ -19,7 +19,7 @@ def in_paper_terms(words: Sequence[str], step_seconds: float, memory: float) -> 
     ``words`` make the recipe; ``mfu`` is None where its cluster has no BF16 peak.
     """
     from dsv3_megatron.model.costs import training_flops_per_token
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     recipe = compose(list(words))
     rate = recipe.optim.global_batch * recipe.data.sequence_length / step_seconds

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main(words: list[str]) -> int:
     """Train."""
     from dsv3_megatron.precision.transformer_engine import prepare_environment
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     prepare_environment(compose(words).precision)  # as pretrain.py: before anything imports TE
     from dsv3_megatron.checkpoint.save import Saver

@@ -11,7 +11,7 @@ from dsv3_megatron.planning.plan import Plan
 from dsv3_megatron.planning.time.kernels import Kernels
 from dsv3_megatron.planning.time.roofline import Device
 from dsv3_megatron.planning.time.steptime import StepModel, overlapped
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule
 

@@ -21,9 +21,8 @@ from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.recipe import Recipe
-from launcher.compose import compose
-
-GIB = 2**30
+from launcher.command_line.compose import compose
+from parallel.units import GIB
 
 
 def run_rows(*, held_out: bool) -> list[Row]:

@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, PositiveInt
 
-from launcher.arguments import parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import guarded
 
 SHORT, LONG = 256, 2048
 EDGES = (0, 256, 512, 1024, 2048)  # of the distance from a question to its fact, tokens

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 from pydantic import BaseModel, Field, PositiveInt
 
 from benchmarks.routing_table import plot, table
-from launcher.arguments import parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import guarded
 
 VARIANTS = {"published": "dsv3_tiny", "article": "dsv3_article_tiny"}
 LAST = 20  # steps over which the end of a run is averaged

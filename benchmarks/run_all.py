@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, Field
 
-from launcher.arguments import parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
 
 Row = tuple[str, str, str]  # what, figure, goal
 WORDS = {

@@ -24,8 +24,8 @@ from pydantic import BaseModel, PositiveInt
 
 from benchmarks.sides import Side, in_turns
 from benchmarks.work import TINY, machine, ours
-from launcher.arguments import parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
 
 WITH_MTP = tuple(word for word in TINY if "nextn" not in word)
 SMALL_STEP = (*WITH_MTP, "optim.micro_batch=1", "optim.global_batch=4")

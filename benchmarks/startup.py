@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from pydantic import BaseModel, PositiveInt
 
 from benchmarks.work import machine
-from launcher.arguments import parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
 
 IMPORTS = {
     "python -c 'import torch'": "import torch",

@@ -49,7 +49,7 @@ def ours(words: tuple[str, ...], device: str = "cpu") -> Any:
     ``step()`` trains on the next batch, ``step(number)`` on that one; both return the StepResult.
     """
     from dsv3_megatron.precision.transformer_engine import prepare_environment
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
     from parallel.world import World
 
     recipe = compose(list(words))
@@ -96,7 +96,7 @@ def transformers(
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     recipe = compose(list(words))
     model, length = recipe.model, recipe.data.sequence_length

@@ -22,7 +22,7 @@ from parallel.settings import ParallelSettings
 
 
 class Recipe(BaseModel):
-    """One run, wholly described. Built by :func:`launcher.compose.compose`, which also calls :meth:`check`."""
+    """One run, wholly described. Built by launcher.command_line.compose.compose, which also calls :meth:`check`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,7 +31,9 @@ class Recipe(BaseModel):
     model: ModelSettings
     parallel: ParallelSettings
     precision: PrecisionSettings
-    backend: Literal["auto", "te", "torch"] = "auto"
+    backend: Literal["auto", "te", "torch"] = Field(
+        "auto", description="te: Transformer Engine; torch: PyTorch alone; auto: te where it and a GPU are, else torch"
+    )
     optim: OptimSettings
     data: DataSettings
     checkpoint: CheckpointSettings

@@ -51,7 +51,7 @@ class SlurmSettings(BaseModel):
     account: Line | None = Field(None, description="who pays; null = the user's default account")
     qos: Line | None = Field(None, description="quality of service; null = the partition's")
     constraint: Line | None = Field(None, description="features that nodes must have")
-    reservation: Line | None = None
+    reservation: Line | None = Field(None, description="reservation of nodes to use")
     exclude: Line | None = Field(None, description="nodes to keep away from, such as node[017,033]")
     exclusive: bool = Field(True, description="whole nodes; false only on shared test machines")
     memory: Line | None = Field("0", description="memory of a node; 0 = all of it, null = the partition's default")
@@ -71,7 +71,7 @@ class SlurmSettings(BaseModel):
     environment: Variables = Field(
         default_factory=dict, description="variables of every process: NCCL, UCX and network settings of this cluster"
     )
-    container: Literal["none", "pyxis", "apptainer"] = "none"
+    container: Literal["none", "pyxis", "apptainer"] = Field("none", description="what starts the container, if any")
     image: Line | None = Field(None, description="container image: a squash file, a .sif or a registry's name")
     mounts: tuple[Line, ...] = Field((), description="folders seen in the container: PATH or PATH:PATH")
 
@@ -81,12 +81,14 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, description="what the run is called; its directory is runs/<name>")
     directory: str = Field(description="where the run's files go; runs/<name> unless told otherwise")
-    seed: NonNegativeInt = 1234
+    seed: NonNegativeInt = Field(1234, description="of initialisation and of the order of the data")
     steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
     tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
-    resume: Literal["auto", "never", "required"] = "auto"
+    resume: Literal["auto", "never", "required"] = Field(
+        "auto", description="auto: go on from the newest valid checkpoint if there is one; required: refuse without one"
+    )
     start_from: str | None = Field(
         None, description="run directory whose newest weights a new run begins with; tokens are counted anew"
     )
@@ -106,7 +108,7 @@ class LinkSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     gigabytes_per_second: float = Field(gt=0, description="10^9 bytes a second a GPU can send, as achieved")
-    latency_microseconds: float = Field(ge=0)
+    latency_microseconds: float = Field(ge=0, description="time of the smallest message")
     own_node: bool = Field(
         False, description="between nodes: counts what stays on its node as sent, as DeepEP's benchmark prints it"
     )
@@ -117,10 +119,10 @@ class ClusterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(description="the file of recipes/cluster/ this came from")
     nodes: PositiveInt | None = Field(None, description="null = whatever torchrun starts")
     gpus_per_node: NonNegativeInt = Field(0, description="0 = a CPU machine")
-    device: str = "cpu"
+    device: str = Field("cpu", description="what a rank computes on: cpu or cuda")
     memory: Bytes = Field(0, description="memory of one device, such as 80GiB; 0 = not known")
     peak_tflops: dict[Literal["fp32", "bf16", "fp8"], float] = Field(
         default_factory=dict, description="dense peak of one device by format, 10^12 floating-point operations a second"
@@ -129,17 +131,17 @@ class ClusterSettings(BaseModel):
         "hopper",
         description="which published kernels the planner prices with",
     )
-    sms: NonNegativeInt = 0
+    sms: NonNegativeInt = Field(0, description="streaming multiprocessors of one device; 0 = not known")
     communication_sms: NonNegativeInt = Field(0, description="SMs that expert dispatch and combine occupy")
     exchange_sms: NonNegativeInt = Field(
         0, description="SMs that dispatch and combine had where links were measured; 0 = the links alone bound them"
     )
     memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
     reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
-    dollars_per_gpu_hour: float = Field(2.0, ge=0)
-    intra_node: LinkSettings | None = None
-    inter_node: LinkSettings | None = None
-    launcher: Literal["torchrun", "slurm"] = "torchrun"
+    dollars_per_gpu_hour: float = Field(2.0, ge=0, description="rent of one device, for the plan's costs")
+    intra_node: LinkSettings | None = Field(None, description="links inside a node")
+    inter_node: LinkSettings | None = Field(None, description="links between nodes")
+    launcher: Literal["torchrun", "slurm"] = Field("torchrun", description="what starts the ranks there")
     partition: str | None = Field(None, description="SLURM partition; null = the cluster's default")
     time_limit: TimeLimit | None = Field(
         None, description="of one job: minutes, or such as 24:00:00; a run goes on over many"
@@ -153,16 +155,18 @@ class ClusterSettings(BaseModel):
 
 
 class LoggingSettings(BaseModel):
-    """The ``logging`` section."""
+    """The ``logging`` section: what of a run is written where, and how often."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    wandb_project: str = "dsv3-megatron"
+    wandb: Literal["offline", "online", "disabled"] = Field(
+        "offline", description="offline: kept in the run directory until `wandb sync` uploads it"
+    )
+    wandb_project: str = Field("dsv3-megatron", description="W&B project that runs are shown in")
     wandb_group: str | None = Field(None, description="runs shown together; null = the recipe's name")
     tensorboard: bool = Field(False, description="event files in <run directory>/tensorboard too")
     report_every_seconds: NonNegativeInt = Field(
         60, description="report.html is written anew so often, and at the end; 0 = never"
     )
     expert_load_every_steps: PositiveInt = Field(50, description="load of every expert is kept every so many steps")
-    console_every_steps: PositiveInt = 1
+    console_every_steps: PositiveInt = Field(1, description="print a line every so many steps, where no terminal is")

@@ -7,29 +7,26 @@ python launcher/dashboard.py entity=TEAM project=PROJECT    creates the workspac
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.metrics.names import NAMES
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import guarded
+from launcher.command_line.recipe_files import IS_CHECKOUT, PACKAGE, ROOT
 from parallel.errors import PackageError, RecipeError
 
-_ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = (ROOT if IS_CHECKOUT else PACKAGE) / "dashboards" / "training.yaml"
 
 
-class Arguments(BaseModel):
+class DashboardArguments(Arguments):
     """Keys of the command."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    file: Path = Field(_ROOT / "dashboards" / "training.yaml", description="the dashboard")
-    entity: str | None = Field(None, description="W&B team or user; none = only check and print")
+    file: Path = Field(SHIPPED, description="the dashboard")
+    entity: str | None = Field(None, description="W&B team or user; null = only check and print")
     project: str = Field("dsv3-megatron", description="W&B project, logging.wandb_project of the recipes")
 
 
@@ -61,12 +58,9 @@ class Dashboard(BaseModel):
     sections: tuple[Section, ...] = Field(min_length=1)
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(DashboardArguments, __doc__)
+def main(asked: DashboardArguments) -> int:
     """Check, print, and where an entity is named create; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    asked = parse_arguments(Arguments, arguments)
     dashboard = load(asked.file)
     if asked.entity is None:
         print(describe(dashboard))
@@ -109,7 +103,7 @@ def describe(dashboard: Dashboard) -> str:
     return "\n".join(lines)
 
 
-def workspace(dashboard: Dashboard, entity: str, project: str):
+def workspace(dashboard: Dashboard, entity: str, project: str) -> Any:
     """Return the dashboard as wandb-workspaces' object. Raises PackageError where the package is missing."""
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -120,7 +114,7 @@ def workspace(dashboard: Dashboard, entity: str, project: str):
         ) from None
     sections = []
     for section in dashboard.sections:
-        plots = []
+        plots: list[Any] = []  # its own type is a union of every kind of panel
         for panel in section.panels:
             every = [name for name in panel.y if name.endswith("/*")]
             plots.append(

@@ -7,37 +7,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.shell import program, script
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import guarded, text_plot
+from dsv3_megatron.run.shell import program
+from launcher import generate
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import guarded, text_plot
+from launcher.command_line.typed import command
 from parallel.errors import DataError
 from parallel.units import show_count, show_duration
 
 
-class DemoArguments(BaseModel):
+class DemoArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to tell about")
     prompt: str = Field("def read(self, ", description="text for the model to continue")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(DemoArguments, __doc__)
+def main(given: DemoArguments) -> int:
     """Print the story of a finished run; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, DemoArguments))
-        return 0
-    given = parse_arguments(DemoArguments, arguments)
     directory = RunDirectory(given.run)
     steps = directory.read_metrics()
     if not steps or not directory.summary.exists():
@@ -51,18 +45,17 @@ def main(arguments: Sequence[str]) -> int:
     print(f"\nrun directory  {directory.path}\ncheckpoint     {checkpoint}\nplot           {plot}")
     print(f"report         {directory.report} (open it in a browser)")
     print(f"metrics        {directory.metrics} (and {directory.path}/wandb: `{program('wandb')} sync` uploads it)")
-    print("\nTry next\n" + "\n".join(f"  {command}" for command in next_commands(given.run)))
+    print("\nTry next\n" + "\n".join(f"  {line}" for line in next_commands(given.run)))
     return 0
 
 
 def next_commands(run: str) -> list[str]:
     """Return what to try next, as it is typed in this shell: ``make`` runs in an environment that may not be active."""
-    python, torchrun, pretrain = program("python"), program("torchrun"), script("launcher/pretrain.py")
     return [
-        f"{python} {script('launcher/generate.py')} run={run} prompt='import ' tokens=60 temperature=0.7",
-        f"{python} {script('launcher/evaluate.py')} run={run}",
-        f"{torchrun} --nproc-per-node 2 {pretrain} recipe=dsv3_tiny run.name=mine parallel.expert=2",
-        f"{python} {pretrain} --help",
+        f"{command('generate')} run={run} prompt='import ' tokens=60 temperature=0.7",
+        f"{command('evaluate')} run={run}",
+        f"{command('train', ranks=2)} recipe=dsv3_tiny run.name=mine parallel.expert=2",
+        f"{command('train')} --help",
     ]
 
 
@@ -80,8 +73,6 @@ def tell_result(steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
 
 def tell_sample(given: DemoArguments) -> None:
     """Print a continuation of the prompt."""
-    from launcher import generate
-
     print("\nThe model continues:\n" + "-" * 72)
     generate.main([f"run={given.run}", f"prompt={given.prompt}", "tokens=80", "temperature=0.6"])
     print("-" * 72)
@@ -89,7 +80,7 @@ def tell_sample(given: DemoArguments) -> None:
 
 def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
     """Write loss.svg into the run directory: main and MTP loss by tokens, and MaxVio below."""
-    import matplotlib
+    import matplotlib  # half a second, which a refused run need not wait for
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

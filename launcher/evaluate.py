@@ -9,39 +9,32 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, NonNegativeInt
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import guarded
 from launcher.pretrain import prepare_process
 from parallel.world import World
 
 
-class EvaluateArguments(BaseModel):
+class EvaluateArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to load the model from")
     weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
     step: NonNegativeInt | None = Field(None, description="checkpoint to take; null = the newest valid one")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(EvaluateArguments, __doc__)
+def main(given: EvaluateArguments) -> int:
     """Print the held-out loss as one JSON object; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, EvaluateArguments))
-        return 0
-    given = parse_arguments(EvaluateArguments, arguments)
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_process(recipe, World(0, 1, 0))
+    # torch and megatron-core, which read what was prepared
     from dsv3_megatron.data.source.samples import evaluation_batches
     from dsv3_megatron.inference.speculate import acceptance_rates
     from dsv3_megatron.inference.trained_model import trained_model

@@ -10,28 +10,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import BeforeValidator, Field, PositiveInt
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
-
+from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
+from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
 from dsv3_megatron.recipe import Recipe
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import ProgressLine, guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import CheckpointError
 from parallel.units import parse_bytes, show_bytes
 
 RECIPE = "recipe.yaml"
 
 
-class ExportArguments(BaseModel):
+class ExportArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to take the weights from")
     output: str = Field(description="folder to write")
@@ -42,14 +39,12 @@ class ExportArguments(BaseModel):
     processes: PositiveInt | None = Field(None, description="files written at once; null = one a core, 8 at most")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(ExportArguments, __doc__)
+def main(given: ExportArguments) -> int:
     """Write the folder; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, ExportArguments))
-        return 0
-    given = parse_arguments(ExportArguments, arguments)
     recipe = load_resolved(Path(given.run) / RECIPE)
     output = writable_folder(Path(given.output))
+    # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint
     from dsv3_megatron.checkpoint.hugging_face.export import EMA, export
 
@@ -91,8 +86,7 @@ def writable_folder(folder: Path) -> Path:
 
 def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
     """Write tokenizer.json and what transformers needs beside it; return its special tokens, {} if there is none."""
-    from dsv3_megatron.data.source.build import build
-    from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
+    from dsv3_megatron.data.source.build import build  # torch, as above
 
     tokenizer = build(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed).tokenizer
     if tokenizer is None:
@@ -117,8 +111,6 @@ def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
 
 def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, Any]) -> None:
     """Write config.json and generation_config.json."""
-    from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
-
     begin, end = tokens.get("bos_token"), tokens.get("eos_token")
     config = config_from_settings(recipe.model, dtype, begin=begin, end=end)
     (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -7,26 +7,22 @@ speculate=true drafts with the MTP modules and gives the greedy text in fewer pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import load_resolved
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.compose import load_resolved
+from launcher.command_line.console import guarded
 from launcher.pretrain import prepare_process
 from parallel.errors import DataError, RecipeError
 from parallel.world import World
 
 
-class GenerateArguments(BaseModel):
+class GenerateArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str = Field(description="run directory to load the model from")
     weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
@@ -39,18 +35,16 @@ class GenerateArguments(BaseModel):
     speculate: bool = Field(False, description="draft with the MTP modules: the greedy text in fewer passes")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(GenerateArguments, __doc__)
+def main(given: GenerateArguments) -> int:
     """Print the prompt and its continuation; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, GenerateArguments))
-        return 0
-    given = parse_arguments(GenerateArguments, arguments)
     if given.speculate and given.temperature > 0:
         raise RecipeError(
             f"speculate = true drafts greedy text, but temperature = {given.temperature}; set temperature=0"
         )
     recipe = load_resolved(Path(given.run) / "recipe.yaml")
     prepare_process(recipe, World(0, 1, 0))
+    # torch and megatron-core, which read what was prepared
     from dsv3_megatron.inference.generate import continue_tokens
     from dsv3_megatron.inference.speculate import Speculation, speculate_tokens
     from dsv3_megatron.inference.trained_model import trained_model
@@ -64,14 +58,13 @@ def main(arguments: Sequence[str]) -> int:
                 f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"
             )
         prompt = [int(t) for t in tokenizer.encode(given.prompt)]
-        common = {"count": given.tokens, "window": recipe.data.sequence_length, "end": tokenizer.end}
         told = Speculation()
         if given.speculate:
-            found = speculate_tokens(model.parts, prompt, told=told, **common)
+            go_on = partial(speculate_tokens, told=told)
         else:
-            sampling = {"temperature": given.temperature, "seed": given.seed, "top_p": given.top_p}
-            found = continue_tokens(model.parts, prompt, **common, **sampling)
-        made = list(found)
+            go_on = partial(continue_tokens, temperature=given.temperature, seed=given.seed, top_p=given.top_p)
+        window = recipe.data.sequence_length
+        made = list(go_on(model.parts, prompt, count=given.tokens, window=window, end=tokenizer.end))
         print(tokenizer.decode([*prompt, *made]))
         if given.speculate:
             rate = f"{told.accepted}/{told.drafted} drafts accepted"

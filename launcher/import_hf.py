@@ -11,29 +11,28 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, PositiveInt
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-
+from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
+from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import DEFAULT_RECIPE, build, compose, load_resolved, options, resolved_yaml
-from launcher.console import ProgressLine, guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.compose import DEFAULT_RECIPE, build, compose, load_resolved, resolved_yaml
+from launcher.command_line.console import ProgressLine, guarded
+from launcher.command_line.recipe_files import options
+from launcher.command_line.typed import command
 from launcher.export_hf import writable_folder
 from parallel.errors import CheckpointError, RecipeError
 from parallel.units import show_bytes
 
 
-class ImportArguments(BaseModel):
+class ImportArguments(Arguments):
     """The keys of this command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: str = Field(description="folder with config.json and safetensors, or a config.json alone")
     output: str = Field(description="run directory to write")
@@ -44,15 +43,11 @@ class ImportArguments(BaseModel):
     processes: PositiveInt | None = Field(None, description="files read at once; null = one a core, 8 at most")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(ImportArguments, __doc__)
+def main(given: ImportArguments) -> int:
     """Write the run directory; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, ImportArguments))
-        return 0
-    given = parse_arguments(ImportArguments, arguments)
     folder, config = read_config(Path(given.input))
     has_weights = any(folder.glob("*.safetensors")) and Path(given.input).is_dir()
-    from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
 
     model = settings_from_config(config)
     if has_weights:
@@ -65,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     directory.recipe.write_text(resolved_yaml(recipe))
     if (folder / "tokenizer.json").is_file():
         shutil.copyfile(folder / "tokenizer.json", directory.path / "tokenizer.json")
-    print(f"recipe: {directory.recipe}; train from it: launcher/pretrain.py recipe={directory.recipe}")
+    print(f"recipe: {directory.recipe}; train from it: {command('train')} recipe={directory.recipe}")
     return 0
 
 
@@ -83,6 +78,7 @@ def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
 
 def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
     """Return the model with as many MTP depths as there are weights for."""
+    # torch and megatron-core: seconds, which a refused command need not wait for
     from dsv3_megatron.checkpoint.hugging_face.import_ import depths_present, read_index
 
     depths = depths_present(model, read_index(folder))
@@ -129,8 +125,7 @@ def import_weights(
     model: ModelSettings, folder: Path, directory: RunDirectory, recipe: Recipe, given: ImportArguments
 ) -> int:
     """Write checkpoints/step_00000000; return its bytes."""
-    from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
-    from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
+    from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights  # as above
 
     if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
         raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")

@@ -1,41 +1,33 @@
 """Show who holds what on any number of ranks, without starting one: python launcher/layout.py recipe=R world=N [rank=K]
 
-world defaults to the recipe's cluster. Prints degrees, the stages, and the members of every group of one rank.
+Prints degrees, the stages, and the members of every group of one rank. Other keys are overrides of the recipe.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from launcher.compose import compose
-from launcher.console import guarded
-from parallel.errors import LayoutError
+from launcher.command_line.arguments import Arguments, takes_recipe
+from launcher.command_line.compose import compose
+from launcher.command_line.console import guarded
 from parallel.layout import GROUPS, Layout
 
 
-def main(arguments: Sequence[str]) -> int:
+class LayoutArguments(Arguments):
+    """Keys of the command."""
+
+    world: PositiveInt | None = Field(None, description="ranks; null = those of the recipe's cluster, else 1")
+    rank: NonNegativeInt = Field(0, description="the rank whose groups are shown")
+
+
+@takes_recipe(LayoutArguments, __doc__)
+def main(given: LayoutArguments, overrides: list[str]) -> int:
     """Print the layout; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__)
-        return 0
-    own = {"world": None, "rank": 0}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in own:
-            overrides.append(argument)
-        elif not value.isdecimal():
-            raise LayoutError(f"{key} = {value} is not a number of ranks; write {key}=N")
-        else:
-            own[key] = int(value)
     recipe = compose(overrides)
-    world = own["world"] or recipe.cluster.world_size or 1
-    layout = recipe.layout(world)
-    print(describe(layout, own["rank"]))
+    print(describe(recipe.layout(given.world or recipe.cluster.world_size or 1), given.rank))
     return 0
 
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import ProgressLine, guarded
+from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import ProgressLine, guarded
+from launcher.command_line.typed import command
 from parallel.errors import RecipeError
 from parallel.units import parse_count, show_bytes, show_count
 
 
-class Arguments(BaseModel):
+class PrepareArguments(Arguments):
     """What the command takes."""
 
     input: str = Field(description="files and folders, separated by commas")
@@ -45,13 +43,9 @@ class Arguments(BaseModel):
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read and encode")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(PrepareArguments, __doc__)
+def main(given: PrepareArguments) -> int:
     """Prepare the data; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    given = parse_arguments(Arguments, arguments)
-    from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 
     inputs = _list(given.input)
     try:
@@ -98,7 +92,7 @@ def _report(manifest: Any, output: str) -> None:
         print("    no document was held out, and training needs some: raise held_out", file=sys.stderr)
     for example in manifest.bad_examples:
         print(f"    {example}", file=sys.stderr)
-    print(f"train on it: launcher/pretrain.py recipe=dsv3_tiny data=indexed data.path={output}")
+    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
-
 from dsv3_megatron.health.stop_signals import StopSignals
 
 # A warning that comes during the imports below, which take seconds, is kept too.
@@ -24,9 +22,10 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.lock import run_lock
-from launcher.compose import resolved_yaml, run_command
-from launcher.console import ConsoleReporter, SilentReporter, guarded
-from launcher.last_words import Failure, last_words
+from launcher.command_line.compose import resolved_yaml
+from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
+from launcher.command_line.hydra_flags import run_command
+from launcher.command_line.last_words import Failure, last_words
 from parallel.errors import RunInUseError, UserError
 from parallel.world import World
 
@@ -40,7 +39,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
     recipe.data.check_source()
     prepare_process(recipe, world)
-    from dsv3_megatron.train.run import run
+    from dsv3_megatron.train.run import run  # megatron-core, which reads what was prepared
 
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
@@ -54,6 +53,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 def prepare_process(recipe: Recipe, world: World) -> None:
     """Do what must be done before anything imports megatron-core: threads, what TE reads at import, the device."""
     prepare_threads(world.size)
+    # torch, once threads are set
     from dsv3_megatron.megatron.host import choose_device
     from dsv3_megatron.precision.transformer_engine import prepare_environment
 
@@ -63,7 +63,7 @@ def prepare_process(recipe: Recipe, world: World) -> None:
 
 def prepare_threads(world_size: int) -> None:
     """Share the cores among this machine's ranks, unless the user decided (torchrun sets OMP_NUM_THREADS=1)."""
-    import torch
+    import torch  # a second, which a refused recipe need not wait for
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

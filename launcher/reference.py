@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
-
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, Field
 
 from dsv3_megatron.recipe import Recipe
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.compose import GROUPS, RECIPES, options
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import guarded
+from launcher.command_line.output import write_output
+from launcher.command_line.recipe_files import GROUPS, RECIPES, options
+from launcher.command_line.schema import Key, first_sentence, items_of, keys_of
 
 _HEAD = """# Recipes: every key
 
@@ -35,132 +31,80 @@ A recipe is one file of `recipes/recipe/`; it picks a file of each group and say
 `group=file` swaps a whole group and `section.key=value` sets one key. Counts take K, M, B, T (`14.8T`), sizes KiB, MiB,
 GiB (`80GiB`). Values that change over a run (`optim.learning_rate`, `optim.global_batch`, ...) are a number or a
 list of phases: `{until: 2000 steps, shape: linear, to: 2.2e-4}`.
+
+Files of your own need no checkout: `./recipes/recipe/mine.yaml` is `recipe=mine`, and `./recipes/cluster/ours.yaml` is
+`cluster=ours`, in the folder that a command is started from. Other folders: `hydra.searchpath=[file:///FOLDER]`, with a
+folder for each group in it. A file of yours must not have the name of a shipped one.
 """
+_TABLE = "| key | value | default | meaning |\n|---|---|---|---|"
 
 
-class Arguments(BaseModel):
+class ReferenceArguments(Arguments):
     """Keys of the command."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: Path = Field(Path("docs/recipes.md"), description="file to write")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(ReferenceArguments, __doc__)
+def main(given: ReferenceArguments) -> int:
     """Write the page; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    output = parse_arguments(Arguments, arguments).output
-    output.write_text(reference())
-    print(output)
+    write_output(given.output, reference(), "output")
+    print(given.output)
     return 0
 
 
 def reference() -> str:
     """Return the page."""
-    return "\n".join([_HEAD, *_groups(), *_sections()]) + "\n"
+    return "\n".join([_HEAD, *_groups(), *_sections()]).rstrip() + "\n"
 
 
 def _groups() -> Iterator[str]:
     yield "## Groups and their files\n"
     for group in GROUPS:
         yield f"### {group}\n\n| file | what it is |\n|---|---|"
-        for name in options(group):
-            what = _cell(_comment(RECIPES / group / f"{name}.yaml"))
+        for name in options(group, folders=[]):
+            what = _cell(opening_sentence(RECIPES / group / f"{name}.yaml"))
             yield f"| [`{name}`](../recipes/{group}/{name}.yaml) | {what} |"
         yield ""
 
 
-def _comment(path: Path) -> str:
-    """Return the first sentence of the comment a recipe file begins with."""
+def opening_sentence(path: Path) -> str:
+    """Return the first sentence of the comment that a recipe file begins with; brackets in it stay whole."""
     lines = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
             break
         if "@package" not in line:
             lines.append(line.lstrip("# ").rstrip())
-    return re.split(r"(?<=[a-z0-9)])[.;] ", " ".join(lines))[0].rstrip(".")
+    text = re.sub(r"(?<=\w)- (?=\w)", "-", " ".join(lines))  # a word hyphenated at the end of a line
+    for end in re.finditer(r"(?<=[a-z0-9)])[.;](?= |$)", text):
+        if text.count("(", 0, end.start()) == text.count(")", 0, end.start()):
+            return text[: end.start()]
+    return text
 
 
 def _sections() -> Iterator[str]:
     yield "## Keys\n"
     for name, field in Recipe.model_fields.items():
-        section = _section(field.annotation)
-        if section is None:
-            continue
-        yield f"### {name}\n\n{_first_sentence(section)}\n\n| key | value | default | meaning |\n|---|---|---|---|"
-        yield from _rows(section, f"{name}.")
-        yield ""
-    plain = [(n, f) for n, f in Recipe.model_fields.items() if _section(f.annotation) is None]
-    yield "### outside of the sections\n\n| key | value | default | meaning |\n|---|---|---|---|"
-    yield from (_row(name, field) for name, field in plain)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _section(name, field.annotation, f"{name}.")
+    yield f"### outside of the sections\n\n{_TABLE}"
+    yield from (_row(key) for key in keys_of(Recipe) if "." not in key.name and not key.is_section)
+    yield ""
+    for model in items_of(Recipe):
+        yield from _section(f"each {model.__name__.lower()} of a list", model, "")
 
 
-def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        inner = _section(field.annotation)
-        if inner is None:
-            yield _row(prefix + name, field)
-        else:
-            yield from _rows(inner, f"{prefix}{name}.")
+def _section(name: str, model: type[BaseModel], prefix: str) -> Iterator[str]:
+    yield f"### {name}\n\n{first_sentence(model)}.\n\n{_TABLE}"
+    yield from (_row(key) for key in keys_of(model, prefix))
+    yield ""
 
 
-def _row(key: str, field: FieldInfo) -> str:
-    annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-    return f"| `{key}` | {_cell(_kind(annotation))} | {_cell(_default(field))} | {_cell(field.description or '')} |"
-
-
-def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
-    if value is PydanticUndefined:
-        return ""
-    if value is None:
-        return "null"
-    if isinstance(value, BaseModel):
-        return "see its file"
-    if isinstance(value, (tuple, list)):
-        return f"`[{', '.join(str(v) for v in value)}]`" if len(str(value)) < 60 else "see its file"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-def _kind(annotation: Any) -> str:
-    """Return a type in a reader's words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kind(arguments[0]) + _limits(arguments[1:])
-    if origin is Literal:
-        return ", ".join(f"`{a}`" for a in arguments)
-    if origin in (Union, UnionType):
-        kinds = [_kind(a) for a in arguments if a is not NoneType]
-        return " or ".join(dict.fromkeys([*kinds, *(["null"] if NoneType in arguments else [])]))
-    if origin in (tuple, list):
-        return f"list of {_kind(arguments[0])}" if arguments else "list"
-    if origin is dict:
-        return f"mapping of {_kind(arguments[0])} to {_kind(arguments[1])}"
-    names = {str: "text", int: "integer", float: "number", bool: "`true`, `false`", Path: "path"}
-    return names.get(annotation) or getattr(annotation, "__name__", str(annotation)).lower()
-
-
-def _limits(metadata: Sequence[Any]) -> str:
-    words = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found = []
-    for item in metadata:
-        for part in getattr(item, "metadata", None) or (item,):
-            found += [f"{sign} {getattr(part, name)}" for name, sign in words.items() if hasattr(part, name)]
-    return f" {', '.join(dict.fromkeys(found))}" if found else ""
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _first_sentence(section: type[BaseModel]) -> str:
-    text = " ".join((section.__doc__ or "").split("\n\n")[0].split())
-    return text if section.__doc__ and not text.startswith(f"{section.__name__}(") else ""
+def _row(key: Key) -> str:
+    kind = "section, or null" if key.default == "null" and key.is_section else key.kind or "section"
+    default = f"`{key.default}`" if key.default is not None else ""
+    return f"| `{key.name}` | {_cell(kind)} | {_cell(default)} | {_cell(key.description)} |"
 
 
 def _cell(text: str) -> str:

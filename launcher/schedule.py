@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import guarded
+from launcher.command_line.output import print_or_write
 from parallel.errors import RecipeError
+from parallel.pipeline.actions import Schedule
 from parallel.pipeline.drawing import draw_svg, draw_text
 from parallel.pipeline.simulator import Timeline, Times, simulate
 from parallel.pipeline.validate import validate
@@ -30,10 +29,8 @@ from parallel.schedules import SCHEDULES, make_schedule, placement
 from parallel.search import search
 
 
-class Arguments(BaseModel):
+class ScheduleArguments(Arguments):
     """Keys of the command."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     name: str = Field(description=", ".join((*SCHEDULES, "auto")) + " (searched for the times given)")
     pipeline: PositiveInt = Field(description="pipeline ranks P")
@@ -51,16 +48,32 @@ class Arguments(BaseModel):
     output: Path | None = Field(None, description="file to write; null = stdout")
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(ScheduleArguments, __doc__)
+def main(asked: ScheduleArguments) -> int:
     """Show the schedule; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    asked = parse_arguments(Arguments, arguments)
-    place = placement(asked.name, asked.pipeline, asked.microbatches, asked.chunks) if asked.name == "auto" else None
-    schedule = None if place else make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
-    times = Times.of(
-        (place or schedule).stages,
+    if asked.name == "auto":
+        schedule = searched(asked)
+    else:
+        schedule = make_schedule(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
+    validate(schedule)
+    timeline = simulate(schedule, times_of(asked, schedule.stages))
+    print_or_write(show(timeline, asked.format, asked.width), asked.output)
+    return 0
+
+
+def searched(asked: ScheduleArguments) -> Schedule:
+    """Return the best schedule found for the times given; as text, also say what was tried."""
+    place = placement(asked.name, asked.pipeline, asked.microbatches, asked.chunks)
+    found = search(place, times_of(asked, place.stages), seed=asked.seed)
+    if asked.format == "text":
+        print("tried: " + ", ".join(f"{what} {makespan:g}" for what, makespan in found.tried))
+    return found.schedule
+
+
+def times_of(asked: ScheduleArguments, stages: int) -> Times:
+    """Return the times that were asked for."""
+    return Times.of(
+        stages,
         forward=asked.forward,
         input_grad=asked.input_grad,
         weight_grad=asked.weight_grad,
@@ -68,21 +81,6 @@ def main(arguments: Sequence[str]) -> int:
         send=asked.send,
         cost=_costs(asked.cost),
     )
-    if place:
-        found = search(place, times, seed=asked.seed)
-        schedule = found.schedule
-        if asked.format == "text":
-            print("tried: " + ", ".join(f"{what} {makespan:g}" for what, makespan in found.tried))
-    validate(schedule)
-    text = show(simulate(schedule, times), asked.format, asked.width)
-    if asked.output is None:
-        print(text)
-        return 0
-    try:
-        asked.output.write_text(text)
-    except OSError as error:
-        raise RecipeError(f"output = {asked.output} cannot be written ({error.strerror}); name another file") from None
-    return 0
 
 
 def _costs(text: str | None) -> list[float] | None:

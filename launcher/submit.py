@@ -9,8 +9,8 @@
     python launcher/submit.py cancel run=RUN_DIRECTORY           end them; the newest checkpoint stays
 
 A job saves before its time limit and requeues itself until the run is finished; a failure is tried again from the
-newest checkpoint; a mistake in the recipe is not. Keys of its own are dry_run and chain; all others are overrides of
-the recipe, cluster.slurm.* among them. docs/slurm.md tells the whole story.
+newest checkpoint; a mistake in the recipe is not. Beside its own keys all others are overrides of the recipe,
+cluster.slurm.* among them. docs/slurm.md tells the whole story.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
-
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run import shell as typed
 from dsv3_megatron.run.directory import RunDirectory
-from launcher.arguments import parse_arguments
-from launcher.compose import compose
-from launcher.console import guarded
-from launcher.hydra_flags import help_text, recipes_of_sweep
+from launcher.command_line.arguments import Arguments, takes, takes_recipe
+from launcher.command_line.compose import compose
+from launcher.command_line.console import guarded
+from launcher.command_line.multirun import recipes_of_sweep
+from launcher.command_line.typed import command
 from launcher.slurm import client
 from launcher.slurm.job import Job, Point, job_of
 from launcher.slurm.script import render
@@ -40,55 +39,49 @@ from parallel.errors import ClusterError, DoesNotFitError, RecipeError
 from parallel.units import show_bytes
 
 
-class OneRun(BaseModel):
-    """Keys of status, logs and cancel."""
+class SubmitArguments(Arguments):
+    """Keys of the command."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    dry_run: bool | Literal["test"] = Field(False, description="print the script; test: let SLURM judge it")
+    chain: int = Field(1, ge=1, le=100, description="jobs to submit, each for when the one before has ended")
+
+
+class OneRun(Arguments):
+    """Keys of status and cancel."""
 
     run: Path = Field(description="run directory")
+
+
+class OneLog(OneRun):
+    """Keys of logs."""
+
     lines: PositiveInt = Field(20, description="of each log")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Submit, or do what a sub-command says; return the exit code."""
-    arguments = list(arguments)
-    if {"--help", "-h"} & set(arguments):
-        print(help_text(__doc__))
-        return 0
-    if arguments and arguments[0] in ("status", "logs", "cancel"):
-        return look_after(arguments[0], parse_arguments(OneRun, arguments[1:]))
-    own, overrides = _own_keys(arguments)
-    chain, dry_run = _chain(own.get("chain", "1")), own.get("dry_run", "false")
-    if dry_run not in ("true", "false", "test"):
-        raise RecipeError(f"dry_run = {dry_run} is not known; write dry_run=true, dry_run=test or dry_run=false")
+    if arguments and arguments[0] in LOOK_AFTER:
+        return LOOK_AFTER[arguments[0]](arguments[1:])
+    return submit(arguments)
+
+
+@takes_recipe(SubmitArguments, __doc__)
+def submit(given: SubmitArguments, overrides: list[str]) -> int:
+    """Check, plan, write the script and submit it; return the exit code."""
     recipes = _recipes(overrides)
-    if len(recipes) > 1 and chain > 1:
-        raise ClusterError(f"chain = {chain} with --multirun is not offered: every point requeues itself; drop chain")
-    jobs = [_job(recipe, words, chain > 1) for recipe, words in recipes]  # every point is checked
-    job = _job(recipes[0][0], recipes[0][1], chain > 1, [point for one in jobs for point in one.points])
+    chained = given.chain > 1
+    if len(recipes) > 1 and chained:
+        raise ClusterError(
+            f"chain = {given.chain} with --multirun is not offered: every point requeues itself; drop chain"
+        )
+    jobs = [_job(recipe, words, chained) for recipe, words in recipes]  # every point is checked
+    job = _job(recipes[0][0], recipes[0][1], chained, [point for one in jobs for point in one.points])
     plan(job)
     text = render(job)
-    if dry_run == "true":
+    if given.dry_run is True:
         print(text, end="")
         return 0
-    return send(job, text, chain, test_only=dry_run == "test")
-
-
-def _own_keys(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    own, overrides = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in ("dry_run", "chain"):
-            own[key] = value
-        else:
-            overrides.append(argument)
-    return own, overrides
-
-
-def _chain(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 100:
-        raise ClusterError(f"chain = {text} is not a number of jobs from 1 to 100; write chain=5")
-    return int(text)
+    return send(job, text, given.chain, test_only=given.dry_run == "test")
 
 
 def _recipes(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
@@ -111,7 +104,7 @@ def plan(job: Job) -> None:
     asked = job.recipe.cluster.nodes
     why = "" if asked else " (the least its layout needs; cluster.nodes= asks for more)"
     print(f"{job.nodes} nodes x {job.ranks_per_node} ranks{why}", file=sys.stderr)
-    if not job.recipe.cluster.memory:
+    if not (limit := job.recipe.cluster.memory):
         print("not planned: cluster.memory is not known (docs/planning.md)", file=sys.stderr)
         return
     made = make_plan(job.recipe, job.nodes * job.ranks_per_node, measure=estimate_stages)
@@ -119,10 +112,10 @@ def plan(job: Job) -> None:
     if not made.fits:
         raise DoesNotFitError(
             f"pipeline rank {most.pipeline_rank} would hold {show_bytes(most.total_bytes)} of "
-            f"{show_bytes(most.limit_bytes)}; `launcher/plan.py` with the same keys tells what would help, "
+            f"{show_bytes(limit)}; `launcher/plan.py` with the same keys tells what would help, "
             "cluster.memory=0 submits without asking"
         )
-    told = f"fits by formulae: at most {show_bytes(most.total_bytes)} of {show_bytes(most.limit_bytes)}"
+    told = f"fits by formulae: at most {show_bytes(most.total_bytes)} of {show_bytes(limit)}"
     told += f"; {made.step.seconds:.1f} s a step as planned" if made.step else ""
     print(told, file=sys.stderr)
 
@@ -156,26 +149,39 @@ def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
         for point in job.points:
             note_job(point.directory, before, dependency)
         print(f"submitted job {before}" + (f" ({number + 1} of {chain})" if chain > 1 else ""))
-    watch = f"{typed.program('python')} {typed.script('launcher/submit.py')} status run={job.points[0].directory}"
-    print(f"script  {script}\nwatch   {watch}")
+    print(f"script  {script}\nwatch   {command('submit')} status run={job.points[0].directory}")
     return 0
 
 
-def look_after(what: str, asked: OneRun) -> int:
-    """Show or cancel the jobs of a run; return the exit code."""
+@takes(OneRun, __doc__)
+def status(asked: OneRun) -> int:
+    """Show the jobs of a run; return the exit code."""
+    print(status_text(asked.run.absolute()))
+    return 0
+
+
+@takes(OneLog, __doc__)
+def logs(asked: OneLog) -> int:
+    """Show the jobs of a run and the tail of every node's log; return the exit code."""
     run = asked.run.absolute()
-    if what == "status":
-        print(status_text(run))
-    elif what == "logs":
-        print(f"{status_text(run)}\n\n{log_text(run, asked.lines)}")
-    else:
-        jobs_of(run)
-        if not (active := active_jobs(run)):
-            print("no job of this run waits or runs")
-            return 0
-        client.cancel(active)
-        print(f"cancelled {', '.join(active)}\n{status_text(run)}")
+    print(f"{status_text(run)}\n\n{log_text(run, asked.lines)}")
     return 0
+
+
+@takes(OneRun, __doc__)
+def cancel(asked: OneRun) -> int:
+    """End the jobs of a run; return the exit code."""
+    run = asked.run.absolute()
+    jobs_of(run)
+    if not (active := active_jobs(run)):
+        print("no job of this run waits or runs")
+        return 0
+    client.cancel(active)
+    print(f"cancelled {', '.join(active)}\n{status_text(run)}")
+    return 0
+
+
+LOOK_AFTER = {"status": status, "logs": logs, "cancel": cancel}
 
 
 if __name__ == "__main__":

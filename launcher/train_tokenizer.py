@@ -9,21 +9,20 @@ line breaks and digits in threes are those of DeepSeek-V3's published tokenizer;
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+from pydantic import BeforeValidator, Field, PositiveInt
 
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
-
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import ProgressLine, guarded
+from dsv3_megatron.data.prepare.documents import BLOCK_BYTES, blocks, files_of, texts
+from dsv3_megatron.data.tokenizer import Tokenizer
+from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import DataError
 from parallel.units import parse_count
 
 
-class Arguments(BaseModel):
+class TokenizerArguments(Arguments):
     """What the command takes."""
 
     input: str = Field(description="files and folders, separated by commas")
@@ -37,13 +36,9 @@ class Arguments(BaseModel):
     )
 
 
-def main(arguments: Sequence[str]) -> int:
+@takes(TokenizerArguments, __doc__)
+def main(given: TokenizerArguments) -> int:
     """Train the tokenizer; return the exit code."""
-    if {"--help", "-h"} & set(arguments):
-        print(arguments_help(__doc__, Arguments))
-        return 0
-    given = parse_arguments(Arguments, arguments)
-    from dsv3_megatron.data.tokenizer import Tokenizer
 
     inputs = [part.strip() for part in given.input.split(",") if part.strip()]
     found = {"documents": 0, "characters": 0, "bad": 0}
@@ -61,7 +56,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def _sample(inputs: list[str], field: str, limit: int, found: dict[str, int]) -> Iterator[str]:
     """Yield documents of all inputs, whole blocks of them evenly spread, until ``limit`` characters."""
-    from dsv3_megatron.data.prepare.documents import BLOCK_BYTES, blocks, files_of, texts
 
     files = [path for name in inputs for path in files_of(name)[0]]
     total = sum(path.stat().st_size for path in files)

@@ -103,6 +103,7 @@ def _union_group(layout: Layout, name: str) -> dist.ProcessGroup:
     for members in unions:
         group = dist.new_group(members)
         mine = group if dist.get_rank() in members else mine
+    assert mine is not None, f"no group {name} holds rank {dist.get_rank()}"
     return mine
 
 

@@ -17,7 +17,7 @@ from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import StepResult, StepValues, train_step
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 

@@ -15,7 +15,7 @@ from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
-from launcher.compose import resolved_yaml
+from launcher.command_line.compose import resolved_yaml
 from parallel.errors import CheckpointError
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

@@ -34,8 +34,8 @@ from dsv3_megatron.train.callbacks.saving import Saving
 from dsv3_megatron.train.run import prepare_trainer, watchdog_of
 from dsv3_megatron.train.step import StepResult, evaluate_batches
 from dsv3_megatron.train.trainer import Callback, Trainer
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.live_memory import LiveMemory
 from parallel.world import World

@@ -33,8 +33,9 @@ from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.record import Record, table
 from benchmarks.gpu_check.registry import CHECKS, Check
 from benchmarks.gpu_check.runner import Runner
-from launcher.arguments import arguments_help, parse_arguments
-from launcher.console import guarded
+from launcher.command_line.arguments import parse_arguments
+from launcher.command_line.console import guarded
+from launcher.command_line.help import command_help
 from parallel.errors import RecipeError
 
 PATIENCE = 5.0  # of a rehearsal, whose machine does other work too: limits are a GPU's
@@ -81,7 +82,7 @@ def visit_of(arguments: Arguments, scratch: Path) -> Visit | None:
 def main(words: Sequence[str]) -> int:
     """Check, print, write; return the exit code."""
     if {"--help", "-h"} & set(words):
-        print(arguments_help(__doc__, Arguments))
+        print(command_help(__doc__, Arguments))
         return 0
     arguments = parse_arguments(Arguments, words)
     checks = chosen(arguments.only)

@@ -26,7 +26,7 @@ def recipe_of(visit: Visit, *more: str) -> tuple[str, ...]:
 
 def plan(visit: Visit) -> Outcomes:
     """What the planner counts for each of our rows, by the real modules on fake tensors: a process without a GPU."""
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     found = {}
     for backend, precision in MEASURED:
@@ -66,7 +66,7 @@ def memory_beside_plan(recipe: tuple[str, ...], counted: dict[str, int] | None, 
 
     The context is in neither: no allocator counts it. ``reserved`` less the peak is fragmentation.
     """
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     how = "plan" if counted else "plan by formulae"
     counted = counted or _counted(plan_of(compose(list(recipe))).tightest)
@@ -94,7 +94,7 @@ def plain(visit: Visit, precision: str) -> Outcomes:
     import torch
 
     from benchmarks.plain_megatron import megatron
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     recipe = recipe_of(visit, "backend=te", f"precision={precision}")
     step = megatron(compose(list(recipe)), visit.device)

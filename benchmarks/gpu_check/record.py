@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.outcome import Row, Visit
-from dsv3_megatron.run.directory import write_atomically
+from dsv3_megatron.run.files import write_atomically
 
 TITLE_OF_STAND_IN = "REHEARSAL ON A CPU: stand-ins play the GPU, and nothing below was measured on one"
 

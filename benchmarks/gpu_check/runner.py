@@ -6,7 +6,6 @@ machine, ``workers`` at a time.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -23,6 +22,7 @@ from benchmarks.gpu_check import child
 from benchmarks.gpu_check.outcome import Outcome, Row, Visit
 from benchmarks.gpu_check.registry import Check
 from benchmarks.gpu_table import reason
+from dsv3_megatron.run.files import read_json_lines
 
 # A check is not started with less than this share of its limit left: it would most likely be cut off.
 LEAST = 0.4
@@ -189,11 +189,7 @@ def _how_it_ended(one: _Running) -> Outcome | None:
 
 def _outcomes(path: Path) -> list[Outcome]:
     """Return the outcomes that a process wrote; a kill may have torn the last."""
-    found = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            found.append(Outcome(**json.loads(line)))
-    return found
+    return [Outcome(**line) for line in read_json_lines(path)]
 
 
 def _place(log: str) -> str | None:

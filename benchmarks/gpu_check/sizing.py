@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.recipe import Recipe
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import DoesNotFitError
 
 RECIPE = "dsv3_one_gpu"

@@ -49,7 +49,7 @@ def prepare(visit: Visit, recipe: tuple[str, ...]) -> Any:
     imported."""
     from dsv3_megatron.megatron.host import adapt_host
     from dsv3_megatron.precision.transformer_engine import prepare_environment
-    from launcher.compose import compose
+    from launcher.command_line.compose import compose
 
     made = compose(list(recipe))
     prepare_environment(made.precision)
@@ -122,7 +122,7 @@ class Observed:
 
 def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watched: Any) -> Observed:
     """Run the trainer as launcher/pretrain.py does, saves and evaluations included; return what was seen of it."""
-    from launcher.compose import resolved_yaml
+    from launcher.command_line.compose import resolved_yaml
     from parallel.world import World
 
     recipe = prepare(visit, (*recipe_words, f"run.directory={directory}", f"run.device={visit.device}"))

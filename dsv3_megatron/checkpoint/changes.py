@@ -15,7 +15,9 @@ FIXED = "model"  # the shape of the tensors that were saved
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return a stored recipe as plain values."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+    recipe = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(recipe, dict), f"{path} holds no sections"
+    return {str(name): section for name, section in recipe.items()}
 
 
 def changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -48,11 +48,11 @@ def choose_checkpoint(run: str | Path, step: int | None) -> Chosen:
             raise CheckpointError(f"step = {step}: {path} does not exist; there are: {there}")
         read_manifest(path)
         return Chosen(path)
-    path, wrong = newest_valid(folder)
-    if path is None:
+    newest, wrong = newest_valid(folder)
+    if newest is None:
         none = f"{folder} holds no checkpoint; train first, or name another run directory"
         raise CheckpointError(wrong[0].removeprefix("checkpoint: ") if wrong else none)
-    return Chosen(path, tuple(wrong))
+    return Chosen(newest, tuple(wrong))
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,9 @@ def _misfit(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> str:
     if missing := sorted(wanted.keys() - stored.keys()):
         return f"it holds no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
     for key, shape in wanted.items():
-        if tuple(stored[key].size) != shape:
-            return f"{key} has shape {tuple(stored[key].size)}, not {shape}"
+        size = getattr(stored[key], "size", ())  # bytes have none
+        if tuple(size) != shape:
+            return f"{key} has shape {tuple(size)}, not {shape}"
     return ""
 
 

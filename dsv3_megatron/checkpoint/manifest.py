@@ -30,7 +30,7 @@ def folder_name(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     """Return the step in a checkpoint's folder name."""
-    return int(_NAME.fullmatch(folder.name)[1])
+    return int(folder.name.removeprefix("step_"))
 
 
 def checksum(path: Path) -> str:

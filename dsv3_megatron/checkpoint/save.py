@@ -95,6 +95,16 @@ class _Save:
     started: float = 0.0
     stall_seconds: float = 0.0
 
+    @property
+    def result(self) -> Any:
+        """What the work of this phase came to; None where this rank has none."""
+        return self.task.result if self.task else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed; None where it did not, or this rank has none."""
+        return self.task.failure if self.task else None
+
 
 class Saver:
     """Saves a run's checkpoints. Every method but the properties is called by all ranks together."""
@@ -170,7 +180,7 @@ class Saver:
         return Flags(
             writing=int(alive and phase == "writing"),
             committing=int(alive and phase == "committing"),
-            failed=int(not alive and self._save.task.failure is not None),
+            failed=int(not alive and self._save.failure is not None),
         )
 
     def advance(self, agreed: Flags, step: int) -> None:
@@ -180,22 +190,22 @@ class Saver:
         if save is None or agreed.writing or agreed.committing:
             return
         if save.phase == "writing":
-            shares: list[Any] | None = [None] * dist.get_world_size() if self._is_first else None
-            dist.gather_object((save.task.result, save.task.failure), shares)
+            shares: list[Any] = [None] * dist.get_world_size() if self._is_first else []
+            dist.gather_object((save.result, save.failure), shares if self._is_first else None)
             if agreed.failed:
-                self._fail(step, next((why for _, why in shares or () if why), ""))
+                self._fail(save, step, next((why for _, why in shares if why), ""))
                 return
             save.phase, save.task = "committing", None
             if self._is_first:
                 save.task = _Task(lambda: self._commit(save, [share for share, _ in shares]))
             return
         if agreed.failed:
-            self._fail(step, save.task.failure if save.task else "")
+            self._fail(save, step, save.failure or "")
             return
         self.saved_step, self._save = save.step, None
         self._failures, self._retry_at = 0, None
         if self._is_first:
-            files = save.task.result
+            files = save.result
             self._tell(
                 "saved",
                 {
@@ -218,7 +228,7 @@ class Saver:
         state = whole_state(self._parts, loading=False, extra=tuple(self._parts.extra_states))
         plan = plan_write(state, copy=copy)
         random = gather_random_states(self._parts.layout, self._parts.device)
-        files = {RECIPE: self._recipe.encode(), RANDOM: random} if self._is_first else {}
+        files = {RECIPE: self._recipe.encode(), RANDOM: random} if random is not None else {}
         task = _Task(lambda: write_share(plan, partial))
         self._save = _Save(step, partial, plan, files, dict(progress), task, started=start)
         self._save.stall_seconds = time.perf_counter() - start
@@ -258,8 +268,8 @@ class Saver:
         for left in self.folder.glob(".step_*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def _fail(self, step: int, reason: str) -> None:
-        save, self._save = self._save, None
+    def _fail(self, save: _Save, step: int, reason: str) -> None:
+        self._save = None
         self._failures += 1
         self._retry_at = step + 2 ** min(self._failures - 1, 10)
         if not self._is_first:

@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -148,10 +148,11 @@ def write_share(plan: Plan, folder: Path) -> Written:
     if plan.file_name is None:
         return written
     file, transforms = ChecksummingFile(folder / plan.file_name), _StorageWriterTransforms()
+    stream = cast(io.IOBase, file)  # as much of one as torch asks for
     try:
         for item, data in plan.items:
             written.results.append(
-                _write_item(transforms, file, data, item, plan.file_name, SerializationFormat.TORCH_SAVE)
+                _write_item(transforms, stream, data, item, plan.file_name, SerializationFormat.TORCH_SAVE)
             )
         written.files[plan.file_name] = file.finish()
     except BaseException:

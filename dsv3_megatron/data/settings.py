@@ -14,7 +14,9 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: Literal["stdlib", "indexed", "synthetic", "recall"] = "stdlib"
+    source: Literal["stdlib", "indexed", "synthetic", "recall"] = Field(
+        "stdlib", description="stdlib: Python's own source text; indexed: token shards; the others are made from a seed"
+    )
     sequence_length: PositiveInt = Field(4096, description="tokens of one sequence")
     path: str | None = Field(None, description="folder of token shards, for data=indexed (launcher/prepare_data.py)")
     cache: str = Field(".cache/dsv3", description="where prepared token arrays, tokenizers and packings are kept")

@@ -130,7 +130,10 @@ class Tokenizer:
         for lone in _LONE.finditer(text):
             ids += self._engine.encode(text[start : lone.start()], add_special_tokens=False).ids
             byte = ord(lone[0]) - 0xDC00
-            ids.append(self._engine.token_to_id(_BYTE_TO_MARK[byte] if self._is_byte_level else f"<0x{byte:02X}>"))
+            mark = _BYTE_TO_MARK[byte] if self._is_byte_level else f"<0x{byte:02X}>"
+            token = self._engine.token_to_id(mark)
+            assert token is not None, f"the tokenizer has no token {mark}"  # checked when it was loaded
+            ids.append(token)
             start = lone.end()
         ids += self._engine.encode(text[start:], add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.int32)

@@ -70,7 +70,7 @@ def nonfinite_gradients(parameters: dict[str, torch.nn.Parameter], most: int = 3
     """Return, on every rank, names of parameters whose gradient is not finite, of all ranks, ``most`` at most."""
     gradients = {name: getattr(p, "main_grad", None) for name, p in parameters.items()}
     mine = [name for name, grad in gradients.items() if grad is not None and not torch.isfinite(grad).all()]
-    found: list[list[str] | None] = [None] * dist.get_world_size()
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, mine[:most])
     return list(dict.fromkeys(name for names in found for name in names))[:most]
 

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 WARNING = signal.SIGUSR1  # SLURM's, before the time limit or a preemption
 # Ctrl-C, a scheduler's end, a closed terminal, the warning
@@ -22,7 +23,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._noted = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}  # what signal.signal returned
 
     @property
     def wanted(self) -> bool:

@@ -26,6 +26,10 @@ class Slowest:
     ratio: float
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
 class WorkClock:
     """Sums the seconds of this rank's attention blocks in training, forward; per block, as stages hold different
     numbers.
@@ -53,7 +57,7 @@ class WorkClock:
             return
         while self._ahead and self._ahead[0][1].query():
             self._read()
-        pair = self._idle.pop() if self._idle else tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair = self._idle.pop() if self._idle else (_event(), _event())
         pair[0].record()
         self._open = pair
 
@@ -64,6 +68,7 @@ class WorkClock:
             self._seconds += time.perf_counter() - self._started
             self._calls += 1
             return
+        assert self._open is not None, "a block ends that never began"
         self._open[1].record()
         self._ahead.append(self._open)
         self._open = None

@@ -64,7 +64,8 @@ def speculate_tokens(
     Once the text is longer than ``window`` its oldest tokens are dropped one by one, and no two tokens are predicted
     from the same context: from there on nothing is drafted.
     """
-    module, tokens, drafts, left = parts.whole_model, list(prompt), [], count
+    drafts: list[int] = []
+    module, tokens, left = parts.whole_model, list(prompt), count
     module.eval()
     depths = len(module.mtp.layers) if module.mtp_process else 0
     while left > 0:

@@ -67,7 +67,7 @@ def trained_model(
         if weights == "ema" and (parts.ema is None or "ema" not in found.extra):
             raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")
         load_checkpoint(found, parts, training=False, extra=(*extra, "ema") if weights == "ema" else extra)
-        if weights == "ema":
+        if weights == "ema" and parts.ema is not None:
             parts.ema.copy_into_weights()
         yield TrainedModel(parts, data, path, found.progress, tuple(notes))
 

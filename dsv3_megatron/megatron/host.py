@@ -38,13 +38,13 @@ def choose_device(wanted: str, world: World) -> torch.device:
     if wanted == "cuda" and not gpu_present():
         raise LayoutError("run.device = cuda, but torch finds no GPU here; set run.device=cpu")
     if wanted == "auto":
-        wanted = _state["chosen"] or ("cuda" if gpu_present() else "cpu")
+        wanted = str(_state["chosen"] or ("cuda" if gpu_present() else "cpu"))
     if wanted == "cuda" and world.local_rank >= (count := torch.cuda.device_count()):
         raise LayoutError(
             f"LOCAL_RANK = {world.local_rank}, but torch sees {count} {'GPU' if count == 1 else 'GPUs'} on this node; "
             f"start at most {count} {'process' if count == 1 else 'processes'} here, or set run.device=cpu"
         )
-    adapt_host(wanted)
+    adapt_host("cuda" if wanted == "cuda" else "cpu")
     return torch.device("cuda", world.local_rank) if wanted == "cuda" else CPU
 
 

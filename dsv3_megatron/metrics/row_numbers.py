@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv3_megatron.run.directory import write_atomically
+from dsv3_megatron.run.files import write_atomically
 
 _BLOCK = 100  # rows between two writes; as many numbers at most stay unused when a run is killed
 

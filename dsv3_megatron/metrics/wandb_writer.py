@@ -37,7 +37,7 @@ class WandbRun:
             ) from None
         self._wandb, self._directory, self._name = wandb, RunDirectory(recipe.run.directory), recipe.run.name
         logging = recipe.logging
-        options = {
+        options: dict[str, Any] = {
             "id": run_id(self._directory.path),
             "resume": "allow",  # a requeued job goes on with the same curves
             "project": logging.wandb_project,
@@ -65,7 +65,7 @@ class WandbRun:
             self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("*", step_metric=NAMES["tokens"])
         self._rows = RowNumbers(self._directory.path / "wandb_rows")
-        self._place = {NAMES["step"]: first_step, NAMES["tokens"]: tokens}
+        self._place: dict[str, float] = {NAMES["step"]: first_step, NAMES["tokens"]: tokens}
 
     def write(self, metrics: StepMetrics) -> None:
         """Log one step."""

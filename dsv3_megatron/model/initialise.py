@@ -85,7 +85,7 @@ def _draw(
     if dim is not None:
         shape[dim] *= size
     whole = _whole(shape, key, std=std, seed=seed, device=share.device)
-    if size == 1:
+    if dim is None or size == 1:
         mine = whole
     elif gated:  # gate and up are each sharded: a rank holds [gate share; up share]
         mine = torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)

@@ -14,13 +14,19 @@ class RopeScaling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    type: Literal["yarn"] = "yarn"
-    factor: PositiveFloat = 40.0
-    original_max_position_embeddings: PositiveInt = 4096
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    type: Literal["yarn"] = Field("yarn", description="the method")
+    factor: PositiveFloat = Field(40.0, description="positions after the extension, in those before it")
+    original_max_position_embeddings: PositiveInt = Field(4096, description="positions before the extension")
+    beta_fast: PositiveFloat = Field(
+        32.0, description="turns over the original positions from which on a dimension is left as it is"
+    )
+    beta_slow: PositiveFloat = Field(
+        1.0, description="turns up to which a dimension is stretched by the whole factor; between the two in part"
+    )
+    mscale: float = Field(
+        1.0, description="weight of log(factor) in the scale of cosine and sine, over mscale_all_dim's"
+    )
+    mscale_all_dim: float = Field(1.0, description="weight of log(factor) in the scale of attention's logits")
 
 
 class ModelSettings(BaseModel):
@@ -29,38 +35,38 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     vocab_size: PositiveInt = Field(129280, description="rows of embedding and output head")
-    hidden_size: PositiveInt = 7168
+    hidden_size: PositiveInt = Field(7168, description="width of the residual stream")
     intermediate_size: PositiveInt = Field(18432, description="width of the dense feed-forward layers")
     moe_intermediate_size: PositiveInt = Field(2048, description="width of one expert")
-    num_hidden_layers: PositiveInt = 61
+    num_hidden_layers: PositiveInt = Field(61, description="decoder layers, MTP modules not counted")
     first_k_dense_replace: NonNegativeInt = Field(3, description="leading layers that are dense instead of MoE")
-    num_attention_heads: PositiveInt = 128
+    num_attention_heads: PositiveInt = Field(128, description="heads of multi-head latent attention (MLA)")
     q_lora_rank: PositiveInt | None = Field(1536, description="width of the query latent; null = full-rank queries")
-    kv_lora_rank: PositiveInt = 512
-    qk_nope_head_dim: PositiveInt = 128
-    qk_rope_head_dim: PositiveInt = 64
-    v_head_dim: PositiveInt = 128
-    n_routed_experts: PositiveInt = 256
-    n_shared_experts: NonNegativeInt = 1
+    kv_lora_rank: PositiveInt = Field(512, description="width of the latent that keys and values are made of")
+    qk_nope_head_dim: PositiveInt = Field(128, description="width of a head's query and key without position")
+    qk_rope_head_dim: PositiveInt = Field(64, description="width of a head's query and key that RoPE turns")
+    v_head_dim: PositiveInt = Field(128, description="width of a head's value")
+    n_routed_experts: PositiveInt = Field(256, description="experts of a MoE layer that the router chooses from")
+    n_shared_experts: NonNegativeInt = Field(1, description="experts of a MoE layer that every token goes through")
     num_experts_per_tok: PositiveInt = Field(8, description="routed experts a token is sent to (top-k)")
     n_group: PositiveInt = Field(8, description="groups the routed experts are divided into (nodes, in training)")
     topk_group: PositiveInt = Field(4, description="groups a token may be sent to")
-    routed_scaling_factor: PositiveFloat = 2.5
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    routed_scaling_factor: PositiveFloat = Field(2.5, description="what the routed experts' output is multiplied by")
+    scoring_func: Literal["sigmoid", "softmax"] = Field("sigmoid", description="affinity of a token to an expert")
     topk_method: Literal["noaux_tc", "capacity"] = Field(
         "noaux_tc", description="noaux_tc = top-k of affinity + bias; capacity = overflow to the next best with room"
     )
     capacity_factor: PositiveFloat = Field(
         1.25, description="topk_method=capacity: tokens an expert takes of a microbatch, in even shares"
     )
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool = Field(True, description="weights of the chosen experts add up to 1, before the scaling")
     num_nextn_predict_layers: NonNegativeInt = Field(1, description="multi-token-prediction depths (MTP)")
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
-    max_position_embeddings: PositiveInt = 4096
+    rms_norm_eps: PositiveFloat = Field(1e-6, description="what RMSNorm adds to the mean square")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of RoPE's wavelengths")
+    rope_scaling: RopeScaling | None = Field(None, description="YaRN context extension; null = plain RoPE, as in 4K")
+    max_position_embeddings: PositiveInt = Field(4096, description="positions the model is made for")
     initializer_range: NonNegativeFloat = Field(0.006, description="standard deviation at initialisation (4.2)")
-    tie_word_embeddings: Literal[False] = False
+    tie_word_embeddings: Literal[False] = Field(False, description="one matrix for embedding and head; not offered")
 
     @property
     def num_moe_layers(self) -> int:

@@ -14,7 +14,7 @@ def settle_te_layers(chunk: torch.nn.Module) -> None:
             # A product adds its float32 sum to ``main_grad``. Otherwise every microbatch's gradient is rounded to BF16
             # first, and a grouped layer that owes weight gradients keeps a BF16 buffer of all its weights for each
             # microbatch. megatron-core's field for it would have the output head ask for Apex as well.
-            layer.fuse_wgrad_accumulation = True
+            layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]  # TE's own field
     for name, weight in chunk.named_parameters():
         # The norm counts a weight of every TP rank where it is marked as sharded, else of the first one. TE marks all
         # weights of its linear layers (linear.py, reset_parameters), also those that every TP rank holds whole, and

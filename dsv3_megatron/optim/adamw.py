@@ -72,7 +72,7 @@ class FusedAdam(torch.optim.Optimizer):
                 self.state[param][name] = value.detach().to(device=param.device, dtype=dtype, copy=True)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -148,7 +148,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 def _portions(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the parameters in their order, ``_TOGETHER`` numbers at a time; a larger one alone."""
-    portion, size = [], 0
+    portion: list[Tensor] = []
+    size = 0
     for param in params:
         if portion and size + param.numel() > _TOGETHER:
             yield portion

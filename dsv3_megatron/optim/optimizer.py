@@ -45,7 +45,7 @@ def build_optimizer(
         clip_grad=optim.clip,
     )
     held = precision.fp8 is not None and precision.fp8.hold_weights
-    if held:
+    if precision.fp8 is not None and precision.fp8.hold_weights:
         config.fp8_recipe = recipe_name(precision.fp8)
     if precision.moments == "bf16":
         # Set after construction: the constructor demands TE for what our AdamW does too (megatron-core 0.16.1).

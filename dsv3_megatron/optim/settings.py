@@ -19,7 +19,7 @@ class Phase(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     until: str | int | float = Field(description="end of the phase: tokens ('10T') or steps ('2000 steps')")
-    shape: Literal["linear", "cosine", "constant"] = "constant"
+    shape: Literal["linear", "cosine", "constant"] = Field("constant", description="how the value moves")
     to: NonNegativeFloat | None = Field(None, description="value at the end of a linear or cosine phase")
     at: NonNegativeFloat | None = Field(None, description="value at the start, where it is not the last phase's end")
 
@@ -56,12 +56,14 @@ class OptimSettings(BaseModel):
     micro_batch: PositiveInt = Field(1, description="sequences of one microbatch on one data-parallel rank")
     global_batch: BatchCurve = Field(16, description="sequences of one optimizer step")
     batch_multiple: PositiveInt = Field(1, description="a ramping global batch is rounded down to a multiple of this")
-    learning_rate: Curve = 2.2e-4
-    weight_decay: NonNegativeFloat = 0.1
+    learning_rate: Curve = Field(2.2e-4, description="learning rate of AdamW")
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="decoupled decay of weights a step, times the learning rate"
+    )
     betas: tuple[
         Annotated[float, Field(ge=0, lt=1)],
         Annotated[float, Field(ge=0, lt=1)],
-    ] = (0.9, 0.95)
+    ] = Field((0.9, 0.95), description="how much of the first and the second moment a step keeps")
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(

@@ -78,9 +78,21 @@ class Plan:
         return self.sequences * self.recipe.data.sequence_length
 
     @property
+    def priced_step(self) -> StepTime:
+        """The step's time, where the cluster's facts price it; only then may it be asked for."""
+        assert self.step is not None, f"cluster={self.recipe.cluster.name} prices no step"
+        return self.step
+
+    @property
+    def priced_model(self) -> StepModel:
+        """What the step's time was made of; as :attr:`priced_step`."""
+        assert self.model is not None, f"cluster={self.recipe.cluster.name} prices no step"
+        return self.model
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the whole cluster."""
-        return self.tokens / self.step.seconds
+        return self.tokens / self.priced_step.seconds
 
     def tflops_per_device(self, *, causal: bool) -> float:
         """Return 10^12 operations a second and GPU, in the convention of arXiv 2505.09343: neither MTP nor the gate,
@@ -105,16 +117,16 @@ class Plan:
     def budget_tokens(self) -> int:
         """Tokens of the whole run."""
         run = self.recipe.run
-        return run.tokens if run.tokens is not None else run.steps * self.tokens
+        return run.tokens if run.tokens is not None else (run.steps or 0) * self.tokens  # a recipe has one of the two
 
     def traffic(self) -> dict[str, Moved]:
         """Return what one GPU sends in a step, by what for, on the pipeline rank with the most MoE layers."""
-        traffic, many = self.model.traffic, self.schedule.microbatches
+        traffic, many = self.priced_model.traffic, self.schedule.microbatches
         place = self.schedule.placement
         mirrored = place.mirrored
         # A rank runs its stages for all microbatches that come by: under DualPipe half of them for each.
         share = 0.5 if mirrored else 1.0
-        by_rank = [[self.model.contents(s) for s in place.stages_of(rank)] for rank in range(place.ranks)]
+        by_rank = [[self.priced_model.contents(s) for s in place.stages_of(rank)] for rank in range(place.ranks)]
         contents = max(by_rank, key=lambda stages: sum(c.get("moe", 0) for c in stages))
         moe = share * many * sum(c.get("moe", 0) for c in contents)
         dense = share * many * sum(c.get("dense", 0) for c in contents)
@@ -207,7 +219,9 @@ def make_plan(
     schedule = schedule_of(recipe, batch // (recipe.optim.micro_batch * layout.dp))
     schedule = paired(schedule) if overlap else schedule
     if measure is None:
-        from dsv3_megatron.planning.memory.activations import measure_stages as measure  # torch: seconds to import
+        from dsv3_megatron.planning.memory.activations import measure_stages  # torch: seconds to import
+
+        measure = measure_stages
     stages = measure(recipe, layout, layers, schedule)
     place = schedule.placement
     held = [

@@ -137,7 +137,7 @@ def try_layout(task: Task) -> Found | None:
 
 
 def _found(overrides: tuple[str, ...], plan: Plan) -> Found:
-    step = plan.step
+    step = plan.priced_step
     tail = step.tail_seconds + step.optimizer_seconds
     return Found(overrides, step.seconds, step.bubble_seconds, tail, plan.tightest.total_bytes, plan.fits)
 

@@ -47,7 +47,7 @@ def better(one: Plan, other: Plan) -> bool:
         return one.fits
     if not one.fits:
         return one.tightest.total_bytes < other.tightest.total_bytes
-    return one.step.seconds < other.step.seconds * (1 - 1e-6)
+    return one.priced_step.seconds < other.priced_step.seconds * (1 - 1e-6)
 
 
 def _moves(plan: Plan) -> Iterator[Layers]:
@@ -66,7 +66,7 @@ def _load(plan: Plan) -> list[float]:
     place, stages = plan.schedule.placement, range(len(plan.layers))
 
     def worked(stage: int) -> float:
-        work = plan.model.stage(stage)
+        work = plan.priced_model.stage(stage)
         return work.forward.alone + work.input_grad.alone + work.weight_grad.alone
 
     if plan.fits:

@@ -17,7 +17,7 @@ width, E local experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,22 +38,22 @@ class Products(Protocol):
     """How a layer multiplies."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None, *, training: bool
-    ) -> tuple[Tensor, object]:
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
+    ) -> tuple[Tensor, Any]:
         """Return Y [..., O] from X [..., I] and W [(E,) O, I], and what the weight gradient needs of X.
 
         ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is. ``training``: else
         nothing that later products depend on may change.
         """
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, object]:
+    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Any]:
         """Return dX [..., I] from dY [..., O], and what the weight gradient needs of dY."""
 
-    def owed(self, x: object, ends: Tensor | None) -> object:
+    def owed(self, x: Any, ends: Tensor | None) -> Any:
         """Return what the weight gradient needs of X from the backward on, in place of what ``forward`` kept."""
 
     def add_weight_gradient(
-        self, total: Tensor, dy: object, x: object, ends: Tensor | None, rows: Sequence[int] | None
+        self, total: Tensor, dy: Any, x: Any, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
         """Add dW to ``total`` [(E,) O, I], float32, from what ``input_gradient`` and ``owed`` gave.
 
@@ -116,6 +116,7 @@ class Fp8Products:
         rows = x.flatten(0, -2)
         along_channels = self._quantise_rows(rows)
         y = self.fprop(along_channels, weight, ends)
+        saved: Kept | Tensor
         if kept is not None:
             saved = kept
         elif self.input_comes_again and not self._histories:  # a second look at X would count its amax twice

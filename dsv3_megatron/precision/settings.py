@@ -17,10 +17,14 @@ class Fp8Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["e4m3", "hybrid"] = Field("e4m3", description="e4m3 everywhere, or hybrid: E5M2 for gradients")
-    activation_tile: Literal["1x128", "128x128", "tensor"] = "1x128"
-    weight_tile: Literal["128x128", "tensor"] = "128x128"
-    gradient_tile: Literal["1x128", "128x128", "tensor"] = "1x128"
-    power_of_two_scales: bool = True
+    activation_tile: Literal["1x128", "128x128", "tensor"] = Field(
+        "1x128", description="values of activations that share a scale"
+    )
+    weight_tile: Literal["128x128", "tensor"] = Field("128x128", description="values of weights that share a scale")
+    gradient_tile: Literal["1x128", "128x128", "tensor"] = Field(
+        "1x128", description="values of output gradients that share a scale"
+    )
+    power_of_two_scales: bool = Field(True, description="scales are powers of two: scaling itself rounds nothing")
     scaling: Literal["current", "delayed"] = Field(
         "current", description="scale from this tensor's amax, or from the largest of earlier ones (tensor tiles only)"
     )
@@ -73,7 +77,7 @@ class PrecisionSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["fp32", "bf16", "fp8"] = "fp32"
+    name: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="the kind of precision; set by precision=NAME")
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="format of the weights that forward reads")
     moments: Literal["fp32", "bf16"] = Field("fp32", description="format of AdamW's two moments")
     fp8: Fp8Settings | None = Field(None, description="null = linear layers multiply in the parameters' format")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def accumulate(weight: Tensor, add: Callable[[Tensor], None]) -> None:
+def accumulate(weight: Tensor, add: Callable[[Tensor], object]) -> None:
     """Let ``add`` add a weight's gradient where the optimizer looks: to ``main_grad`` under DDP, else to ``grad``.
 
     ``add`` is given a tensor of the weight's shape in float32 (float64 for float64 weights).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from math import log2
+from math import lcm, log2
 
 from dsv3_megatron.preflight.world import check_schedule
 from dsv3_megatron.recipe import Recipe
@@ -16,11 +16,7 @@ def world_of(recipe: Recipe, asked: int | None = None) -> int:
     Raises: LayoutError: the cluster is smaller than the layout, or than what was asked.
     """
     parallel, cluster = recipe.parallel, recipe.cluster
-    dense, experts = parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
-    stage = dense
-    while stage % experts:
-        stage += dense
-    least = parallel.pipeline * stage
+    least = smallest_world(recipe)
     world = asked or cluster.world_size or least
     if cluster.world_size and world > cluster.world_size:
         raise LayoutError(
@@ -37,6 +33,13 @@ def world_of(recipe: Recipe, asked: int | None = None) -> int:
     return world
 
 
+def smallest_world(recipe: Recipe) -> int:
+    """Return the fewest ranks that the recipe's degrees can be laid out on."""
+    parallel = recipe.parallel
+    dense, experts = parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
+    return parallel.pipeline * lcm(dense, experts)
+
+
 def nearest_layout(recipe: Recipe, world: int) -> str | None:
     """Return overrides of the nearest smaller degrees that ``world`` GPUs can have, or None: no halving of the
     recipe's degrees can be. Near is what takes fewest halvings."""
@@ -46,7 +49,7 @@ def nearest_layout(recipe: Recipe, world: int) -> str | None:
         product(*map(_halvings, asked)), key=lambda degrees: sum(log2(a / d) for a, d in zip(asked, degrees))
     )
     for pipeline, expert, tensor in tries:
-        changes = {"pipeline": pipeline, "expert": expert, "tensor": tensor}
+        changes: dict[str, int | str | None] = {"pipeline": pipeline, "expert": expert, "tensor": tensor}
         if pipeline != parallel.pipeline:
             changes["stages"] = None
         if pipeline == 1:

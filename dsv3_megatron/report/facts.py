@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.files import read_json, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -77,32 +77,14 @@ def read_run(path: Path) -> RunFacts:
     """
     run = RunDirectory(path)
     text = run.recipe.read_text()
-    loads = _json_lines(run.expert_load)
+    loads = read_json_lines(run.expert_load)
     return RunFacts(
         recipe=Recipe.model_validate(OmegaConf.to_container(OmegaConf.create(text))),
         recipe_text=text,
-        steps=_json_lines(run.metrics),
-        events=_json_lines(run.events),
+        steps=read_json_lines(run.metrics),
+        events=read_json_lines(run.events),
         loads=loads[-1] if loads else None,
-        environment=_json(path / "environment.json"),
+        environment=read_json(path / "environment.json"),
         schedule_svg=run.schedule.read_text() if run.schedule.exists() else None,
         finished=run.finished.exists(),
     )
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file whose last line may be torn."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsv3_megatron.report.facts import RunFacts, read_run
 from dsv3_megatron.report.panels import PANELS, WIDE
-from dsv3_megatron.run.directory import write_atomically
+from dsv3_megatron.run.files import write_atomically
 from parallel.units import show_count, show_duration
 
 _REFRESH_SECONDS = 60

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.run.files import read_json_lines, write_atomically
 from parallel.errors import RecipeError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "hydra-core", "wandb", "tokenizers", "numpy")
@@ -99,31 +100,24 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the steps written so far."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        return read_json_lines(self.metrics)
 
 
 def environment(world: dict[str, Any]) -> dict[str, Any]:
     """Return versions, git commit, host and world: what one needs to repeat a run."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    # Installed into an environment that lies in a repository of the user's, this is no file of that repository.
+    ours = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
         "python": platform.python_version(),
         "packages": versions,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": _git("rev-parse", "HEAD") if ours else None,
+        "git_changed": bool(ours and _git("status", "--porcelain", "--untracked-files=no")),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "world": world,

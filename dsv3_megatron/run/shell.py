@@ -1,4 +1,4 @@
-"""How a program or script of this environment is typed in the user's shell: printed commands work as pasted."""
+"""How a program of this environment is typed in the user's shell: printed commands work as pasted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def program(name: str) -> str:
@@ -17,11 +15,6 @@ def program(name: str) -> str:
     if found and Path(found).parent.resolve() == folder.resolve():
         return name
     return _short(Path(sys.executable) if name == "python" else folder / name)
-
-
-def script(name: str) -> str:
-    """Return how a script of the repository (``launcher/plan.py``) is named from the current directory."""
-    return _short(_ROOT / name)
 
 
 def _short(path: Path) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3_megatron.preflight.layout import smallest_world
 from dsv3_megatron.preflight.world import check_schedule
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import ClusterError, DoesNotFitError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,3 @@ def job_of(recipe: Recipe, points: Sequence[Point], *, chained: bool, working_di
         if re.search(r"[\x00-\x1f]", str(point.directory)):
             raise ClusterError(f"run.directory = {point.directory!s:.80} holds a control character; name another")
     return Job(recipe, tuple(points), nodes, ranks, python, working_directory, chained)
-
-
-def smallest_world(recipe: Recipe) -> int:
-    """Return the fewest ranks that the recipe's degrees can be laid out on."""
-    parallel = recipe.parallel
-    dense, experts = parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor
-    return parallel.pipeline * math.lcm(dense, experts)

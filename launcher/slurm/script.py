@@ -9,10 +9,18 @@ import shlex
 from pathlib import Path
 
 from dsv3_megatron.health.stop_signals import WARNED_FILE
-from launcher.hydra_flags import quoted
-from launcher.slurm.job import ROOT, Job
+from launcher.command_line.overrides import quoted
+from launcher.command_line.recipe_files import IS_CHECKOUT, ROOT
+from launcher.command_line.typed import as_typed
+from launcher.slurm.job import Job
 
-PRETRAIN = ROOT / "launcher" / "pretrain.py"
+# A checkout is run from its place, in the container too; what is installed is found by the job's interpreter.
+PRETRAIN = shlex.quote(str(ROOT / "launcher" / "pretrain.py")) if IS_CHECKOUT else "-m launcher.pretrain"
+MOUNTS = (f"{ROOT}:{ROOT}",) if IS_CHECKOUT else ()
+_CODE = (
+    "# The checkout that the job was submitted from, whatever its interpreter or container has installed.",
+    f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+)
 
 
 def render(job: Job) -> str:
@@ -80,12 +88,15 @@ def _log_pattern(path: Path) -> str:
     return f"{str(path.parent).replace('%', '%%')}/{path.name}"
 
 
+_WRITTEN = "# Written by launcher/submit.py. `sbatch FILE` submits it by hand; `submit.py status run=...` tells of it."
+
+
 def _what(job: Job) -> list[str]:
     world = job.nodes * job.ranks_per_node
     return [
         f"# {job.recipe.recipe}: {job.nodes} nodes x {job.ranks_per_node} ranks = {world:,} ranks; "
         f"{job.recipe.layout(world).describe()}.",
-        "# Written by launcher/submit.py. `sbatch FILE` submits it by hand; `submit.py status run=...` tells of it.",
+        as_typed(_WRITTEN),
     ]
 
 
@@ -138,6 +149,7 @@ def _environment(job: Job) -> list[str]:
     lines = [
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
+        *(_CODE if IS_CHECKOUT else ()),
         "# A mistake in the recipe is written there, and ends the job for good.",
         'export DSV3_REFUSED_FILE="$run/refused"',
         f'export {WARNED_FILE}="$run/logs/warned-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
@@ -163,20 +175,20 @@ _KEEP_WARNING = f"""
 
 
 def _training(job: Job) -> list[str]:
-    slurm = job.recipe.cluster.slurm
+    slurm, image = job.recipe.cluster.slurm, shlex.quote(str(job.recipe.cluster.slurm.image))
     inside = ["bash", "-c", '"$keep_warning"', "torchrun", '"${train[@]}"']
     container: list[str] = []
-    mounts = list(dict.fromkeys((f"{ROOT}:{ROOT}", f"{job.directory}:{job.directory}", *slurm.mounts)))
+    mounts = list(dict.fromkeys((*MOUNTS, f"{job.directory}:{job.directory}", *slurm.mounts)))
     if slurm.container == "pyxis":
         container = [
-            f"--container-image={shlex.quote(slurm.image)}",
+            f"--container-image={image}",
             f"--container-mounts={shlex.quote(','.join(mounts))}",
             f"--container-workdir={shlex.quote(str(job.working_directory))}",
         ]
     elif slurm.container == "apptainer":
         binds = [f"--bind={shlex.quote(mount)}" for mount in mounts]
         nv = ["--nv"] if job.recipe.cluster.device == "cuda" else []
-        inside[-1:-1] = ["apptainer", "exec", *nv, *binds, shlex.quote(slurm.image)]  # it, too, must not die of USR1
+        inside[-1:-1] = ["apptainer", "exec", *nv, *binds, image]  # it, too, must not die of USR1
     step = [
         "srun",
         "--kill-on-bad-exit=1",  # the first node to fail ends the others in seconds, not after NCCL's timeout
@@ -193,7 +205,7 @@ def _training(job: Job) -> list[str]:
         f'  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} --max-restarts={slurm.restarts}',
         '  --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"',
         '  --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
-        f'  {shlex.quote(str(PRETRAIN))} "${{overrides[@]}}"',
+        f'  {PRETRAIN} "${{overrides[@]}}"',
         ")",
         "# SLURM's warning goes to every process of the step. The agent would die of it, so it ignores it; the ranks",
         "# set a handler of their own: they finish the step, save and leave with 0. A warning that comes before there",

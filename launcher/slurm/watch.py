@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.files import read_json_lines
 from launcher.slurm.client import job_facts
 from parallel.errors import ClusterError
 from parallel.units import show_count, show_duration
@@ -32,7 +33,7 @@ def jobs_of(directory: Path) -> list[dict[str, Any]]:
     """Return the jobs noted, oldest first. Raises ClusterError when none was ever submitted from here."""
     if not jobs_file(directory).is_file():
         raise ClusterError(f"run = {directory} has no jobs.jsonl: no job was submitted for it; see launcher/submit.py")
-    return [json.loads(line) for line in jobs_file(directory).read_text().splitlines() if line.strip()]
+    return read_json_lines(jobs_file(directory))
 
 
 def active_jobs(directory: Path) -> list[str]:

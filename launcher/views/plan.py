@@ -1,91 +1,10 @@
-"""The plan as a table in the terminal, plan.json and, where asked for, an HTML page."""
+"""The plan as a table in the terminal."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from launcher.compose import compose
-from parallel.errors import RecipeError
-from parallel.units import show_bytes, show_count, show_duration
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.plan import Plan
-
-GIB = 2**30
-
-
-def plan_run(overrides: Sequence[str], options: dict[str, str]) -> int:
-    """Print and write the plan of a recipe; return 0, or 3 when it does not fit."""
-    warnings.filterwarnings("ignore")
-    recipe = compose(list(overrides))
-    world = _number(options, "world")
-    from dsv3_megatron.preflight.layout import check_layout, world_of
-
-    if options.get("search") == "true":  # the recipe's own layout need not be possible there
-        from launcher.views.search import search_run
-
-        return search_run(recipe, world or recipe.cluster.world_size or 1, list(overrides), options)
-    world = world_of(recipe, world)
-    check_layout(recipe, world)
-    from dsv3_megatron.planning.plan import make_plan
-
-    overlap = _overlap(options)
-    plan = make_plan(recipe, world, measure=_measure(options), times=_times(options, recipe), overlap=overlap)
-    if overlap:
-        print("assume=overlap: planned as if every backward of the steady phase ran beside a forward")
-    help_wanted = options.get("advice", "true") != "false"
-    print("\n".join(text_of(plan, advise=help_wanted)))
-    write(Path(options.get("output", "plan.json")), json.dumps(plan.as_json(), indent=1) + "\n", "output")
-    if "report" in options:
-        from launcher.views.plan_report import html_of
-
-        write(Path(options["report"]), html_of(plan), "report")
-    return 0 if plan.fits else 3
-
-
-def _measure(options: dict[str, str]) -> object:
-    if options.get("fast") != "true":
-        return None
-    from dsv3_megatron.planning.memory.formulae import estimate_stages
-
-    return estimate_stages
-
-
-def _times(options: dict[str, str], recipe: object) -> object:
-    if "calibrate" not in options:
-        return None
-    from dsv3_megatron.planning.time.calibrate import times_from_file
-
-    return times_from_file(Path(options["calibrate"]), recipe)
-
-
-def _overlap(options: dict[str, str]) -> bool:
-    assumed = options.get("assume")
-    if assumed not in (None, "overlap"):
-        raise RecipeError(f"assume = {assumed} is not known; write assume=overlap or leave it out")
-    return assumed is not None
-
-
-def _number(options: dict[str, str], key: str) -> int | None:
-    if key not in options:
-        return None
-    if not options[key].isdecimal() or int(options[key]) < 1:
-        raise RecipeError(f"{key} = {options[key]} is not a number of 1 or more; write {key}=N")
-    return int(options[key])
-
-
-def write(path: Path, text: str, key: str) -> None:
-    """Write a file. Raises RecipeError naming ``key`` where that cannot be."""
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise RecipeError(
-            f"{key} = {path} cannot be written ({error.strerror}); name a file in a folder that exists"
-        ) from None
+from dsv3_megatron.planning.advice import advice
+from dsv3_megatron.planning.plan import Plan, missing_facts
+from parallel.units import GIB, show_bytes, show_count, show_duration
 
 
 def text_of(plan: Plan, *, advise: bool = True) -> list[str]:
@@ -137,16 +56,12 @@ def _memory(plan: Plan, *, advise: bool) -> list[str]:
         )
     lines.append(f"  {where}; fullest at {tightest.fullest_action}")
     if advise:
-        from dsv3_megatron.planning.advice import advice
-
         lines += [f"  {line}" for line in advice(plan)]
     return [*lines, ""]
 
 
 def _time(plan: Plan) -> list[str]:
     if plan.step is None:
-        from dsv3_megatron.planning.plan import missing_facts
-
         name = plan.recipe.cluster.name
         return [f"time            not priced: cluster={name} gives no {missing_facts(plan.recipe)}"]
     lines = ["sent by one GPU in a step               inside the node   between nodes   seconds if alone"]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
+from dsv3_megatron.planning.memory.ranks import RankMemory
+from dsv3_megatron.planning.plan import Plan
 from launcher.views.plan import text_of
 from parallel.pipeline.drawing import draw_svg
+from parallel.units import GIB
 
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.memory.ranks import RankMemory
-    from dsv3_megatron.planning.plan import Plan
-
-GIB = 2**30
 _PARTS = (
     ("weights", "#1f4e79", lambda r: r.weights_bytes + r.fp8_weights_bytes),
     ("gradients", "#5b9bd5", lambda r: r.gradients_bytes),
@@ -55,9 +52,9 @@ def memory_bars(ranks: list[RankMemory]) -> str:
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#ffffff"/>'
     ]
     for number, (name, colour, _) in enumerate(_PARTS):
-        x = _LEFT + 110 * number
+        left = _LEFT + 110 * number
         parts.append(
-            f'<rect x="{x}" y="8" width="14" height="12" fill="{colour}"/><text x="{x + 19}" y="18">{name}</text>'
+            f'<rect x="{left}" y="8" width="14" height="12" fill="{colour}"/><text x="{left + 19}" y="18">{name}</text>'
         )
     for number, rank in enumerate(ranks):
         y, x = 34 + _ROW * number, float(_LEFT)

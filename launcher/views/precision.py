@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from launcher.compose import compose
-
-if TYPE_CHECKING:
-    from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.precision.on_te import deviations
+from dsv3_megatron.precision.policy import module_class, policy
+from dsv3_megatron.recipe import Recipe
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
+def show_precision(recipe: Recipe, *, as_json: bool) -> str:
     """Return the policy of a recipe and the formats of every parameter's products, as text or JSON."""
     warnings.filterwarnings("ignore")
-    from dsv3_megatron.precision.on_te import deviations
-    from dsv3_megatron.precision.policy import policy
-
-    recipe = compose(list(overrides))
     rows, modules = policy(recipe.precision), formats_as_built(recipe)
     otherwise = deviations(recipe.precision.fp8) if recipe.precision.fp8 and recipe.backend != "torch" else []
-    if options.get("format") == "json":
+    if as_json:
         return json.dumps({"policy": [vars(row) for row in rows], "on_te": otherwise, "modules": modules})
     lines = [f"precision={recipe.precision.name}: which tensor is in which format, tile, scale, rounding", ""]
     widths = [max(len(getattr(row, name)) for row in rows) for name in ("tensor", "format", "tile", "scale")]
@@ -41,13 +35,13 @@ def show_precision(overrides: Sequence[str], options: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
+def formats_as_built(recipe: Recipe) -> list[dict[str, Any]]:
     """Return name, shape, class and format of the products of every parameter, from the modules themselves."""
+    # torch and megatron-core: seconds, which a refused recipe need not wait for
     from dsv3_megatron.planning.whole_model import meta_model
-    from dsv3_megatron.precision.policy import module_class
     from dsv3_megatron.precision.products import Fp8Products
 
-    found = []
+    found: list[dict[str, Any]] = []
     with meta_model(recipe) as model:
         for name, parameter in model.named_parameters():
             owner, kind = model.get_submodule(name.rsplit(".", 1)[0]), module_class(name)
@@ -58,7 +52,7 @@ def formats_as_built(recipe: Recipe) -> list[dict[str, object]]:
     return found
 
 
-def _collapsed(modules: list[dict[str, object]]) -> list[tuple[str, str, str, str]]:
+def _collapsed(modules: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Return (name with * for the layer, layers, shape, products), parameters of equal layers on one line."""
     merged: dict[tuple[str, str, str], list[int]] = {}
     for module in modules:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from launcher.compose import compose
+from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
-from parallel.units import parse_count, show_count
-
-if TYPE_CHECKING:
-    from dsv3_megatron.optim.regime import Regime
-    from dsv3_megatron.recipe import Recipe
+from parallel.units import show_count
 
 COLUMNS = ("learning_rate", "global_batch", "mtp_weight", "bias_speed", "balance_weight")
 _TITLES = {
@@ -26,25 +22,20 @@ _TITLES = {
 _POINTS = 800
 
 
-def show_regime(overrides: Sequence[str], options: dict[str, str]) -> str:
-    """Return the regime of a recipe, or with ``at`` its values after so many tokens; writes the plot as SVG."""
-    from dsv3_megatron.optim.regime import Regime
+def show_regime(recipe: Recipe, *, as_json: bool, at: int | None = None, svg: Path | None = None) -> str:
+    """Return the regime of a recipe, or its values after ``at`` tokens; the text of all of it also writes a plot.
 
-    recipe = compose(list(overrides))
+    ``svg``: where to; None = ``<recipe>_regime.svg``.
+    """
     regime = Regime(recipe.optim, recipe.data.sequence_length)
-    as_json = options.get("format") == "json"
-    if "at" in options:
-        try:
-            tokens = parse_count(options["at"])
-        except ValueError as error:
-            raise RecipeError(f"at = {options['at']}: {error}") from None
-        values = values_at(regime, tokens)
+    if at is not None:
+        values = values_at(regime, at)
         return json.dumps(values) if as_json else "\n".join(f"{name:<16} {value}" for name, value in values.items())
     end = _end(recipe, regime)
     rows = [values_at(regime, tokens) for tokens in moments(regime, end)]
     if as_json:
         return json.dumps({"recipe": recipe.recipe, "tokens": end, "steps": _step(regime, end), "phases": rows})
-    svg = options.get("svg", f"{recipe.recipe}_regime.svg")
+    svg = svg or Path(f"{recipe.recipe}_regime.svg")
     plot(recipe.recipe, regime, end, svg)
     return f"{_table(recipe, regime, rows, end)}\nplot: {svg}"
 
@@ -112,9 +103,9 @@ def _exact(tokens: int) -> str:
     return f"{tokens:,}" if tokens >= 1000 else short
 
 
-def plot(name: str, regime: Regime, end: int, path: str) -> None:
+def plot(name: str, regime: Regime, end: int, path: Path) -> None:
     """Draw every curve over the tokens of the run. Raises RecipeError when the file cannot be written."""
-    import matplotlib
+    import matplotlib  # half a second, which the other forms need not wait for
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

@@ -5,31 +5,30 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from launcher.compose import GROUPS, RECIPES
+from dsv3_megatron.planning.plan import missing_facts
+from dsv3_megatron.planning.search import Found, other_degrees, search_layouts, why_it_wins
+from dsv3_megatron.recipe import Recipe
+from launcher.command_line.output import write_output
+from launcher.command_line.recipe_files import GROUPS, IS_CHECKOUT, RECIPES
+from launcher.command_line.typed import as_typed
 from parallel.errors import DoesNotFitError, RecipeError
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.search import Found
-    from dsv3_megatron.recipe import Recipe
-
-GIB = 2**30
+from parallel.units import GIB
 
 
-def search_run(recipe: Recipe, world: int, overrides: Sequence[str], options: dict[str, str]) -> int:
-    """Search, print the best, write the winner; return 0, or raise what a user can mend."""
-    from dsv3_megatron.planning.plan import missing_facts
-    from dsv3_megatron.planning.search import other_degrees, search_layouts, why_it_wins
+def search_run(recipe: Recipe, world: int | None, overrides: Sequence[str], *, top: int, save: str | None) -> int:
+    """Search, print the best, write the winner; return 0, or raise what a user can mend.
+
+    ``top``: rows of the table. ``save``: name of the winner among the recipes; None = a file of the current folder.
+    """
+    world = world or recipe.cluster.world_size or 1
 
     if missing := missing_facts(recipe):
         raise RecipeError(
             f"cluster.{missing} is not given by cluster={recipe.cluster.name}, and layouts are ranked by time"
         )
-    if options.get("save") == "":
-        raise RecipeError("save = is no name; write save=NAME, or leave it out")
-    top = int(options.get("top", "20")) if options.get("top", "20").isdecimal() else 20
     start = time.monotonic()
     own, found, tried = search_layouts(recipe, world, progress=_progress())
     print(
@@ -48,13 +47,19 @@ def search_run(recipe: Recipe, world: int, overrides: Sequence[str], options: di
             print("\nnone beats the recipe's own")
     if (other := other_degrees(found)) is not None:
         print(f"the first is {why_it_wins(found[0], other, 'the next of other degrees')}")
-    name = options.get("save", f"{recipe.recipe}_searched")
-    path = RECIPES / "recipe" / f"{name}.yaml" if "save" in options else Path(f"{name}.yaml")
-    from launcher.views.plan import write
-
-    write(path, recipe_file(recipe, overrides, found[0], name), "save")
+    name = save or f"{recipe.recipe}_searched"
+    path = saved_recipes() / f"{name}.yaml" if save else Path(f"{name}.yaml")
+    write_output(path, recipe_file(recipe, overrides, found[0], name), "save")
     print(f"the first as a recipe: {path}")
     return 0
+
+
+def saved_recipes() -> Path:
+    """Return the folder that ``recipe=NAME`` will find a saved recipe in: a checkout's own, else ./recipes/recipe."""
+    folder = RECIPES / "recipe" if IS_CHECKOUT else Path("recipes", "recipe")
+    with suppress(OSError):  # the write names what is wrong
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def table(found: Sequence[Found], own: Found | None) -> list[str]:
@@ -77,7 +82,7 @@ def recipe_file(recipe: Recipe, overrides: Sequence[str], found: Found, name: st
         layout.setdefault("parallel.stages", "null")
     groups = {key: value for key, value in given.items() if key in GROUPS and key not in ("recipe", "cluster")}
     keys = {**{key: value for key, value in given.items() if key not in (*GROUPS, "recipe")}, **layout}
-    command = f"python launcher/plan.py {' '.join(overrides)} search=true"
+    command = as_typed(f"python launcher/plan.py {' '.join(overrides)} search=true")
     lines = [
         "# @package _global_",
         f"# Found by {command}: {found.seconds:.2f} s a step, not measured.",

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 Kind = Literal["F", "B", "I", "W", "FB"]
+PassKind = Literal["F", "B", "I", "W"]
 _SINGLE = re.compile(r"(\d+)([FBIW])(\d+)")
 _PAIR = re.compile(r"\((\d+F\d+);(\d+B\d+)\)OVERLAP_F_B")
 
@@ -22,7 +23,7 @@ _PAIR = re.compile(r"\((\d+F\d+);(\d+B\d+)\)OVERLAP_F_B")
 class Action:
     """One pass of one microbatch over one stage."""
 
-    kind: Literal["F", "B", "I", "W"]
+    kind: PassKind
     stage: int
     microbatch: int
 
@@ -59,13 +60,19 @@ class Overlap:
 Step = Action | Overlap
 
 
+def _single(found: re.Match[str]) -> Action:
+    return Action(cast(PassKind, found[2]), int(found[1]), int(found[3]))
+
+
 def parse(text: str) -> Step:
     """Return the action that a text form stands for. Raises ValueError when it stands for none."""
     text = text.strip()
     if found := _SINGLE.fullmatch(text):
-        return Action(found[2], int(found[1]), int(found[3]))
+        return _single(found)
     if found := _PAIR.fullmatch(text):
-        return Overlap(parse(found[1]), parse(found[2]))
+        forward, backward = _SINGLE.fullmatch(found[1]), _SINGLE.fullmatch(found[2])
+        if forward and backward:
+            return Overlap(_single(forward), _single(backward))
     raise ValueError(f"{text!r} is not an action; write 3F17, 0B2, 1I4, 1W4 or (3F17;0B2)OVERLAP_F_B")
 
 

@@ -57,13 +57,15 @@ class Cursor:
             yield self._post()
 
     def _post(self, for_: MessageKey | None = None) -> Message:
+        """Post the next message; ``for_``: the one it must be, or come before (None: one to receive, there it is)."""
+        what = Message.describe(for_) if for_ else "next message to receive"
         if self._next == len(self._queue):
-            raise LookupError(f"the queue ends before the {Message.describe(for_)}")
+            raise LookupError(f"the queue ends before the {what}")
         message = self._queue[self._next]
         if message.source != self._rank:
             self._open.add(message.key)
         elif message.key != for_:
-            raise LookupError(f"the {message}, not made yet, stands in the queue before the {Message.describe(for_)}")
+            raise LookupError(f"the {message}, not made yet, stands in the queue before the {what}")
         self._next += 1
         return message
 
@@ -84,8 +86,9 @@ def reductions(schedule: Schedule, rank: int) -> dict[int, list[int]]:
                     done[part.stage] = max(done.get(part.stage, 0.0), timeline.ends[each][position])
                     if each == rank:
                         here[part.stage] = position
-    order, after, latest = sorted(here, key=lambda stage: (done[stage], stage)), {}, 0
-    for stage in order:
+    after: dict[int, list[int]] = {}
+    latest = 0
+    for stage in sorted(here, key=lambda stage: (done[stage], stage)):
         latest = max(latest, here[stage])
         after.setdefault(latest, []).append(stage)
     return after

@@ -56,8 +56,8 @@ class Times:
             raise ScheduleError(f"cost = {list(cost)} must be {stages} numbers of 0 or more, one per stage")
         whole = forward + input_grad + weight_grad
         overlap = 1.0 if overlapped is None or not whole else overlapped / whole
-        scaled = (tuple(value * c for c in cost) for value in (forward, input_grad, weight_grad))
-        return cls(*scaled, overlap, send)
+        f, i, w = (tuple(value * c for c in cost) for value in (forward, input_grad, weight_grad))
+        return cls(f, i, w, overlap, send)
 
     def of_pass(self, action: Action) -> float:
         """Return the duration of one pass run alone."""

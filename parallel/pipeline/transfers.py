@@ -67,7 +67,7 @@ class Transfers:
     def of(cls, schedule: Schedule) -> Transfers:
         """Return the messages of a schedule. Raises ScheduleError when its ranks wait for each other for ever."""
         timeline, place = unit_timeline(schedule), schedule.placement
-        produced = []
+        produced: list[tuple[float, int, int, Message]] = []
         for rank, steps in enumerate(schedule.ranks):
             for step, end in zip(steps, timeline.ends[rank]):
                 for part in step.parts:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from parallel.errors import ScheduleError
 from parallel.pipeline.actions import Action, Schedule
@@ -173,17 +173,17 @@ class _DryRun:
                     message = self._expected(rank)[key]
                     cursor = cursors[message.source]
                     yield from self._post(rank, message.source, cursor.need(key))
-                    yield _Block(lambda m=message: self._has_passed(m), f"for the {message} from rank {message.source}")
+                    yield _Block(partial(self._has_passed, message), f"for the {message} from rank {message.source}")
                     yield from self._post(rank, message.source, cursor.taken(key))
             for part in step.parts:
-                if (message := self._made(rank).get(part)) is not None:
-                    yield from self._post(rank, message.target, cursors[message.target].send(message.key))
+                if (made := self._made(rank).get(part)) is not None:
+                    yield from self._post(rank, made.target, cursors[made.target].send(made.key))
             for stage in reduce_after.get(position, ()):
                 holders = frozenset(r for r in range(place.ranks) if stage in place.stages_of(r))
                 others = ", ".join(str(r) for r in sorted(holders - {rank}))
                 yield self._meeting(("reduce", holders), rank, holders, f"to reduce stage {stage} with rank {others}")
         for message in self._made(rank).values():
-            yield _Block(lambda m=message: self._has_passed(m), f"for rank {message.target} to take the {message}")
+            yield _Block(partial(self._has_passed, message), f"for rank {message.target} to take the {message}")
 
     def _post(self, rank: int, peer: int, messages: Iterator[Message]) -> Iterator[_Block]:
         connected = bool(self._connections) and peer in self._connections[rank]

@@ -195,6 +195,6 @@ def process_group_store() -> dist.Store:
 
     store = _get_default_store()
     try:
-        return store.clone()
+        return store.clone()  # type: ignore[attr-defined]  # torch 2.13's stubs leave it out
     except (RuntimeError, NotImplementedError):  # a store inside this process needs no second connection
         return store

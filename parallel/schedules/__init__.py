@@ -7,6 +7,7 @@ to SCHEDULES, and the validator, simulator, drawing and engine take it as it is.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Literal
 
 from parallel.errors import ScheduleError
@@ -20,7 +21,7 @@ from parallel.schedules.zb1p import zb1p
 
 __all__ = ["PLACEMENTS", "SCHEDULES", "forward_only", "make_schedule", "placement"]
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
     "zb1p": zb1p,

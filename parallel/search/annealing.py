@@ -85,7 +85,8 @@ def _split(steps: tuple[Step, ...], chance: random.Random) -> list[Step] | None:
     if not found:
         return None
     changed, i = list(steps), chance.choice(found)
-    where = (changed[i].stage, changed[i].microbatch)
+    (whole,) = changed[i].parts
+    where = (whole.stage, whole.microbatch)
     changed[i] = input_gradient(*where)
     changed.insert(chance.randint(i + 1, min(len(changed), i + 1 + _REACH)), weight_gradient(*where))
     return changed
@@ -97,7 +98,8 @@ def _merge(steps: tuple[Step, ...], chance: random.Random) -> list[Step] | None:
     if not found:
         return None
     changed, i = list(steps), chance.choice(found)
-    where = (changed[i].stage, changed[i].microbatch)
+    (half,) = changed[i].parts
+    where = (half.stage, half.microbatch)
     changed[i] = backward(*where)
     changed.remove(Action("W", *where))
     return changed
@@ -109,7 +111,7 @@ def _pair(steps: tuple[Step, ...], chance: random.Random) -> list[Step] | None:
     if not found:
         return None
     changed, i = list(steps), chance.choice(found)
-    first, second = changed.pop(i), changed.pop(i)
+    (first,), (second,) = changed.pop(i).parts, changed.pop(i).parts
     changed.insert(i, Overlap(first, second) if first.kind == "F" else Overlap(second, first))
     return changed
 
@@ -120,7 +122,7 @@ def _part(steps: tuple[Step, ...], chance: random.Random) -> list[Step] | None:
     if not found:
         return None
     changed, i = list(steps), chance.choice(found)
-    both = [changed[i].forward, changed[i].backward]
+    both = list(changed[i].parts)
     chance.shuffle(both)
     changed[i : i + 1] = both
     return changed

@@ -25,13 +25,13 @@ def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words:
     dtypes of gradient buffers.
     """
     record.counts.clear()
-    from launcher.compose import compose, resolved_yaml
+    from launcher.command_line.compose import compose, resolved_yaml
     from parallel.world import World
 
     recipe, world = compose(words), World(rank, world_size, local_rank)
     device = _prepare(recipe, world)
     from dsv3_megatron.train import run, trainer
-    from launcher.console import SilentReporter
+    from launcher.command_line.console import SilentReporter
 
     rows, pp_rank = recipe.data.sequence_length * recipe.optim.micro_batch, _pipeline_rank(recipe, world)
     gpu = Gpu(device, record, rows * recipe.model.num_experts_per_tok)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu_sides, work
 from benchmarks.plain_megatron import megatron
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 BF16, FP8 = (*sys.argv[1:], "precision=bf16"), (*sys.argv[1:], "precision=fp8")
 

@@ -9,7 +9,7 @@ from benchmarks.gpu_check import hang, measured, requantise, resume
 from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.registry import CHECKS
 from benchmarks.gpu_check.sizing import plan_of
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from tests.benchmarks.gpu_check_faults import of_product
 
 # One schedule over two ranks is enough here: tests/parallel has them all.

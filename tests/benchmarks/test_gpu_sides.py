@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import fp8_gpu_step, gpu_sides, gpu_table
 from dsv3_megatron.planning.time.calibrate import times_from_file
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("recipe=dsv3_tiny", "model.num_nextn_predict_layers=0", "model.num_hidden_layers=2",

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from benchmarks.gpu_check.sizing import SHAPES, plan_of, sized
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import DoesNotFitError
 
 GIB = 2**30

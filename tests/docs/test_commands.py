@@ -13,7 +13,8 @@ import torch
 import zstandard
 
 from dsv3_megatron.preflight.world import check_world
-from launcher.compose import RECIPES, compose
+from launcher.command_line.compose import compose
+from launcher.command_line.recipe_files import RECIPES
 from parallel.errors import ClusterError
 from parallel.world import World
 from tests.docs.test_docs import DOCKER_FILES, PAGES, commands

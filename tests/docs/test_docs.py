@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from launcher import dashboard, demo, evaluate, export_hf, generate, import_hf, plan, reference
-from launcher.compose import RECIPES, compose, compose_config, options
+from launcher.command_line.compose import compose, compose_config
+from launcher.command_line.recipe_files import RECIPES, options
 from launcher.reference import reference as written_reference
 from parallel.errors import UserError
 
@@ -18,7 +19,7 @@ DOCKER_FILES = sorted(ROOT.glob("docker/Dockerfile*"))  # whose comments hold co
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```(?:bash|sh|console)\n(.*?)```", re.S)
 RECIPE_COMMANDS = ("pretrain.py", "submit.py", "plan.py")
-OWN_KEYS = ("dry_run", "chain", "run", "lines", "rank", *plan._OWN)
+OWN_KEYS = ("dry_run", "chain", "run", "lines", "rank", *plan.PlanArguments.model_fields)
 
 
 def anchors(page):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import parallel.errors
-from launcher.compose import RECIPES
+from launcher.command_line.recipe_files import RECIPES
 
 ROOT = RECIPES.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

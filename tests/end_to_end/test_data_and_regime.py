@@ -9,8 +9,8 @@ import torch
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.train.run import run
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.errors import UserError
 from parallel.world import World
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ import torch
 from megatron.core.pipeline_parallel import utils as plan
 
 import dsv3_megatron.train.run as run
-from launcher.compose import resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.groups import stop_processes
 from parallel.world import World
 from testing.nccl.ranks import nccl_rank

@@ -14,8 +14,8 @@ import torch
 
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
 from dsv3_megatron.train.run import run
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
 from parallel.world import World
 from tests.ranks import free_port, run_ranks

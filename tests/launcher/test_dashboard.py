@@ -3,10 +3,8 @@
 import pytest
 
 from dsv3_megatron.metrics.names import NAMES
-from launcher.dashboard import Arguments, load, main, workspace
+from launcher.dashboard import SHIPPED, load, main, workspace
 from parallel.errors import RecipeError
-
-SHIPPED = Arguments().file
 
 
 def test_without_a_server_it_is_checked_and_printed(capsys):

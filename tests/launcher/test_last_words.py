@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.last_words import Failure
+from launcher.command_line.last_words import Failure
 from parallel.errors import DataError
 from tests.ranks import free_port
 
@@ -110,7 +110,7 @@ def test_what_one_rank_fails_of_comes_before_what_others_make_of_it(tmp_path, wh
 
 RANK = """
 import sys
-from launcher.last_words import Failure, last_words
+from launcher.command_line.last_words import Failure, last_words
 from parallel.errors import DoesNotFitError, RecipeError
 errors = {"a": RecipeError("a"), "b": DoesNotFitError("b"), "c": OSError("port 1")}
 sys.exit(last_words(Failure.of(errors[sys.argv[1]])))

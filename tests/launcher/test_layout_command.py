@@ -3,7 +3,7 @@
 import pytest
 
 from launcher.layout import main
-from parallel.errors import LayoutError
+from parallel.errors import UserError
 
 
 def test_the_papers_2048_ranks_are_shown(capsys):
@@ -23,5 +23,5 @@ def test_any_number_of_ranks_can_be_asked_for(capsys):
     ("words", "message"), [(["world=x"], "world = x"), (["rank=3"], "rank 3 is not in a world of 1")]
 )
 def test_what_cannot_be_is_one_line(words, message):
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(UserError, match=message):
         main(words)

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from dsv3_megatron.planning.search import Found
-from launcher.compose import compose, options
+from launcher.command_line.compose import compose
+from launcher.command_line.recipe_files import options
 from launcher.plan import main
 from launcher.views import search as search_view
 from parallel.errors import UserError
@@ -71,7 +72,7 @@ def test_what_does_not_fit_is_exit_code_3_and_the_table_all_the_same(tmp_path, c
         (["cluster=h8_2048"], "did you mean h800_2048"),
         (["cluster=h100_8"], "needs 1,024 GPUs, but cluster=h100_8 has 8; nearest that can be: parallel."),
         (["world=4096"], "has 2,048 GPUs"),
-        (["world=none"], "write world=N"),
+        (["world=none"], "world = none: input should be a valid integer"),
         (["parallel.expert=48"], "nearest that do: 32, 64"),
         (["output=/nowhere/plan.json", "advice=false"], "cannot be written"),
         (["calibrate=/nowhere/times.json"], "cannot be read"),

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import all_keys, compose, compose_config, load_resolved, options, resolved_yaml, run_command
-from launcher.hydra_flags import help_text, sweep
+from dsv3_megatron.recipe import Recipe
+from launcher.command_line.compose import compose, compose_config, load_resolved, resolved_yaml
+from launcher.command_line.help import command_help
+from launcher.command_line.hydra_flags import run_command
+from launcher.command_line.multirun import sweep
+from launcher.command_line.recipe_files import options
+from launcher.command_line.schema import items_of, keys_of
 from parallel.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +23,10 @@ BAD = {  # override(s) -> what the line must hold
     "n_routed_experts=8": ["n_routed_experts", "did you mean model.n_routed_experts?"],
     "parallel.pipline=2": ["did you mean parallel.pipeline?"],
     "optim.zzz=1": ["optim.zzz", "one of: micro_batch"],
+    "optim.learning_rate=[{util: 9T, at: 1}]": ["optim.learning_rate[0].util", "mean optim.learning_rate[0].until?"],
+    "cluster.slurm.acount=x": ["did you mean cluster.slurm.account?"],
+    "hydra.run.dir=x": ["hydra.run.dir has no effect", "hydra.searchpath"],
+    "hydra.searchpath=[file:///nowhere]": ["hydra.searchpath = file:///nowhere is no folder"],
     "recipe=dsv3_671": ["recipe = dsv3_671", "did you mean dsv3_671b?"],
     "precision=fp9": ["precision = fp9", "did you mean fp8?", "bf16, fp32, fp8"],
     "run.steps": ["run.steps", "write key=value"],
@@ -115,13 +124,17 @@ def test_cfg_job_prints_what_composes(capsys):
     assert "steps: 7" in capsys.readouterr().out
 
 
-def test_help_names_every_group_and_key():
-    text = help_text("what it does")
+def test_help_shows_every_key_and_each_has_a_description():
+    text = command_help("what it does", with_recipe=True)
     assert text.startswith("what it does")
-    leaves = [key for key in all_keys() if "." in key]
-    assert len(leaves) > 60
-    for key in ("model.n_routed_experts", "parallel.pipeline", "optim.global_batch", "run.steps", "data.path"):
-        assert key in text
+    keys = [*keys_of(Recipe), *(key for model in items_of(Recipe) for key in keys_of(model))]
+    assert len(keys) > 150
+    text = " ".join(text.split())
+    for key in keys:
+        assert key.description, f"{key.name} has no description; add one in its settings.py"
+        assert f" {key.name}{':' * key.is_section} {key.description}" in text, key.name
+    names = {key.name for key in keys}
+    assert {"cluster.slurm.account", "precision.fp8.accumulation", "model.rope_scaling.beta_fast", "until"} <= names
 
 
 def test_multirun_runs_every_combination_in_a_directory_of_its_own(capsys):
@@ -157,7 +170,7 @@ def test_composition_keeps_hydra_groups():
 def test_a_typing_mistake_is_answered_without_torch_and_without_a_traceback():
     code = (
         "import sys; sys.argv = ['x', 'model.n_routed_expert=8']\n"
-        "from launcher.pretrain import main; from launcher.console import guarded\n"
+        "from launcher.pretrain import main; from launcher.command_line.console import guarded\n"
         "code = guarded(main); assert 'torch' not in sys.modules; sys.exit(code)"
     )
     done = subprocess.run(

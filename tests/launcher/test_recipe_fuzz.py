@@ -4,10 +4,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.recipe import Recipe
-from launcher.compose import GROUPS, all_keys, compose
+from launcher.command_line.compose import compose
+from launcher.command_line.recipe_files import GROUPS
+from launcher.command_line.schema import keys_of
 from parallel.errors import UserError
 
-KEYS = [*all_keys(), *GROUPS]
+KEYS = [*(key.name for key in keys_of(Recipe)), *GROUPS]
 mutated = st.tuples(st.sampled_from(KEYS), st.integers(0, 30), st.characters(codec="ascii")).map(
     lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 1 :]
 )

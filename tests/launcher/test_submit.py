@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import compose
-from launcher.hydra_flags import quoted
+from launcher.command_line.compose import compose
+from launcher.command_line.overrides import quoted
+from launcher.command_line.recipe_files import ROOT
 from launcher.slurm.client import call
-from launcher.slurm.job import ROOT
 from launcher.slurm.watch import note_job, status_text
 from launcher.submit import main
 from parallel.errors import ClusterError, DoesNotFitError, LayoutError, RecipeError
@@ -123,7 +123,7 @@ def test_a_directory_arrives_at_the_run_as_it_was_written(capsys, tmp_path, valu
         (["cluster.nodes=1", "cluster.gpus_per_node=1"], DoesNotFitError, "needs at least 2; set cluster.nodes=2"),
         (["cluster.nodes=3", "cluster.gpus_per_node=1"], LayoutError, "3"),
         (["cluster.slurm.container=pyxis"], ClusterError, "needs an image"),
-        (["chain=x"], ClusterError, "chain = x is not a number of jobs"),
+        (["chain=x"], RecipeError, "chain = x: input should be a valid integer"),
         (["dry_run=maybe"], RecipeError, "dry_run = maybe"),
         (["cluster.gpus_per_node=0"], ClusterError, "cluster.slurm.ranks_per_node"),
         (["+cluster.slurm.environment={A-B: x}"], RecipeError, "not a name of an environment variable"),

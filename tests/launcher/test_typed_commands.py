@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_megatron.run.shell import program, script
+from dsv3_megatron.run.shell import program
+from launcher.command_line.typed import script
 from launcher.demo import next_commands
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import LayoutError
 from parallel.layout import GROUPS, Layout, nearest_divisors
 from parallel.settings import ParallelSettings

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
+from launcher.command_line.recipe_files import ROOT
 from launcher.slurm.client import job_facts
-from launcher.slurm.job import ROOT
 from launcher.submit import main
 from parallel.errors import ClusterError
 from tests.docs.test_docs import commands

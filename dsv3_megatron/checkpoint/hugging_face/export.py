@@ -6,7 +6,6 @@ the same command goes on with the shards that are missing.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -20,12 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import checksum, read_content
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight
-from dsv3_megatron.run.directory import write_atomically
+from dsv3_megatron.run.files import write_json
 from parallel.errors import CheckpointError
 
 EMA = "ema."  # begins the keys of the average of the weights (optim.ema)
@@ -45,9 +45,9 @@ class Shard:
     prefix: str = ""  # of the keys in the checkpoint: "" for the weights trained, "ema." for their average
 
     @property
-    def record(self) -> Path:
-        """Says that the file is written and verified, until the index does."""
-        return self.folder / f".{self.name}.done"
+    def path(self) -> Path:
+        """Where it is written."""
+        return self.folder / self.name
 
 
 def plan_shards(
@@ -97,10 +97,11 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     A file that an earlier call has finished is checked and kept. Raises: CheckpointError: what was read back differs.
     """
     torch.set_num_threads(1)
-    path = shard.folder / shard.name
-    if (kept := _finished(shard)) is not None:
+    path, source = shard.path, _source(shard)
+    if (kept := facts_if_done(path, source)) is not None:
         return kept
-    regions, entries = Regions(shard.checkpoint), {}
+    regions = Regions(shard.checkpoint)
+    entries: dict[str, Tensor] = {}
     for tensor in shard.tensors:
         entries |= as_stored(tensor, regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent), shard.dtype)
     partial = path.with_name(f".{path.name}.partial")
@@ -117,29 +118,14 @@ def write_shard(shard: Shard) -> dict[str, Any]:
             if not torch.equal(file.get_tensor(name).view(torch.uint8), expected.contiguous().view(torch.uint8)):
                 raise CheckpointError(f"{partial}: {name} read back differs from what was written; check the disk")
     os.replace(partial, path)
-    record = {
-        "source": _source(shard),
-        "names": sorted(entries),
-        "bytes": sum(x.numel() * x.itemsize for x in entries.values()),
-        "xxh3": checksum(path),
-    }
-    shard.record.write_text(json.dumps(record))
-    return record
+    size = sum(x.numel() * x.itemsize for x in entries.values())
+    return mark_done(path, source, {"names": sorted(entries), "bytes": size, "xxh3": checksum(path)})
 
 
 def _source(shard: Shard) -> str:
     """Return what a shard was made of: another checkpoint or dtype makes it anew."""
     files = read_content(shard.checkpoint)["files"]
     return f"{files['.metadata']['xxh3']} {shard.prefix}{shard.dtype} {len(shard.tensors)}"
-
-
-def _finished(shard: Shard) -> dict[str, Any] | None:
-    try:
-        record = json.loads(shard.record.read_text())
-        whole = record["source"] == _source(shard) and record["xxh3"] == checksum(shard.folder / shard.name)
-    except (OSError, ValueError, KeyError):
-        return None
-    return record if whole else None
 
 
 def _sync(path: Path) -> None:
@@ -183,7 +169,8 @@ def export(
     check_shapes(model, checkpoint, prefix)
     shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix)
     (folder / INDEX).unlink(missing_ok=True)
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, (shard, record) in enumerate(run_all(write_shard, shards, processes)):
         weight_map |= dict.fromkeys(record["names"], shard.name)
         size += record["bytes"]
@@ -193,9 +180,8 @@ def export(
         if other.name not in kept:  # of an export with other shard sizes
             other.unlink()
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
-    for record in folder.glob(".model-*.done"):
-        record.unlink()
+    write_json(folder / INDEX, index)
+    forget_marks(folder)
     return size
 
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, run_all
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
-from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, checksum, folder_name, manifest_text, sync_folder
+from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, folder_name, manifest_text, sync_folder
 from dsv3_megatron.checkpoint.write import COMMON, ChecksummingFile, write_file
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import dequantise_weight
@@ -50,10 +51,6 @@ class _Job:
     tensors: tuple[Published, ...]
     files: dict[str, str]  # every tensor of the input -> its file
     dtype: str | None  # fp32 or bf16; None = as in the file
-
-    @property
-    def record(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.done")
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -148,8 +145,8 @@ def _import_file(job: _Job) -> dict[str, Any]:
     """Write one file of the checkpoint, and return its record; one that is finished already is kept."""
     torch.set_num_threads(1)
     stat = job.source.stat()
-    identity = [job.source.name, stat.st_size, stat.st_mtime_ns, job.dtype]
-    if (kept := _finished(job, identity)) is not None:
+    source = [job.source.name, stat.st_size, stat.st_mtime_ns, job.dtype]
+    if (kept := facts_if_done(job.target, source)) is not None:
         return kept
     entries = []
     target = ChecksummingFile(job.target)
@@ -158,10 +155,10 @@ def _import_file(job: _Job) -> dict[str, Any]:
             for tensor in job.tensors:
                 values = _values(job, file, tensor)
                 if tensor.copy_of:
-                    _check_copy(job, tensor, values)
+                    _check_copy(job, tensor, tensor.copy_of, values)
                     continue
                 offset = target.tell()
-                torch.save(values.reshape(tensor.extent), target)
+                torch.save(values.reshape(tensor.extent), cast(IO[bytes], target))
                 place = {"key": tensor.key, "start": tensor.start, "extent": tensor.extent}
                 name = str(values.dtype).removeprefix("torch.")
                 entries.append({**place, "dtype": name, "offset": offset, "length": target.tell() - offset})
@@ -174,18 +171,7 @@ def _import_file(job: _Job) -> dict[str, Any]:
         raise CheckpointError(
             f"{job.target} could not be written ({error.strerror}); free space and run the command again"
         ) from None
-    record = {"identity": identity, "name": job.target.name, **facts, "entries": entries}
-    job.record.write_text(json.dumps(record))
-    return record
-
-
-def _finished(job: _Job, identity: list[Any]) -> dict[str, Any] | None:
-    try:
-        record = json.loads(job.record.read_text())
-        whole = record["identity"] == identity and record["xxh3"] == checksum(job.target)
-    except (OSError, ValueError, KeyError):
-        return None
-    return record if whole else None
+    return mark_done(job.target, source, {"name": job.target.name, **facts, "entries": entries})
 
 
 def _values(job: _Job, file: Any, tensor: Published) -> Tensor:
@@ -211,43 +197,44 @@ def _values(job: _Job, file: Any, tensor: Published) -> Tensor:
     return dequantise_weight(found, scales, dtype or torch.bfloat16)
 
 
-def _check_copy(job: _Job, tensor: Published, values: Tensor) -> None:
+def _check_copy(job: _Job, tensor: Published, copy_of: str, values: Tensor) -> None:
     """Refuse an MTP module with an embedding or head of its own: here, as published, they are the model's."""
-    with safe_open(job.source.with_name(job.files[tensor.copy_of]), "pt") as other:
-        original = other.get_tensor(tensor.copy_of)
+    with safe_open(job.source.with_name(job.files[copy_of]), "pt") as other:
+        original = other.get_tensor(copy_of)
     if not torch.equal(values, original.to(values.dtype)):
         raise CheckpointError(
-            f"{job.source}: {tensor.name} differs from {tensor.copy_of}; an MTP module that does not share them with "
+            f"{job.source}: {tensor.name} differs from {copy_of}; an MTP module that does not share them with "
             "the model cannot be built here"
         )
 
 
 def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dict[str, Any]], recipe: str) -> Path:
     """Describe what the workers have written as one checkpoint, and put it in its place."""
-    metadata, results, files = Metadata({}), [], {}
+    stored: dict[str, TensorStorageMetadata] = {}
+    results: list[WriteResult] = []
+    files: dict[str, dict[str, Any]] = {}
     shapes = our_shapes(model)
     for record in records:
         files[record["name"]] = {"bytes": record["bytes"], "xxh3": record["xxh3"]}
         for entry in record["entries"]:
             key, start = entry["key"], torch.Size(entry["start"])
-            kept = metadata.state_dict_metadata.setdefault(
+            kept = stored.setdefault(
                 key,
                 TensorStorageMetadata(TensorProperties(getattr(torch, entry["dtype"])), torch.Size(shapes[key]), []),
             )
             kept.chunks.append(ChunkStorageMetadata(start, torch.Size(entry["extent"])))
             place = _StorageInfo(record["name"], entry["offset"], entry["length"])
             results.append(WriteResult(MetadataIndex(key, start), entry["length"], place))
-    FileSystemWriter(partial).finish(metadata, [results])
+    FileSystemWriter(partial).finish(Metadata({**stored}), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     torch.save({}, partial / COMMON)
     for name in (".metadata", "metadata.json", COMMON):
         files[name] = write_file(partial / name, (partial / name).read_bytes())
     files[RECIPE] = write_file(partial / RECIPE, recipe.encode())
     progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
-    facts = {"layout": None, "extra": [], "optimizer": False}
+    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False}
     write_file(partial / MANIFEST, manifest_text(progress, files, facts).encode())
-    for record in partial.glob(".*.done"):
-        record.unlink()
+    forget_marks(partial)
     sync_folder(partial)
     if target.exists():
         shutil.rmtree(target)

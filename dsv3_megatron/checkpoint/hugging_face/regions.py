@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class Regions:
         """
         if key not in self._chunks:
             raise CheckpointError(f"{self._folder} holds no tensor {key}; it is of another model")
-        found, missing = None, int(np.prod(extent))
+        found: Tensor | None = None
+        missing = int(np.prod(extent))
         for chunk in self._chunks[key]:
             low = tuple(map(max, start, chunk.start))
             high = tuple(min(s + e, c + d) for s, e, c, d in zip(start, extent, chunk.start, chunk.extent))
@@ -66,7 +68,7 @@ class Regions:
                 found = torch.empty(extent, dtype=piece.dtype)
             found[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))] = piece
             missing -= piece.numel()
-        if missing:
+        if missing or found is None:
             raise CheckpointError(f"{self._folder}: {key} from {start} by {extent} is not stored whole")
         return found
 
@@ -83,7 +85,7 @@ class Regions:
         path = self._folder / chunk.file
         with path.open("rb") as file:
             view = _create_file_view(file, chunk.offset, chunk.length)
-            described = torch.load(view, map_location="meta", weights_only=True)
+            described = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
             if chunk.file not in self._maps:
                 self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         size, storage = described.itemsize, described.untyped_storage()

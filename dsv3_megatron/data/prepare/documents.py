@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from parallel.errors import DataError
 
@@ -124,7 +124,7 @@ class _TornError(Exception):
 def _open_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield the unpacked content of a file, chunk by chunk, with how many bytes on disk were read for it."""
     with path.open("rb") as file:
-        unpacker = None
+        unpacker: Any = None
         while raw := file.read(_READ_BYTES):
             size = len(raw)
             if path.suffix.lower() not in PACKED:

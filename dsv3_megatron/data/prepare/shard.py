@@ -25,6 +25,7 @@ import numpy as np
 
 from dsv3_megatron.data.prepare.documents import Bad, Block, blocks, files_of, texts
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.files import write_json
 from parallel.errors import DataError
 
 KEPT_EXAMPLES = 20
@@ -96,7 +97,7 @@ class _Preparation:
         self.done = 0
 
     def run(self) -> Any:
-        from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, read_manifest, write_json
+        from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, read_manifest
 
         self.state = self._begin()
         manifest = Manifest(
@@ -258,8 +259,6 @@ class _Preparation:
 
     def _commit(self, next_block: int) -> None:
         """Finish the open shards and say in the journal that everything before ``next_block`` is done."""
-        from dsv3_megatron.data.source.shards import write_json
-
         for split, writer in self.writers.items():
             self.written_source.shards[split].append(writer.commit())
         self.writers = {}
@@ -297,7 +296,9 @@ def _start_worker(tokenizer: str, text_field: str, split_share: float, seed: int
 
 def _end_with_parent() -> None:
     """Leave when the writing process dies, however it dies: a worker would wait for work for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    wait([parent.sentinel])
     os._exit(1)
 
 

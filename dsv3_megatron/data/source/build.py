@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,27 +75,31 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest
 
     folder = settings.path
+    assert folder is not None, "check_source lets no shards without a folder through"
     manifest = read_manifest(folder)
     tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
     _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)
     fim = None
     if settings.fim_rate:
-        if None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
+        begin, hole, end = tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end
+        if begin is None or hole is None or end is None:
             raise DataError(
                 f"data.fim_rate = {settings.fim_rate}, but the tokenizer of {folder} has no fill-in-the-middle tokens; "
                 "set data.fim_rate=0"
             )
-        fim = Middle(tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end, seed)
+        fim = Middle(begin, hole, end, seed)
+    assert tokenizer.end is not None, "Tokenizer.load refuses one without an end token"
     start = tokenizer.begin if settings.start_token == "begin" and tokenizer.begin is not None else tokenizer.end
-    common = {
-        "start_token": start,
-        "pad_token": tokenizer.end if tokenizer.pad is None else tokenizer.pad,
-        "cache": settings.cache,
-        "isolate": settings.isolate_documents,
-    }
+    packed = partial(
+        PackedShards,
+        start_token=start,
+        pad_token=tokenizer.end if tokenizer.pad is None else tokenizer.pad,
+        cache=settings.cache,
+        isolate=settings.isolate_documents,
+    )
     rule = PackingRule(settings.sequence_length, seed, settings.fim_rate, fim)
     train = {
-        source.name: PackedShards(folder, source.shards["train"], rule, name=source.name, **common)
+        source.name: packed(folder, source.shards["train"], rule, name=source.name)
         for source in manifest.sources
         if source.shards["train"]
     }
@@ -106,7 +111,7 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     blend = Blend([train[name] for name in kept], [weights[name] for name in kept], kept)
     out_rule = PackingRule(settings.sequence_length, seed)  # held-out text is read as it stands
     out_shards = [shard for source in manifest.sources for shard in source.shards["held_out"]]
-    held_out = PackedShards(folder, out_shards, out_rule, name="held_out", shuffle=False, **common)
+    held_out = packed(folder, out_shards, out_rule, name="held_out", shuffle=False)
     if not held_out.count:
         raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
     return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer)
@@ -115,7 +120,7 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
 def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:
     if tokenizer.sha256 != sha256:
         raise DataError(
-            f"data.tokenizer = {settings.tokenizer or settings.path + '/tokenizer.json'} is not the tokenizer that "
+            f"data.tokenizer = {settings.tokenizer or f'{settings.path}/tokenizer.json'} is not the tokenizer that "
             f"{settings.path} was made with; set data.tokenizer=null, or prepare the shards anew"
         )
     if tokenizer.vocab_size > vocab_size:

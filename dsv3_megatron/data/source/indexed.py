@@ -119,6 +119,7 @@ class PackedShards:
     def _rearranged(self, shard: int, document: int, offset: int, size: int) -> np.ndarray:
         """Return places ``offset`` to ``offset + size`` of a document in fill-in-the-middle order."""
         fim, data = self._rule.fim, self._data[shard]
+        assert fim is not None, "nothing is rearranged without a rule"
         length = int(data.sequence_lengths[document])
         found, at = [], 0
         for segment in fim.segments(length, fim.cuts(length - 1, document, self._keys[shard])):

@@ -8,7 +8,6 @@ that the same shards serve every recipe.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +41,10 @@ class Shard(BaseModel):
     bytes: dict[Literal["bin", "idx"], int]
 
 
+def _no_shards() -> dict[Split, list[Shard]]:
+    return {split: [] for split in SPLITS}
+
+
 class Source(BaseModel):
     """One input of prepare_data and what became of it."""
 
@@ -58,7 +61,7 @@ class Source(BaseModel):
     duplicates: int = 0
     empty: int = 0
     bad: int = 0
-    shards: dict[Split, list[Shard]] = Field(default_factory=lambda: {split: [] for split in SPLITS})
+    shards: dict[Split, list[Shard]] = Field(default_factory=_no_shards)
 
 
 class Manifest(BaseModel):
@@ -155,13 +158,3 @@ class ShardWriter:
         return Shard(
             name=self._name, documents=self.documents, tokens=self.tokens, sha256=sha256, bytes=sizes
         )  # fmt: skip
-
-
-def write_json(path: Path, content: object) -> None:
-    """Replace a JSON file as a whole."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

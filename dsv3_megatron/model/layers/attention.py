@@ -9,7 +9,10 @@ Shapes: S sequence on this rank, B microbatch, H heads on this rank, Q width of 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -27,7 +30,9 @@ class CoreAttention(MegatronModule):
     packed documents.
     """
 
-    output_cache = "high"  # set by the precision policy: what is kept of the output for backward
+    output_cache: Literal["high", "once", "e5m6"] = (
+        "high"  # set by the precision policy: what is kept of the output for backward
+    )
 
     def __init__(
         self,
@@ -70,24 +75,25 @@ class CoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
             return self._documents(query, key, value, packed_seq_params.cu_seqlens_q.diff().tolist(), dropout)
-        if self.cp_group is None or self.cp_group.size() == 1:
+        group = self.cp_group
+        if group is None or group.size() == 1:
             cache = OutputCache(self.output_cache)
             return cache.keep(*self._attend(query, key, value, attention_mask, dropout, cache))
-        inputs, recomputed = self._over_heads(query, key, value)
-        cache = OutputCache(self.output_cache, lambda kept: to_heads(kept, self.cp_group))
-        out, heads = self._attend(*inputs, attention_mask, dropout, cache)
+        (q, k, v), recomputed = self._over_heads(query, key, value, group)
+        cache = OutputCache(self.output_cache, lambda kept: to_heads(kept, group))
+        out, heads = self._attend(q, k, v, attention_mask, dropout, cache)
         if recomputed is not None:
             recomputed.discard_output_and_register_recompute(heads)
-        return cache.keep(out, to_pieces(heads, self.cp_group))
+        return cache.keep(out, to_pieces(heads, group))
 
     def _over_heads(
-        self, query: Tensor, key: Tensor, value: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup
     ) -> tuple[tuple[Tensor, ...], CheckpointWithoutOutput | None]:
         """Exchange for the whole sequence with fewer heads. Where the inputs are computed again in backward, so that
         attention need not keep them, they are exchanged again as well: the second result sees to it."""
 
         def exchange(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return tuple(to_heads(x, self.cp_group) for x in inputs)
+            return tuple(to_heads(x, group) for x in inputs)
 
         if not self.inputs_recomputed or not torch.is_grad_enabled():
             return exchange(query, key, value), None

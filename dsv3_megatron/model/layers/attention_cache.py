@@ -36,6 +36,7 @@ class _Saved:
         them B times as far: above one sequence a microbatch it would read those of another.
         """
         if self._output is None:
+            assert self.tensor is not None, "neither the tensor nor what is kept in its place"
             return self.tensor
         kept = self._output().permute(1, 2, 0, 3)
         if kept.shape == self.shape and _same_memory(kept, self.stride):

@@ -11,6 +11,8 @@ same as once: dispatching in FP8 costs half the traffic and no accuracy. The sam
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -34,7 +36,7 @@ class Fp8AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     def token_dispatch(self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens [T, D] and router weights [T] for this rank's experts."""
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
+        self.tokens_per_expert: Any = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
         to_experts = (self.ep_group, self.output_splits, self.input_splits)
         tokens = _AllToAll.apply(permutated_local_input_tokens, *to_experts, True, False)
         probs = _AllToAll.apply(permuted_probs, *to_experts, False, False)

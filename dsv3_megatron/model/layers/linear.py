@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,7 +109,8 @@ def separable_product(x: Tensor, weight: Tensor, products: Products, wiring: Wir
     return SeparableProduct.apply(x, weight, products, wiring, ends, kept_of(x))
 
 
-def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    assert group is not None, "a sequence is gathered over a group"
     whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
     dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
     return whole
@@ -120,10 +122,10 @@ class _Separable:
     products: Products = HIGH_PRECISION
     can_wait = True  # whether a schedule may leave the weight gradient to a W
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         later = self.can_wait and self.config.delay_wgrad_compute
         if not (torch.is_grad_enabled() and weight.requires_grad) and self.products is HIGH_PRECISION:
-            return super()._forward_impl(input, weight, *args, **kwargs)
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]  # of the layer mixed in
         if not hasattr(self, "weight_gradients"):
             self.weight_gradients = WeightGradients()
         gather, reduce = kwargs.get("sequence_parallel", False), kwargs.get("allreduce_dgrad", False)

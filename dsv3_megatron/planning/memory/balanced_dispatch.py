@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def balanced_dispatch() -> Iterator[None]:
         return local * self.ep_size * self.tp_size
 
     def permute(
-        tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor | None = None, **sizes: object
+        tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor | None = None, **sizes: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         index = torch.zeros(sizes["num_out_tokens"], dtype=torch.int64, device=tokens.device)
         chosen = None if probs is None else probs.T.contiguous().view(-1).index_select(0, index)

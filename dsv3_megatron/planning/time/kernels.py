@@ -29,7 +29,7 @@ class PartTimes:
 
     def add(self, which: Pass, kind: Kind, seconds: float) -> None:
         """Count a kernel."""
-        self.passes[which][kind] += seconds
+        self.passes[which][kind] += seconds  # type: ignore[assignment]  # a Counter, of seconds
 
     def total(self, which: Pass) -> float:
         """Return the seconds of a pass."""
@@ -213,8 +213,9 @@ class Kernels:
                 self.layout.ep, model.n_routed_experts, model.n_group, model.topk_group, model.num_experts_per_tok
             )
         )
+        fp8 = self.recipe.precision.fp8 if self.fp8 else None
         moved = (received + self.rows) * self.model.hidden_size
-        dispatched = 1 + 4 / 128 if self.fp8 and self.recipe.precision.fp8.dispatch == "e4m3" else self.size
+        dispatched = 1 + 4 / 128 if fp8 is not None and fp8.dispatch == "e4m3" else self.size
         seconds = self.device.memory(moved * dispatched) + self.device.memory(moved * self.size)
         times.add("F", "sorting", seconds)
         times.add("I", "sorting", seconds)

@@ -15,7 +15,7 @@ from dsv3_megatron.checkpoint.hugging_face.export import export
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from launcher import evaluate
-from launcher.compose import load_resolved, resolved_yaml
+from launcher.command_line.compose import load_resolved, resolved_yaml
 from tests.checkpoints import assert_same_tensors
 from tests.ranks import TE, run_ranks
 from tests.te import FP8, WORDS

@@ -26,7 +26,7 @@ from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.precision.weights import dequantise_weight
 from dsv3_megatron.train.build import build_parts
 from launcher import export_hf, import_hf
-from launcher.compose import compose, load_resolved, resolved_yaml
+from launcher.command_line.compose import compose, load_resolved, resolved_yaml
 from parallel.errors import CheckpointError, RecipeError
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

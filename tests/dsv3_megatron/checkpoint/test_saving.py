@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
 from parallel.world import World
 from tests.checkpoints import assert_same_tensors

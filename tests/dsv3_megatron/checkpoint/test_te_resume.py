@@ -8,7 +8,7 @@ import torch
 import dsv3_megatron.train.run as run_module
 from dsv3_megatron.checkpoint.state import prepare_moments
 from dsv3_megatron.train.build import build_parts
-from launcher.compose import compose, resolved_yaml
+from launcher.command_line.compose import compose, resolved_yaml
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.ranks import TE, run_ranks

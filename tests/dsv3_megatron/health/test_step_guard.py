@@ -16,8 +16,8 @@ import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.health.step_guard import HealthState, StepGuard
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.errors import UserError
 from parallel.world import World
 from tests.checkpoints import assert_same_tensors

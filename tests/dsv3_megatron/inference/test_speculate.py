@@ -24,13 +24,13 @@ from dsv3_megatron.inference.trained_model import trained_model
 from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.train.run import run as train
 from launcher import generate
-from launcher.compose import load_resolved, resolved_yaml
-from launcher.console import SilentReporter
+from launcher.command_line.compose import load_resolved, resolved_yaml
+from launcher.command_line.console import SilentReporter
 from parallel.errors import RecipeError
 from parallel.world import World
 from tests.tiny import small_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3_megatron.data.source.samples import Synthetic, step_batches
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from tests.ranks import run_ranks

@@ -14,7 +14,7 @@ from dsv3_megatron.metrics.names import GROUPS, NAMES, grouped
 from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.metrics.wandb_writer import WandbRun, run_id
 from dsv3_megatron.train.writers import open_writers
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.layout import Layout
 
 KINDS = {"int": 3, "float": 0.5, "int | None": 2, "float | None": 0.25, "list[float] | None": [0.5, 0.75]}

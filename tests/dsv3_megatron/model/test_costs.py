@@ -10,7 +10,7 @@ from dsv3_megatron.model.costs import attention_parameters, count_parameters, tr
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.stage import build_stage
 from dsv3_megatron.pipeline.split import balanced_stages
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.layout import Layout
 from parallel.schedules import placement
 from parallel.settings import ParallelSettings

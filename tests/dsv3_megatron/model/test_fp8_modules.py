@@ -15,7 +15,7 @@ from dsv3_megatron.precision.kept import kept_of
 from dsv3_megatron.precision.tiles import quantise_dequantise
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.run import processes
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.world import World
 
 

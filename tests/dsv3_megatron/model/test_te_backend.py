@@ -17,7 +17,7 @@ from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.model.stage import build_stage, is_routed_expert
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.groups import build_groups, start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World
@@ -113,7 +113,7 @@ def test_experts_compute_swiglu_again_from_its_fp8_input():
 TOLD = """
 import sys
 from dsv3_megatron.precision.transformer_engine import check_environment, prepare_environment
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import UserError
 
 told, *asked = [compose(["recipe=dsv3_tiny", "precision=fp8", *words.split()]).precision for words in sys.argv[1:]]

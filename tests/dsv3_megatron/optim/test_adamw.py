@@ -9,7 +9,7 @@ import torch
 
 from dsv3_megatron.optim import adamw, optimizer
 from dsv3_megatron.optim.adamw import FusedAdam
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 BF16 = torch.bfloat16
 

@@ -12,7 +12,7 @@ from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.ema import Ema
 from dsv3_megatron.train.step import train_step
-from launcher.compose import load_resolved
+from launcher.command_line.compose import load_resolved
 from launcher.export_hf import main as export
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

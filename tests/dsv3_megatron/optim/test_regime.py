@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import OptimSettings
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import RecipeError
 
 T, B = 10**12, 10**9

@@ -4,7 +4,7 @@ import pytest
 
 from dsv3_megatron.planning.time.efficiency import BLACKWELL, HOPPER
 from dsv3_megatron.planning.time.roofline import Device
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 
 def device(cluster: str) -> Device:

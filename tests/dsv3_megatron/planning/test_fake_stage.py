@@ -5,7 +5,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dsv3_megatron.planning.plan import make_plan
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 
 def test_a_plan_leaves_no_fake_tensor_in_megatron_cores_classes():

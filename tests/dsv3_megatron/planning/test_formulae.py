@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 SHORT = (
     "recipe=dsv3_671b",

@@ -10,7 +10,7 @@ from dsv3_megatron.planning.memory.formulae import estimate_stages, stage_parame
 from dsv3_megatron.planning.memory.ranks import Held, fullest_moment, optimizer_bytes
 from dsv3_megatron.planning.memory.stage_memory import StageMemory
 from dsv3_megatron.planning.plan import make_plan
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.layout import Layout
 from parallel.schedules import make_schedule
 

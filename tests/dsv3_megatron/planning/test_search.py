@@ -6,7 +6,7 @@ from dsv3_megatron.planning import search
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.planning.splits import better, shorter_split
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 
 H200 = ("recipe=dsv3_671b", "cluster=h200_256", "optim.global_batch=1024")
 INTERLEAVED = (*H200, "parallel.pipeline=8", "parallel.expert=32", "parallel.schedule=interleaved", "parallel.chunks=2")

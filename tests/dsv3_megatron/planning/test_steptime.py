@@ -11,7 +11,7 @@ from dsv3_megatron.planning.time.kernels import Kernels
 from dsv3_megatron.planning.time.roofline import DEEPGEMM, Device
 from dsv3_megatron.planning.time.steptime import StepModel
 from dsv3_megatron.settings import ClusterSettings
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import RecipeError
 
 H800 = ClusterSettings(name="h", sms=132, memory_terabytes_per_second=3.35, peak_tflops={"fp8": 1979, "bf16": 989.5})

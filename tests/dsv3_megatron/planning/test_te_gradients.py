@@ -5,7 +5,7 @@ import torch
 from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World

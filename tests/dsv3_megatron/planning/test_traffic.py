@@ -10,7 +10,7 @@ from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import run_pipeline
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.transfers import Transfers
 from parallel.world import World

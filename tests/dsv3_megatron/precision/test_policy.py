@@ -7,7 +7,7 @@ import pytest
 from dsv3_megatron.planning.whole_model import meta_model
 from dsv3_megatron.precision.policy import module_class, policy
 from dsv3_megatron.precision.products import Fp8Products
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from launcher.plan import main
 from parallel.errors import RecipeError
 
@@ -64,7 +64,7 @@ def test_the_table_is_read_off_the_modules(capsys):
 
 
 def test_an_unknown_view_or_module_is_told():
-    with pytest.raises(RecipeError, match="show = nothing is no view"):
+    with pytest.raises(RecipeError, match="show = nothing: input should be .precision. or .regime."):
         main([*SMALL, "show=nothing"])
     with pytest.raises(ValueError, match="no class"):
         module_class("strange.weight")

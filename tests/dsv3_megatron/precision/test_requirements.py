@@ -9,7 +9,7 @@ from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.transformer_engine import check_hardware, check_policy
 from dsv3_megatron.preflight.fp8_shapes import check_shapes
 from dsv3_megatron.preflight.precision import check_precision
-from launcher.compose import compose
+from launcher.command_line.compose import compose
 from parallel.errors import LayoutError, PackageError, RecipeError, UserError
 
 CPU = torch.device("cpu")

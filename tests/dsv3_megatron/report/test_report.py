@@ -16,7 +16,7 @@ from dsv3_megatron.report.facts import read_run
 from dsv3_megatron.report.page import page, write_report
 from dsv3_megatron.report.panels import PANELS
 from dsv3_megatron.report.writer import draw_schedule
-from launcher.compose import compose, resolved_yaml
+from launcher.command_line.compose import compose, resolved_yaml
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (

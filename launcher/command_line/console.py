@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from launcher.command_line.typed import as_typed
 from parallel.errors import UserError
 from parallel.units import show_bytes, show_count, show_duration
 
@@ -24,7 +25,7 @@ def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> 
         return command(sys.argv[1:])
     except UserError as error:
         if speaks:
-            print(str(error).replace("\n", " "), file=sys.stderr)
+            print(as_typed(str(error).replace("\n", " ")), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if speaks:

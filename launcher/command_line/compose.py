@@ -5,28 +5,29 @@ Nothing here imports torch: a typing mistake is answered in a second or two, bef
 
 from __future__ import annotations
 
-import difflib
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
+from launcher.command_line.overrides import quoted
+from launcher.command_line.recipe_files import GROUPS, RECIPES, options, own_folders
+from launcher.command_line.schema import dotted, nearest, unknown_key
 from parallel.errors import RecipeError
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-GROUPS = ("recipe", "model", "parallel", "precision", "optim", "data", "cluster", "logging")
+SEARCHPATH = "hydra.searchpath"  # Hydra's own key: further folders of recipe files
 DEFAULT_RECIPE = "dsv3_tiny"
 
 
@@ -45,7 +46,10 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     stored = [o for o in overrides if o.startswith("recipe=") and o.endswith((".yaml", ".yml"))]
     if stored:
         return _from_file(Path(stored[-1].partition("=")[2]), [o for o in overrides if o not in stored])
-    overrides = [_checked(override) for override in overrides]
+    folders = own_folders(_searchpath(overrides))
+    overrides = [_checked(override, folders) for override in overrides]
+    if folders:
+        overrides = _with_searchpath(overrides, folders)
     GlobalHydra.instance().clear()
     try:
         with warnings.catch_warnings(), initialize_config_dir(str(RECIPES), version_base="1.3"):
@@ -57,14 +61,33 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         raise _hydra_error(error) from None
 
 
+def _searchpath(overrides: Sequence[str]) -> list[str]:
+    """Return the places that the user gave as ``hydra.searchpath``."""
+    places: list[str] = []
+    for override in overrides:
+        if override.partition("=")[0].lstrip("+") == SEARCHPATH:
+            value = _parsed(override).value()
+            places = [str(place).strip("'\"") for place in (value if isinstance(value, list) else [value])]
+    return places
+
+
+def _with_searchpath(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Return overrides that let Hydra find the files of ``folders`` and the packages of the user's search path."""
+    packages = [place for place in _searchpath(overrides) if not place.startswith("file://")]
+    places = ",".join(quoted(place) for place in (*(f"file://{folder}" for folder in folders), *packages))
+    others = [override for override in overrides if override.partition("=")[0].lstrip("+") != SEARCHPATH]
+    return [*others, f"{SEARCHPATH}=[{places}]"]
+
+
 def _from_file(path: Path, overrides: list[str]) -> DictConfig:
     """Return a resolved recipe with overrides: groups take the place of sections, then keys are set."""
     config = OmegaConf.create(load_resolved(path).model_dump(mode="json"))
-    keys = [_checked(o) for o in overrides if o.partition("=")[0] not in GROUPS]
-    groups = [o.partition("=")[0] for o in overrides if o.partition("=")[0] in GROUPS]
+    of_hydra = [o for o in overrides if o.partition("=")[0].lstrip("+") in (*GROUPS, SEARCHPATH)]
+    keys = [_checked(o) for o in overrides if o not in of_hydra]
+    groups = [o.partition("=")[0] for o in of_hydra]
     if groups:
-        chosen = compose_config([o for o in overrides if o.partition("=")[0] in GROUPS])
-        for group in groups:
+        chosen = compose_config(of_hydra)
+        for group in (g for g in groups if g in GROUPS):
             config[group] = OmegaConf.to_container(chosen[group], resolve=True)
     given = {}
     for override in OverridesParser.create().parse_overrides(keys):
@@ -76,10 +99,10 @@ def _from_file(path: Path, overrides: list[str]) -> DictConfig:
     return config
 
 
-def build(config: DictConfig | dict[str, Any]) -> Recipe:
+def build(config: DictConfig | ListConfig | dict[str, Any]) -> Recipe:
     """Return the typed, checked recipe of a composed configuration."""
     try:
-        plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+        plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     except OmegaConfBaseException as error:
         raise _hydra_error(error) from None
     try:
@@ -110,80 +133,40 @@ def load_resolved(path: Path) -> Recipe:
         raise RecipeError(f"{path} cannot be read ({_first_line(error)}); restore it or start a new run") from None
 
 
-def options(group: str) -> list[str]:
-    """Return the names a recipe group offers: the files of its folder."""
-    return sorted(path.stem for path in (RECIPES / group).glob("*.yaml"))
-
-
-def _checked(override: str) -> str:
+def _checked(override: str, folders: Sequence[Path] = ()) -> str:
     """Return the override as Hydra takes it, or refuse what Hydra would answer with a page.
 
     A key that the recipe has but no file mentions gets Hydra's ``++``: users need not know which keys files set.
+    ``folders``: of recipe files, beside the shipped ones.
     """
     if "=" not in override and not override.startswith("~"):
         raise RecipeError(f"{override!r} is not an override; write key=value, such as run.steps=100")
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        raise RecipeError(f"{override} cannot be read ({_first_line(error)}); quote or close its value") from None
+    _parsed(override)
     key, _, value = override.partition("=")
     key = key.lstrip("+~").split("@")[0]
     if key in GROUPS:
-        if value and not re.search(r"[,{\[$(*]", value) and value not in options(key):
-            raise RecipeError(f"{key} = {value} is not one of recipes/{key}/; {_nearest(value, options(key))}")
+        offered = options(key, folders)
+        if value and not re.search(r"[,{\[$(*]", value) and value not in offered:
+            hint = f"{nearest(value, offered)}there are: {', '.join(offered)}"
+            raise RecipeError(f"{key} = {value} is not one of recipes/{key}/; {hint}")
+        return override
+    if key == SEARCHPATH:
         return override
     if key.startswith("hydra"):
-        return override
-    _check_key(key)
+        raise RecipeError(f"{key} has no effect here: of Hydra's own keys {SEARCHPATH} alone is read; leave it out")
+    if said := unknown_key(Recipe, key.split(".")):
+        raise RecipeError(f"{key} is not a key of a recipe; {said}")
     return override if override.startswith("~") else "++" + override.lstrip("+")
 
 
-def _check_key(key: str) -> None:
-    """Refuse a dotted key that no section of the recipe has, naming the nearest that exists."""
-    section: Any = Recipe
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        fields = _fields_of(section)
-        if fields is None:  # a list, a mapping or a plain value: pydantic judges what is below it
-            return
-        if part not in fields:
-            raise RecipeError(f"{key} is not a key of a recipe; {_nearest_key(parts, depth, fields)}")
-        section = fields[part].annotation
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise RecipeError(f"{override} cannot be read ({_first_line(error)}); quote or close its value") from None
 
 
-def _fields_of(annotation: Any) -> dict[str, Any] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate.model_fields
-    return None
-
-
-def all_keys(section: Any = Recipe, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key a recipe has."""
-    for name, field in (_fields_of(section) or {}).items():
-        yield prefix + name
-        yield from all_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _nearest_key(parts: list[str], depth: int, fields: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(parts[depth], fields, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {'.'.join([*parts[:depth], near[0]])}?"
-    last = parts[-1]
-    elsewhere = [key for key in all_keys() if key.split(".")[-1] == last]
-    leaves = [key for key in all_keys() if "." in key]
-    elsewhere = elsewhere or difflib.get_close_matches(".".join(parts), leaves, n=1, cutoff=0.75)
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    return f"it can be one of: {', '.join(fields)}"
-
-
-def _nearest(value: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
-    return (f"did you mean {near[0]}? " if near else "") + f"there are: {', '.join(choices)}"
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -208,44 +191,16 @@ def _validation_error(error: ValidationError) -> RecipeError:
     """Return the first of pydantic's complaints as one line: key, value, why, how many more."""
     details = error.errors()
     # A union (a number or phases) complains once per alternative: the deepest place is the one the user wrote.
-    first = max(details, key=lambda d: len(d["loc"])) if details[0]["loc"][:1] == ("optim",) else details[0]
+    deepest = max(details, key=lambda d: len(d["loc"])) if details[0]["loc"][:1] == ("optim",) else details[0]
+    # A misspelt key explains another that is missing.
+    first = next((d for d in details if d["type"] == "extra_forbidden"), deepest)
     # A union's alternative shows as a pseudo-step such as 'tuple[Phase, ...]' in the place of the complaint.
     names = [p for p in first["loc"] if isinstance(p, int) or (re.fullmatch(r"\w+", p) and p not in ("float", "int"))]
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in names).lstrip(".")
-    value = first["input"]
+    key, value = dotted(names), first["input"]
     if first["type"] == "extra_forbidden":
-        parts = [str(p) for p in names]
-        section: Any = Recipe
-        for depth, part in enumerate(parts):
-            fields = _fields_of(section)
-            if fields is None:
-                return RecipeError(f"{key} is not a key of a recipe; remove it")
-            if part not in fields:
-                return RecipeError(f"{key} is not a key of a recipe; {_nearest_key(parts, depth, fields)}")
-            section = fields[part].annotation
+        return RecipeError(f"{key} is not a key of a recipe; {unknown_key(Recipe, names) or 'remove it'}")
     shown = "null" if value is None else str(value) if not isinstance(value, dict) else "{...}"
     why = first["msg"].removeprefix("Value error, ")
     why = why[:1].lower() + why[1:]
     extra = " (it was not given)" if first["type"] == "missing" else ""
     return RecipeError(f"{key}{extra} = {shown[:80]!s}: {why}; see docs/recipes.md for what it may be")
-
-
-def run_command(main: Callable[[Recipe], int | None], argv: Sequence[str], description: str) -> int:
-    """Run ``main`` on the recipe that the command line describes, as Hydra users expect; return the exit code.
-
-    ``--cfg job`` prints the configuration, ``--multirun`` runs every combination of ``a=1,2``, ``--help`` teaches.
-    """
-    arguments = list(argv)
-    flags = [a for a in arguments if a.startswith("-")]
-    if not flags:
-        return main(compose(arguments)) or 0
-    from launcher.hydra_flags import run_flags
-
-    return run_flags(main, arguments, description)
-
-
-def ensure_importable() -> None:
-    """Make the repository's packages importable when a command is run from a checkout that is not installed."""
-    root = str(RECIPES.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)

@@ -1,0 +1,59 @@
+"""--multirun: every combination of the values of a sweep, each a run of its own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from dsv3_megatron.recipe import Recipe
+from launcher.command_line.compose import compose
+from launcher.command_line.overrides import quoted
+from parallel.errors import RecipeError
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return one list of overrides for every combination of the swept values (``a=1,2``)."""
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise RecipeError(f"{str(error).splitlines()[0]}; write key=value or key=value1,value2") from None
+    choices = []
+    for override in parsed:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    return [list(point) for point in itertools.product(*choices)]
+
+
+def recipes_of_sweep(overrides: Sequence[str]) -> list[tuple[Recipe, list[str]]]:
+    """Return every combination's recipe, checked, with the overrides that make it: each with a run of its own."""
+    points = sweep(overrides)
+    varying = [i for i in range(len(points[0]))] if points else []
+    varying = [i for i in varying if len({point[i] for point in points}) > 1]
+    recipes = []
+    for point in points:
+        recipe = compose(point)
+        suffix = ",".join(point[i] for i in varying).replace("/", "_")
+        if suffix and not any(o.startswith("run.directory=") for o in point):
+            named = {"name": f"{recipe.run.name}-{suffix}", "directory": f"{recipe.run.directory}-{suffix}"}
+            recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=named)})
+            point = [*point, *(f"run.{key}={quoted(value)}" for key, value in named.items())]
+        recipes.append((recipe, point))
+    return recipes
+
+
+def run_many(main: Callable[[Recipe], int | None], overrides: Sequence[str]) -> int:
+    """Run every combination, one after another, each in a run directory of its own; stop at the first failure."""
+    recipes = recipes_of_sweep(overrides)  # all are checked before the first starts
+    for number, (recipe, _) in enumerate(recipes):
+        print(f"[{number + 1}/{len(recipes)}] {recipe.run.name}", file=sys.stderr)
+        if code := main(recipe) or 0:
+            return code
+    return 0

@@ -1,0 +1,48 @@
+"""Where recipe files are: those shipped, and those of the user's own folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from parallel.errors import RecipeError
+
+PACKAGE = Path(__file__).resolve().parent.parent  # launcher/
+ROOT = PACKAGE.parent  # of a checkout; else the folder that packages are installed into
+IS_CHECKOUT = not (PACKAGE / "recipes").is_dir()
+RECIPES = (ROOT if IS_CHECKOUT else PACKAGE) / "recipes"
+GROUPS = ("recipe", "model", "parallel", "precision", "optim", "data", "cluster", "logging")
+
+
+def own_folders(searchpath: Sequence[str] = ()) -> list[Path]:
+    """Return the folders of recipe files beside the shipped ones: ``./recipes``, and the files of Hydra's searchpath.
+
+    Raises: RecipeError: one of their files has the name of a shipped one and says something else, or a place of
+    ``hydra.searchpath`` is no folder.
+    """
+    here = Path.cwd() / "recipes"
+    folders = [here] if any((here / group).is_dir() for group in GROUPS) else []
+    for place in searchpath:
+        if not place.startswith("file://"):  # a package (pkg://), which Hydra finds by itself
+            continue
+        folder = Path(place.removeprefix("file://"))
+        if not folder.is_dir():
+            raise RecipeError(
+                f"hydra.searchpath = {place} is no folder; write hydra.searchpath=[file:///FOLDER], whose folders are "
+                f"{', '.join(GROUPS)}"
+            )
+        folders.append(folder)
+    folders = [folder for folder in folders if folder.resolve() != RECIPES]
+    for folder in folders:
+        for group in GROUPS:
+            for file in sorted((folder / group).glob("*.yaml")):
+                shipped = RECIPES / group / file.name
+                if shipped.is_file() and shipped.read_bytes() != file.read_bytes():
+                    raise RecipeError(f"{file} has the name of a shipped file ({shipped}) and differs; rename it")
+    return folders
+
+
+def options(group: str, folders: Sequence[Path] | None = None) -> list[str]:
+    """Return the names that a group offers: the files of its folder among the shipped and the user's own."""
+    places = [RECIPES, *(own_folders() if folders is None else folders)]
+    return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})

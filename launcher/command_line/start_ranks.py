@@ -1,0 +1,73 @@
+"""dsv3 train: in this process, or on ranks that torchrun starts once the recipe is known to be right."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+from dsv3_megatron.preflight.world import check_world
+from launcher.command_line.arguments import HELP
+from launcher.command_line.compose import compose
+from launcher.command_line.hydra_flags import FLAGS
+from launcher.command_line.recipe_files import PACKAGE
+from parallel.errors import RecipeError
+from parallel.world import World
+
+PRETRAIN = PACKAGE / "pretrain.py"
+
+
+def train(words: Sequence[str]) -> int:
+    """Train; return the exit code, or with options of torchrun become torchrun.
+
+    Raises: UserError: what is wrong with the recipe, before any rank is started.
+    """
+    options, rest = split_torchrun(words)
+    if not options or HELP & set(rest):
+        sys.argv = [str(PRETRAIN), *rest]
+        # As the script that it is: it listens to signals from its first line on, and ends as a rank does.
+        runpy.run_module("launcher.pretrain", run_name="__main__", alter_sys=True)
+        return 0
+    if flags := [word for word in rest if word.startswith("-")]:
+        raise RecipeError(f"{flags[0]} has no effect beside {options[0]}; leave one of the two out")
+    recipe = compose(rest)
+    if size := world_size(options):
+        check_world(recipe, World(rank=0, size=size, local_rank=0))
+    recipe.data.check_source()
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(PRETRAIN), *rest]
+    os.execv(sys.executable, command)
+
+
+def split_torchrun(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (torchrun's options with their values, all others: overrides and Hydra's flags).
+
+    A value may be a word of its own, if it holds no ``=``: ``--nnodes 2``, but ``--rdzv-conf=timeout=60``.
+    """
+    options: list[str] = []
+    rest: list[str] = []
+    takes_value = False
+    for word in words:
+        if word.startswith("-") and word.partition("=")[0] not in FLAGS:
+            options.append(word)
+            takes_value = "=" not in word
+        elif takes_value and not word.startswith("-") and "=" not in word:
+            options.append(word)
+            takes_value = False
+        else:
+            rest.append(word)
+            takes_value = False
+    return options, rest
+
+
+def world_size(options: Sequence[str]) -> int | None:
+    """Return how many ranks torchrun's options ask for; None where they leave it to the machine (auto, 1:4)."""
+    values = {"nproc-per-node": "1", "nnodes": "1"}
+    words = iter(options)
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if (name := name.replace("_", "-")) in values:
+            values[name] = value if equals else next(words, "")
+    sizes = list(values.values())
+    return int(sizes[0]) * int(sizes[1]) if all(size.isdecimal() for size in sizes) else None

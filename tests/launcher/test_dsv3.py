@@ -1,0 +1,136 @@
+"""dsv3: every command under one name, recipes of one's own, torchrun after the recipe is known to be right."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launcher import dsv3
+from launcher.command_line import start_ranks, typed
+from launcher.command_line.compose import compose
+from launcher.command_line.recipe_files import RECIPES, options
+from launcher.command_line.start_ranks import split_torchrun, world_size
+from parallel.errors import UserError
+
+
+def test_help_names_every_command(capsys):
+    assert dsv3.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for name in typed.COMMANDS:
+        assert f"  {name} " in told
+    assert dsv3.main([]) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in typed.COMMANDS if name != "train"])
+def test_every_command_tells_of_itself(name, capsys):
+    assert dsv3.main([name, "--help"]) == 0
+    assert "Keys" in capsys.readouterr().out
+
+
+def test_a_command_that_is_none_is_one_line():
+    with pytest.raises(UserError, match=r"trian is not a command; did you mean train\? there are: train, plan"):
+        dsv3.main(["trian"])
+
+
+def test_torchruns_options_are_told_from_overrides_and_from_hydras_flags():
+    words = [
+        "--nproc-per-node",
+        "4",
+        "recipe=dsv3_tiny",
+        "--nnodes=2",
+        "--no-python",
+        "run.steps=1",
+        "-m",
+        "--cfg",
+        "job",
+    ]
+    options, rest = split_torchrun(words)
+    assert options == ["--nproc-per-node", "4", "--nnodes=2", "--no-python"]
+    assert rest == ["recipe=dsv3_tiny", "run.steps=1", "-m", "--cfg", "job"]
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [(["--nproc-per-node=4"], 4), (["--nproc_per_node", "2", "--nnodes", "3"], 6), (["--nproc-per-node=auto"], None)],
+)
+def test_the_world_is_known_where_torchrun_is_told_it(options, size):
+    assert world_size(options) == size
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model.n_routed_expert=8"], "did you mean model.n_routed_experts?"),
+        (["parallel.expert=3"], "parallel.expert = 3 does not divide"),
+        (["parallel.expert=4", "parallel.pipeline=2"], "start 8"),
+        (["data=indexed"], "data.path = null"),
+        (["--multirun", "run.seed=1,2"], "--multirun has no effect beside --nproc-per-node"),
+    ],
+)
+def test_a_mistake_is_found_once_before_any_rank_starts(words, says, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *arguments: pytest.fail("started"))
+    with pytest.raises(UserError) as caught:
+        dsv3.main(["train", "--nproc-per-node", "4", *words])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_right_recipe_becomes_torchrun_with_its_options(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    dsv3.main(["train", "--nproc-per-node", "4", "--max-restarts=1", "parallel=pp2_ep2"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--max-restarts=1"]
+    assert started == [[*torchrun, str(start_ranks.PRETRAIN), "parallel=pp2_ep2"]]
+
+
+def test_recipe_files_of_the_current_folder_and_of_a_search_path_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, group, name, text in (
+        ("recipes", "recipe", "mine", "# @package _global_\ndefaults:\n  - dsv3_tiny\n  - _self_\nrecipe: mine\n"),
+        ("else where", "cluster", "ours", "name: ours\nnodes: 2\ngpus_per_node: 4\n"),
+    ):
+        (tmp_path / place / group).mkdir(parents=True)
+        (tmp_path / place / group / f"{name}.yaml").write_text(text)
+    assert "mine" in options("recipe") and "mine" not in options("recipe", folders=[])
+    assert compose(["recipe=mine"]).recipe == "mine"
+    both = compose(["recipe=mine", f"hydra.searchpath=['file://{tmp_path / 'else where'}']", "cluster=ours"])
+    assert (both.recipe, both.cluster.world_size) == ("mine", 8)
+    with pytest.raises(UserError, match=r"did you mean mine\?"):
+        compose(["recipe=mien"])
+
+
+def test_a_file_of_ones_own_never_silently_loses_to_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "recipes" / "precision" / "bf16.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_bytes((RECIPES / "precision" / "bf16.yaml").read_bytes())
+    compose(["recipe=dsv3_tiny"])  # a copy is no contradiction
+    own.write_text("name: bf16\n")
+    with pytest.raises(UserError, match="has the name of a shipped file"):
+        compose(["recipe=dsv3_tiny"])
+
+
+def test_what_is_installed_names_its_commands_dsv3(monkeypatch):
+    monkeypatch.setattr(typed, "IS_CHECKOUT", False)
+    assert typed.as_typed("python launcher/plan.py recipe=R") == "dsv3 plan recipe=R"
+    torchrun = "torchrun --nproc-per-node N launcher/pretrain.py recipe=NAME"
+    assert typed.as_typed(torchrun) == "dsv3 train --nproc-per-node N recipe=NAME"
+    assert typed.as_typed("a folder that launcher/prepare_data.py wrote") == "a folder that dsv3 prepare-data wrote"
+    assert typed.as_typed("/home/me/plan.py and other.py") == "/home/me/plan.py and other.py"
+    assert typed.command("train", ranks=2).endswith("dsv3 train --nproc-per-node 2")
+
+
+def test_bash_completes_commands_groups_and_keys(capsys):
+    assert dsv3.main(["completion"]) == 0
+    script = capsys.readouterr().out
+
+    def completed(*words):
+        typed = f"COMP_WORDS=({' '.join(words)}) COMP_CWORD={len(words) - 1}"
+        ask = typed + '; compopt() { :; }; _dsv3; echo "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("dsv3", "tra") == ["train", "train-tokenizer"]
+    assert completed("dsv3", "train", "cluster.slurm.acc") == ["cluster.slurm.account="]
+    assert completed("dsv3", "train", "recipe", "=", "dsv3_671b_") == ["dsv3_671b_128k", "dsv3_671b_32k"]
+    assert completed("dsv3", "train", "precision", "=") == ["bf16", "fp32", "fp8", "fp8_held"]
