@@ -50,7 +50,7 @@ slurm-installed:
 
 # Runs the steps of docker/Dockerfile.cpu in a clean Debian; root, and some minutes.
 test-docker: $(STAMP)
-	$(BIN)/python -m tests.docker.clean_root
+	$(BIN)/python -m testing.clean_root
 
 # The tests of the te backend over Transformer Engine's compiled bindings, in an environment of their own, without a GPU:
 # testing/te/README.md says where TE_BINDINGS comes from. TE_TORCH is the torch that they were compiled against.
@@ -89,7 +89,7 @@ gpu-check:
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos kills=$(or $(CHAOS_KILLS),100)
+	$(BIN)/python -m testing.chaos kills=$(or $(CHAOS_KILLS),100)
 
 # What can be made again. What was trained cannot: runs/ is left alone.
 clean:

@@ -115,7 +115,7 @@ def _started(visit: Visit) -> dict[str, Any]:
     is spoiled by a fork, and it takes a third of the time."""
     if not visit.stands_in:
         return {"workers": max(1, min(4, (os.cpu_count() or 1) // 4))}
-    from tests.fork_servers import forked_from
+    from testing.fork_servers import forked_from
 
     return {
         "context": multiprocessing.get_context("forkserver"),

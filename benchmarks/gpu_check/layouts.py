@@ -56,7 +56,7 @@ def _steps(visit: Visit, recipe: tuple[str, ...]) -> dict[str, list[float]]:
 
 def on_ranks(visit: Visit, recipe: tuple[str, ...]) -> list[dict[str, list[float]]]:
     """Return losses and norms of every rank. Raises RuntimeError with the traceback of the first that fails."""
-    from tests.ranks import free_port
+    from testing.ranks import free_port
 
     context = multiprocessing.get_context("fork" if visit.stands_in else "spawn")
     results, port = context.SimpleQueue(), free_port()

@@ -1,4 +1,4 @@
-"""What a test rank on Transformer Engine needs, imported once in its fork server (tests/ranks.py)."""
+"""What a test rank on Transformer Engine needs, imported once in its fork server (testing/ranks.py)."""
 
 import warnings
 
@@ -10,4 +10,4 @@ install()
 
 import transformer_engine.pytorch  # noqa: F401
 
-import tests.tiny  # noqa: F401
+import testing.training.tiny  # noqa: F401

@@ -10,7 +10,7 @@ from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.registry import CHECKS
 from benchmarks.gpu_check.sizing import plan_of
 from launcher.compose import compose
-from tests.benchmarks.gpu_check_faults import of_product
+from testing.gpu_check.faults import of_product
 
 # One schedule over two ranks is enough here: tests/parallel has them all.
 REHEARSED = [check for check in CHECKS if not check.name.startswith("schedule") or check.name == "schedule dualpipev"]

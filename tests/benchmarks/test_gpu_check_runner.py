@@ -10,7 +10,7 @@ from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.runner import Runner
 from parallel.errors import RecipeError
-from tests.benchmarks.gpu_check_faults import faulty
+from testing.gpu_check.faults import faulty
 
 WRONG = (
     faulty("good", "passes"),

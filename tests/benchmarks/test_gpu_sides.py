@@ -22,7 +22,7 @@ SMALL = ("recipe=dsv3_tiny", "model.num_nextn_predict_layers=0", "model.num_hidd
 def sides():
     """What the sides find in a process that has Transformer Engine's Python."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "testing.te", str(Path(__file__).with_name("gpu_sides_on_cpu.py")), *SMALL]
+    command = [sys.executable, "-m", "testing.te", "testing/gpu_check/sides_on_cpu.py", *SMALL]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

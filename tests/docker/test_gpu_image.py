@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.clean_root import instructions
+from testing.clean_root import instructions
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "3.12"  # of Ubuntu 24.04

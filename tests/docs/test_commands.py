@@ -16,8 +16,8 @@ from dsv3_megatron.preflight.world import check_world
 from launcher.compose import RECIPES, compose
 from parallel.errors import ClusterError
 from parallel.world import World
-from tests.docs.test_docs import DOCKER_FILES, PAGES, commands
-from tests.tiny import SMALL
+from testing.pages import DOCKER_FILES, PAGES, commands
+from testing.training.tiny import SMALL
 
 ROOT = RECIPES.parent
 KEPT = ("data=", "model.vocab_size=")  # the text and its tokenizer stay those of the recipe

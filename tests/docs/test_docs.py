@@ -11,12 +11,10 @@ from launcher import dashboard, demo, evaluate, export_hf, generate, import_hf, 
 from launcher.compose import RECIPES, compose, compose_config, options
 from launcher.reference import reference as written_reference
 from parallel.errors import UserError
+from testing.pages import DOCKER_FILES, PAGES, commands, shell_lines
 
 ROOT = RECIPES.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-DOCKER_FILES = sorted(ROOT.glob("docker/Dockerfile*"))  # whose comments hold commands
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-CODE = re.compile(r"```(?:bash|sh|console)\n(.*?)```", re.S)
 RECIPE_COMMANDS = ("pretrain.py", "submit.py", "plan.py")
 OWN_KEYS = ("dry_run", "chain", "run", "lines", "rank", *plan._OWN)
 
@@ -38,27 +36,6 @@ def test_every_link_leads_to_a_file_or_heading(page):
         assert file.exists(), f"{page.name}: {target}"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{page.name}: {target}"
-
-
-def commands(page):
-    """Yield every command of a page or of a Dockerfile's comments; of a container, what it is to run."""
-    for line in shell_lines(page):
-        line = re.sub(r"^docker run .*? dsv3-megatron:\w+ ", "", line.strip().removeprefix("$ "))
-        if re.match(r"(?:[A-Z_]+=\S+ )*(python|torchrun|make)\b", line):
-            yield line
-
-
-def shell_lines(page):
-    """Yield every line of the page's shell blocks and of its inline code, continuation lines joined."""
-    text = page.read_text()
-    if page in DOCKER_FILES:
-        comments = "\n".join(re.findall(r"^#(.*)", text, re.M)).replace("\\\n", " ")
-        blocks, inline = "", re.findall(r"docker (?:run|build) .*", comments)
-    else:
-        blocks = "\n".join(CODE.findall(text)).replace("\\\n", " ")
-        inline = re.findall(r"`((?:python|torchrun|make) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    for whole in [*blocks.splitlines(), *inline]:
-        yield from whole.split("&&")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *DOCKER_FILES], ids=lambda p: p.name)

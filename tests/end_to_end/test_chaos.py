@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
-from tests.chaos import torment
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import free_port
-from tests.tiny import SMALL
+from testing.chaos import torment
+from testing.ranks import free_port
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("CHAOS_KILLS", "6"))

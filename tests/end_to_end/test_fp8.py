@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.checkpoints import assert_same_tensors
-from tests.end_to_end.test_run import FOUR_STEPS, copy_of, steps, train
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.ranks import run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import Case, train_rank
+from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 
 FP8 = ("precision=fp8", "precision.parameters=fp32", "precision.moments=fp32")
 # Tiles of X and dY along channels, and of W, are the same in these layouts, so the first loss is. Where a microbatch's

@@ -12,8 +12,8 @@ from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.stage import build_stage
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
-from tests.ranks import run_ranks
-from tests.tiny import VALUES, Case, small_recipe, train_rank
+from testing.ranks import run_ranks
+from testing.training.tiny import VALUES, Case, small_recipe, train_rank
 
 LENGTH = 32
 SIZES = [(32,), (20, 12), (1, 30, 1), (9, 9, 8), (3, 2, 27), (16, 15), (31,), (5, 5, 5, 5, 5, 5)]  # of packed rows

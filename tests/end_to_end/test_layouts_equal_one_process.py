@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.ranks import run_ranks
+from testing.training.one_process import check
+from testing.training.tiny import Case, train_rank
 
 TWO = {
     "DP2": (),
@@ -37,21 +38,6 @@ def reference(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("reference") / "reference.pt")
     ((found,),) = run_ranks(1, train_rank, [Case(save_to=path)])
     return found, path
-
-
-def check(name, ranks, found):
-    for step, expected in enumerate(found["results"]):
-        for rank, mine in enumerate(r["results"][step] for r in ranks):
-            where = f"{name}, step {step}, rank {rank}"
-            for field in ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
-                got, want = getattr(mine, field), getattr(expected, field)
-                assert got == (want if want is None else pytest.approx(want, rel=1e-5)), (where, field)
-    for rank, result in enumerate(ranks):
-        for step, errors in enumerate(result["gradient_errors"]):
-            worst = max(errors, key=errors.get)
-            assert errors[worst] < 1e-4, (name, "gradient", worst, f"step {step}, rank {rank}", errors[worst])
-        worst = max(result["weight_errors"], key=result["weight_errors"].get)
-        assert result["weight_errors"][worst] < 1e-3, (name, "weight", worst, rank, result["weight_errors"][worst])
 
 
 def test_two_ranks_train_as_one_process(reference):

@@ -13,8 +13,8 @@ from launcher.console import SilentReporter
 from parallel.groups import stop_processes
 from parallel.world import World
 from testing.nccl.ranks import nccl_rank
-from tests.ranks import run_ranks
-from tests.tiny import small_recipe
+from testing.ranks import run_ranks
+from testing.training.tiny import small_recipe
 
 RUN = (
     "run.steps=2",

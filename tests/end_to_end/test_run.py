@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,49 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
-from dsv3_megatron.train.trainer import run
-from launcher.compose import compose, resolved_yaml
-from launcher.console import SilentReporter
-from parallel.errors import CheckpointError, UserError
-from parallel.world import World
-from tests.ranks import free_port, run_ranks
-from tests.tiny import SMALL
+from parallel.errors import CheckpointError
+from testing.ranks import free_port
+from testing.training.tiny import SMALL
+from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUR_STEPS = ("run.steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
-
-
-class Notes(SilentReporter):
-    """Keeps what the run says."""
-
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
-
-
-def run_here(overrides):
-    """Train on this rank; return the notes, or the message of what a user can mend."""
-    torch.set_num_threads(1)
-    recipe, notes = compose([*SMALL, *overrides]), Notes()
-    try:
-        run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
-    except UserError as error:
-        return [f"refused: {error}"]
-    return notes.texts
-
-
-def train(world, *overrides):
-    """Run on ``world`` fresh processes; return rank 0's notes."""
-    return run_ranks(world, run_here, [list(overrides)])[0][0]
-
-
-def steps(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +26,6 @@ def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "undisturbed"
     train(1, *FOUR_STEPS, f"run.directory={directory}")
     return directory
-
-
-def copy_of(directory, place, keep_steps):
-    """Return a copy of a run as it was after some steps."""
-    import shutil
-
-    shutil.copytree(directory, place)
-    for checkpoint in (place / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.split("_")[1]) > keep_steps:
-            shutil.rmtree(checkpoint)
-    return place
 
 
 CONTRACT = {
@@ -187,8 +142,6 @@ def test_damaged_checkpoints_newer_than_the_run_do_not_push_out_its_own(undistur
     assert "no other checkpoint is valid" in refused and "remove the damaged ones (2)" in refused
     (place / "checkpoints/step_00000002").rename(place / "elsewhere")
     (place / "checkpoints/step_00000004").rename(place / "checkpoints/step_00000900")
-    import shutil
-
     shutil.copytree(undisturbed / "checkpoints/step_00000002", place / "checkpoints/step_00000002")
     train(1, *FOUR_STEPS, "checkpoint.keep=1", f"run.directory={place}")
     assert newest_valid(place / "checkpoints")[0].name == "step_00000004"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.end_to_end.test_layouts_equal_one_process import check
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.ranks import run_ranks
+from testing.training.one_process import check
+from testing.training.tiny import Case, train_rank
 
 EIGHT_LAYERS = ("model.num_hidden_layers=8", "optim.global_batch=16", "optim.micro_batch=1", "data.sequence_length=16")
 SCHEDULES = {

@@ -6,9 +6,10 @@ from functools import cache
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from tests.ranks import TE, run_ranks
-from tests.te import WORDS
-from tests.watching import ALWAYS, WATCHERS, Run, differences, objects_after, run_watched
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import WORDS
+from testing.training.watched import ALWAYS, Run, differences, objects_after, run_watched
+from testing.training.watchers import WATCHERS
 
 TENSOR_TILES = tuple(f"precision.fp8.{x}_tile=tensor" for x in ("activation", "weight", "gradient"))
 DELAYED = ("precision=fp8", "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high", *TENSOR_TILES)

@@ -17,8 +17,8 @@ from launcher.slurm.client import job_facts
 from launcher.slurm.job import ROOT
 from launcher.submit import main
 from parallel.errors import ClusterError
-from tests.docs.test_docs import commands
-from tests.tiny import SMALL
+from testing.pages import commands
+from testing.training.tiny import SMALL
 
 pytestmark = pytest.mark.slow
 

@@ -16,11 +16,11 @@ from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from launcher import evaluate
 from launcher.compose import load_resolved, resolved_yaml
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS
-from tests.tiny import small_recipe
-from tests.trainings import Life, live
+from testing.ranks import TE, run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.lives import Life, live
+from testing.training.on_te import FP8, WORDS
+from testing.training.tiny import small_recipe
 
 ON_TE = (*WORDS, "optim.ema_decay=0.9")
 ON_TORCH = (*ON_TE, "backend=torch")

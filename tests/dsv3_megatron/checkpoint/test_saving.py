@@ -18,9 +18,9 @@ from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
 from parallel.world import World
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import run_ranks
-from tests.tiny import SMALL
+from testing.ranks import run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import SMALL
 
 SIX = ("run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
 

@@ -11,9 +11,9 @@ from dsv3_megatron.train.build import build_parts
 from launcher.compose import compose, resolved_yaml
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS, forget_fp8_state
-from tests.tiny import SMALL, small_recipe
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS, forget_fp8_state
+from testing.training.tiny import SMALL, small_recipe
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))

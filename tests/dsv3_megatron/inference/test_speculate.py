@@ -28,9 +28,9 @@ from launcher.compose import load_resolved, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import RecipeError
 from parallel.world import World
-from tests.tiny import small_recipe
+from testing.training.tiny import small_recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

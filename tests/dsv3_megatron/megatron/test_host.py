@@ -14,8 +14,8 @@ from dsv3_megatron.train.step import train_step
 from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import SMALL, VALUES
+from testing.ranks import run_ranks
+from testing.training.tiny import SMALL, VALUES
 
 
 def test_a_run_compiles_nothing(tmp_path):

@@ -21,9 +21,9 @@ from launcher.compose import compose
 from parallel.groups import build_groups, start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS, Training, train
-from tests.tiny import VALUES, small_recipe, step_batches_of
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS, Training, train
+from testing.training.tiny import VALUES, small_recipe, step_batches_of
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS, Training, difference, train, untrained
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS, Training, difference, train, untrained
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))

@@ -9,6 +9,7 @@ from dsv3_megatron.precision.accumulation import matmul
 from dsv3_megatron.precision.products import HIGH_PRECISION, Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.tiles import quantise_dequantise
+from testing.fp8_products import three_products, weight_gradient
 
 
 def published(rows, columns, p, m, s):
@@ -31,21 +32,6 @@ def test_a_linear_layer_gives_the_published_numbers(power_of_two, norms, corners
     for found, norm, corner in zip(products, norms, corners):
         assert found.norm().item() == pytest.approx(norm, rel=1e-5)
         assert found[0, 0].item() == pytest.approx(corner, rel=1e-4)
-
-
-def three_products(fp8, x, w, dy, ends=None):
-    """Return Y, dX and dW of a layer."""
-    y, kept_x = fp8.forward(x, w, ends)
-    dx, kept_dy = fp8.input_gradient(dy, w, ends)
-    return y, dx, weight_gradient(fp8, w, kept_dy, fp8.owed(kept_x, ends), ends)
-
-
-def weight_gradient(fp8, w, kept_dy, kept_x, ends=None):
-    """Return dW."""
-    total = torch.zeros(w.shape)
-    rows = None if ends is None else ends.diff(prepend=ends.new_zeros(1)).tolist()
-    fp8.add_weight_gradient(total, kept_dy, kept_x, ends, rows)
-    return total
 
 
 @pytest.mark.parametrize("policy", [{}, {"wgrad_operands": "retiled"}, {"activation_tile": "tensor"}])

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.routing.capacity import allocate, expert_capacity, selected_softmax
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.ranks import run_ranks
+from testing.training.tiny import Case, train_rank
 
 
 def slow_allocation(scores, topk, capacity):

@@ -9,9 +9,9 @@ from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS
-from tests.tiny import VALUES, small_recipe, step_batches_of
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS
+from testing.training.tiny import VALUES, small_recipe, step_batches_of
 
 CASES = [
     (*WORDS, "parallel.schedule=1f1b"),

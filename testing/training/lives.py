@@ -19,8 +19,8 @@ from launcher.compose import resolved_yaml
 from parallel.errors import CheckpointError
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.te import forget_fp8_state
-from tests.tiny import VALUES, named_weights, small_recipe, step_batches_of
+from testing.training.on_te import forget_fp8_state
+from testing.training.tiny import VALUES, named_weights, small_recipe, step_batches_of
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Kill -9 of random ranks at random moments, then bit-exact equality with a run that nobody disturbed.
 
-    python -m tests.chaos kills=100 [seed=1]
+    python -m testing.chaos kills=100 [seed=1]
 
 Four ranks (PP 2 x EP 2) train; one of them is killed while it starts, in a step, or while a checkpoint is written; the
 others must end by themselves; the run is started again, with asynchronous and synchronous saves in turn. After every
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.checkpoint.manifest import checkpoints, newest_valid, step_of
-from tests.ranks import _context, free_port
-from tests.tiny import SMALL
+from testing.ranks import _context, free_port
+from testing.training.tiny import SMALL
 
 WORLD = 4
 LAYOUT = ("parallel.pipeline=2", "parallel.expert=2", "checkpoint.every_steps=2", "checkpoint.keep=2")
@@ -135,7 +135,7 @@ def resumed_steps(directory: Path) -> list[int]:
 
 def torment(kills: int, seed: int, place: Path, tell: Any = lambda text: None) -> Outcome:
     """Kill so many times, then compare with the undisturbed run. Raises AssertionError where anything differs."""
-    from tests.checkpoints import assert_same_tensors
+    from testing.training.checkpoints import assert_same_tensors
 
     choice, outcome = random.Random(seed), Outcome()
     plain, hurt = place / "plain", place / "hurt"

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from dsv3_megatron.model.layers.context import to_heads, to_pieces
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 SEQUENCE, BATCH, WIDTH = 16, 2, 3
 

@@ -5,7 +5,7 @@ ARG, RUN, COPY, USER and WORKDIR are done in a chroot as the file says, from a c
 then a container's life is played: the image's CMD (`make demo`) through its ENTRYPOINT, HEALTHCHECK's command before,
 during and after. What it cannot show: layers, the base image itself, HEALTHCHECK's schedule.
 
-    python -m tests.docker.clean_root [FOLDER]        keeps FOLDER/base, the Debian, for the next call, and FOLDER/root
+    python -m testing.clean_root [FOLDER]        keeps FOLDER/base, the Debian, for the next call, and FOLDER/root
     CLEAN_ROOT_CMD="python launcher/pretrain.py ..."  run that in place of the image's CMD
     CLEAN_ROOT_SHARE=/some/wheels:/other              folders of this machine that its pip configuration points to
 """
@@ -24,7 +24,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # Host names, resolver: an engine gives them to a container, too. The rest: how this machine reaches packages.
 SHARED = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs", "/etc/pip.conf", "/etc/xdg/pip", "/etc/apt/apt.conf.d")
 HEALTH_SECONDS = 15  # between two health checks; the file's own interval is a minute

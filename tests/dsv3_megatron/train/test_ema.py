@@ -16,10 +16,10 @@ from launcher.compose import load_resolved
 from launcher.export_hf import main as export
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.end_to_end.test_data_and_regime import train
-from tests.ranks import TE, run_ranks
-from tests.te import WORDS
-from tests.tiny import VALUES, named_weights, small_recipe, step_batches_of
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import WORDS
+from testing.training.tiny import VALUES, named_weights, small_recipe, step_batches_of
+from testing.training.whole_runs import refusal, train
 
 DECAY = 0.7
 
@@ -96,10 +96,10 @@ def test_what_fails_beside_training_is_raised_where_it_is_waited_for():
 
 def test_the_average_is_saved_in_one_layout_and_goes_on_in_another(tmp_path):
     over = ("optim.ema_decay=0.5", "run.steps=4", "checkpoint.every_steps=2", "optim.learning_rate=0.01")
-    assert train(1, *over, f"run.directory={tmp_path}/whole") is None
+    assert refusal(train(1, *over, f"run.directory={tmp_path}/whole")) is None
     dual = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1", "parallel.expert=2")
-    assert train(4, *over, *dual, "run.steps=2", f"run.directory={tmp_path}/torn") is None
-    assert train(2, *over, "parallel.tensor=2", f"run.directory={tmp_path}/torn") is None
+    assert refusal(train(4, *over, *dual, "run.steps=2", f"run.directory={tmp_path}/torn")) is None
+    assert refusal(train(2, *over, "parallel.tensor=2", f"run.directory={tmp_path}/torn")) is None
     (((whole, torn),),) = run_ranks(1, weights_of, [[tmp_path / "whole", tmp_path / "torn"]])
     for kind in ("trained", "ema"):
         assert difference(torn[kind], whole[kind]) < 2e-4, kind
@@ -108,7 +108,7 @@ def test_the_average_is_saved_in_one_layout_and_goes_on_in_another(tmp_path):
 
 def test_the_average_is_exported_to_hugging_face(tmp_path, capsys):
     over = ("optim.ema_decay=0.5", "run.steps=2", "optim.learning_rate=0.01", f"run.directory={tmp_path}/run")
-    assert train(1, *over) is None
+    assert refusal(train(1, *over)) is None
     for weights in ("trained", "ema"):
         arguments = [f"run={tmp_path}/run", f"output={tmp_path}/{weights}", "dtype=fp32", "processes=1"]
         assert export([*arguments, f"weights={weights}"]) == 0

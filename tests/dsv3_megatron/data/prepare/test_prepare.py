@@ -24,7 +24,7 @@ from dsv3_megatron.data.source.shards import open_shard, read_manifest, verify_c
 from dsv3_megatron.data.tokenizer import BEGIN, END, FIM_HOLE, Tokenizer
 from parallel.errors import DataError
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 WORDS = [
     "the",
     "quick",

@@ -12,8 +12,8 @@ from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.schedules import forward_only, make_schedule, placement
 from parallel.schedules.dualpipev import dualpipev
 from parallel.world import World
-from tests.parallel.toy_stages import ToyStages
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
+from testing.toy_stages import ToyStages
 
 CASES = [
     ("1f1b", 4, 6, 1),

@@ -9,8 +9,8 @@ from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import VALUES, small_recipe, step_batches_of
+from testing.ranks import run_ranks
+from testing.training.tiny import VALUES, small_recipe, step_batches_of
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

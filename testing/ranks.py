@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.fork_servers import forked_from
+from testing.fork_servers import forked_from
 
 _random = random.SystemRandom()  # hypothesis seeds the usual one: two test processes would choose the same ports
 _context = multiprocessing.get_context("forkserver")
@@ -38,7 +38,7 @@ def run_ranks(
     worker: Callable[..., Any],
     cases: Sequence[Any],
     timeout_seconds: float = 300,
-    preload: str = "tests.preload",
+    preload: str = "testing.preload",
 ) -> list[list[Any]]:
     """Return ``worker(case)`` of every rank for every case: results[case][rank].
 

@@ -14,8 +14,8 @@ from dsv3_megatron.train.step import run_pipeline
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.live_memory import LiveMemory
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import small_recipe, step_batches_of
+from testing.ranks import run_ranks
+from testing.training.tiny import small_recipe, step_batches_of
 
 WIDER = ("data.sequence_length=128", "optim.micro_batch=2", "optim.global_batch=16")
 CASES = {

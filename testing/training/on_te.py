@@ -1,4 +1,4 @@
-"""A small training on Transformer Engine: what tests of the te backend run, on ranks that have it (tests.ranks.TE)."""
+"""A small training on Transformer Engine: what tests of the te backend run on ranks that have it (preload=TE)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsv3_megatron.train.step import StepValues, evaluate_batches, train_step
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.te.calls import calls, forget
-from tests.tiny import VALUES, small_recipe, step_batches_of, whole_gradients
+from testing.training.tiny import VALUES, small_recipe, step_batches_of, whole_gradients
 
 # FP8 rows are multiples of 16 numbers.
 WORDS = ("backend=te", "model.qk_rope_head_dim=16")

@@ -30,7 +30,7 @@ from launcher.compose import compose, load_resolved, resolved_yaml
 from parallel.errors import CheckpointError, RecipeError
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.tiny import SMALL
+from testing.training.tiny import SMALL
 
 PUBLISHED = {  # config.json of deepseek-ai/DeepSeek-V3
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,

@@ -14,8 +14,8 @@ from launcher.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.pipeline.transfers import Transfers
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import small_recipe, step_batches_of
+from testing.ranks import run_ranks
+from testing.training.tiny import small_recipe, step_batches_of
 
 SCHEDULES = [
     ("parallel.schedule=dualpipe",),

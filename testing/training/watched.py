@@ -6,36 +6,28 @@ import gc
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import dsv3_megatron.train.build as build_module
 import dsv3_megatron.train.trainer as trainer_module
-from dsv3_megatron.checkpoint.find import find_checkpoint
-from dsv3_megatron.checkpoint.hugging_face.export import export
-from dsv3_megatron.checkpoint.load import load_checkpoint
-from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.health.stop_signals import StopSignals
-from dsv3_megatron.megatron.replaced import replaced
 from dsv3_megatron.pipeline.parts import Parts
-from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
-from dsv3_megatron.train.step import StepResult, evaluate_batches
+from dsv3_megatron.train.step import StepResult
 from dsv3_megatron.train.trainer import Trainer
 from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.groups import start_processes, stop_processes
-from parallel.pipeline.live_memory import LiveMemory
 from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.world import World
-from tests.tiny import SMALL
+from testing.training.tiny import SMALL
+from testing.training.watchers import WATCHERS, evaluate, save_beside
 
 TINY = (
     *SMALL,
@@ -174,9 +166,9 @@ def objects_after(steps: Sequence[int]) -> list[Counter[str]]:
             trainer = _trainer(compose([*TINY, *QUIET, *always, *fewer, f"run.directory={folder}/run"]), world)
             for number in range(1, steps[-1] + 1):
                 trainer._one_step()
-                _evaluate(trainer)
+                evaluate(trainer)
                 if number % 5 == 0:
-                    _save_beside(trainer)
+                    save_beside(trainer)
                     trainer.saver.finish(number)
                 if number in steps:
                     gc.collect()
@@ -220,94 +212,3 @@ def _hooked(parts: Parts) -> Iterator[str]:
 def _checksum(tensor: torch.Tensor) -> str:
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.blake2b(data.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-# -- watchers: called between two steps, on all ranks; what they return is entered around the step that follows --------
-
-
-def _evaluate(trainer: Trainer) -> None:
-    trainer.evaluate()
-
-
-def _save(trainer: Trainer, *, beside: bool = False) -> None:
-    trainer.saver.settings = trainer.saver.settings.model_copy(update={"asynchronous": beside})
-    trainer.saver.save(asdict(trainer.progress))
-
-
-def _save_beside(trainer: Trainer) -> None:
-    _save(trainer, beside=True)
-
-
-def _newest(trainer: Trainer) -> Path:
-    """Return the newest complete checkpoint; make one where there is none."""
-    folder = trainer.directory.checkpoints
-    found = [checkpoints(folder)]
-    dist.broadcast_object_list(found)
-    if not found[0]:
-        _save(trainer)
-        found = [checkpoints(folder)]
-        dist.broadcast_object_list(found)
-    return found[0][0]
-
-
-def _load_elsewhere(trainer: Trainer) -> None:
-    """Fill another model of this process from a checkpoint, the average into its weights, and use it.
-
-    megatron-core knows one set of process groups in a process: the other model shares the run's.
-    """
-    recipe = trainer.recipe.model_copy(update={"run": trainer.recipe.run.model_copy(update={"seed": 99})})
-    found, wrong = find_checkpoint([_newest(trainer)])
-    assert found is not None, wrong
-    share_groups = replaced(build_module, "build_groups", lambda *unused, **options: trainer.parts.groups)
-    with share_groups, torch.random.fork_rng(devices=[]):
-        other = build_parts(recipe, trainer.parts.layout, trainer.parts.device)
-    load_checkpoint(found, other, training=True)
-    if other.ema is not None:
-        other.ema.copy_into_weights()
-    batches = trainer_module.evaluation_batches(
-        trainer.data.held_out, count=2, micro_batch=1, dp_rank=other.data_rank, dp=other.layout.dp
-    )
-    evaluate_batches(other, batches)
-
-
-def _load_back(trainer: Trainer) -> None:
-    """Save, and fill the run itself from what was saved."""
-    _save(trainer)
-    found, wrong = find_checkpoint([_newest(trainer)])
-    assert found is not None and found.progress["step"] == trainer.progress.step, wrong
-    load_checkpoint(found, trainer.parts, training=True)
-
-
-def _export(trainer: Trainer) -> None:
-    path = _newest(trainer)
-    if trainer.is_first:
-        output = trainer.directory.path / "exported"
-        output.mkdir(exist_ok=True)
-        export(trainer.recipe.model, path, output, dtype="bf16", shard_bytes=2**30, processes=1)
-    dist.barrier()
-
-
-def _report(trainer: Trainer) -> None:
-    if trainer.is_first:
-        write_report(trainer.directory.path)
-
-
-def _profile(trainer: Trainer) -> Any:
-    return torch.profiler.profile(record_shapes=True)
-
-
-def _measure_memory(trainer: Trainer) -> Any:
-    return LiveMemory()
-
-
-WATCHERS: dict[str, Callable[[Trainer], Any]] = {
-    "evaluate": _evaluate,
-    "save": _save,
-    "save beside": _save_beside,
-    "load elsewhere": _load_elsewhere,
-    "load back": _load_back,
-    "export": _export,
-    "report": _report,
-    "profile": _profile,
-    "measure memory": _measure_memory,
-}

@@ -16,7 +16,7 @@ from dsv3_megatron.model.stage import build_stage
 from parallel.errors import PackageError
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
-from tests.tiny import small_recipe
+from testing.training.tiny import small_recipe
 
 
 def settings(**values):

@@ -63,7 +63,7 @@ class Bare(Check):
 
 def faulty(name, function, seconds=60.0, **more):
     """Return a check of this page."""
-    return Bare(name, f"tests.benchmarks.gpu_check_faults:{function}", seconds, **more)
+    return Bare(name, f"testing.gpu_check.faults:{function}", seconds, **more)
 
 
 # -- faults of what is checked: the product is broken in one place, and the check is the real one ----------------------
@@ -183,4 +183,4 @@ def a_rank_fails(visit):
 
 def of_product(function, needs=(), after=()):
     """Return a check whose product is broken by a function above."""
-    return Check(function, f"tests.benchmarks.gpu_check_faults:{function}", 120.0, needs=needs, after=after)
+    return Check(function, f"testing.gpu_check.faults:{function}", 120.0, needs=needs, after=after)

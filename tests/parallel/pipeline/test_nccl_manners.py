@@ -15,8 +15,8 @@ from parallel.schedules import SCHEDULES, forward_only, make_schedule
 from parallel.world import World
 from testing.nccl.device import Event
 from testing.nccl.ranks import nccl_rank
-from tests.parallel.toy_stages import ToyStages
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
+from testing.toy_stages import ToyStages
 
 WORLD = 8
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from parallel.errors import LayoutError, PackageError
 from parallel.groups import start_processes
 from parallel.layout import Layout
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import SMALL, Case, train_rank
+from testing.ranks import run_ranks
+from testing.training.tiny import SMALL, Case, train_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 THIRD = World(rank=11, size=16, local_rank=3)
@@ -25,7 +25,7 @@ THIRD = World(rank=11, size=16, local_rank=3)
 
 def with_gpus(code):
     """Run code in a process in which torch says that there are eight GPUs; return what it prints last, from JSON."""
-    code = f"import json\nfrom tests.with_gpus import say_there_are\nsay_there_are(8)\n{code}"
+    code = f"import json\nfrom testing.with_gpus import say_there_are\nsay_there_are(8)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +46,7 @@ def test_the_cpu_may_be_chosen_after_megatron_core_was_imported():
         "import dsv3_megatron.train.build\n"
         "from launcher import plan\n"
         "assert plan.main(['recipe=dsv3_tiny', 'show=precision']) == 0\n"
-        "from tests.tiny import Case, train_rank\n"
+        "from testing.training.tiny import Case, train_rank\n"
         "norms = [result.grad_norm for result in train_rank(Case(steps=2))['results']]\n"
         "from torch._dynamo.utils import counters\n"
         "print(json.dumps({'norms': norms, 'compiled': counters['frames']['ok']}))\n"
