@@ -80,12 +80,12 @@ docs: $(STAMP)
 	$(BIN)/python -m pytest tests/docs
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python -m benchmarks.run_all
 
 # On a machine with a GPU, seven minutes at most: docs/gpu_check.md. With the environment of make env where it is, else
 # with the machine's own python3, as a container of a cluster has it. GPU_CHECK="seconds=120 only=losses" to choose.
 gpu-check:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check $(GPU_CHECK)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)

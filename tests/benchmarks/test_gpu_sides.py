@@ -106,7 +106,7 @@ def without_work(command, **unused):
 
 def test_our_rows_train_and_leave_no_checkpoint(tmp_path):
     words = [*SMALL, "data=synthetic", "run.steps=1", f"run.directory={tmp_path / 'run'}", "logging.wandb=disabled"]
-    command = [sys.executable, "benchmarks/gpu_training.py", *words]
+    command = [sys.executable, "-m", "benchmarks.gpu_training", *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1

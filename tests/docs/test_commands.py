@@ -29,8 +29,8 @@ NOT_RUN = {
     r"make ": "installs, or takes minutes, or is what runs this test; make -n says what it would do",
     r"torchrun .*pretrain\.py": "tests/end_to_end starts torchrun; composed, and laid out over its ranks",
     r"torchrun ": "no command but a mention of a flag",
-    r"python benchmarks/gpu_check ": "minutes, tests/benchmarks rehearses it; refused where there is no GPU",
-    r"python benchmarks/": "minutes to hours, some on a GPU; compiled",
+    r"python -m benchmarks\.gpu_check ": "minutes, tests/benchmarks rehearses it; refused where there is no GPU",
+    r"python -m benchmarks\.": "minutes to hours, some on a GPU; compiled",
     r"python launcher/submit\.py (status|logs|cancel)": "needs a job: tests/slurm; refused for want of one",
     r"python launcher/submit\.py$": "no command but a mention; its help",
     r"python launcher/submit\.py": "tests/slurm submits; dry_run=true",
@@ -62,12 +62,13 @@ def without_work(reason, command, words):
         check_world(recipe, World(rank=0, size=ranks, local_rank=0))
         recipe.data.check_source()
     elif "refused where" in reason:
-        words = [word for word in words[2:] if not word.startswith("device=")]
+        words = [word for word in words[3:] if not word.startswith("device=")]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torch.cuda.is_available", lambda: False)
             assert in_process("benchmarks/gpu_check/__main__.py", words) == 2
     elif "compiled" in reason:
-        compile((ROOT / script).read_text(), script, "exec")
+        file = (ROOT / words[2].replace(".", "/")).with_suffix(".py")
+        compile(file.read_text(), str(file), "exec")
     elif "want of one" in reason:
         with pytest.raises(ClusterError, match=r"has no jobs\.jsonl"):
             in_process(script, arguments)
