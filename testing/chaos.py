@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.checkpoint.manifest import checkpoints, newest_valid, step_of
-from testing.ranks import _context, free_port
+from testing.ports import free_port
+from testing.ranks import context
 from testing.training.tiny import SMALL
 
 WORLD = 4
@@ -60,7 +61,7 @@ def live(rank: int, port: int, overrides: list[str], errors: str) -> None:
 def start(overrides: list[str], errors: Path) -> list[Any]:
     """Start all ranks."""
     port = free_port()
-    ranks = [_context.Process(target=live, args=(r, port, overrides, str(errors))) for r in range(WORLD)]
+    ranks = [context.Process(target=live, args=(r, port, overrides, str(errors))) for r in range(WORLD)]
     for rank in ranks:
         rank.start()
     return ranks

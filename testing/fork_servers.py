@@ -32,3 +32,8 @@ def forked_from(preload: str) -> Iterator[None]:
         yield
     finally:
         popen.forkserver = before
+
+
+def servers() -> list[ForkServer]:
+    """Return the servers that have been started."""
+    return list(_servers.values())

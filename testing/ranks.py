@@ -9,28 +9,18 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import random
-import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from testing.fork_servers import forked_from
 
-_random = random.SystemRandom()  # hypothesis seeds the usual one: two test processes would choose the same ports
-_context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver")
 TE = "testing.te.preload"
-
-
-def free_port() -> int:
-    """Return a TCP port nobody listens on, below the range from which gloo's own sockets take theirs."""
-    while True:
-        port = _random.randrange(20000, 30000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 def run_ranks(
@@ -44,10 +34,11 @@ def run_ranks(
 
     ``preload``: the module that the ranks' server imports; ``TE`` for ranks that have Transformer Engine.
     """
-    queue = _context.Queue()
-    ports = [free_port() for _ in cases]
+    queue = context.Queue()
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
+    ports = [store.port for store in stores]
     ranks = [
-        _context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue, preload))
+        context.Process(target=_rank_main, args=(rank, world, worker, list(cases), ports, queue, preload))
         for rank in range(world)
     ]
     with forked_from(preload):
@@ -81,6 +72,7 @@ def _rank_main(
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store of the process that has started the ranks
         try:
             queue.put((number, rank, None, worker(case)))
             _leave_group()

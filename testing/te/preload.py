@@ -8,6 +8,8 @@ from testing.te.install import install
 
 install()
 
+import hypothesis  # noqa: F401
+import pytest  # noqa: F401  what test modules import: else every rank would, for half a second
 import transformer_engine.pytorch  # noqa: F401
 
 import testing.training.tiny  # noqa: F401

@@ -13,7 +13,7 @@ import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from testing.chaos import torment
-from testing.ranks import free_port
+from testing.ports import free_port
 from testing.training.checkpoints import assert_same_tensors
 from testing.training.tiny import SMALL
 

@@ -14,7 +14,7 @@ import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
 from parallel.errors import CheckpointError
-from testing.ranks import free_port
+from testing.ports import free_port
 from testing.training.tiny import SMALL
 from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 

@@ -14,7 +14,7 @@ import pytest
 
 from launcher.last_words import Failure
 from parallel.errors import DataError
-from testing.ranks import free_port
+from testing.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = socket.gethostname()
