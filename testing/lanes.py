@@ -8,7 +8,7 @@ imported by tests/conftest.py.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -27,11 +27,22 @@ LONG = ("tests/slurm/", "tests/benchmarks/test_gpu_check.py", "tests/end_to_end/
 APART = ("tests/end_to_end/test_watching", "tests/end_to_end/test_chaos", "tests/end_to_end/test_schedules",
          "tests/end_to_end/test_nccl_manners", "tests/end_to_end/test_data_and_regime")  # fmt: skip
 LEFT, SPENT = "left", "spent"  # what workers report
+FAST_LANE = pytest.StashKey[tuple[set[str], set[str]]]()  # files that were collected, and tests of the fast lane
+_found = pytest.StashKey[dict[str, Any]]()
 
 
 def examples(count: int) -> int:
     """Return how many examples a property test takes: ``count``; in the fast lane a fifth of it, yet at least ten."""
     return min(count, max(10, count * settings().max_examples // 100))
+
+
+def in_lanes(cases: Mapping[str, Any], *fast: str) -> list[Any]:
+    """Return two parameters: the cases of the fast lane together, as a dictionary like ``cases``, and all others."""
+    rest = {name: case for name, case in cases.items() if name not in fast}
+    return [
+        pytest.param({name: cases[name] for name in fast}, id="few"),
+        pytest.param(rest, id="rest", marks=pytest.mark.full),
+    ]
 
 
 def scope_of(nodeid: str) -> str:
@@ -49,11 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_found] = {LEFT: 0, SPENT: Counter()}
 
 
-_found = pytest.StashKey[dict[str, Any]]()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest."""
+@pytest.hookimpl(tryfirst=True)  # before any is left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with what takes longest; note which tests the fast lane has, by file and name."""
+    fast = {item.nodeid.partition("[")[0] for item in items if item.get_closest_marker("full") is None}
+    config.stash[FAST_LANE] = {item.nodeid.partition("::")[0] for item in items}, fast
     items.sort(key=lambda item: next((n for n, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG)))
 
 

@@ -120,6 +120,7 @@ def resolved(requirements, constraints, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_gpu_image_resolves_to_what_is_pinned(tmp_path, monkeypatch):
     requirements, constraints = parts(pip_lines())
     pins = pinned(constraints)

@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.tokenizer import Tokenizer
+from testing.lanes import in_lanes
 from testing.ranks import run_ranks
 from testing.training.whole_runs import refusal, run_here, steps, train
 
@@ -36,7 +37,19 @@ def shards(tmp_path_factory):
     return folder / "out"
 
 
-def test_a_run_over_shards_reads_the_same_in_any_layout_and_after_a_resume(shards, tmp_path):
+DUAL = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "lives"),
+    [
+        # Stopped after every step, and each time in another number of ranks.
+        ({"dual": (2, DUAL)}, [(1, 2), (3, 1)]),
+        pytest.param({"dp4": (4, ())}, [(1, 2), (2, 1), (3, 4)], marks=pytest.mark.full),
+    ],
+    ids=["few", "rest"],
+)
+def test_a_run_over_shards_reads_the_same_in_any_layout_and_after_a_resume(shards, tmp_path, layouts, lives):
     over = (
         "data=indexed", f"data.path={shards}", "data.fim_rate=0.3", "data.isolate_documents=true",
         f"data.cache={tmp_path}/cache", "model.vocab_size=320", "run.steps=3", "checkpoint.every_steps=1",
@@ -45,16 +58,12 @@ def test_a_run_over_shards_reads_the_same_in_any_layout_and_after_a_resume(shard
     assert refusal(train(1, *over, f"run.directory={tmp_path}/one")) is None
     one = steps(tmp_path / "one")
     assert len({line["lm_loss"] for line in one}) == 3
-    for name, world, layout in (
-        ("dp4", 4, ()),
-        ("dual", 2, ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")),
-    ):
+    for name, (world, layout) in layouts.items():
         assert refusal(train(world, *over, *layout, f"run.directory={tmp_path}/{name}")) is None
         assert_same(steps(tmp_path / name), one, name)
-    # Stopped after every step, and each time in another number of ranks.
-    for step, world in ((1, 2), (2, 1), (3, 4)):
+    for step, world in lives:
         train(world, *over, f"run.steps={step}", f"run.directory={tmp_path}/torn")
-    assert_same(steps(tmp_path / "torn"), one, "resumed after every step")
+    assert_same(steps(tmp_path / "torn"), one, "stopped and resumed")
 
 
 RAMP = ("optim.global_batch=[{until: 300, at: 8}, {until: 600, at: 16}, {until: 90000, at: 24}]", "run.steps=4",
@@ -69,16 +78,15 @@ RAMPED = {
 }
 
 
-def test_a_batch_that_grows_in_the_run_works_under_every_layout(tmp_path):
+@pytest.mark.parametrize("layouts", in_lanes(RAMPED, "zb1p", "dualpipev", "CP2"))
+def test_a_batch_that_grows_in_the_run_works_under_every_layout(tmp_path, layouts):
     assert refusal(train(1, *RAMP, f"run.directory={tmp_path}/one")) is None
     one = steps(tmp_path / "one")
     assert [line["global_batch"] for line in one] == [8, 8, 16, 24]
     for ranks in (2, 4):
-        cases = {n: layout for n, (many, layout) in RAMPED.items() if many == ranks}
-        found = run_ranks(
-            ranks, run_here, [[*RAMP, *layout, f"run.directory={tmp_path}/{n}"] for n, layout in cases.items()]
-        )
-        for name, (notes, *_) in zip(cases, found):
+        cases = {n: layout for n, (many, layout) in layouts.items() if many == ranks}
+        words = [[*RAMP, *layout, f"run.directory={tmp_path}/{n}"] for n, layout in cases.items()]
+        for name, (notes, *_) in zip(cases, run_ranks(ranks, run_here, words) if words else ()):
             assert refusal(notes) is None, name
             assert_same(steps(tmp_path / name), one, name, rel=1e-4)
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from testing.lanes import in_lanes
 from testing.ranks import run_ranks
 from testing.training.one_process import check
 from testing.training.tiny import Case, train_rank
@@ -40,17 +41,21 @@ def reference(tmp_path_factory):
     return found, path
 
 
-def test_two_ranks_train_as_one_process(reference):
+@pytest.mark.parametrize(
+    "layouts", in_lanes(TWO, "EP2", "PP2 uneven", "CP2 recompute", "TP2 x EP2", "expert-TP2", "DP2 recompute")
+)
+def test_two_ranks_train_as_one_process(reference, layouts):
     found, path = reference
-    cases = [Case(overrides, reference=path) for overrides in TWO.values()]
-    for name, ranks in zip(TWO, run_ranks(2, train_rank, cases)):
+    cases = [Case(overrides, reference=path) for overrides in layouts.values()]
+    for name, ranks in zip(layouts, run_ranks(2, train_rank, cases)):
         check(name, ranks, found)
 
 
-def test_four_ranks_train_as_one_process(reference):
+@pytest.mark.parametrize("layouts", in_lanes(FOUR, "TP2 x EP2 x PP2", "CP2 x TP2", "EP2 x expert-TP2"))
+def test_four_ranks_train_as_one_process(reference, layouts):
     found, path = reference
-    cases = [Case(overrides, reference=path) for overrides in FOUR.values()]
-    for name, ranks in zip(FOUR, run_ranks(4, train_rank, cases)):
+    cases = [Case(overrides, reference=path) for overrides in layouts.values()]
+    for name, ranks in zip(layouts, run_ranks(4, train_rank, cases)):
         check(name, ranks, found)
 
 

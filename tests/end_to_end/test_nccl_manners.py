@@ -71,7 +71,7 @@ def run_recipe(case):
     return losses.values
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 4))])
 def test_a_run_over_nccls_manners_is_the_run_over_gloo(ranks, tmp_path):
     asked = {name: (*RUN, *overrides) for name, (many, overrides) in LAYOUTS.items() if many == ranks}
     cases = [

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
 from parallel.errors import CheckpointError
 from testing.ports import free_port
+from testing.signals import catches
 from testing.training.tiny import SMALL
 from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 
@@ -27,6 +27,8 @@ def undisturbed(tmp_path_factory):
     train(1, *FOUR_STEPS, f"run.directory={directory}")
     return directory
 
+
+full = pytest.mark.full
 
 CONTRACT = {
     "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate", "grad_norm", "global_batch",
@@ -78,12 +80,12 @@ def test_a_resumed_run_is_bit_exact(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        (2, ("parallel.tensor=2", "parallel.expert=2")),
-        (4, ("parallel.pipeline=2", "parallel.expert=2")),
+        pytest.param(2, ("parallel.tensor=2", "parallel.expert=2"), marks=full),
+        pytest.param(4, ("parallel.pipeline=2", "parallel.expert=2"), marks=full),
         (4, ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")),
-        (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev")),
-        (2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2")),
-        (2, ("parallel.pipeline=2", "parallel.schedule=zb1p")),
+        pytest.param(2, ("parallel.pipeline=2", "parallel.schedule=dualpipev"), marks=full),
+        pytest.param(2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2"), marks=full),
+        pytest.param(2, ("parallel.pipeline=2", "parallel.schedule=zb1p"), marks=full),
         (2, ("parallel.pipeline=2", "parallel.schedule=auto")),
     ],
 )
@@ -169,7 +171,9 @@ def test_a_changed_recipe_is_shown_when_a_run_goes_on(undisturbed, tmp_path):
 
 
 def command(world, *overrides):
-    """Return a real torchrun command line."""
+    """Return a command line as a user types it: one process needs no torchrun."""
+    if world == 1:
+        return [sys.executable, "launcher/pretrain.py", *SMALL, *overrides]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     port = ["--master-port", str(free_port())]
     return [*torchrun, *port, "launcher/pretrain.py", *SMALL, *overrides]
@@ -187,9 +191,10 @@ def test_torchrun_with_four_ranks_gives_the_losses_of_one(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=full)])
+def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path, world):
     place = tmp_path / "stopped"
-    words = command(2, "run.steps=100000", f"run.directory={place}")
+    words = command(world, "run.steps=100000", f"run.directory={place}")
     running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((place / "metrics.jsonl").exists() and len(steps(place)) >= 2):
@@ -211,15 +216,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def keeps_warnings(process):
-    """Return whether a process has a handler of SIGUSR1 by now."""
-    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
-    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc whether a handler is there")
-@pytest.mark.parametrize("moment", ["before there were ranks", "imports", "built"])
+@pytest.mark.parametrize(
+    "moment", ["before there were ranks", *(pytest.param(m, marks=full) for m in ("imports", "built"))]
+)
 def test_a_warning_while_the_run_starts_is_remembered(tmp_path, moment):
     """As under SLURM's batch script: the shell around the agent ignores the warning, and the ranks inherit that."""
     place, file = tmp_path / "warned", tmp_path / "warning"
@@ -232,7 +233,7 @@ def test_a_warning_while_the_run_starts_is_remembered(tmp_path, moment):
         cwd=ROOT, env={**os.environ, "DSV3_WARNED_FILE": str(file)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        while moment == "imports" and not keeps_warnings(running):
+        while moment == "imports" and not catches(running.pid, signal.SIGUSR1):
             assert running.poll() is None, running.communicate()
         if moment == "imports":
             running.send_signal(signal.SIGUSR1)

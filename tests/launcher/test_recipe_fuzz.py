@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from dsv3_megatron.recipe import Recipe
 from launcher.compose import GROUPS, all_keys, compose
 from parallel.errors import UserError
+from testing.lanes import examples
 
 KEYS = [*all_keys(), *GROUPS]
 mutated = st.tuples(st.sampled_from(KEYS), st.integers(0, 30), st.characters(codec="ascii")).map(
@@ -22,7 +23,7 @@ prefixes = st.sampled_from(["", "", "", "+", "++", "~"])
 overrides = st.builds(lambda p, k, v: f"{p}{k}={v}", prefixes, keys, values) | st.text(max_size=20)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(overrides, min_size=1, max_size=3))
 def test_any_overrides_give_a_recipe_or_one_line(words):
     try:
@@ -34,7 +35,7 @@ def test_any_overrides_give_a_recipe_or_one_line(words):
     assert isinstance(recipe, Recipe)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
 def test_any_world_gives_a_layout_or_one_line(world, tensor, context, expert, pipeline):
     try:

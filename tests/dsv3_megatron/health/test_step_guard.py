@@ -19,6 +19,7 @@ from launcher.compose import compose, resolved_yaml
 from launcher.console import SilentReporter
 from parallel.errors import UserError
 from parallel.world import World
+from testing.lanes import examples
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
 from testing.training.tiny import SMALL
@@ -182,7 +183,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_later(runs, name)
 # -- the rule ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(st.lists(st.floats(-1, 1), min_size=64, max_size=128), st.floats(1.01, 1e6, allow_subnormal=False))
 def test_a_step_is_skipped_exactly_above_six_deviations(noise, factor):
     noise[0], noise[1] = -1.0, 1.0  # some deviation there is

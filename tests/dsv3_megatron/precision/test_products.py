@@ -10,6 +10,7 @@ from dsv3_megatron.precision.products import HIGH_PRECISION, Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.tiles import quantise_dequantise
 from testing.fp8_products import three_products, weight_gradient
+from testing.lanes import examples
 
 
 def published(rows, columns, p, m, s):
@@ -67,7 +68,7 @@ def reference(x, w, dy):
     return q(x, along) @ weight.t(), q(dy, along) @ weight, q(dy, tokens).t() @ q(x, tokens)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
 def test_products_of_any_shape_equal_the_reference(tokens, inputs, outputs, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +88,7 @@ def test_fp8_products_are_as_far_from_exact_ones_as_their_rounding_says():
         assert ((mine.double() - true).norm() / true.norm()).item() == pytest.approx(0.038, abs=0.004)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_grouped_products_equal_each_expert_alone(counts, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ from parallel.pipeline.simulator import Times, simulate
 from parallel.pipeline.transfers import Transfers
 from parallel.pipeline.validate import validate
 from parallel.schedules import SCHEDULES, forward_only, make_schedule
+from testing.lanes import examples
 
 
 @st.composite
@@ -33,14 +34,14 @@ def schedules(draw):
     return make_schedule(name, ranks, many, chunks)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(schedules())
 def test_every_generator_and_its_evaluation_are_proven_at_every_size(schedule):
     validate(schedule)
     validate(forward_only(schedule.placement), evaluates=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(schedules())
 def test_the_text_form_parses_back(schedule):
     assert Schedule.parse_text(schedule.name, schedule.placement, schedule.text()) == schedule
@@ -116,7 +117,7 @@ def change_microbatch(schedule, rank, position, chance):
 MUTATIONS = [drop, double, put_before_what_it_needs, give_to_another_rank, change_microbatch]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(schedules(), st.sampled_from(MUTATIONS), st.integers(0, 2**32))
 def test_a_broken_schedule_is_always_found(schedule, mutate, seed):
     chance = random.Random(seed)
@@ -127,7 +128,7 @@ def test_a_broken_schedule_is_always_found(schedule, mutate, seed):
         validate(broken)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(schedules(), st.integers(0, 2**32))
 def test_two_crossed_messages_are_always_found(schedule, seed):
     chance = random.Random(seed)
@@ -145,7 +146,7 @@ def test_two_crossed_messages_are_always_found(schedule, seed):
         validate(schedule, Transfers(crossed))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(schedules(), st.integers(0, 2**32))
 def test_queues_that_both_ends_agree_on_but_hang_are_found(schedule, seed):
     """The last message of a pair put first at both ends hangs, unless nothing depends on that."""

@@ -12,6 +12,7 @@ from parallel.schedules import make_schedule, placement
 from parallel.search import RULES, cached_search, memory_bound, search
 from parallel.search.annealing import anneal
 from parallel.search.list_scheduling import list_schedule
+from testing.lanes import examples
 
 DEEPSEEK = {"forward": 57.0, "input_grad": 82.0, "weight_grad": 42.0, "overlapped": 140.0}
 
@@ -28,7 +29,7 @@ def problems(draw):
     return Placement(kind, ranks, stages, many), times
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 @given(problems(), st.sampled_from(RULES))
 def test_a_rule_makes_a_valid_schedule_within_its_memory(problem, rule):
     where, times = problem
@@ -39,7 +40,7 @@ def test_a_rule_makes_a_valid_schedule_within_its_memory(problem, rule):
         assert max(made.peak_microbatches) <= cap
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(problems())
 def test_a_search_is_never_worse_than_the_generators(problem):
     where, times = problem

@@ -30,6 +30,7 @@ from launcher.compose import compose, load_resolved, resolved_yaml
 from parallel.errors import CheckpointError, RecipeError
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
+from testing.lanes import examples
 from testing.training.tiny import SMALL
 
 PUBLISHED = {  # config.json of deepseek-ai/DeepSeek-V3
@@ -89,7 +90,7 @@ models = st.builds(
 
 
 @given(models)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_the_boxes_of_the_table_fill_our_tensors_once(model):
     filled = {key: torch.zeros(shape, dtype=torch.int32) for key, shape in our_shapes(model).items()}
     for tensor in published_tensors(model):
@@ -100,7 +101,7 @@ def test_the_boxes_of_the_table_fill_our_tensors_once(model):
 
 
 @given(models, st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_a_configuration_survives_the_round_trip(model, long):
     if long:
         model = model.model_copy(update={"rope_scaling": RopeScaling()})

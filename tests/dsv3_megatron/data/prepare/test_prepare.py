@@ -23,6 +23,7 @@ from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.shards import open_shard, read_manifest, verify_checksums
 from dsv3_megatron.data.tokenizer import BEGIN, END, FIM_HOLE, Tokenizer
 from parallel.errors import DataError
+from testing.lanes import examples
 
 ROOT = Path(__file__).resolve().parents[4]
 WORDS = [
@@ -183,7 +184,7 @@ def test_a_truncated_file_keeps_its_whole_lines_and_is_counted(tmp_path, pack, m
     assert bad == [f":{len(found) + 1}: truncated: its last compressed stream has no end"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.binary(max_size=300), st.sampled_from(["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "t.parquet", "a.py"]))
 def test_any_bytes_are_read_or_reported_but_never_crash(tmp_path_factory, data, name):
     path = tmp_path_factory.mktemp("any") / name
@@ -260,7 +261,7 @@ def test_a_run_killed_at_random_moments_writes_what_an_undisturbed_one_does(tmp_
     verify_checksums(tmp_path / "killed", killed)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_survive_a_round_trip(tokenizer, data):
     engine = Tokenizer.load(tokenizer)

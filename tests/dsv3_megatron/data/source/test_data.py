@@ -26,6 +26,7 @@ from dsv3_megatron.data.source.samples import (
 )
 from dsv3_megatron.data.tokenizer import SPECIAL, Tokenizer
 from parallel.errors import DataError
+from testing.lanes import examples
 
 CORPUS = ["def f(x):\n    return x + 1\n\n", "héllo wörld 12345 67 世界!\r\n\tend", "print('a');\n\n\n"] * 20
 
@@ -35,13 +36,13 @@ def tokenizer():
     return Tokenizer.train(CORPUS, 400)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.text())
 def test_any_text_survives_a_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.text())
 def test_token_bytes_add_up_to_the_text(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -77,7 +78,7 @@ def test_a_permutation_visits_every_index_once(count, key):
     assert sorted(permuted(i, count, key) for i in range(count)) == list(range(count))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(st.integers(20, 400), st.integers(2, 16), st.integers(0, 9))
 def test_every_token_is_a_target_once_an_epoch(length, sequence, seed):
     windows = TokenWindows(np.arange(length), sequence, seed)

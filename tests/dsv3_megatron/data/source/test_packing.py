@@ -12,6 +12,7 @@ from dsv3_megatron.data.source.packing import best_fit, cut
 from dsv3_megatron.data.source.samples import Sample, step_batches
 from dsv3_megatron.data.source.shards import ShardWriter
 from parallel.errors import DataError
+from testing.lanes import examples
 
 START, END, PAD = 0, 1, 2
 FIM = Middle(begin=4, hole=3, end=5, seed=7)
@@ -29,7 +30,7 @@ def slow_best_fit(lengths, capacity):
     return sorted(room)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.lists(st.integers(1, 30), max_size=120), st.integers(30, 40))
 def test_fast_best_fit_fills_bins_as_the_slow_one_does(lengths, capacity):
     bins = best_fit(np.asarray(lengths, dtype=np.int64), capacity)
@@ -38,7 +39,7 @@ def test_fast_best_fit_fills_bins_as_the_slow_one_does(lengths, capacity):
     assert sorted(capacity - filled) == slow_best_fit(lengths, capacity)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 64))
 def test_pieces_cover_every_place_of_every_document_once(lengths, capacity):
     document, offset, length = cut(np.asarray(lengths), capacity)
@@ -123,7 +124,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch(shards, fim_rate):
     assert abs(rearranged / 150 - fim_rate) < 0.12
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.lists(st.integers(6, 99), min_size=0, max_size=40), st.integers(0, 1000))
 def test_fill_in_the_middle_is_prefix_suffix_middle_and_can_be_undone(tokens, document):
     original = np.asarray([*tokens, END])
@@ -162,7 +163,7 @@ class Numbered:
         return (self.source, number)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=5), st.integers(0, 5 * CYCLE))
 def test_a_blend_keeps_weights_in_any_stretch_and_skips_no_sample(weights, start):
     blend = Blend([Numbered(i) for i in range(len(weights))], weights, "abcde")

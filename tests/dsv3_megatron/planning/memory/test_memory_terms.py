@@ -13,6 +13,7 @@ from dsv3_megatron.planning.plan import make_plan
 from launcher.compose import compose
 from parallel.layout import Layout
 from parallel.schedules import make_schedule
+from testing.lanes import examples
 
 
 def _stage(kept=100, owed=0, forward=130, backward=170, weight=0, message=1):
@@ -72,7 +73,7 @@ def _activations(recipe):
     return [stage.kept for stage in stages]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 @given(
     st.sets(st.sampled_from(["norm", "mla_up", "moe_act", "shared_experts", "mlp"])),
     st.sampled_from(["norm", "mla_up", "moe_act", "shared_experts", "mlp"]),
