@@ -108,7 +108,7 @@ def _named_parts(trainer: Any, record: Record) -> Iterator[None]:
 @contextmanager
 def _few_microbatches(pp_rank: int, actions: dict[str, dict[str, int]]) -> Iterator[None]:
     """Cut schedules to what matters on this rank; note the kinds of its actions."""
-    from dsv3_megatron.train import build
+    from dsv3_megatron.pipeline import parts
 
     def cutting(make: Callable) -> Callable:
         def made(recipe: Any, microbatches: int) -> Any:
@@ -120,7 +120,7 @@ def _few_microbatches(pp_rank: int, actions: dict[str, dict[str, int]]) -> Itera
 
     with ExitStack() as stack:
         for name in ("schedule_of", "evaluation_schedule"):
-            stack.enter_context(patch.object(build, name, cutting(getattr(build, name))))
+            stack.enter_context(patch.object(parts, name, cutting(getattr(parts, name))))
         yield
 
 

@@ -60,8 +60,9 @@ def root_cause(lines):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_all_ranks_is_told_once_in_every_try():
-    for _ in range(3):
+@pytest.mark.parametrize("tries", [1, pytest.param(3, marks=pytest.mark.full)])
+def test_a_mistake_of_all_ranks_is_told_once_in_every_try(tries):
+    for _ in range(tries):
         lines, code = torchrun(4, "launcher/pretrain.py", "recipe=dsv3_tiny", MISTAKE)
         assert code == 1  # torchrun's, whatever the ranks leave with
         first = re.fullmatch(rf"\[rank (\d) on {HOST}\] {re.escape(LINE)}", lines[0])
@@ -88,7 +89,9 @@ def test_a_mistake_of_one_rank_names_rank_and_host(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "what", "ranks"), [("start", "bug", 3), ("group", "mistake", 2)])
+@pytest.mark.parametrize(
+    ("where", "what", "ranks"), [("start", "bug", 3), pytest.param("group", "mistake", 2, marks=pytest.mark.full)]
+)
 def test_what_one_rank_fails_of_comes_before_what_others_make_of_it(tmp_path, where, what, ranks):
     """The others wait for that rank in a collective, and fail when it is gone."""
     script = tmp_path / "of_the_last.py"

@@ -122,6 +122,7 @@ def test_a_nucleus_is_the_fewest_likeliest_tokens_that_reach_p(weights, top_p):
     np.testing.assert_allclose(kept[chosen] / kept[chosen].sum(), chances[chosen] / chances[chosen].sum())
 
 
+@pytest.mark.full
 def test_evaluate_on_a_run(model):
     """In a process of its own: the fixture's model is alive in this one."""
 

@@ -150,6 +150,10 @@ def test_te_is_told_by_its_environment_before_it_is_imported(tmp_path):
     assert "power_of_two_scales = false" in exact and "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1" in exact
     assert "power_of_two_scales = true" in current and "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1" in current
     assert late == "ready"  # scales of amaxes are exact, told or not
+
+
+@pytest.mark.full
+def test_te_is_told_what_a_hybrid_format_needs(tmp_path):
     hybrid = "precision.fp8.format=hybrid"
     assert said(tmp_path, f"{hybrid} {EXACT}", EXACT) == ["ready"]
     assert said(tmp_path, f"{hybrid} {CURRENT}", CURRENT) == ["ready"]

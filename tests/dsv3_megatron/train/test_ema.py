@@ -60,6 +60,7 @@ def test_the_average_is_its_recurrence_in_every_layout():
                 assert copied < (2**-8 if "precision=bf16" in case else 1e-7), case
 
 
+@pytest.mark.full
 def test_the_average_of_weights_held_in_fp8_is_that_of_the_numbers_they_stand_for():
     dual = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")
     case = (*WORDS, "precision=fp8_held", *dual)

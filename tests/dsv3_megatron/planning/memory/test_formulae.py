@@ -15,6 +15,7 @@ SHORT = (
     "parallel.pipeline=2",
     "cluster.nodes=16",
 )
+RECOMPUTE = ("parallel.recompute=[norm,mla_up,moe_act]",)
 BETWEEN = ("kept", "kept_owed")
 PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
 
@@ -24,15 +25,15 @@ PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
     "overrides",
     [
         ("parallel.schedule=dualpipev", "parallel.recompute=[shared_experts,mlp]", "precision=bf16"),
-        ("parallel.schedule=zb1p", "parallel.recompute=[norm,mla_up,moe_act]", "parallel.tensor=2", "precision=bf16"),
         ("parallel.schedule=zb1p", "parallel.recompute=[moe]", "precision=bf16"),
         ("parallel.schedule=1f1b", "parallel.recompute=[full]", "precision=bf16"),
-        ("parallel.schedule=1f1b", "parallel.recompute=[attention]", "optim.micro_batch=2"),
-        (
-            "parallel.schedule=dualpipe",
-            "parallel.recompute=[norm,mla_up,moe_act]",
-            "parallel.context=8",
-            "data.sequence_length=32768",
+        *(
+            pytest.param(words, marks=pytest.mark.full)
+            for words in (
+                ("parallel.schedule=zb1p", *RECOMPUTE, "parallel.tensor=2", "precision=bf16"),
+                ("parallel.schedule=1f1b", "parallel.recompute=[attention]", "optim.micro_batch=2"),
+                ("parallel.schedule=dualpipe", *RECOMPUTE, "parallel.context=8", "data.sequence_length=32768"),
+            )
         ),
     ],
     ids=" ".join,

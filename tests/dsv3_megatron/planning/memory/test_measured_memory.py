@@ -18,17 +18,21 @@ from testing.ranks import run_ranks
 from testing.training.tiny import small_recipe, step_batches_of
 
 WIDER = ("data.sequence_length=128", "optim.micro_batch=2", "optim.global_batch=16")
-CASES = {
-    1: [("parallel.recompute=[]",), ("parallel.recompute=[norm,mla_up,moe_act]",)],
-    2: [
-        ("parallel.pipeline=2", "parallel.schedule=1f1b"),
-        ("parallel.pipeline=2", "parallel.schedule=dualpipe"),
-        ("parallel.expert=2",),
-        ("parallel.tensor=2", "parallel.expert=2"),
-        ("parallel.context=2",),
-        ("parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]", "optim.micro_batch=4"),
-    ],
-}
+CASES = [
+    (1, [("parallel.recompute=[norm,mla_up,moe_act]",)]),
+    (2, [("parallel.pipeline=2", "parallel.schedule=dualpipe"), ("parallel.tensor=2", "parallel.expert=2")]),
+    pytest.param(1, [("parallel.recompute=[]",)], marks=pytest.mark.full),
+    pytest.param(
+        2,
+        [
+            ("parallel.pipeline=2", "parallel.schedule=1f1b"),
+            ("parallel.expert=2",),
+            ("parallel.context=2",),
+            ("parallel.context=2", "parallel.recompute=[norm,mla_up,moe_act]", "optim.micro_batch=4"),
+        ],
+        marks=pytest.mark.full,
+    ),
+]
 
 
 def _recipe(overrides):
@@ -63,10 +67,9 @@ def measured(overrides):
         stop_processes()
 
 
-@pytest.mark.parametrize("world", CASES)
-def test_predicted_activations_are_those_of_a_run_within_five_percent(world):
-    found = run_ranks(world, measured, CASES[world])
-    for overrides, ranks in zip(CASES[world], found):
+@pytest.mark.parametrize(("world", "layouts"), CASES)
+def test_predicted_activations_are_those_of_a_run_within_five_percent(world, layouts):
+    for overrides, ranks in zip(layouts, run_ranks(world, measured, layouts)):
         recipe = _recipe(overrides)
         layout, layers = recipe.layout(world), layers_of_stages(recipe)
         many = recipe.optim.global_batch // (recipe.optim.micro_batch * layout.dp)
