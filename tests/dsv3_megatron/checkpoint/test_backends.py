@@ -170,6 +170,7 @@ def test_an_export_is_the_same_from_both_backends(lives, exports):
     assert np.array_equal(held[name].numpy(), trained)
 
 
+@pytest.mark.full
 def test_imported_weights_train_on_te(lives, exports):
     recipe = small_recipe(*WORDS)
     options = {"recipe": resolved_yaml(recipe), "dtype": None, "processes": 1}
@@ -189,6 +190,7 @@ def held_out_loss(run):
     return json.loads(printed.getvalue())["held_out_loss"]
 
 
+@pytest.mark.full
 def test_a_run_on_te_is_evaluated_where_there_is_none(lives, capsys):
     run = lives["place"] / "te"
     (run / "recipe.yaml").write_text((run / STEP / "recipe.yaml").read_text())
