@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.checkpoint.manifest import checkpoints, newest_valid, step_of
+from testing.fork_servers import forked_from
 from testing.ports import free_port
-from testing.ranks import context
+from testing.ranks import PRELOAD, context
 from testing.training.tiny import SMALL
 
 WORLD = 4
@@ -62,8 +63,9 @@ def start(overrides: list[str], errors: Path) -> list[Any]:
     """Start all ranks."""
     port = free_port()
     ranks = [context.Process(target=live, args=(r, port, overrides, str(errors))) for r in range(WORLD)]
-    for rank in ranks:
-        rank.start()
+    with forked_from(PRELOAD):  # or every life would begin with seconds of imports
+        for rank in ranks:
+            rank.start()
     return ranks
 
 
@@ -91,7 +93,7 @@ def wait_for(moment: str, directory: Path, choice: random.Random, ranks: list[An
         if moment == "save" and saving and last_step(directory) > begin:
             time.sleep(choice.choice((0.0, 0.0, 0.01, 0.03)))
             return True
-        time.sleep(0.0 if moment == "save" else 0.01)
+        time.sleep(0.001 if moment == "save" else 0.01)  # a save of these ranks takes a tenth of a second or more
     return False
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from testing.fork_servers import forked_from
 
 context = multiprocessing.get_context("forkserver")
-TE = "testing.te.preload"
+PRELOAD, TE = "testing.preload", "testing.te.preload"
 
 
 def run_ranks(
@@ -28,7 +28,7 @@ def run_ranks(
     worker: Callable[..., Any],
     cases: Sequence[Any],
     timeout_seconds: float = 300,
-    preload: str = "testing.preload",
+    preload: str = PRELOAD,
 ) -> list[list[Any]]:
     """Return ``worker(case)`` of every rank for every case: results[case][rank].
 
