@@ -5,7 +5,7 @@ import ast
 import pytest
 from hypothesis import settings
 
-from testing.lanes import examples, in_lanes, scope_of
+from testing.lanes import InLanes, examples, in_lanes, scope_of
 from testing.pages import ROOT
 
 
@@ -46,3 +46,15 @@ def test_tests_of_a_file_stay_together_unless_they_share_nothing():
     assert scope_of("tests/a/test_b.py::test_c[d]") == "tests/a/test_b.py"
     apart = "tests/end_to_end/test_chaos.py::test_c[d]"
     assert scope_of(apart) == apart
+
+
+def test_cases_are_run_a_lane_at_a_time_and_once():
+    ran = []
+
+    def run(cases):
+        ran.append(list(cases))
+        return [case * 10 for case in cases.values()]
+
+    found = InLanes({"a": 1, "b": 2, "c": 3}, run, "a", "c")
+    assert (found["c"], found["a"]) == (30, 10) and ran == [["a", "c"]]
+    assert found["b"] == 20 and ran == [["a", "c"], ["b"]]
