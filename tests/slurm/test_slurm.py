@@ -221,7 +221,9 @@ def test_a_bad_recipe_is_not_started_again(cluster, tmp_path):
 
 def test_a_crash_is_tried_again_but_not_for_ever(cluster, tmp_path, capsys):
     run = tmp_path / "crashing"
-    python = stand_in(tmp_path, 'echo start >>"$run/log"; exit 7\n')
+    # The first node to fail ends the others: each waits until both have written.
+    body = 'echo start >>"$run/log"; until (($(wc -l <"$run/log") % 2 == 0)); do sleep 0.05; done; exit 7\n'
+    python = stand_in(tmp_path, body)
     [job] = submit(run, python, "cluster.slurm.max_starts=2", base=ON_CPUS)
     assert wait_for_end(job, run, 120) == "FAILED"
     assert (run / "log").read_text().split() == ["start"] * 4  # two nodes, two starts
