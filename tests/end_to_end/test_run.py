@@ -180,14 +180,23 @@ def command(world, *overrides):
 
 
 @pytest.mark.slow
-def test_torchrun_with_four_ranks_gives_the_losses_of_one(tmp_path, undisturbed):
-    layout = ("parallel.pipeline=2", "parallel.expert=2", "logging.wandb=offline", f"run.directory={tmp_path / 'four'}")
-    done = subprocess.run(command(4, *FOUR_STEPS, *layout), cwd=ROOT, capture_output=True, text=True, timeout=240)
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, ("parallel.pipeline=2",)),
+        pytest.param(4, ("parallel.pipeline=2", "parallel.expert=2"), marks=full),
+    ],
+)
+def test_torchrun_with_several_ranks_gives_the_losses_of_one(tmp_path, undisturbed, world, layout):
+    words = ("logging.wandb=offline", f"run.directory={tmp_path / 'several'}")
+    done = subprocess.run(
+        command(world, *FOUR_STEPS, *layout, *words), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for mine, theirs in zip(steps(tmp_path / "four"), steps(undisturbed), strict=True):
+    for mine, theirs in zip(steps(tmp_path / "several"), steps(undisturbed), strict=True):
         assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-5)
     assert "step 4/4" in done.stdout and "finished" in done.stdout
-    assert list((tmp_path / "four" / "wandb").rglob("*.wandb"))
+    assert list((tmp_path / "several" / "wandb").rglob("*.wandb"))
 
 
 @pytest.mark.slow

@@ -89,9 +89,8 @@ def test_a_mistake_of_one_rank_names_rank_and_host(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "what", "ranks"), [("start", "bug", 3), pytest.param("group", "mistake", 2, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("where", "what", "ranks"), [("start", "bug", 3), ("group", "mistake", 2)])
 def test_what_one_rank_fails_of_comes_before_what_others_make_of_it(tmp_path, where, what, ranks):
     """The others wait for that rank in a collective, and fail when it is gone."""
     script = tmp_path / "of_the_last.py"
