@@ -23,6 +23,12 @@ from testing.lanes import (  # noqa: F401  hooks of pytest
 )
 
 
+@pytest.fixture(scope="module")
+def in_full_lane(request):
+    """Whether tests of this file run that the fast lane leaves out: what they alone need is made only then."""
+    return any(item.path == request.path and item.get_closest_marker("full") for item in request.session.items)
+
+
 @pytest.fixture
 def one_process():
     """The default process group with this process alone in it; yields megatron-core's groups."""
