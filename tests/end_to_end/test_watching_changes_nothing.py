@@ -72,7 +72,7 @@ def check(precision, schedule, always, between):
 full = pytest.mark.full
 CHOSEN = [
     ("bf16", "dualpipe", WITH_AVERAGE, ALL),
-    ("te, fp8 held", "dualpipe", WITH_AVERAGE, ALL),
+    pytest.param("te, fp8 held", "dualpipe", WITH_AVERAGE, ALL, marks=full),
     pytest.param("bf16", "one rank, recompute", EVERYTHING, ALL_BACKWARDS, marks=full),
     pytest.param("fp8", "dualpipev", WITH_AVERAGE, ALL_BACKWARDS, marks=full),
     pytest.param("fp32", "interleaved", WITH_AVERAGE, ALL, marks=full),
