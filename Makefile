@@ -1,4 +1,4 @@
-# make env | demo | test | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-all | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TE := $(wildcard testing/te/requirements.txt)
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos clean slurm-installed
+.PHONY: env demo test test-all test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos clean slurm-installed
 
 env: $(STAMP)
 
@@ -30,10 +30,17 @@ demo: $(STAMP)
 	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
-# The files are shared among two workers; a file is one worker's, as its tests share what they have made. WORKERS=0: none.
-WORKERS ?= 2
+# Two lanes (CONTRIBUTING.md). `make test` is the fast one: every promise in a small form, all that is not marked `full`.
+# `make test-all` is every test: the fast lane, then the rest. After `make test`, or in one call (`make test lint
+# test-all`, as CI has it), nothing runs twice but the property tests, which take all their examples in the second lane.
+# Three workers for two cores: one has SLURM's tests first, which wait for jobs most of the time. WORKERS=0: none.
+WORKERS ?= 3
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 test: $(STAMP) slurm-installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not full" --hypothesis-profile=fast
+
+test-all: test
+	$(PYTEST) -m "full or hypothesis"
 
 # submit.py on a real SLURM of three nodes, on this machine.
 test-slurm: $(STAMP) slurm-installed
@@ -50,7 +57,7 @@ slurm-installed:
 
 # Runs the steps of docker/Dockerfile.cpu in a clean Debian; root, and some minutes.
 test-docker: $(STAMP)
-	$(BIN)/python -m tests.docker.clean_root
+	$(BIN)/python -m testing.clean_root
 
 # The tests of the te backend over Transformer Engine's compiled bindings, in an environment of their own, without a GPU:
 # testing/te/README.md says where TE_BINDINGS comes from. TE_TORCH is the torch that they were compiled against.
@@ -81,16 +88,16 @@ docs: $(STAMP)
 	$(BIN)/python -m pytest tests/docs
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python -m benchmarks.run_all
 
 # On a machine with a GPU, seven minutes at most: docs/gpu_check.md. With the environment of make env where it is, else
 # with the machine's own python3, as a container of a cluster has it. GPU_CHECK="seconds=120 only=losses" to choose.
 gpu-check:
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check $(GPU_CHECK)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos kills=$(or $(CHAOS_KILLS),100)
+	$(BIN)/python -m testing.chaos kills=$(or $(CHAOS_KILLS),100)
 
 # What can be made again. What was trained cannot: runs/ is left alone.
 clean:

@@ -5,7 +5,7 @@ same model; what a save costs is the difference to none, of medians. Export: MB/
 write, read back, compare, checksum) in BF16 with one process, beside safetensors' plain save_file of the same tensors,
 interleaved. Restart: seconds from kill -9 of a rank under torchrun --max-restarts to the first step done again.
 
-python benchmarks/checkpoints.py [repeats=5] [steps=4] [hidden=256] [output=FILE.json]
+python -m benchmarks.checkpoints [repeats=5] [steps=4] [hidden=256] [output=FILE.json]
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.checkpoint_export import exports
 from benchmarks.checkpoint_restart import restart
 from benchmarks.checkpoint_saves import saves
@@ -41,7 +39,7 @@ def main(arguments: list[str]) -> None:
         "cpus": os.cpu_count(),
         "load_average_at_the_end": os.getloadavg()[0],
         "python": platform.python_version(),
-        "command": f"benchmarks/checkpoints.py repeats={repeats} steps={steps}",
+        "command": f"python -m benchmarks.checkpoints repeats={repeats} steps={steps}",
     }
     output = Path(given.get("output", ROOT / "benchmarks" / "results" / "checkpoints.json"))
     output.write_text(json.dumps(found, indent=1) + "\n")

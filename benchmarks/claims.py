@@ -5,7 +5,7 @@ each, two at a time, and compares held-out loss, MaxVio, and what the routers dr
 measured apart, in turns on an idle machine; from both comes the loss at equal time: a variant whose step takes c times
 as long is read at 1/c of the steps. Goes on from what is in the directory.
 
-    python benchmarks/claims.py [steps=200] [directory=runs/claims] [output=FILE.json]
+    python -m benchmarks.claims [steps=200] [directory=runs/claims] [output=FILE.json]
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from pydantic import BaseModel, PositiveInt
 
 from benchmarks.sides import Side, in_turns

@@ -1,6 +1,6 @@
 """Is the long context used after the extension, and not before? Held-out loss by position and by context.
 
-    python benchmarks/context_extension.py before=RUN_DIRECTORY after=RUN_DIRECTORY [sequences=8] [output=FILE.json]
+    python -m benchmarks.context_extension before=RUN_DIRECTORY after=RUN_DIRECTORY [sequences=8] [output=FILE.json]
 
 ``before`` is a finished run of recipe=dsv3_tiny (256 tokens), ``after`` one of dsv3_tiny_2k started from it. Both
 predict the same held-out sequences of 2,048 tokens: with all tokens before each as context, and with the last 128 to
@@ -15,9 +15,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, Field, PositiveInt
 

@@ -4,7 +4,7 @@ Fair because: same shapes, batch, precision (float32) and threads; forward, back
 one run, sides alternated, warm-up thrown away, medians. transformers has its fastest settings (benchmarks/work.py).
 Ours is the trainer's step. The rate counts attention's causal half, as the paper's MFU does, and no recomputation.
 
-    python benchmarks/cpu_step.py [repeats=5] [compile=false] [output=FILE.json]
+    python -m benchmarks.cpu_step [repeats=5] [compile=false] [output=FILE.json]
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -96,7 +93,7 @@ def main(arguments: list[str]) -> int:
         two = found[f"{name}, two processes"] = on_two_processes(name, given)
         for layout in ("DP 2", "EP 2"):
             print(f"| {name} | {layout} beside one process, one thread each | {two[layout]:.2f} x |", flush=True)
-    found["command"] = f"benchmarks/cpu_step.py repeats={given.repeats} compile={str(given.compile).lower()}"
+    found["command"] = f"python -m benchmarks.cpu_step repeats={given.repeats} compile={str(given.compile).lower()}"
     Path(given.output).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -1,6 +1,6 @@
 """Is data ever the bottleneck? prepare_data beside the tokenizer alone, and reading samples beside a training step.
 
-    python benchmarks/data_rates.py [output=FILE.json]
+    python -m benchmarks.data_rates [output=FILE.json]
 
 Rows of the Python standard library's source as jsonl.zst. Preparing (reading, unpacking, parsing, encoding, writing,
 checksums) and tokenizers' own encode_batch over the same texts in memory take turns in one run; both use all cores.
@@ -17,9 +17,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import zstandard
 

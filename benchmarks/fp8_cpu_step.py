@@ -1,6 +1,6 @@
 """What does emulated FP8 cost on a CPU? The step of ``dsv3_tiny`` in fp32, bf16 and fp8, one process, one thread.
 
-    python benchmarks/fp8_cpu_step.py [rounds=5] [steps=6]
+    python -m benchmarks.fp8_cpu_step [rounds=5] [steps=6]
 
 The same steps on the same tokens in processes that take turns; the first two steps of each are thrown away; the ratio
 of the medians is the result. Emulation is for studying numbers, not for speed: the aim is at most 2.5 x the fp32 step.
@@ -16,8 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel, Field
 
@@ -61,7 +59,7 @@ def main() -> None:
 
     made = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "seconds": found}
     ratio = {name: round(medians[name] / medians["fp32"], 3) for name in PRECISIONS}
-    command = "python benchmarks/fp8_cpu_step.py"
+    command = "python -m benchmarks.fp8_cpu_step"
     RESULTS.write_text(json.dumps({"command": command, **made, "ratio_to_fp32": ratio}, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Training true-size DeepSeek-V3 layers on one GPU: ours, plain megatron-core and transformers, in BF16 and FP8.
 
-    python benchmarks/fp8_gpu_step.py [steps=12] [rounds=3] [recipe=NAME] [only=ROWS] [output=FILE]
+    python -m benchmarks.fp8_gpu_step [steps=12] [rounds=3] [recipe=NAME] [only=ROWS] [output=FILE]
 
 Rows *te* and *torch* are our trainer's whole step on either backend, its metrics included; *megatron* and
 *transformers* are in benchmarks/gpu_sides.py, with what they leave out. Same shape, batch, sequence and GPU. Every row
@@ -24,8 +24,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel, Field
 
@@ -64,7 +62,7 @@ def words_of(arguments: Arguments, row: str) -> list[str]:
 def run_ours(arguments: Arguments, row: str, place: str) -> None:
     """Train one of our rows into ``place``/run."""
     words = [*words_of(arguments, row), f"run.steps={arguments.steps}", f"run.directory={place}/run"]
-    command = [sys.executable, "benchmarks/gpu_training.py", *words, "logging.wandb=disabled"]
+    command = [sys.executable, "-m", "benchmarks.gpu_training", *words, "logging.wandb=disabled"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
 
 
@@ -73,7 +71,7 @@ def run_side(arguments: Arguments, row: str, side: str, output: Path) -> Any:
     name, precision = row.split()
     given = [f"side={side}", f"precision={precision}", f"recipe={arguments.recipe}", f"steps={arguments.steps}"]
     given.append(f"backend={name}" if side in ("stages", "kernels") else f"settings={getattr(arguments, side)}")
-    command = [sys.executable, "benchmarks/gpu_sides.py", *given, f"output={output.resolve()}"]
+    command = [sys.executable, "-m", "benchmarks.gpu_sides", *given, f"output={output.resolve()}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(output.read_text())
 

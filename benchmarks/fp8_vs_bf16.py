@@ -1,6 +1,6 @@
 """Does training in FP8 lose anything? The same model, text, seed and steps in fp32, bf16 and several kinds of FP8.
 
-    python benchmarks/fp8_vs_bf16.py [steps=400] [jobs=2] [variants=bf16,fp8_paper,...]
+    python -m benchmarks.fp8_vs_bf16 [steps=400] [jobs=2] [variants=bf16,fp8_paper,...]
 
 Fair because everything but the format is the same: weights of step 0, order of samples, learning rates. Compared is the
 relative difference of the language-model loss from BF16's, each curve smoothed by an exponential moving average of 0.9,
@@ -16,9 +16,6 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel, Field
 
@@ -114,7 +111,7 @@ def main() -> None:
     import torch
 
     made = {
-        "command": f"python benchmarks/fp8_vs_bf16.py steps={arguments.steps} jobs={arguments.jobs}",
+        "command": f"python -m benchmarks.fp8_vs_bf16 steps={arguments.steps} jobs={arguments.jobs}",
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip(),

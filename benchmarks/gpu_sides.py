@@ -1,6 +1,6 @@
 """One side of the GPU benchmark, in a process of its own: plain megatron-core, transformers, or our stages in pieces.
 
-    python benchmarks/gpu_sides.py side=megatron precision=fp8 output=FILE [steps=12] [settings=KEY=VALUE,...]
+    python -m benchmarks.gpu_sides side=megatron precision=fp8 output=FILE [steps=12] [settings=KEY=VALUE,...]
 
 *megatron*: plain megatron-core (benchmarks/plain_megatron.py), with nothing of ours but the recipe's numbers;
 ``settings`` are more fields of its configuration.
@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 from pydantic import BaseModel, Field

@@ -1,6 +1,6 @@
 """One of our rows of the GPU benchmark: launcher/pretrain.py as it is, but for the checkpoint at its end.
 
-    python benchmarks/gpu_training.py recipe=dsv3_one_gpu run.steps=12
+    python -m benchmarks.gpu_training recipe=dsv3_one_gpu run.steps=12
 
 The state of true-size layers is tens of GiB: writing it would take longer than the training, on a disk that may not
 have the room, after the last step that is counted. It compares nothing by itself. Arguments are launcher/pretrain.py's.
@@ -9,9 +9,6 @@ have the room, after the last step that is counted. It compares nothing by itsel
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main(words: list[str]) -> int:

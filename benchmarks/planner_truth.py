@@ -1,4 +1,4 @@
-"""The planner beside what others have published: python benchmarks/planner_truth.py. No GPU; a minute.
+"""The planner beside what others have published: python -m benchmarks.planner_truth. No GPU; a minute.
 
 Every row says what was published, what is predicted, the residual, and whether the published number was used to build
 the time model. Writes results/planner_truth.json.
@@ -7,12 +7,10 @@ the time model. Writes results/planner_truth.json.
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
 from benchmarks.planner_deepseek import Row, profile_rows, step_rows, with_published_chunk_times

@@ -5,7 +5,7 @@ weights at 2,048 tokens, and asks all three - the first, the first with YaRN swi
 the same questions in sequences of 2,048 tokens. Fair because only attention over the whole distance can answer: a
 model that does not reach the fact is right once in VALUES times. Goes on from what is in the directory.
 
-    python benchmarks/recall.py [steps=1500] [extension_steps=100] [sequences=16] [directory=runs/recall]
+    python -m benchmarks.recall [steps=1500] [extension_steps=100] [sequences=16] [directory=runs/recall]
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from pydantic import BaseModel, PositiveInt
 
 from launcher.command_line.arguments import parse_arguments
@@ -85,7 +83,7 @@ def main(arguments: list[str]) -> int:
         "YaRN on, not trained": accuracy(short.model_copy(update={"model": long.model}), before, given.sequences),
         "after": accuracy(long, after, given.sequences),
     }
-    summary = {"command": "benchmarks/recall.py", **given.model_dump(), "distances": EDGES, "accuracy": found}
+    summary = {"command": "python -m benchmarks.recall", **given.model_dump(), "distances": EDGES, "accuracy": found}
     Path(given.output).write_text(json.dumps(summary, indent=1) + "\n")
     print("| share of right answers at a distance of | " + " | ".join(found) + " |\n|---|---|---|---|")
     for number, (a, b) in enumerate(pairwise(EDGES)):

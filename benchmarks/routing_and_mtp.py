@@ -1,6 +1,6 @@
 """DeepSeek-V3's routing and MTP beside the article's variant, trained on the same tokens.
 
-    python benchmarks/routing_and_mtp.py [steps=200] [directory=runs/routing_and_mtp] [output=FILE.json] [plot=FILE.svg]
+    python -m benchmarks.routing_and_mtp [steps=200] [directory=runs/routing_and_mtp] [output=FILE.json] [plot=FILE.svg]
 
 Trains recipe=dsv3_tiny and recipe=dsv3_article_tiny on the Python standard library's source, the same samples in the
 same order, then reads their metrics and measures on held-out text how often the MTP modules' drafts would be accepted:
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from pydantic import BaseModel, Field, PositiveInt
 
 from benchmarks.routing_table import plot, table

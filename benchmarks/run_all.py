@@ -3,7 +3,7 @@
 Each is also a program of its own, with a docstring that says what is compared and why that is fair; this runs them with
 few repetitions. What takes longer, or needs a GPU, is listed in docs/performance.md with its command.
 
-    python benchmarks/run_all.py [only=cpu_step,startup] [keep=true]
+    python -m benchmarks.run_all [only=cpu_step,startup] [keep=true]
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from pydantic import BaseModel, Field
 
 from launcher.command_line.arguments import parse_arguments
@@ -91,7 +89,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             output = Path(ROOT / "benchmarks" / "results" if given.keep else folder, f"{name}.json")
-            command = [sys.executable, f"benchmarks/{name}.py", *WORDS[name], f"output={output}"]
+            command = [sys.executable, "-m", f"benchmarks.{name}", *WORDS[name], f"output={output}"]
             if name == "scaling":
                 command.append(f"plot={ROOT}/docs/img/scaling.svg" if given.keep else f"plot={folder}/scaling.svg")
             print(f"{name} ...", flush=True)

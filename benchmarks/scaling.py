@@ -5,7 +5,7 @@ over log(property), by least squares. What it should be at most: 1 for layers, m
 attention's 2 mixed in, near 0 for experts (each token still meets four) and for ranks on one core (the same work, cut
 up). Every point is a process of its own with one thread; all points of a property take turns, medians.
 
-    python benchmarks/scaling.py [repeats=3] [output=FILE.json] [plot=FILE.svg]
+    python -m benchmarks.scaling [repeats=3] [output=FILE.json] [plot=FILE.svg]
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 from pydantic import BaseModel, PositiveInt
 
@@ -101,7 +98,7 @@ def main(arguments: list[str]) -> int:
     ranks = {n: Side(ours, (*SMALL_STEP, *words), world=n, threads=1) for n, words in RANKS.items()}
     found["pipeline ranks"] = measured(ranks, given.repeats) | {"at_most": 0.5}
     print(f"| pipeline ranks 1-4 | {found['pipeline ranks']['exponent']:.2f} | 0.5 | more ranks than cores |")
-    summary = {"machine": before, "command": f"benchmarks/scaling.py repeats={given.repeats}", **found}
+    summary = {"machine": before, "command": f"python -m benchmarks.scaling repeats={given.repeats}", **found}
     Path(given.output).write_text(json.dumps(summary, indent=1) + "\n")
     draw(found, given.plot)
     return 0

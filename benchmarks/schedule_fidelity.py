@@ -1,6 +1,6 @@
 """Does the engine take the time that the simulator says, and is it as fast as torch's and megatron-core's runtimes?
 
-    python benchmarks/schedule_fidelity.py [output=FILE]
+    python -m benchmarks.schedule_fidelity [output=FILE]
 
 Eight processes over gloo run stages that sleep 20 ms per forward, input gradient and weight gradient: no arithmetic, so
 what is measured is the order of actions and the engine around them. Beside it the same sleeping stages under
@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
 import torch
@@ -121,7 +120,7 @@ def main() -> None:
     output = next((word.split("=", 1)[1] for word in sys.argv[1:] if word.startswith("output=")), None)
     if output:
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-        about = {"machine": machine, "command": "python benchmarks/schedule_fidelity.py"}
+        about = {"machine": machine, "command": "python -m benchmarks.schedule_fidelity"}
         Path(output).write_text(json.dumps({**about, **found}, indent=1))
 
 

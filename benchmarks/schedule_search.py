@@ -1,6 +1,6 @@
 """What ``parallel.schedule=auto`` finds beside DualPipe: from which gain on pairing pays, and unequal stages.
 
-    python benchmarks/schedule_search.py [output=FILE]
+    python -m benchmarks.schedule_search [output=FILE]
 
 Simulated makespans, not measurements: F = I = W = 1 unless said otherwise, DualPipe's memory (P + 1 live microbatches).
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parallel.pipeline.simulator import Times, simulate
 from parallel.schedules import make_schedule, placement

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.ranks import free_port
+from testing.ports import free_port
 
 Step = Callable[[], Any]
 _context = multiprocessing.get_context("spawn")

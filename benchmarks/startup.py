@@ -4,7 +4,7 @@ Starts launcher/pretrain.py recipe=dsv3_tiny run.steps=1 as a user does (tokens 
 reads the clock when the first line of metrics is there. Beside it: python importing torch, and torch with
 transformers' model class - what any training script on this machine pays before its first line. In turns, medians.
 
-    python benchmarks/startup.py [repeats=5] [output=FILE.json]
+    python -m benchmarks.startup [repeats=5] [output=FILE.json]
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from pydantic import BaseModel, PositiveInt
 
 from benchmarks.work import machine
@@ -77,7 +75,11 @@ def main(arguments: list[str]) -> int:
     print("| from nothing to | seconds |\n|---|---|")
     for name, found in seconds.items():
         print(f"| {name} | {median(found):.1f} |")
-    summary = {"machine": before, "command": f"benchmarks/startup.py repeats={given.repeats}", "seconds": seconds}
+    summary = {
+        "machine": before,
+        "command": f"python -m benchmarks.startup repeats={given.repeats}",
+        "seconds": seconds,
+    }
     Path(given.output).write_text(json.dumps(summary, indent=1) + "\n")
     return 0
 

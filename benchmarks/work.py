@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore")
 
 # Without MTP, which transformers does not have. 16 sequences a step, in microbatches of 4.

@@ -10,17 +10,23 @@ from dsv3_megatron.megatron.host import adapt_host
 
 adapt_host("cpu")  # all tests, on machines with GPUs too
 
+from testing.lanes import (  # noqa: F401  hooks of pytest
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_deselected,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+    pytest_xdist_make_scheduler,
+)
 
-WAITING = ("tests/slurm/", "tests/end_to_end/")  # whose tests wait for other processes, most of the time or in part
 
-
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that of several workers none is left with one of them at the end."""
-
-    def place(item):
-        return next((n for n, start in enumerate(WAITING) if item.nodeid.startswith(start)), len(WAITING))
-
-    items.sort(key=place)
+@pytest.fixture(scope="module")
+def in_full_lane(request):
+    """Whether tests of this file run that the fast lane leaves out: what they alone need is made only then."""
+    return any(item.path == request.path and item.get_closest_marker("full") for item in request.session.items)
 
 
 @pytest.fixture

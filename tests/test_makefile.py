@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.clean_root import instructions
+from testing.clean_root import instructions
 
 ROOT = Path(__file__).resolve().parents[1]
 

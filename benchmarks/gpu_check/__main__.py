@@ -1,7 +1,7 @@
 """Is this GPU machine right? Seven minutes at most, one table: PASS, FAIL or SKIPPED with the reason, and a JSON file.
 
     make gpu-check
-    python3 benchmarks/gpu_check [seconds=420] [only=NAME,...] [output=FILE] [device=cpu]
+    python3 -m benchmarks.gpu_check [seconds=420] [only=NAME,...] [output=FILE] [device=cpu]
 
 Every check runs in a process of its own, what is worth most first, and each result is written as soon as it is known.
 ``device=cpu`` rehearses all that a CPU can on stand-ins. Exit code 0: nothing failed; 1: something did, or nothing
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() not in (ROOT, Path(__file__).resolve().parent))]
+
 
 if lacking := [n for n in ("torch", "megatron", "hydra", "omegaconf", "pydantic") if find_spec(n) is None]:
     sys.exit(
@@ -116,7 +116,7 @@ def _started(visit: Visit) -> dict[str, Any]:
     is spoiled by a fork, and it takes a third of the time."""
     if not visit.stands_in:
         return {"workers": max(1, min(4, (os.cpu_count() or 1) // 4))}
-    from tests.fork_servers import forked_from
+    from testing.fork_servers import forked_from
 
     return {
         "context": multiprocessing.get_context("forkserver"),

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.gpu_check.losses import STEPS, compared, tolerance_of
 from benchmarks.gpu_check.outcome import Outcome, Outcomes, Visit, judged
 from benchmarks.gpu_check.tiny import stepper, words
+from testing.ports import free_port
 
 ONE_EXPERT = ("model.n_routed_experts=1", "model.num_experts_per_tok=1", "model.n_group=1", "model.topk_group=1")
 TWO_EXPERTS = ("model.n_routed_experts=2", *ONE_EXPERT[1:])
@@ -56,8 +57,6 @@ def _steps(visit: Visit, recipe: tuple[str, ...]) -> dict[str, list[float]]:
 
 def on_ranks(visit: Visit, recipe: tuple[str, ...]) -> list[dict[str, list[float]]]:
     """Return losses and norms of every rank. Raises RuntimeError with the traceback of the first that fails."""
-    from tests.ranks import free_port
-
     context = multiprocessing.get_context("fork" if visit.stands_in else "spawn")
     results, port = context.SimpleQueue(), free_port()
     ranks = [context.Process(target=_rank, args=(r, port, visit, recipe, results)) for r in range(RANKS)]

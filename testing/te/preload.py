@@ -1,4 +1,4 @@
-"""What a test rank on Transformer Engine needs, imported once in its fork server (tests/ranks.py)."""
+"""What a test rank on Transformer Engine needs, imported once in its fork server (testing/ranks.py)."""
 
 import warnings
 
@@ -8,6 +8,8 @@ from testing.te.install import install
 
 install()
 
+import hypothesis  # noqa: F401
+import pytest  # noqa: F401  what test modules import: else every rank would, for half a second
 import transformer_engine.pytorch  # noqa: F401
 
-import tests.tiny  # noqa: F401
+import testing.training.tiny  # noqa: F401

@@ -10,10 +10,14 @@ from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.registry import CHECKS
 from benchmarks.gpu_check.sizing import plan_of
 from launcher.command_line.compose import compose
-from tests.benchmarks.gpu_check_faults import of_product
+from testing.gpu_check.faults import of_product
+from testing.lanes import in_lanes
 
 # One schedule over two ranks is enough here: tests/parallel has them all.
-REHEARSED = [check for check in CHECKS if not check.name.startswith("schedule") or check.name == "schedule dualpipev"]
+EVERY = {check.name: check for check in CHECKS if not check.name.startswith("schedule")}
+EVERY["schedule dualpipev"] = next(check for check in CHECKS if check.name == "schedule dualpipev")
+FEW = ("machine", "cpu losses", "losses te fp8", "fp8 products torch fp8", "resume te fp8", "watchdog")
+REHEARSED = in_lanes(EVERY, *FEW, "one expert of two ranks", "host te", "speed megatron bf16")
 FAULTS = {
     "loss_is_off": "apart, then 1.",
     "weights_stay": "by a new model with its weights",
@@ -36,33 +40,40 @@ def visit(checks, folder, found=None):
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """All checks as they are."""
-    return visit(REHEARSED, tmp_path_factory.mktemp("rehearsal"))
+def cpu_losses(tmp_path_factory):
+    """What the other checks compare with."""
+    _, _, rows = visit([EVERY["cpu losses"]], tmp_path_factory.mktemp("losses"))
+    return {"cpu losses": rows["cpu losses"]["facts"]}
 
 
-@pytest.fixture(scope="module")
-def broken(rehearsal, tmp_path_factory):
-    """The checks of a broken product, after the CPU's losses of the rehearsal."""
+@pytest.fixture(scope="module", params=REHEARSED)
+def rehearsal(request, cpu_losses, tmp_path_factory):
+    """Checks as they are."""
+    return request.param, *visit(request.param.values(), tmp_path_factory.mktemp("rehearsal"), cpu_losses)
+
+
+@pytest.fixture(scope="module", params=in_lanes(FAULTS, "loss_is_off", "watchdog_is_silent", "a_rank_fails"))
+def broken(request, cpu_losses, tmp_path_factory):
+    """The checks of a broken product."""
     needs = {"products_are_off": ("te",)}
-    checks = [of_product(name, needs.get(name, ())) for name in FAULTS]
-    known = {"cpu losses": rehearsal[2]["cpu losses"]["facts"]}
-    return visit(checks, tmp_path_factory.mktemp("broken"), known)
+    checks = [of_product(name, needs.get(name, ())) for name in request.param]
+    code, _, rows = visit(checks, tmp_path_factory.mktemp("broken"), cpu_losses)
+    return request.param, code, rows
 
 
 @pytest.mark.slow
 def test_every_check_that_a_cpu_can_make_passes(rehearsal):
-    code, _, rows = rehearsal
+    checks, code, _, rows = rehearsal
     failed = {name: row["said"] for name, row in rows.items() if row["status"] == "FAIL"}
     assert failed == {}
-    assert code == 0 and set(rows) == {name for check in REHEARSED for name in check.fills}
+    assert code == 0 and set(rows) == {name for check in checks.values() for name in check.fills}
 
 
 @pytest.mark.slow
 def test_what_needs_a_gpu_is_skipped_and_no_figure_is_given_for_it(rehearsal):
-    _, found, rows = rehearsal
+    _, _, found, rows = rehearsal
     skipped = {name for name, row in rows.items() if row["status"] == "SKIPPED"}
-    assert skipped == {
+    assert skipped == rows.keys() & {
         "plan", "fp8 products torch fp8", "attention", "host te", "host torch",
         "speed megatron bf16", "speed megatron fp8",
         *(f"{what} {row}" for what in ("memory", "speed", "kernels") for row in ("te bf16", "te fp8", "torch bf16")),
@@ -80,10 +91,10 @@ def test_the_table_says_that_it_was_a_rehearsal(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_check_finds_its_fault(fault, broken):
-    code, _, rows = broken
-    assert rows[fault]["status"] == "FAIL" and FAULTS[fault] in rows[fault]["said"], rows[fault]["said"]
+def test_each_check_finds_its_fault(broken):
+    faults, code, rows = broken
+    for fault, told in faults.items():
+        assert rows[fault]["status"] == "FAIL" and told in rows[fault]["said"], rows[fault]["said"]
     assert code == 1
 
 

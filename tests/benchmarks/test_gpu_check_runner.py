@@ -10,7 +10,7 @@ from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check.outcome import Visit
 from benchmarks.gpu_check.runner import Runner
 from parallel.errors import RecipeError
-from tests.benchmarks.gpu_check_faults import faulty
+from testing.gpu_check.faults import faulty
 
 WRONG = (
     faulty("good", "passes"),
@@ -60,7 +60,7 @@ def test_every_fault_is_a_row_with_its_reason_and_costs_no_other(visited):
         "last": ("PASS", "well"),
     }
     assert rows["crash"][1].startswith("its process ended by SIGSEGV")
-    assert rows["hang"][1].startswith("did not end within 5 s; was in gpu_check_faults.py:")
+    assert rows["hang"][1].startswith("did not end within 5 s; was in faults.py:")
     assert rows["hang"][1].endswith("wait_for_ever")
     assert "of 300 s were left, and it may take 5000" in rows["too long"][1]
     assert code == 1 and found["failed"] == ["broken second", "refused", "crash", "kill second", "hang", "silent"]

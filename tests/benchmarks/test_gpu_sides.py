@@ -18,16 +18,20 @@ SMALL = ("recipe=dsv3_tiny", "model.num_nextn_predict_layers=0", "model.num_hidd
          "data.sequence_length=64", "optim.global_batch=4", "optim.micro_batch=2")  # fmt: skip
 
 
+full = pytest.mark.full
+
+
 @pytest.fixture(scope="module")
 def sides():
     """What the sides find in a process that has Transformer Engine's Python."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "testing.te", str(Path(__file__).with_name("gpu_sides_on_cpu.py")), *SMALL]
+    command = [sys.executable, "-m", "testing.te", "testing/gpu_check/sides_on_cpu.py", *SMALL]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@full
 def test_plain_megatron_core_and_transformers_train_the_same_shape(sides):
     assert sides["megatron"]["parameters"] == sides["transformers"]["parameters"]
     for name in ("megatron", "transformers"):
@@ -36,6 +40,7 @@ def test_plain_megatron_core_and_transformers_train_the_same_shape(sides):
         assert losses == sorted(losses, reverse=True)
 
 
+@full
 def test_plain_megatron_core_is_over_transformer_engine_in_fp8(sides):
     assert sides["weights"] == ["Float8BlockwiseQTensor"]
     first, *later = sides["quantised"]
@@ -45,6 +50,7 @@ def test_plain_megatron_core_is_over_transformer_engine_in_fp8(sides):
     assert wanted <= set(sides["modules"])
 
 
+@full
 def test_stage_times_are_what_calibrate_reads(sides, tmp_path):
     path, found = tmp_path / "times.json", sides["stages"]
     path.write_text(json.dumps(found))
@@ -87,15 +93,15 @@ def test_the_dense_row_has_no_experts():
 
 def without_work(command, **unused):
     """Stand in for the processes of the benchmark: write what they would, and let megatron-core in FP8 fail."""
-    script, given = Path(command[1]).name, dict(word.split("=", 1) for word in command[2:])
+    script, given = command[2], dict(word.split("=", 1) for word in command[3:])
     if (given.get("side"), given["precision"]) == ("megatron", "fp8"):
         raise subprocess.CalledProcessError(1, command, stderr="Traceback\nRuntimeError: no kernel\n[W] bye\n")
-    if script == "gpu_training.py":
+    if script == "benchmarks.gpu_training":
         place = Path(given["run.directory"])
         place.mkdir()
         line = {"tokens_per_second": 9.0, "tflops_per_device": 1.0, "mfu": 0.5, "memory_peak_bytes": 7}
         (place / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * int(given["run.steps"]))
-    if script == "gpu_sides.py":
+    if script == "benchmarks.gpu_sides":
         assert gpu_sides.Arguments.model_validate(given)
         stages = {"forward": 1.0, "input_grad": 1.0, "weight_grad": 1.0}
         made = {"stages": stages, "kernels": [[1.5, 3, "gemm"]]}
@@ -104,9 +110,10 @@ def without_work(command, **unused):
     return subprocess.CompletedProcess(command, 0)
 
 
+@full
 def test_our_rows_train_and_leave_no_checkpoint(tmp_path):
     words = [*SMALL, "data=synthetic", "run.steps=1", f"run.directory={tmp_path / 'run'}", "logging.wandb=disabled"]
-    command = [sys.executable, "benchmarks/gpu_training.py", *words]
+    command = [sys.executable, "-m", "benchmarks.gpu_training", *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1

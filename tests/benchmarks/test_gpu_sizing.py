@@ -13,19 +13,23 @@ NAMES = {16: "Tesla T4", 24: "NVIDIA GeForce RTX 4090", 32: "Tesla V100-SXM2-32G
          48: "NVIDIA L40S", 80: "NVIDIA H100 80GB HBM3", 141: "NVIDIA H200", 180: "NVIDIA B200"}  # fmt: skip
 
 
+full = pytest.mark.full
+
+
 @functools.cache
 def words_for(gib):
     """The recipe for a GPU of so much memory: composing takes most of these tests' time."""
     return sized(gib * GIB, gpu=NAMES.get(gib, ""))
 
 
-@pytest.mark.parametrize("gib", NAMES)
+@pytest.mark.parametrize("gib", [gib if gib in (16, 80) else pytest.param(gib, marks=full) for gib in NAMES])
 def test_the_plan_fits_the_memory_found(gib):
     for more in (("precision=bf16", "backend=te"), ("precision=fp8", "backend=te"), ("precision=fp8", "backend=torch")):
         plan = plan_of(compose([*words_for(gib), *more]))
         assert plan.recipe.cluster.memory == gib * GIB and plan.fits, more
 
 
+@full
 def test_more_memory_trains_no_smaller_model_and_every_shape_serves_some_gpu():
     used = [compose(list(words_for(gib))) for gib in NAMES]
     shapes = [(r.model.num_hidden_layers, r.model.n_routed_experts, r.data.sequence_length) for r in used]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.clean_root import instructions
+from testing.clean_root import instructions
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "3.12"  # of Ubuntu 24.04
@@ -120,6 +120,7 @@ def resolved(requirements, constraints, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_gpu_image_resolves_to_what_is_pinned(tmp_path, monkeypatch):
     requirements, constraints = parts(pip_lines())
     pins = pinned(constraints)

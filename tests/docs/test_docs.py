@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,10 @@ from launcher.command_line.compose import compose, compose_config
 from launcher.command_line.recipe_files import RECIPES, options
 from launcher.reference import reference as written_reference
 from parallel.errors import UserError
+from testing.pages import DOCKER_FILES, PAGES, commands, shell_lines
 
 ROOT = RECIPES.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-DOCKER_FILES = sorted(ROOT.glob("docker/Dockerfile*"))  # whose comments hold commands
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-CODE = re.compile(r"```(?:bash|sh|console)\n(.*?)```", re.S)
 RECIPE_COMMANDS = ("pretrain.py", "submit.py", "plan.py")
 OWN_KEYS = ("dry_run", "chain", "run", "lines", "rank", *plan.PlanArguments.model_fields)
 
@@ -41,27 +40,6 @@ def test_every_link_leads_to_a_file_or_heading(page):
             assert anchor in anchors(file), f"{page.name}: {target}"
 
 
-def commands(page):
-    """Yield every command of a page or of a Dockerfile's comments; of a container, what it is to run."""
-    for line in shell_lines(page):
-        line = re.sub(r"^docker run .*? dsv3-megatron:\w+ ", "", line.strip().removeprefix("$ "))
-        if re.match(r"(?:[A-Z_]+=\S+ )*(python|torchrun|make)\b", line):
-            yield line
-
-
-def shell_lines(page):
-    """Yield every line of the page's shell blocks and of its inline code, continuation lines joined."""
-    text = page.read_text()
-    if page in DOCKER_FILES:
-        comments = "\n".join(re.findall(r"^#(.*)", text, re.M)).replace("\\\n", " ")
-        blocks, inline = "", re.findall(r"docker (?:run|build) .*", comments)
-    else:
-        blocks = "\n".join(CODE.findall(text)).replace("\\\n", " ")
-        inline = re.findall(r"`((?:python|torchrun|make) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    for whole in [*blocks.splitlines(), *inline]:
-        yield from whole.split("&&")
-
-
 @pytest.mark.parametrize("page", [*PAGES, *DOCKER_FILES], ids=lambda p: p.name)
 def test_every_command_names_what_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -73,6 +51,9 @@ def test_every_command_names_what_exists(page):
             assert set(asked) <= targets, f"{page.name}: {command}"
             continue
         script = next((w for w in words if w.endswith(".py")), None)
+        if words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("benchmarks", "testing"):
+            assert find_spec(words[2]), f"{page.name}: {command}"
+            continue
         if script is None or script.startswith("<"):
             continue
         assert (ROOT / script).exists(), f"{page.name}: {command}"

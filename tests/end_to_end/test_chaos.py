@@ -1,7 +1,6 @@
 """Kills at random moments; the long form is ``make chaos``."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,22 +11,23 @@ import psutil
 import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
-from tests.chaos import torment
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import free_port
-from tests.tiny import SMALL
+from testing.chaos import torment
+from testing.ports import free_port
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
 
 
-def test_chaos_of_kills_loses_no_step_beyond_the_last_checkpoint(tmp_path):
-    outcome = torment(KILLS, seed=7, place=tmp_path)
-    assert sum(outcome.kills.values()) == KILLS and set(outcome.kills) >= {"step", "save"}
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.full)])
+def test_chaos_of_kills_loses_no_step_beyond_the_last_checkpoint(tmp_path, kills):
+    outcome = torment(kills, seed=7, place=tmp_path)
+    assert sum(outcome.kills.values()) == kills and set(outcome.kills) >= {"step", "save"}
     assert outcome.lost_beyond_checkpoint == 0
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_chaos_under_torchrun_which_starts_the_ranks_again(tmp_path):
     words = [
         *SMALL,

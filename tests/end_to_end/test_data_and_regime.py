@@ -4,38 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.tokenizer import Tokenizer
-from dsv3_megatron.train.run import run
-from launcher.command_line.compose import compose, resolved_yaml
-from launcher.command_line.console import SilentReporter
-from parallel.errors import UserError
-from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import SMALL
+from testing.lanes import in_lanes
+from testing.ranks import run_ranks
+from testing.training.whole_runs import refusal, run_here, steps, train
 
 FIELDS = ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation", "global_batch", "tokens")
-
-
-def run_here(overrides):
-    """Train on this rank; return the message of what a user can mend, or nothing."""
-    torch.set_num_threads(1)
-    recipe = compose([*SMALL, *overrides])
-    try:
-        run(recipe, World.from_environment(), SilentReporter(), resolved_yaml(recipe))
-    except UserError as error:
-        return str(error)
-
-
-def train(world, *overrides):
-    """Run on ``world`` fresh processes; return rank 0's refusal."""
-    return run_ranks(world, run_here, [list(overrides)])[0][0]
-
-
-def steps(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(mine, theirs, where, rel=1e-5):
@@ -61,25 +37,33 @@ def shards(tmp_path_factory):
     return folder / "out"
 
 
-def test_a_run_over_shards_reads_the_same_in_any_layout_and_after_a_resume(shards, tmp_path):
+DUAL = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "lives"),
+    [
+        # Stopped after every step, and each time in another number of ranks.
+        ({"dual": (2, DUAL)}, [(1, 2), (3, 1)]),
+        pytest.param({"dp4": (4, ())}, [(1, 2), (2, 1), (3, 4)], marks=pytest.mark.full),
+    ],
+    ids=["few", "rest"],
+)
+def test_a_run_over_shards_reads_the_same_in_any_layout_and_after_a_resume(shards, tmp_path, layouts, lives):
     over = (
         "data=indexed", f"data.path={shards}", "data.fim_rate=0.3", "data.isolate_documents=true",
         f"data.cache={tmp_path}/cache", "model.vocab_size=320", "run.steps=3", "checkpoint.every_steps=1",
         "optim.learning_rate=0.01", "checkpoint.keep=9",
     )  # fmt: skip
-    assert train(1, *over, f"run.directory={tmp_path}/one") is None
+    assert refusal(train(1, *over, f"run.directory={tmp_path}/one")) is None
     one = steps(tmp_path / "one")
     assert len({line["lm_loss"] for line in one}) == 3
-    for name, world, layout in (
-        ("dp4", 4, ()),
-        ("dual", 2, ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")),
-    ):
-        assert train(world, *over, *layout, f"run.directory={tmp_path}/{name}") is None
+    for name, (world, layout) in layouts.items():
+        assert refusal(train(world, *over, *layout, f"run.directory={tmp_path}/{name}")) is None
         assert_same(steps(tmp_path / name), one, name)
-    # Stopped after every step, and each time in another number of ranks.
-    for step, world in ((1, 2), (2, 1), (3, 4)):
+    for step, world in lives:
         train(world, *over, f"run.steps={step}", f"run.directory={tmp_path}/torn")
-    assert_same(steps(tmp_path / "torn"), one, "resumed after every step")
+    assert_same(steps(tmp_path / "torn"), one, "stopped and resumed")
 
 
 RAMP = ("optim.global_batch=[{until: 300, at: 8}, {until: 600, at: 16}, {until: 90000, at: 24}]", "run.steps=4",
@@ -94,33 +78,33 @@ RAMPED = {
 }
 
 
-def test_a_batch_that_grows_in_the_run_works_under_every_layout(tmp_path):
-    assert train(1, *RAMP, f"run.directory={tmp_path}/one") is None
+@pytest.mark.parametrize("layouts", in_lanes(RAMPED, "dualpipev", "CP2"))
+def test_a_batch_that_grows_in_the_run_works_under_every_layout(tmp_path, layouts):
+    assert refusal(train(1, *RAMP, f"run.directory={tmp_path}/one")) is None
     one = steps(tmp_path / "one")
     assert [line["global_batch"] for line in one] == [8, 8, 16, 24]
     for ranks in (2, 4):
-        cases = {n: layout for n, (many, layout) in RAMPED.items() if many == ranks}
-        refusals = run_ranks(
-            ranks, run_here, [[*RAMP, *layout, f"run.directory={tmp_path}/{n}"] for n, layout in cases.items()]
-        )
-        for name, (refusal, *_) in zip(cases, refusals):
-            assert refusal is None, name
+        cases = {n: layout for n, (many, layout) in layouts.items() if many == ranks}
+        words = [[*RAMP, *layout, f"run.directory={tmp_path}/{n}"] for n, layout in cases.items()]
+        for name, (notes, *_) in zip(cases, run_ranks(ranks, run_here, words) if words else ()):
+            assert refusal(notes) is None, name
             assert_same(steps(tmp_path / name), one, name, rel=1e-4)
 
 
 def test_a_new_run_starts_from_anothers_weights_and_counts_anew(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train(1, "run.steps=3", "optim.learning_rate=0.01", f"run.directory={first}") is None
+    assert refusal(train(1, "run.steps=3", "optim.learning_rate=0.01", f"run.directory={first}")) is None
     longer = ("data.sequence_length=64", "model.rope_scaling={factor: 2.0, original_max_position_embeddings: 32}")
     start = (f"run.start_from={first}", f"run.directory={second}", "run.steps=2")
-    assert train(2, *start) is None  # on other ranks
+    assert refusal(train(2, *start)) is None  # on other ranks
     summaries = [json.loads((d / "summary.json").read_text()) for d in (first, second)]
     assert summaries[1]["before"]["held_out_loss"] == pytest.approx(summaries[0]["after"]["held_out_loss"], rel=1e-6)
     assert [line["tokens"] for line in steps(second)] == [8 * 32, 16 * 32]
-    assert train(1, *start, "run.steps=3") is None  # goes on from its own checkpoint
+    assert refusal(train(1, *start, "run.steps=3")) is None  # goes on from its own checkpoint
     assert [line["step"] for line in steps(second)] == [1, 2, 3]
-    assert train(1, *start, *longer, f"run.directory={tmp_path}/long") is None
+    assert refusal(train(1, *start, *longer, f"run.directory={tmp_path}/long")) is None
     assert steps(tmp_path / "long")[0]["tokens"] == 8 * 64
-    refusal = train(1, *start, "model.hidden_size=72", f"run.directory={tmp_path}/other")
-    assert "model.hidden_size = 64, not 72" in refusal and "run.start_from" in refusal
-    assert "holds no checkpoint" in train(1, f"run.start_from={tmp_path}/none", f"run.directory={tmp_path}/x")
+    (refused,) = train(1, *start, "model.hidden_size=72", f"run.directory={tmp_path}/other")
+    assert "model.hidden_size = 64, not 72" in refused and "run.start_from" in refused
+    (refused,) = train(1, f"run.start_from={tmp_path}/none", f"run.directory={tmp_path}/x")
+    assert "holds no checkpoint" in refused

@@ -2,10 +2,11 @@
 
 import pytest
 
-from tests.checkpoints import assert_same_tensors
-from tests.end_to_end.test_run import FOUR_STEPS, copy_of, steps, train
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.lanes import in_lanes
+from testing.ranks import run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import Case, train_rank
+from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 
 FP8 = ("precision=fp8", "precision.parameters=fp32", "precision.moments=fp32")
 # Tiles of X and dY along channels, and of W, are the same in these layouts, so the first loss is. Where a microbatch's
@@ -37,7 +38,7 @@ def reference(tmp_path_factory):
 def run_all(layouts, path):
     for ranks in (2, 4):
         asked = {n: Case((*FP8, *o), reference=path) for n, (many, o) in layouts.items() if many == ranks}
-        yield from zip(asked, run_ranks(ranks, train_rank, list(asked.values())))
+        yield from zip(asked, run_ranks(ranks, train_rank, list(asked.values())) if asked else ())
 
 
 def test_layouts_with_the_same_tiles_train_as_one_process(reference):
@@ -53,9 +54,10 @@ def test_layouts_with_the_same_tiles_train_as_one_process(reference):
             assert worst < 1e-3, (name, worst)
 
 
-def test_layouts_with_other_tiles_differ_by_the_rounding_of_fp8_only(reference):
+@pytest.mark.parametrize("layouts", in_lanes(OTHER_TILES, "EP2", "TP2"))
+def test_layouts_with_other_tiles_differ_by_the_rounding_of_fp8_only(reference, layouts):
     found, path = reference
-    for name, ranks in run_all(OTHER_TILES, path):
+    for name, ranks in run_all(layouts, path):
         first = 1e-5 if "TP" not in name and "CP" not in name else 2e-3
         for rank in ranks:
             assert rank["results"][0].lm_loss == pytest.approx(found["results"][0].lm_loss, rel=first), name
@@ -63,7 +65,7 @@ def test_layouts_with_other_tiles_differ_by_the_rounding_of_fp8_only(reference):
                 assert mine.lm_loss == pytest.approx(expected.lm_loss, rel=2e-3), name
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
+@pytest.mark.parametrize("schedule", ["dualpipe", pytest.param("zb1p", marks=pytest.mark.full)])
 def test_recomputation_changes_no_bit(schedule):
     # BF16 parameters: norms in float32 add up a gradient's parts in another order when they are computed again.
     # SwiGLU's cache is not in FP8, as it would be computed again from there without being asked.
@@ -86,7 +88,7 @@ def test_fp8_differs_from_float32_yet_little(reference):
         assert mine.lm_loss == pytest.approx(exact.lm_loss, rel=5e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.full), "fp8"])
 def test_a_resumed_run_of_low_precision_is_bit_exact(tmp_path, precision):
     layout = (f"precision={precision}", "parallel.pipeline=2", "parallel.schedule=dualpipe")
     train(2, *FOUR_STEPS, *layout, f"run.directory={tmp_path / 'whole'}")

@@ -12,8 +12,9 @@ from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.stage import build_stage
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
-from tests.ranks import run_ranks
-from tests.tiny import VALUES, Case, small_recipe, train_rank
+from testing.lanes import in_lanes
+from testing.ranks import run_ranks
+from testing.training.tiny import VALUES, Case, small_recipe, train_rank
 
 LENGTH = 32
 SIZES = [(32,), (20, 12), (1, 30, 1), (9, 9, 8), (3, 2, 27), (16, 15), (31,), (5, 5, 5, 5, 5, 5)]  # of packed rows
@@ -43,46 +44,54 @@ def case(rows, *overrides, **more):
     return Case((batch, *overrides), steps=1, values=VALUES_ALONE, samples=rows, **more)
 
 
+PIPELINE = "parallel.pipeline=2"
 LAYOUTS = {
-    1: [("parallel.schedule=1f1b", "parallel.recompute=[attention]")],
-    2: [
-        ("parallel.pipeline=2", "parallel.schedule=1f1b"),
-        ("parallel.pipeline=2", "parallel.schedule=dualpipe"),
-        ("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.recompute=[norm,mla_up,attention]"),
-        ("parallel.pipeline=2", "parallel.schedule=dualpipev"),
-        ("parallel.pipeline=2", "parallel.schedule=zb1p"),
-        ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2"),
-        ("parallel.context=2",),
-        ("parallel.context=2", "parallel.recompute=[norm,mla_up]"),
-        ("parallel.tensor=2", "parallel.recompute=[full]"),
-    ],
-    4: [("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.expert=2")],
+    "one rank": (1, ("parallel.schedule=1f1b", "parallel.recompute=[attention]")),
+    "1f1b": (2, (PIPELINE, "parallel.schedule=1f1b")),
+    "dualpipe": (2, (PIPELINE, "parallel.schedule=dualpipe")),
+    "dualpipe, recompute": (2, (PIPELINE, "parallel.schedule=dualpipe", "parallel.recompute=[norm,mla_up,attention]")),
+    "dualpipev": (2, (PIPELINE, "parallel.schedule=dualpipev")),
+    "zb1p": (2, (PIPELINE, "parallel.schedule=zb1p")),
+    "interleaved": (2, (PIPELINE, "parallel.schedule=interleaved", "parallel.chunks=2")),
+    "CP2": (2, ("parallel.context=2",)),
+    "CP2, recompute": (2, ("parallel.context=2", "parallel.recompute=[norm,mla_up]")),
+    "TP2, recompute": (2, ("parallel.tensor=2", "parallel.recompute=[full]")),
+    "dualpipe, EP2": (4, (PIPELINE, "parallel.schedule=dualpipe", "parallel.expert=2")),
 }
+FAST = ("1f1b", "dualpipe, recompute", "dualpipev", "zb1p", "interleaved", "CP2, recompute")
+DEEPER = {name: LAYOUTS[name] for name in ("1f1b", "dualpipe, recompute")}  # the plain and the planned path
+few, rest = in_lanes(LAYOUTS, *FAST)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_packed_documents_have_the_gradients_of_documents_alone(tmp_path, depth):
+@pytest.mark.parametrize(
+    ("depth", "layouts"),
+    [
+        pytest.param(1, *few.values, id="few"),
+        pytest.param(1, *rest.values, id="rest", marks=pytest.mark.full),
+        pytest.param(2, DEEPER, id="MTP of depth 2", marks=pytest.mark.full),
+    ],
+)
+def test_packed_documents_have_the_gradients_of_documents_alone(tmp_path, depth, layouts):
     common = ("optim.micro_batch=1", f"model.num_nextn_predict_layers={depth}", "model.num_hidden_layers=8")
     alone = [row([ids]) for documents in pieces() for ids in documents]
     path = str(tmp_path / "alone.pt")
     ((expected,),) = run_ranks(1, train_rank, [case(alone, *common, save_to=path)])
     expected = expected["results"][0]
     packed = [row(documents) for documents in pieces()]
-    for ranks, layouts in LAYOUTS.items():
-        if depth > 1:  # what differs with the depth: the plain and the planned path
-            layouts = layouts[:3:2] if ranks == 2 else []
-        if not layouts:
-            continue
-        for layout, found in zip(
-            layouts, run_ranks(ranks, train_rank, [case(packed, *common, *more, reference=path) for more in layouts])
-        ):
+    for ranks in (1, 2, 4):
+        asked = {
+            name: case(packed, *common, *more, reference=path)
+            for name, (many, more) in layouts.items()
+            if many == ranks
+        }
+        for name, found in zip(asked, run_ranks(ranks, train_rank, list(asked.values())) if asked else ()):
             for rank in found:
                 result = rank["results"][0]
-                assert result.lm_loss == pytest.approx(expected.lm_loss, rel=1e-5), layout
-                assert result.mtp_loss == pytest.approx(expected.mtp_loss, rel=1e-5), layout
-                assert result.objective == pytest.approx(expected.objective, rel=1e-5), layout
+                assert result.lm_loss == pytest.approx(expected.lm_loss, rel=1e-5), name
+                assert result.mtp_loss == pytest.approx(expected.mtp_loss, rel=1e-5), name
+                assert result.objective == pytest.approx(expected.objective, rel=1e-5), name
                 worst = max(rank["gradient_errors"][0].items(), key=lambda kv: kv[1])
-                assert worst[1] < 1e-4, (layout, worst)
+                assert worst[1] < 1e-4, (name, worst)
 
 
 def test_without_isolation_documents_do_reach_each_other(tmp_path):

@@ -2,8 +2,10 @@
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.lanes import in_lanes
+from testing.ranks import run_ranks
+from testing.training.one_process import check
+from testing.training.tiny import Case, train_rank
 
 TWO = {
     "DP2": (),
@@ -39,32 +41,21 @@ def reference(tmp_path_factory):
     return found, path
 
 
-def check(name, ranks, found):
-    for step, expected in enumerate(found["results"]):
-        for rank, mine in enumerate(r["results"][step] for r in ranks):
-            where = f"{name}, step {step}, rank {rank}"
-            for field in ("lm_loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation"):
-                got, want = getattr(mine, field), getattr(expected, field)
-                assert got == (want if want is None else pytest.approx(want, rel=1e-5)), (where, field)
-    for rank, result in enumerate(ranks):
-        for step, errors in enumerate(result["gradient_errors"]):
-            worst = max(errors, key=errors.get)
-            assert errors[worst] < 1e-4, (name, "gradient", worst, f"step {step}, rank {rank}", errors[worst])
-        worst = max(result["weight_errors"], key=result["weight_errors"].get)
-        assert result["weight_errors"][worst] < 1e-3, (name, "weight", worst, rank, result["weight_errors"][worst])
-
-
-def test_two_ranks_train_as_one_process(reference):
+@pytest.mark.parametrize(
+    "layouts", in_lanes(TWO, "EP2", "PP2 uneven", "CP2 recompute", "TP2 x EP2", "expert-TP2", "DP2 recompute")
+)
+def test_two_ranks_train_as_one_process(reference, layouts):
     found, path = reference
-    cases = [Case(overrides, reference=path) for overrides in TWO.values()]
-    for name, ranks in zip(TWO, run_ranks(2, train_rank, cases)):
+    cases = [Case(overrides, reference=path) for overrides in layouts.values()]
+    for name, ranks in zip(layouts, run_ranks(2, train_rank, cases)):
         check(name, ranks, found)
 
 
-def test_four_ranks_train_as_one_process(reference):
+@pytest.mark.parametrize("layouts", in_lanes(FOUR, "TP2 x EP2 x PP2", "CP2 x TP2", "EP2 x expert-TP2"))
+def test_four_ranks_train_as_one_process(reference, layouts):
     found, path = reference
-    cases = [Case(overrides, reference=path) for overrides in FOUR.values()]
-    for name, ranks in zip(FOUR, run_ranks(4, train_rank, cases)):
+    cases = [Case(overrides, reference=path) for overrides in layouts.values()]
+    for name, ranks in zip(layouts, run_ranks(4, train_rank, cases)):
         check(name, ranks, found)
 
 

@@ -13,8 +13,8 @@ from launcher.command_line.console import SilentReporter
 from parallel.groups import stop_processes
 from parallel.world import World
 from testing.nccl.ranks import nccl_rank
-from tests.ranks import run_ranks
-from tests.tiny import small_recipe
+from testing.ranks import run_ranks
+from testing.training.tiny import small_recipe
 
 RUN = (
     "run.steps=2",
@@ -71,7 +71,7 @@ def run_recipe(case):
     return losses.values
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (3, 4))])
 def test_a_run_over_nccls_manners_is_the_run_over_gloo(ranks, tmp_path):
     asked = {name: (*RUN, *overrides) for name, (many, overrides) in LAYOUTS.items() if many == ranks}
     cases = [

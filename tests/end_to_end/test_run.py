@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,49 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_manifest
-from dsv3_megatron.train.run import run
-from launcher.command_line.compose import compose, resolved_yaml
-from launcher.command_line.console import SilentReporter
-from parallel.errors import CheckpointError, UserError
-from parallel.world import World
-from tests.ranks import free_port, run_ranks
-from tests.tiny import SMALL
+from parallel.errors import CheckpointError
+from testing.ports import free_port
+from testing.signals import catches
+from testing.training.tiny import SMALL
+from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUR_STEPS = ("run.steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
-
-
-class Notes(SilentReporter):
-    """Keeps what the run says."""
-
-    def __init__(self):
-        self.texts = []
-
-    def note(self, text):
-        self.texts.append(text)
-
-
-def run_here(overrides):
-    """Train on this rank; return the notes, or the message of what a user can mend."""
-    torch.set_num_threads(1)
-    recipe, notes = compose([*SMALL, *overrides]), Notes()
-    try:
-        run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
-    except UserError as error:
-        return [f"refused: {error}"]
-    return notes.texts
-
-
-def train(world, *overrides):
-    """Run on ``world`` fresh processes; return rank 0's notes."""
-    return run_ranks(world, run_here, [list(overrides)])[0][0]
-
-
-def steps(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +28,7 @@ def undisturbed(tmp_path_factory):
     return directory
 
 
-def copy_of(directory, place, keep_steps):
-    """Return a copy of a run as it was after some steps."""
-    import shutil
-
-    shutil.copytree(directory, place)
-    for checkpoint in (place / "checkpoints").glob("step_*"):
-        if int(checkpoint.name.split("_")[1]) > keep_steps:
-            shutil.rmtree(checkpoint)
-    return place
-
+full = pytest.mark.full
 
 CONTRACT = {
     "step", "tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate", "grad_norm", "global_batch",
@@ -123,12 +80,12 @@ def test_a_resumed_run_is_bit_exact(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        (2, ("parallel.tensor=2", "parallel.expert=2")),
-        (4, ("parallel.pipeline=2", "parallel.expert=2")),
+        pytest.param(2, ("parallel.tensor=2", "parallel.expert=2"), marks=full),
+        pytest.param(4, ("parallel.pipeline=2", "parallel.expert=2"), marks=full),
         (4, ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipe", "optim.micro_batch=1")),
-        (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev")),
-        (2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2")),
-        (2, ("parallel.pipeline=2", "parallel.schedule=zb1p")),
+        pytest.param(2, ("parallel.pipeline=2", "parallel.schedule=dualpipev"), marks=full),
+        pytest.param(2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2"), marks=full),
+        pytest.param(2, ("parallel.pipeline=2", "parallel.schedule=zb1p"), marks=full),
         (2, ("parallel.pipeline=2", "parallel.schedule=auto")),
     ],
 )
@@ -187,8 +144,6 @@ def test_damaged_checkpoints_newer_than_the_run_do_not_push_out_its_own(undistur
     assert "no other checkpoint is valid" in refused and "remove the damaged ones (2)" in refused
     (place / "checkpoints/step_00000002").rename(place / "elsewhere")
     (place / "checkpoints/step_00000004").rename(place / "checkpoints/step_00000900")
-    import shutil
-
     shutil.copytree(undisturbed / "checkpoints/step_00000002", place / "checkpoints/step_00000002")
     train(1, *FOUR_STEPS, "checkpoint.keep=1", f"run.directory={place}")
     assert newest_valid(place / "checkpoints")[0].name == "step_00000004"
@@ -216,27 +171,39 @@ def test_a_changed_recipe_is_shown_when_a_run_goes_on(undisturbed, tmp_path):
 
 
 def command(world, *overrides):
-    """Return a real torchrun command line."""
+    """Return a command line as a user types it: one process needs no torchrun."""
+    if world == 1:
+        return [sys.executable, "launcher/pretrain.py", *SMALL, *overrides]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     port = ["--master-port", str(free_port())]
     return [*torchrun, *port, "launcher/pretrain.py", *SMALL, *overrides]
 
 
 @pytest.mark.slow
-def test_torchrun_with_four_ranks_gives_the_losses_of_one(tmp_path, undisturbed):
-    layout = ("parallel.pipeline=2", "parallel.expert=2", "logging.wandb=offline", f"run.directory={tmp_path / 'four'}")
-    done = subprocess.run(command(4, *FOUR_STEPS, *layout), cwd=ROOT, capture_output=True, text=True, timeout=240)
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, ("parallel.pipeline=2",)),
+        pytest.param(4, ("parallel.pipeline=2", "parallel.expert=2"), marks=full),
+    ],
+)
+def test_torchrun_with_several_ranks_gives_the_losses_of_one(tmp_path, undisturbed, world, layout):
+    words = ("logging.wandb=offline", f"run.directory={tmp_path / 'several'}")
+    done = subprocess.run(
+        command(world, *FOUR_STEPS, *layout, *words), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for mine, theirs in zip(steps(tmp_path / "four"), steps(undisturbed), strict=True):
+    for mine, theirs in zip(steps(tmp_path / "several"), steps(undisturbed), strict=True):
         assert mine["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-5)
     assert "step 4/4" in done.stdout and "finished" in done.stdout
-    assert list((tmp_path / "four" / "wandb").rglob("*.wandb"))
+    assert list((tmp_path / "several" / "wandb").rglob("*.wandb"))
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=full)])
+def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path, world):
     place = tmp_path / "stopped"
-    words = command(2, "run.steps=100000", f"run.directory={place}")
+    words = command(world, "run.steps=100000", f"run.directory={place}")
     running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((place / "metrics.jsonl").exists() and len(steps(place)) >= 2):
@@ -258,15 +225,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def keeps_warnings(process):
-    """Return whether a process has a handler of SIGUSR1 by now."""
-    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
-    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc whether a handler is there")
-@pytest.mark.parametrize("moment", ["before there were ranks", "imports", "built"])
+@pytest.mark.parametrize(
+    "moment", ["before there were ranks", *(pytest.param(m, marks=full) for m in ("imports", "built"))]
+)
 def test_a_warning_while_the_run_starts_is_remembered(tmp_path, moment):
     """As under SLURM's batch script: the shell around the agent ignores the warning, and the ranks inherit that."""
     place, file = tmp_path / "warned", tmp_path / "warning"
@@ -279,7 +242,7 @@ def test_a_warning_while_the_run_starts_is_remembered(tmp_path, moment):
         cwd=ROOT, env={**os.environ, "DSV3_WARNED_FILE": str(file)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        while moment == "imports" and not keeps_warnings(running):
+        while moment == "imports" and not catches(running.pid, signal.SIGUSR1):
             assert running.poll() is None, running.communicate()
         if moment == "imports":
             running.send_signal(signal.SIGUSR1)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from tests.end_to_end.test_layouts_equal_one_process import check
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.lanes import in_lanes
+from testing.ranks import run_ranks
+from testing.training.one_process import check
+from testing.training.tiny import Case, train_rank
 
 EIGHT_LAYERS = ("model.num_hidden_layers=8", "optim.global_batch=16", "optim.micro_batch=1", "data.sequence_length=16")
 SCHEDULES = {
@@ -17,22 +18,32 @@ SCHEDULES = {
 MTP = {0: "model.num_nextn_predict_layers=0", 1: "model.num_nextn_predict_layers=1"}
 
 
-def cases(pipeline, expert, reference):
-    """Every schedule with and without MTP at one layout."""
-    found = {}
-    for schedule, more in SCHEDULES.items():
-        for depth, setting in MTP.items():
-            overrides = (
+def cases(pipeline, expert):
+    """Return every schedule with and without MTP at one layout: name -> (depth, overrides)."""
+    return {
+        f"{schedule} PP{pipeline} EP{expert} MTP{depth}": (
+            depth,
+            (
                 *EIGHT_LAYERS,
                 f"parallel.pipeline={pipeline}",
                 f"parallel.expert={expert}",
                 f"parallel.schedule={schedule}",
                 setting,
                 *more,
-            )
-            name = f"{schedule} PP{pipeline} EP{expert} MTP{depth}"
-            found[name] = (depth, Case(overrides, steps=2, reference=reference[depth][1]))
-    return found
+            ),
+        )
+        for schedule, more in SCHEDULES.items()
+        for depth, setting in MTP.items()
+    }
+
+
+# Every schedule is in the fast lane, with MTP or without; DualPipe's two in both ways, with experts over ranks too.
+FAST = (
+    *(f"{schedule} PP2 EP1 MTP{number % 2}" for number, schedule in enumerate(SCHEDULES)),
+    "dualpipe PP2 EP2 MTP0",
+    "dualpipev PP2 EP2 MTP1",
+    "dualpipe PP4 EP1 MTP1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +53,20 @@ def reference(tmp_path_factory):
     return {d: (found[0], case.save_to) for d, found, case in zip(MTP, run_ranks(1, train_rank, asked), asked)}
 
 
-@pytest.mark.parametrize(("pipeline", "expert"), [(2, 1), (2, 2), (4, 1), (4, 2)])
-def test_every_schedule_trains_as_one_process(reference, pipeline, expert):
-    asked = cases(pipeline, expert, reference)
-    found = run_ranks(pipeline * expert, train_rank, [case for _, case in asked.values()])
-    for (name, (depth, _)), ranks in zip(asked.items(), found):
-        check(name, ranks, reference[depth][0])
+def lanes():
+    for pipeline, expert in ((2, 1), (2, 2), (4, 1), (4, 2)):
+        every = cases(pipeline, expert)
+        for few_or_rest in in_lanes(every, *(name for name in FAST if name in every)):
+            if few_or_rest.values[0]:
+                name = f"PP{pipeline} EP{expert} {few_or_rest.id}"
+                yield pytest.param(pipeline * expert, *few_or_rest.values, id=name, marks=few_or_rest.marks)
+
+
+@pytest.mark.parametrize(("ranks", "asked"), lanes())
+def test_every_schedule_trains_as_one_process(reference, ranks, asked):
+    given = [Case(overrides, steps=2, reference=reference[depth][1]) for depth, overrides in asked.values()]
+    for (name, (depth, _)), found in zip(asked.items(), run_ranks(ranks, train_rank, given)):
+        check(name, found, reference[depth][0])
 
 
 PIPELINE = ("parallel.pipeline=2",)
@@ -71,19 +90,24 @@ FEW = {
 }
 
 
-def test_schedules_train_as_one_process_in_other_layouts_too(reference):
+@pytest.mark.parametrize(
+    "layouts",
+    in_lanes(FEW, "dualpipe, CP2, recompute", "dualpipev, recompute", "dualpipev on one rank"),
+)
+def test_schedules_train_as_one_process_in_other_layouts_too(reference, layouts):
     for ranks in (1, 2, 4):
         asked = {
             name: Case((*EIGHT_LAYERS, *overrides), steps=2, reference=reference[1][1])
-            for name, (many, overrides) in FEW.items()
+            for name, (many, overrides) in layouts.items()
             if many == ranks
         }
-        for name, found in zip(asked, run_ranks(ranks, train_rank, list(asked.values()))):
+        for name, found in zip(asked, run_ranks(ranks, train_rank, list(asked.values())) if asked else ()):
             check(name, found, reference[1][0])
 
 
-@pytest.mark.parametrize("depth", [2, 3])
-def test_mtp_of_any_depth_trains_under_every_schedule(tmp_path, depth):
+@pytest.mark.parametrize("schedules", in_lanes(SCHEDULES, "dualpipe", "zb1p"))
+@pytest.mark.parametrize("depth", [pytest.param(2, marks=pytest.mark.full), 3])
+def test_mtp_of_any_depth_trains_under_every_schedule(tmp_path, depth, schedules):
     setting = f"model.num_nextn_predict_layers={depth}"
     path = str(tmp_path / "reference.pt")
     ((expected,),) = run_ranks(1, train_rank, [Case((*EIGHT_LAYERS, setting), steps=2, save_to=path)])
@@ -93,7 +117,7 @@ def test_mtp_of_any_depth_trains_under_every_schedule(tmp_path, depth):
             steps=2,
             reference=path,
         )
-        for name, more in SCHEDULES.items()
+        for name, more in schedules.items()
     }
     for name, found in zip(asked, run_ranks(4, train_rank, list(asked.values()))):
         check(f"{name}, MTP {depth}", found, expected)
@@ -121,14 +145,15 @@ WAYS_TO_ONE_EXPERT = {
 }
 
 
-def test_a_rank_with_one_expert_trains_as_one_process(tmp_path):
+@pytest.mark.parametrize("ways", in_lanes(WAYS_TO_ONE_EXPERT, "dualpipe, recompute", "dualpipev, half an expert"))
+def test_a_rank_with_one_expert_trains_as_one_process(tmp_path, ways):
     """Nothing is sorted there: what the overlapped plan frees as a copy may be what the experts hold."""
     path = str(tmp_path / "reference.pt")
     whole = (*ONE_EXPERT_A_RANK[:-1], "optim.global_batch=8")
     ((expected,),) = run_ranks(1, train_rank, [Case(whole, steps=2, save_to=path)])
     asked = {
         name: Case((*ONE_EXPERT_A_RANK, "optim.global_batch=8", *more), steps=2, reference=path)
-        for name, more in WAYS_TO_ONE_EXPERT.items()
+        for name, more in ways.items()
     }
     for name, found in zip(asked, run_ranks(4, train_rank, list(asked.values()))):
         check(name, found, expected)

@@ -3,12 +3,14 @@ biases are, bit for bit, those of the run that nobody watches. And nothing piles
 
 from functools import cache
 
-from hypothesis import HealthCheck, Phase, example, given, settings
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.ranks import TE, run_ranks
-from tests.te import WORDS
-from tests.watching import ALWAYS, WATCHERS, Run, differences, objects_after, run_watched
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import WORDS
+from testing.training.watched import ALWAYS, Run, differences, objects_after, run_watched
+from testing.training.watchers import WATCHERS
 
 TENSOR_TILES = tuple(f"precision.fp8.{x}_tile=tensor" for x in ("activation", "weight", "gradient"))
 DELAYED = ("precision=fp8", "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high", *TENSOR_TILES)
@@ -62,12 +64,37 @@ def what_differs(precision, schedule, always, between, **how):
 PLANS = st.lists(st.sets(st.sampled_from(sorted(WATCHERS)), max_size=3), min_size=STEPS, max_size=STEPS)
 
 
+def check(precision, schedule, always, between):
+    for rank, wrong in enumerate(what_differs(precision, schedule, always, between)):
+        assert not wrong, f"rank {rank}: {len(wrong)} differ, the first: {'; '.join(wrong[:5])}"
+
+
+full = pytest.mark.full
+CHOSEN = [
+    ("bf16", "dualpipe", WITH_AVERAGE, ALL),
+    pytest.param("te, fp8 held", "dualpipe", WITH_AVERAGE, ALL, marks=full),
+    pytest.param("bf16", "one rank, recompute", EVERYTHING, ALL_BACKWARDS, marks=full),
+    pytest.param("fp8", "dualpipev", WITH_AVERAGE, ALL_BACKWARDS, marks=full),
+    pytest.param("fp32", "interleaved", WITH_AVERAGE, ALL, marks=full),
+    pytest.param("fp8, delayed scaling", "zb1p", frozenset(), ALL, marks=full),
+    pytest.param("te, fp8, delayed scaling", "EP 2", WITH_AVERAGE, ALL_BACKWARDS, marks=full),
+]
+
+
+@pytest.mark.parametrize(
+    ("precision", "schedule", "always", "between"), CHOSEN, ids=lambda value: value if isinstance(value, str) else "-"
+)
+def test_watching_a_run_changes_nothing(precision, schedule, always, between):
+    check(precision, schedule, always, between)
+
+
 # Not shrunk: an example costs seconds, and the message says where the two runs part.
+@full
 @settings(
     deadline=None,
     max_examples=2,
     suppress_health_check=[HealthCheck.too_slow],
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    phases=(Phase.reuse, Phase.generate),
 )
 @given(
     precision=st.sampled_from(sorted(PRECISIONS)),
@@ -75,16 +102,8 @@ PLANS = st.lists(st.sets(st.sampled_from(sorted(WATCHERS)), max_size=3), min_siz
     always=st.sets(st.sampled_from(sorted(ALWAYS))),
     between=PLANS.map(lambda plan: tuple(tuple(sorted(names)) for names in plan)),
 )
-@example("bf16", "dualpipe", WITH_AVERAGE, ALL)
-@example("bf16", "one rank, recompute", EVERYTHING, ALL_BACKWARDS)
-@example("fp8", "dualpipev", WITH_AVERAGE, ALL_BACKWARDS)
-@example("fp32", "interleaved", WITH_AVERAGE, ALL)
-@example("fp8, delayed scaling", "zb1p", (), ALL)
-@example("te, fp8 held", "dualpipe", WITH_AVERAGE, ALL)
-@example("te, fp8, delayed scaling", "EP 2", WITH_AVERAGE, ALL_BACKWARDS)
-def test_watching_a_run_changes_nothing(precision, schedule, always, between):
-    for rank, wrong in enumerate(what_differs(precision, schedule, always, between)):
-        assert not wrong, f"rank {rank}: {len(wrong)} differ, the first: {'; '.join(wrong[:5])}"
+def test_watching_a_run_in_any_way_changes_nothing(precision, schedule, always, between):
+    check(precision, schedule, always, between)
 
 
 def test_one_bit_of_one_moment_is_seen():
@@ -92,8 +111,9 @@ def test_one_bit_of_one_moment_is_seen():
     assert wrong and all(text.startswith(("optimizer", "weight")) for text in wrong)
 
 
-def test_nothing_piles_up_over_the_steps():
-    ((early, middle, late),) = run_ranks(1, objects_after, [(10, 25, 40)])[0]
+@pytest.mark.parametrize("steps", [(6, 12, 18), pytest.param((10, 25, 40), marks=full)])
+def test_nothing_piles_up_over_the_steps(steps):
+    ((early, middle, late),) = run_ranks(1, objects_after, [steps])[0]
     # What is made once, as caches of types are, grows in one half only.
     grown = {k: late[k] - middle[k] for k in late if late[k] > middle[k] + 5 and middle[k] > early[k] + 5}
-    assert not grown, f"ever more objects from step 10 over 25 to 40: {grown}"
+    assert not grown, f"ever more objects over steps {steps}: {grown}"

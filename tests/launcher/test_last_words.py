@@ -14,7 +14,7 @@ import pytest
 
 from launcher.command_line.last_words import Failure
 from parallel.errors import DataError
-from tests.ranks import free_port
+from testing.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = socket.gethostname()
@@ -60,8 +60,9 @@ def root_cause(lines):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_all_ranks_is_told_once_in_every_try():
-    for _ in range(3):
+@pytest.mark.parametrize("tries", [1, pytest.param(3, marks=pytest.mark.full)])
+def test_a_mistake_of_all_ranks_is_told_once_in_every_try(tries):
+    for _ in range(tries):
         lines, code = torchrun(4, "launcher/pretrain.py", "recipe=dsv3_tiny", MISTAKE)
         assert code == 1  # torchrun's, whatever the ranks leave with
         first = re.fullmatch(rf"\[rank (\d) on {HOST}\] {re.escape(LINE)}", lines[0])
@@ -88,6 +89,7 @@ def test_a_mistake_of_one_rank_names_rank_and_host(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("where", "what", "ranks"), [("start", "bug", 3), ("group", "mistake", 2)])
 def test_what_one_rank_fails_of_comes_before_what_others_make_of_it(tmp_path, where, what, ranks):
     """The others wait for that rank in a collective, and fail when it is gone."""

@@ -12,6 +12,7 @@ from launcher.command_line.recipe_files import options
 from launcher.plan import main
 from launcher.views import search as search_view
 from parallel.errors import UserError
+from testing.lanes import names_in_lanes
 
 
 def _plan(tmp_path, *arguments):
@@ -84,7 +85,7 @@ def test_what_cannot_be_is_one_line(arguments, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cluster", ["h100_8", "h200_1", "h800_256"])
+@pytest.mark.parametrize("cluster", names_in_lanes(["h100_8", "h200_1", "h800_256"], "h800_256"))
 def test_the_nearest_layout_that_is_named_can_be(tmp_path, cluster):
     arguments = ["recipe=dsv3_671b", f"cluster={cluster}", "--fast", "advice=false"]
     with pytest.raises(UserError) as caught:
@@ -102,6 +103,7 @@ def test_report_holds_timeline_and_bars_and_needs_nothing_else(tmp_path):
     assert not re.search(r'(src|href)="', text)
 
 
+@pytest.mark.full
 def test_search_ranks_layouts_and_writes_the_first_as_a_recipe(tmp_path, monkeypatch, capsys):
     from dsv3_megatron.planning import search
 

@@ -8,6 +8,7 @@ from launcher.command_line.compose import compose
 from launcher.command_line.recipe_files import GROUPS
 from launcher.command_line.schema import keys_of
 from parallel.errors import UserError
+from testing.lanes import examples
 
 KEYS = [*(key.name for key in keys_of(Recipe)), *GROUPS]
 mutated = st.tuples(st.sampled_from(KEYS), st.integers(0, 30), st.characters(codec="ascii")).map(
@@ -24,7 +25,7 @@ prefixes = st.sampled_from(["", "", "", "+", "++", "~"])
 overrides = st.builds(lambda p, k, v: f"{p}{k}={v}", prefixes, keys, values) | st.text(max_size=20)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(overrides, min_size=1, max_size=3))
 def test_any_overrides_give_a_recipe_or_one_line(words):
     try:
@@ -36,7 +37,7 @@ def test_any_overrides_give_a_recipe_or_one_line(words):
     assert isinstance(recipe, Recipe)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
 def test_any_world_gives_a_layout_or_one_line(world, tensor, context, expert, pipeline):
     try:

@@ -9,6 +9,7 @@ from launcher.command_line.compose import compose
 from parallel.errors import LayoutError
 from parallel.layout import GROUPS, Layout, nearest_divisors
 from parallel.settings import ParallelSettings
+from testing.lanes import examples
 
 small = st.sampled_from([1, 2, 3, 4])
 
@@ -33,7 +34,7 @@ def slow_groups(layout, name):
     return {tuple(map(int, row)) for row in grid.transpose(order).reshape(-1, size)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(layouts(), st.sampled_from(sorted(GROUPS)))
 def test_groups_partition_the_world_and_equal_slices_of_a_grid(layout, name):
     groups = layout.groups(name)
@@ -41,7 +42,7 @@ def test_groups_partition_the_world_and_equal_slices_of_a_grid(layout, name):
     assert set(groups) == slow_groups(layout, name)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(layouts(), st.data())
 def test_a_group_holds_the_ranks_that_agree_on_all_other_axes(layout, data):
     rank = data.draw(st.integers(0, layout.world_size - 1))

@@ -7,9 +7,12 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
@@ -17,10 +20,12 @@ from launcher.command_line.recipe_files import ROOT
 from launcher.slurm.client import job_facts
 from launcher.submit import main
 from parallel.errors import ClusterError
-from tests.docs.test_docs import commands
-from tests.tiny import SMALL
+from testing.pages import commands
+from testing.signals import catches
+from testing.training.tiny import SMALL
 
 pytestmark = pytest.mark.slow
+full = pytest.mark.full
 
 # Two nodes, a rank on each: a pipeline between them.
 ON_CPUS = (
@@ -41,12 +46,12 @@ def facts(job):
     return job_facts(job)[0]
 
 
-def wait_for(what, seconds, told=lambda: ""):
+def wait_for(what, seconds, told=lambda: "", every=0.3):
     """Wait until ``what()`` holds; return its value."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {told()}"
-        time.sleep(0.3)
+        time.sleep(every)
     return value
 
 
@@ -123,6 +128,7 @@ def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     assert "finished: 40 steps" in text and text.index("COMPLETED") < text.index("step 40 ") < text.index("==>")
 
 
+@full
 def test_the_command_of_the_page_runs(cluster, tmp_path, capsys):
     """What docs/slurm.md offers to try on one machine, with a smaller model."""
     [command] = [c for c in commands(ROOT / "docs" / "slurm.md") if "cluster.device=cpu" in c]
@@ -149,12 +155,23 @@ def test_the_warning_saves_requeues_and_goes_on_bit_exact(undisturbed, cluster, 
     same_losses(run, undisturbed)
 
 
+def shells_that_keep_warnings(run):
+    """Return how many of the shells around the run's agents wait for the signal by now: those of both nodes' steps."""
+    found = 0
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            words = process.cmdline()
+            shell = len(words) > 2 and words[1] == "-c" and words[2].strip().startswith("trap")
+            found += shell and any(str(run) in word for word in words[3:]) and catches(process.pid, signal.SIGUSR1)
+    return found
+
+
+@full
 def test_a_warning_before_there_are_ranks_is_kept(cluster, tmp_path):
     """The agents are still importing torch: they ignore the signal, and nobody else is there to hear it."""
     run = tmp_path / "warned early"
     [job] = submit(run, "run.steps=4")
-    wait_for(lambda: list((run / "logs").glob("environment-*")), 60, lambda: f"{facts(job)}\n{logs(run)}")
-    time.sleep(1)  # srun has started the shells around the agents
+    wait_for(lambda: shells_that_keep_warnings(run) == 2, 120, lambda: f"{facts(job)}\n{logs(run)}", every=0.02)
     assert not (run / "lock").exists()
     subprocess.run(["scancel", "-s", "USR1", job], check=True)
     assert wait_for_end(job, run) == "COMPLETED", logs(run)
@@ -176,6 +193,7 @@ def test_cancelling_leaves_a_valid_checkpoint_and_no_requeue(cluster, tmp_path, 
     assert facts(job)["Restarts"] == "0"
 
 
+@full
 def test_a_dead_node_requeues_on_the_others(undisturbed, cluster, tmp_path):
     run = tmp_path / "node died"
     [job] = submit(run, "run.steps=2000")
@@ -203,7 +221,9 @@ def test_a_bad_recipe_is_not_started_again(cluster, tmp_path):
 
 def test_a_crash_is_tried_again_but_not_for_ever(cluster, tmp_path, capsys):
     run = tmp_path / "crashing"
-    python = stand_in(tmp_path, 'echo start >>"$run/log"; exit 7\n')
+    # The first node to fail ends the others: each waits until both have written.
+    body = 'echo start >>"$run/log"; until (($(wc -l <"$run/log") % 2 == 0)); do sleep 0.05; done; exit 7\n'
+    python = stand_in(tmp_path, body)
     [job] = submit(run, python, "cluster.slurm.max_starts=2", base=ON_CPUS)
     assert wait_for_end(job, run, 120) == "FAILED"
     assert (run / "log").read_text().split() == ["start"] * 4  # two nodes, two starts
@@ -255,6 +275,7 @@ def test_slurm_judges_a_script_without_running_it(cluster, tmp_path, capsys):
         main([*ON_CPUS, f"run.directory={tmp_path / 'a'}", "cluster.nodes=8", "dry_run=test"])
 
 
+@full
 @pytest.mark.skipif("SLURM_LONG" not in os.environ, reason="takes three minutes; set SLURM_LONG=1")
 def test_the_time_limit_itself_warns_and_the_run_goes_on(undisturbed, cluster, tmp_path):
     run = tmp_path / "timed"

@@ -58,21 +58,28 @@ BACKENDS = {
 IN_FORWARD = {"item: dsv3_megatron/precision/kept.py columns": 2}  # of LAYER's, where it is not all
 
 
-def run_ranks_of_straw(tmp_path, *words):
+def run_ranks_of_straw(tmp_path, kinds, *words):
     """Return what was counted of each kind of rank."""
-    ranks = [str(rank) for rank in KINDS.values()]
+    ranks = [str(KINDS[kind]) for kind in kinds]
     given = (*ranks, "local=3", "of=2048", *SMALL, f"run.directory={tmp_path}/run{{rank}}", *words)
     command = [sys.executable, "-m", "testing.straw", *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
-    return dict(zip(KINDS, json.loads(done.stdout.splitlines()[-1])))
+    return dict(zip(kinds, json.loads(done.stdout.splitlines()[-1])))
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+RUNS = [
+    pytest.param(("te", list(KINDS)), marks=pytest.mark.full),
+    pytest.param(("torch", list(KINDS)), marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=["te", "torch"])
 def ranks(request, tmp_path_factory):
-    """Every kind of rank on a backend: what was counted, what may be for a layer, and whose AdamW it is."""
-    words, layer, adamw = BACKENDS[request.param]
-    return run_ranks_of_straw(tmp_path_factory.mktemp("straw"), *words), layer, adamw
+    """Kinds of rank on a backend: what was counted of each, what may be for a layer, and whose AdamW it is."""
+    backend, kinds = request.param
+    words, layer, adamw = BACKENDS[backend]
+    return run_ranks_of_straw(tmp_path_factory.mktemp("straw"), kinds, *words), layer, adamw
 
 
 def waits(found, part):
@@ -80,35 +87,35 @@ def waits(found, part):
     return {k: v for k, v in found["counts"].get(part, {}).items() if "Ema._copy_to_host" not in k}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_of_the_671b_recipe_runs_on_the_device_of_its_local_rank(ranks, kind):
-    found = ranks[0][kind]
-    assert found["steps"] == 2 and {"F", "B", "FB"} <= set(found["actions"]["dualpipe"])
-    assert set(found["main_grads"]) == {"torch.float32"}
-    # Messages between stages are [S, B, H]; one number opens the connection of a pair.
-    assert {(dtype, *shape) for dtype, shape in found["messages"] if shape != [1]} == {("torch.bfloat16", 128, 1, 256)}
-    (averaged,) = (n for place, n in found["counts"]["step 2"].items() if "Ema._copy_to_host" in place)
-    assert averaged == sum(found["main_grads"].values())
+def test_a_rank_of_the_671b_recipe_runs_on_the_device_of_its_local_rank(ranks):
+    for kind, found in ranks[0].items():
+        assert found["steps"] == 2 and {"F", "B", "FB"} <= set(found["actions"]["dualpipe"]), kind
+        assert set(found["main_grads"]) == {"torch.float32"}, kind
+        # Messages between stages are [S, B, H]; one number opens the connection of a pair.
+        messages = {(dtype, *shape) for dtype, shape in found["messages"] if shape != [1]}
+        assert messages == {("torch.bfloat16", 128, 1, 256)}, kind
+        (averaged,) = (n for place, n in found["counts"]["step 2"].items() if "Ema._copy_to_host" in place)
+        assert averaged == sum(found["main_grads"].values()), kind
 
 
 def test_the_start_says_whose_adamw_it_is(ranks):
     assert ranks[2] in ranks[0]["first"]["facts"]["backend"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_host_waits_only_where_it_must(ranks, kind):
+def test_the_host_waits_only_where_it_must(ranks):
     counted, layer, _ = ranks
-    for step in ("step 1", "step 2"):
-        assert waits(counted[kind], step) == {place: times for place, (times, _) in STEP.items()}
-        found = waits(counted[kind], f"{step}, pipeline")
-        assert found == {place: LEFT * times for place, (times, _) in layer.items()}
+    for kind, counts in counted.items():
+        for step in ("step 1", "step 2"):
+            assert waits(counts, step) == {place: times for place, (times, _) in STEP.items()}, kind
+            found = waits(counts, f"{step}, pipeline")
+            assert found == {place: LEFT * times for place, (times, _) in layer.items()}, kind
 
 
 def test_an_evaluation_waits_as_forwards_do(ranks):
     counted, layer, _ = ranks
     both = {place: times for place, (times, _) in layer.items()}
     expected = {place: min(times, IN_FORWARD.get(place, times)) for place, times in both.items()}
-    for kind in ("first", "middle"):
+    for kind in counted.keys() - {"last"}:
         many = waits(counted[kind], "evaluation")["item: dsv3_megatron/train/step.py _mean_loss"]
         found = waits(counted[kind], "evaluation, pipeline")
         found.pop("to device: transformer_engine/pytorch/utils.py _empty_tensor", None)  # made once a process

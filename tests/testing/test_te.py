@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from testing.ranks import TE, run_ranks
 from testing.te.extension import make_extension, put_kernels
 from testing.te.tree import pinned_version
-from tests.ranks import TE, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,11 +16,12 @@ from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from launcher import evaluate
 from launcher.command_line.compose import load_resolved, resolved_yaml
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS
-from tests.tiny import small_recipe
-from tests.trainings import Life, live
+from testing.lanes import names_in_lanes
+from testing.ranks import TE, run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.lives import Life, live
+from testing.training.on_te import FP8, WORDS
+from testing.training.tiny import small_recipe
 
 ON_TE = (*WORDS, "optim.ema_decay=0.9")
 ON_TORCH = (*ON_TE, "backend=torch")
@@ -35,13 +36,21 @@ LAYOUTS = {
 STEP = "checkpoints/step_00000002"
 
 
+PAIRS = ("torch > te", "te > torch")
+FAST = (
+    *("torch", "torch > torch", "te", "torch > te", "te > torch", "held", "held > weights", "deeper", "wider"),
+    *(f"{pair} dualpipe" for pair in PAIRS),
+)
+
+
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory):
+def lives(tmp_path_factory, in_full_lane):
     """Parts of runs by name, and (``place``) the folder of those that were saved, by their first part's name."""
     place = tmp_path_factory.mktemp("backends")
     found = {"place": place}
 
     def on(backend, ranks, cases):
+        cases = {name: case for name, case in cases.items() if in_full_lane or name in FAST}
         preload = {"preload": TE} if backend == "te" else {}
         for name, result in zip(cases, run_ranks(ranks, live, list(cases.values()), **preload)):
             found[name] = result[0]
@@ -98,7 +107,7 @@ def expected_tensors(precision="fp32"):
     return found
 
 
-@pytest.mark.parametrize("name", ["torch", "te", "fp8", "held"])
+@pytest.mark.parametrize("name", names_in_lanes(["torch", "te", "fp8", "held"], *FAST))
 def test_a_checkpoint_holds_the_tensors_of_the_table_and_no_others(lives, name):
     expected = expected_tensors("fp32" if name in ("torch", "te") else "bf16")
     if name in ("torch", "te"):
@@ -106,15 +115,21 @@ def test_a_checkpoint_holds_the_tensors_of_the_table_and_no_others(lives, name):
     assert stored(lives, name) == expected
 
 
-@pytest.mark.parametrize(("again", "name"), [("te on torch", "te"), *((layout, "torch") for layout in LAYOUTS)])
+@pytest.mark.parametrize(
+    ("again", "name"),
+    [
+        ("te on torch", "te"),
+        ("dualpipe", "torch"),
+        *(pytest.param(layout, "torch", marks=pytest.mark.full) for layout in LAYOUTS if layout != "dualpipe"),
+    ],
+)
 def test_the_other_backend_saves_what_it_loaded_bit_for_bit_in_any_layout(lives, again, name):
     assert stored(lives, again) == stored(lives, name)
     assert_same_tensors(lives["place"] / again / STEP, lives["place"] / name / STEP)
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["torch > te", "te > torch", *(f"{pair} {name}" for pair in ("torch > te", "te > torch") for name in LAYOUTS)],
+    "name", names_in_lanes([*PAIRS, *(f"{pair} {layout}" for pair in PAIRS for layout in LAYOUTS)], *FAST)
 )
 def test_a_run_goes_on_alike_on_the_other_backend(lives, name):
     assert lives[name]["losses"] == pytest.approx(lives["torch > torch"]["losses"], rel=1e-6)
@@ -128,6 +143,7 @@ def test_weights_held_in_fp8_are_stored_as_the_numbers_that_they_stand_for(lives
     assert [name for name in trained if not np.array_equal(trained[name], loaded[name])] == []
 
 
+@pytest.mark.full
 def test_holding_weights_in_fp8_may_begin_and_end_with_a_checkpoint(lives):
     # The oracle: runs that are held throughout, or not at all, are the same.
     assert lives["held > fp8"]["losses"] == lives["fp8 > held"]["losses"]
@@ -135,6 +151,7 @@ def test_holding_weights_in_fp8_may_begin_and_end_with_a_checkpoint(lives):
     assert lives["held > torch"]["losses"] == pytest.approx(lives["held > fp8"]["losses"][:1], rel=3e-3)
 
 
+@pytest.mark.full
 def test_the_state_of_delayed_scaling_is_te_s_alone(lives):
     (told,) = lives["delayed > torch"]["notes"]
     assert "also holds te_amaxes" in told and "not loaded" in told
@@ -170,6 +187,7 @@ def test_an_export_is_the_same_from_both_backends(lives, exports):
     assert np.array_equal(held[name].numpy(), trained)
 
 
+@pytest.mark.full
 def test_imported_weights_train_on_te(lives, exports):
     recipe = small_recipe(*WORDS)
     options = {"recipe": resolved_yaml(recipe), "dtype": None, "processes": 1}
@@ -189,6 +207,7 @@ def held_out_loss(run):
     return json.loads(printed.getvalue())["held_out_loss"]
 
 
+@pytest.mark.full
 def test_a_run_on_te_is_evaluated_where_there_is_none(lives, capsys):
     run = lives["place"] / "te"
     (run / "recipe.yaml").write_text((run / STEP / "recipe.yaml").read_text())

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.checkpoint.changes import NOT_TOLD, changes, refusal
-from tests.tiny import small_recipe
+from testing.training.tiny import small_recipe
 
 RECIPE = small_recipe().model_dump(mode="json")
 

@@ -19,9 +19,10 @@ from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
 from parallel.world import World
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import run_ranks
-from tests.tiny import SMALL
+from testing.lanes import InLanes
+from testing.ranks import run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import SMALL
 
 SIX = ("run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
 
@@ -125,31 +126,32 @@ def events(directory, name):
 def runs(tmp_path_factory):
     """Runs of two ranks that differ in what happens to them; name -> (directory, rank 0's notes, counter)."""
     place = tmp_path_factory.mktemp("saving")
-    both, second = (0, 1), (1,)
-    cases = {
-        "plain": {},
-        "asynchronous": {"more": ("checkpoint.asynchronous=true",)},
-        "disk full": {"after": {3: [(disk_full, second)], 5: [(disk_free, second)]}},
-        "vanished": {"after": {3: [(vanish, both)], 5: [(come_back, both)]}},
-        "full to the end": {"after": {3: [(disk_full, (0,))]}},
-        "kept": {
-            "more": ("run.steps=7", "checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every_steps=3")
-        },
-        "extra": {"counter": True, "more": ("run.steps=2",)},
-        "extra resumed": {"counter": True, "more": ("run.steps=4",), "in": "extra"},
-        "extra left out": {"more": ("run.steps=5",), "in": "extra"},
-        "extra anew": {"counter": True, "more": ("run.steps=6",), "in": "extra"},
-    }
-    listed = []
-    for name, case in cases.items():
-        directory = place / case.get("in", name).replace(" ", "_")
-        overrides = (*SIX, "parallel.expert=2", *case.get("more", ()), f"run.directory={directory}")
-        listed.append({"overrides": overrides, "after": case.get("after", {}), "counter": case.get("counter", False)})
-    results = run_ranks(2, run_case, listed)
-    found = {}
-    for (name, case), result in zip(cases.items(), results):
-        found[name] = (place / case.get("in", name).replace(" ", "_"), *result[0])
-    return found
+
+    def run(some):
+        listed = []
+        for name, case in some.items():
+            directory = place / case.get("in", name).replace(" ", "_")
+            words = (*SIX, "parallel.expert=2", *case.get("more", ()), f"run.directory={directory}")
+            listed.append({"overrides": words, "after": case.get("after", {}), "counter": case.get("counter", False)})
+        for (name, case), result in zip(some.items(), run_ranks(2, run_case, listed)):
+            yield place / case.get("in", name).replace(" ", "_"), *result[0]
+
+    return InLanes(CASES, run, "plain", "asynchronous", "disk full", "kept")
+
+
+BOTH, SECOND = (0, 1), (1,)
+CASES = {
+    "plain": {},
+    "asynchronous": {"more": ("checkpoint.asynchronous=true",)},
+    "disk full": {"after": {3: [(disk_full, SECOND)], 5: [(disk_free, SECOND)]}},
+    "vanished": {"after": {3: [(vanish, BOTH)], 5: [(come_back, BOTH)]}},
+    "full to the end": {"after": {3: [(disk_full, (0,))]}},
+    "kept": {"more": ("run.steps=7", "checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every_steps=3")},
+    "extra": {"counter": True, "more": ("run.steps=2",)},
+    "extra resumed": {"counter": True, "more": ("run.steps=4",), "in": "extra"},
+    "extra left out": {"more": ("run.steps=5",), "in": "extra"},
+    "extra anew": {"counter": True, "more": ("run.steps=6",), "in": "extra"},
+}
 
 
 def test_an_asynchronous_save_holds_what_a_synchronous_one_holds(runs):
@@ -197,6 +199,7 @@ def test_a_disk_without_room_keeps_the_last_good_checkpoint_until_there_is_room(
     assert_same_tensors(small_disk / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
 
 
+@pytest.mark.full
 def test_a_vanished_or_unwritable_folder_fails_the_save_and_not_the_run(runs):
     directory, _, _ = runs["vanished"]
     assert [event["step"] for event in events(directory, "save_failed")] == [4]
@@ -204,6 +207,7 @@ def test_a_vanished_or_unwritable_folder_fails_the_save_and_not_the_run(runs):
     assert_same_tensors(directory / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
 
 
+@pytest.mark.full
 def test_a_disk_that_stays_full_ends_the_run_with_a_refusal_and_the_last_good_checkpoint(runs):
     directory, notes, _ = runs["full to the end"]
     assert "refused: checkpoint:" in notes[-1] and "in 3 tries" in notes[-1] and "step_00000002" in notes[-1]
@@ -216,6 +220,7 @@ def test_the_newest_and_every_so_many_steps_are_kept(runs):
     assert names == ["latest", "step_00000003", "step_00000006", "step_00000007"]
 
 
+@pytest.mark.full
 def test_an_extra_state_is_saved_resumed_and_may_come_and_go(runs):
     assert runs["extra"][2] == ([2.0, 2.0], False)
     assert runs["extra resumed"][2] == ([4.0, 4.0], False)

@@ -11,9 +11,10 @@ from dsv3_megatron.train.build import build_parts
 from launcher.command_line.compose import compose, resolved_yaml
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS, forget_fp8_state
-from tests.tiny import SMALL, small_recipe
+from testing.lanes import InLanes, names_in_lanes
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS, forget_fp8_state
+from testing.training.tiny import SMALL, small_recipe
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))
@@ -25,6 +26,7 @@ SETTINGS = {
     "delayed": (*FP8, *TENSOR, "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high"),
 }
 STEPS = 4
+FAST = ()  # the fast lane resumes on the torch backend
 
 
 class Silent:
@@ -52,19 +54,20 @@ def measured(directory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Per setting (measured without a stop, measured with one): stopped before the first step and after two."""
-    place = tmp_path_factory.mktemp("te")
-    cases = []
-    for number, words in enumerate(SETTINGS.values()):
-        whole, stopped = f"run.directory={place / f'whole{number}'}", f"run.directory={place / f'stopped{number}'}"
-        cases += [(*words, whole), (*words, stopped, "run.steps=2"), (*words, stopped)]
-    run_ranks(2, run, [(*words, "parallel.expert=2") for words in cases], preload=TE)
-    return {
-        name: (measured(place / f"whole{number}"), measured(place / f"stopped{number}"))
-        for number, name in enumerate(SETTINGS)
-    }
+
+    def measure(settings):
+        place, cases = tmp_path_factory.mktemp("te"), []
+        for number, words in enumerate(settings.values()):
+            whole, stopped = f"run.directory={place / f'whole{number}'}", f"run.directory={place / f'stopped{number}'}"
+            cases += [(*words, whole), (*words, stopped, "run.steps=2"), (*words, stopped)]
+        run_ranks(2, run, [(*words, "parallel.expert=2") for words in cases], preload=TE)
+        for number in range(len(settings)):
+            yield measured(place / f"whole{number}"), measured(place / f"stopped{number}")
+
+    return InLanes(SETTINGS, measure, *FAST)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", names_in_lanes(SETTINGS, *FAST))
 def test_a_resumed_run_is_the_run_that_was_not_stopped(runs, name):
     whole, resumed = runs[name]
     assert sorted(whole) == list(range(1, STEPS + 1))

@@ -20,9 +20,10 @@ from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import UserError
 from parallel.world import World
-from tests.checkpoints import assert_same_tensors
-from tests.ranks import run_ranks
-from tests.tiny import SMALL
+from testing.lanes import InLanes, examples, names_in_lanes
+from testing.ranks import run_ranks
+from testing.training.checkpoints import assert_same_tensors
+from testing.training.tiny import SMALL
 
 BASE = ("parallel.expert=2", "run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
 
@@ -108,26 +109,32 @@ CASES = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Name -> (directory, refusal of rank 0, refusal of rank 1)."""
-    place = tmp_path_factory.mktemp("health")
-    cases = [{"overrides": (), **case, "directory": place / name.replace(" ", "_")} for name, case in CASES.items()]
-    results = run_ranks(2, run_case, cases)
-    return {name: (case["directory"], *result) for name, case, result in zip(CASES, cases, results)}
+
+    def run(cases):
+        place = tmp_path_factory.mktemp("health")
+        given = [{"overrides": (), **case, "directory": place / name.replace(" ", "_")} for name, case in cases.items()]
+        for case, result in zip(given, run_ranks(2, run_case, given)):
+            yield case["directory"], *result
+
+    return InLanes(CASES, run, "plain", "nan", "bad batch", "nan in a row", "slow", "term")
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(runs):
-    for kind in ("nan", "inf"):
-        directory, *refusals = runs[kind]
-        assert refusals == [None, None]
-        lines, plain = metrics(directory), metrics(runs["plain"][0])
-        assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
-        assert lines[2]["grad_norm"] is None and lines[2]["lm_loss"] == plain[2]["lm_loss"]
-        assert lines[3]["lm_loss"] != plain[3]["lm_loss"] and lines[3]["tokens"] == plain[3]["tokens"]
-        assert all(line["lm_loss"] is not None for line in lines), "the weights stayed finite"
-        (event,) = events(directory, "skipped")
-        assert event["step"] == 3 and "gradient norm is" in event["reason"]
+@pytest.mark.parametrize("kind", names_in_lanes(["nan", "inf"], "nan"))
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(runs, kind):
+    directory, *refusals = runs[kind]
+    assert refusals == [None, None]
+    lines, plain = metrics(directory), metrics(runs["plain"][0])
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert lines[2]["grad_norm"] is None and lines[2]["lm_loss"] == plain[2]["lm_loss"]
+    assert lines[3]["lm_loss"] != plain[3]["lm_loss"] and lines[3]["tokens"] == plain[3]["tokens"]
+    assert all(line["lm_loss"] is not None for line in lines), "the weights stayed finite"
+    (event,) = events(directory, "skipped")
+    assert event["step"] == 3 and "gradient norm is" in event["reason"]
 
 
-@pytest.mark.parametrize("kind, what", [("1e4", "gradient norm"), ("bad batch", "loss")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [pytest.param("1e4", "gradient norm", marks=pytest.mark.full), ("bad batch", "loss")]
+)
 def test_a_finite_spike_is_skipped_and_the_run_goes_on(runs, kind, what):
     directory, *refusals = runs[kind]
     assert refusals == [None, None]
@@ -147,6 +154,7 @@ def test_skipped_steps_in_a_row_end_the_run_and_name_the_parameter(runs):
     assert not (directory / "finished").exists()
 
 
+@pytest.mark.full
 def test_a_rollback_goes_back_to_the_checkpoint_and_past_the_data(runs):
     directory, *refusals = runs["rolled back"]
     assert refusals == [None, None]
@@ -167,7 +175,7 @@ def test_a_slow_rank_is_named(runs):
     assert found and all(event["rank"] == 1 and event["host"] for event in found)
 
 
-@pytest.mark.parametrize("name", ["term", "usr1"])
+@pytest.mark.parametrize("name", names_in_lanes(["term", "usr1"], "term"))
 def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_later(runs, name):
     directory, *refusals = runs[name]
     assert refusals == [None, None], "left without an error: exit code 0"
@@ -183,7 +191,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_later(runs, name)
 # -- the rule ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(st.lists(st.floats(-1, 1), min_size=64, max_size=128), st.floats(1.01, 1e6, allow_subnormal=False))
 def test_a_step_is_skipped_exactly_above_six_deviations(noise, factor):
     noise[0], noise[1] = -1.0, 1.0  # some deviation there is

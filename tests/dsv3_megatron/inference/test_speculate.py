@@ -28,7 +28,7 @@ from launcher.command_line.compose import load_resolved, resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import RecipeError
 from parallel.world import World
-from tests.tiny import small_recipe
+from testing.training.tiny import small_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -122,6 +122,7 @@ def test_a_nucleus_is_the_fewest_likeliest_tokens_that_reach_p(weights, top_p):
     np.testing.assert_allclose(kept[chosen] / kept[chosen].sum(), chances[chosen] / chances[chosen].sum())
 
 
+@pytest.mark.full
 def test_evaluate_on_a_run(model):
     """In a process of its own: the fixture's model is alive in this one."""
 

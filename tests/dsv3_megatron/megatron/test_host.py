@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,8 +15,8 @@ from dsv3_megatron.train.step import train_step
 from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import SMALL, VALUES
+from testing.ranks import run_ranks
+from testing.training.tiny import SMALL, VALUES
 
 
 def test_a_run_compiles_nothing(tmp_path):
@@ -61,16 +62,22 @@ class Joined(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_group_of_one_exchanges_nothing():
+@pytest.fixture(scope="module")
+def counted():
+    """What a step of one rank counts, and of a rank of two: data-parallel, expert-parallel."""
     ((alone,),) = run_ranks(1, counts_of_a_step, [()])
+    (shared, _), (experts, _) = run_ranks(2, counts_of_a_step, [(), ("parallel.expert=2",)])
+    return alone, shared, experts
+
+
+def test_a_group_of_one_exchanges_nothing(counted):
+    alone, shared, _ = counted
     assert alone["reduce_scatter"] == 0
-    ((shared, _),) = run_ranks(2, counts_of_a_step, [()])
     assert shared["reduce_scatter"] > 0, "or the name below is not the collective's any more"
 
 
-def test_tokens_of_one_rank_are_not_sorted_again():
-    ((alone,),) = run_ranks(1, counts_of_a_step, [()])
-    ((one, _),) = run_ranks(2, counts_of_a_step, [("parallel.expert=2",)])
+def test_tokens_of_one_rank_are_not_sorted_again(counted):
+    alone, _, one = counted
     layers, microbatches = 4, {"alone": 4, "EP 2": 2}
     # Eight chunks and more go into one tensor where tokens are sorted, forward and back, there and for their gradients.
     assert alone["sorts"] == 0

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from dsv3_megatron.checkpoint.hugging_face.names import from_hugging_face
 from dsv3_megatron.model.backend import TorchBackend
@@ -48,8 +47,10 @@ CASES = {
 }
 
 
-def transformers_model(model: ModelSettings) -> DeepseekV3ForCausalLM:
+def transformers_model(model: ModelSettings) -> torch.nn.Module:
     """Return transformers' model of the same shape, all weights (norms and biases too) drawn anew."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # seconds, which collecting tests need not take
+
     shape = model.model_dump(exclude={"rope_scaling", "rope_theta", "topk_method", "scoring_func", "initializer_range"})
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:

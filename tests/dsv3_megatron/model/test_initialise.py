@@ -6,7 +6,7 @@ from dsv3_megatron.train.build import build_parts
 from parallel.groups import start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World
-from tests.tiny import named_weights, small_recipe
+from testing.training.tiny import named_weights, small_recipe
 
 
 def weights(*overrides):

@@ -10,7 +10,7 @@ from dsv3_megatron.model.depth_masks import DepthMasks, with_depth_masks
 from dsv3_megatron.model.stage import build_stage
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
-from tests.tiny import small_recipe
+from testing.training.tiny import small_recipe
 
 WEIGHT = 0.3
 

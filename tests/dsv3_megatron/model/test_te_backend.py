@@ -21,9 +21,9 @@ from launcher.command_line.compose import compose
 from parallel.groups import build_groups, start_processes, stop_processes
 from parallel.layout import Layout
 from parallel.world import World
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS, Training, train
-from tests.tiny import VALUES, small_recipe, step_batches_of
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS, Training, train
+from testing.training.tiny import VALUES, small_recipe, step_batches_of
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))
@@ -150,6 +150,10 @@ def test_te_is_told_by_its_environment_before_it_is_imported(tmp_path):
     assert "power_of_two_scales = false" in exact and "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1" in exact
     assert "power_of_two_scales = true" in current and "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1" in current
     assert late == "ready"  # scales of amaxes are exact, told or not
+
+
+@pytest.mark.full
+def test_te_is_told_what_a_hybrid_format_needs(tmp_path):
     hybrid = "precision.fp8.format=hybrid"
     assert said(tmp_path, f"{hybrid} {EXACT}", EXACT) == ["ready"]
     assert said(tmp_path, f"{hybrid} {CURRENT}", CURRENT) == ["ready"]

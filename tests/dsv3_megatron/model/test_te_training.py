@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from tests.ranks import TE, run_ranks
-from tests.te import FP8, WORDS, Training, difference, train, untrained
+from testing.lanes import InLanes, names_in_lanes
+from testing.ranks import TE, run_ranks
+from testing.training.on_te import FP8, WORDS, Training, difference, train, untrained
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))
@@ -50,24 +51,34 @@ TWO = {
 }  # fmt: skip
 
 
+FAST_ONE = ("fp32", "bf16", "fp8", "evaluated", "held", "delayed", "norm", "moe_act", "full")
+# Every schedule in one precision, every kind of layout.
+FAST_PIPELINES = ("1f1b fp32", "interleaved fp8", "zb1p fp32", "dualpipe fp8", "dualpipev fp8")
+FAST_TWO = (*FAST_PIPELINES, "tp2 ep2", "dp2 held", "flagship")
+
+
 @pytest.fixture(scope="module")
 def one():
     """Trainings on one rank, by name."""
-    return {name: found for name, (found,) in zip(ONE, run_ranks(1, train, list(ONE.values()), preload=TE))}
+    return InLanes(
+        ONE, lambda cases: [found for (found,) in run_ranks(1, train, list(cases.values()), preload=TE)], *FAST_ONE
+    )
 
 
 @pytest.fixture(scope="module")
 def two():
     """Trainings on two ranks, by name: what each rank found."""
-    return dict(zip(TWO, run_ranks(2, train, list(TWO.values()), preload=TE)))
+    return InLanes(TWO, lambda cases: run_ranks(2, train, list(cases.values()), preload=TE), *FAST_TWO)
 
 
 @pytest.fixture(scope="module")
 def on_torch():
     """Trainings of the torch backend, by name."""
     words = {**PRECISIONS, "tensor": ONE["tensor"].overrides, "delayed": DELAYED}
-    cases = [Training((*given, "backend=torch")) for given in words.values()]
-    return {name: found for name, (found,) in zip(words, run_ranks(1, train, cases))}
+    cases = {name: Training((*given, "backend=torch")) for name, given in words.items()}
+    return InLanes(
+        cases, lambda some: [found for (found,) in run_ranks(1, train, list(some.values()))], "fp32", "fp8", "delayed"
+    )
 
 
 def test_float32_trains_as_on_the_torch_backend(one, on_torch):
@@ -76,7 +87,7 @@ def test_float32_trains_as_on_the_torch_backend(one, on_torch):
     assert one["fp32"]["norms"] == pytest.approx(on_torch["fp32"]["norms"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "tensor", "delayed"])
+@pytest.mark.parametrize("name", names_in_lanes(["bf16", "fp8", "tensor", "delayed"], "fp8", "delayed"))
 def test_low_precision_follows_the_torch_backend(one, on_torch, name):
     assert one[name]["losses"] == pytest.approx(on_torch[name]["losses"], rel=3e-3)
     assert one[name]["losses"] != one["fp32"]["losses"]
@@ -95,36 +106,42 @@ def test_an_evaluation_reads_the_weights_of_now(one):
     assert one["evaluated"]["held_out"] == one["evaluated"]["losses"]  # of the same batches, before the step
 
 
-@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("name", names_in_lanes(ONE, *FAST_ONE))
 def test_every_parameter_has_a_gradient(one, name):
     assert untrained(one[name]) == []
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", names_in_lanes(TWO, *FAST_TWO))
 def test_every_parameter_has_a_gradient_in_every_layout(two, name):
     assert [untrained(found) for found in two[name]] == [[], []]
 
 
-@pytest.mark.parametrize("name", RECOMPUTATIONS)
+@pytest.mark.parametrize("name", names_in_lanes(RECOMPUTATIONS, *FAST_ONE))
 def test_no_recomputation_changes_a_gradient(one, name):
     assert one[name]["losses"] == one["fp8"]["losses"] and one[name]["norms"] == one["fp8"]["norms"]
     assert difference(one[name], one["fp8"]) == 0
 
 
+@pytest.mark.full
 def test_recomputing_whole_layers_changes_nothing_in_bf16(one):
     assert difference(one["full in bf16"], one["bf16"]) == 0
 
 
-@pytest.mark.parametrize("schedule", PIPELINES)
-def test_every_schedule_trains_as_one_process(one, two, schedule):
-    for precision, tolerance in (("fp32", 1e-6), ("fp8", 1e-3)):
-        expected = one[precision]
-        for found in two[f"{schedule} {precision}"]:
-            assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
-            assert found["norms"] == pytest.approx(expected["norms"], rel=max(5 * tolerance, 1e-5))
+@pytest.mark.parametrize(
+    "name", names_in_lanes([f"{name} {p}" for name in PIPELINES for p in ("fp32", "fp8")], *FAST_PIPELINES)
+)
+def test_every_schedule_trains_as_one_process(one, two, name):
+    precision = name.split()[1]
+    tolerance, expected = {"fp32": 1e-6, "fp8": 1e-3}[precision], one[precision]
+    for found in two[name]:
+        assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+        assert found["norms"] == pytest.approx(expected["norms"], rel=max(5 * tolerance, 1e-5))
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2", "tp2 ep2", "expert tp2", "tp2 expert tp2"])
+LAYOUTS = ("ep2", "tp2", "tp2 ep2", "expert tp2", "tp2 expert tp2")
+
+
+@pytest.mark.parametrize("layout", names_in_lanes(LAYOUTS, *FAST_TWO))
 def test_every_layout_has_the_gradient_norm_of_one_process(one, two, layout):
     for found in two[layout]:
         assert found["losses"] == pytest.approx(one["fp32"]["losses"], rel=1e-6)
@@ -138,19 +155,23 @@ def test_weight_gradients_are_added_in_float32(one, name):
     assert any(found["accumulate"] for found in products)
 
 
-@pytest.mark.parametrize("schedule", PIPELINES)
-def test_weight_gradients_are_added_in_float32_under_every_schedule(two, schedule):
-    products = [product for found in two[f"{schedule} fp8"] for product in found["wgrads"]]
+@pytest.mark.parametrize("name", names_in_lanes([f"{name} fp8" for name in PIPELINES], *FAST_PIPELINES))
+def test_weight_gradients_are_added_in_float32_under_every_schedule(two, name):
+    products = [product for found in two[name] for product in found["wgrads"]]
     assert {product["dtype"] for product in products} == {torch.float32}
 
 
 def test_weights_held_in_fp8_train_as_those_that_are_not(one, two):
     # To the last digit: the float32 masters begin with the weights that were drawn, not with what FP8 left of them.
     assert one["held"]["losses"] == one["fp8"]["losses"] and difference(one["held"], one["fp8"]) == 0
-    assert one["held, float32 moments"]["losses"] == one["float32 moments"]["losses"]
     assert sum(one["held"]["quantised"]) == 0
     for found in two["dp2 held"]:
         assert found["losses"] == pytest.approx(one["fp8"]["losses"], rel=1e-7)
+
+
+@pytest.mark.full
+def test_moments_in_float32_are_those_of_weights_that_are_not_held(one):
+    assert one["held, float32 moments"]["losses"] == one["float32 moments"]["losses"]
 
 
 def test_the_settings_of_the_published_recipe_train(one, two):

@@ -15,8 +15,8 @@ from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import run_pipeline
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
-from tests.ranks import run_ranks
-from tests.tiny import small_recipe, step_batches_of
+from testing.ranks import run_ranks
+from testing.training.tiny import small_recipe, step_batches_of
 
 PAIR = ("parallel.pipeline=2", "optim.micro_batch=1")
 LAYOUTS = {

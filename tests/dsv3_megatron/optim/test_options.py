@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.ranks import TE, run_ranks
-from tests.te import WORDS
-from tests.tiny import VALUES
-from tests.trainings import Life, live
+from testing.ranks import TE, run_ranks
+from testing.training.lives import Life, live
+from testing.training.on_te import WORDS
+from testing.training.tiny import VALUES
 
 BACKENDS = {"torch": (*WORDS, "backend=torch"), "te": WORDS}
 CHANGES = {

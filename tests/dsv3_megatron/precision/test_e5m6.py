@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.precision.e5m6 import LARGEST, _pack, _rounded, _unpack, quantise_e5m6
 from dsv3_megatron.precision.tiles import E4M3, quantise
+from testing.lanes import examples
 
 
 def every_number():
@@ -25,7 +26,7 @@ def test_every_number_of_the_format_survives_and_takes_twelve_bits():
     assert torch.equal(_unpack(packed), numbers)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.floats(-LARGEST, LARGEST, width=32))
 def test_rounding_is_to_the_nearest_even_number(value):
     numbers = every_number()

@@ -13,7 +13,7 @@ from dsv3_megatron.precision import hopper
 from dsv3_megatron.precision.hopper import HopperFp8
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
-from tests.dsv3_megatron.precision.test_products import three_products
+from testing.fp8_products import three_products
 
 BF16 = torch.bfloat16
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,6 +9,8 @@ from dsv3_megatron.precision.accumulation import matmul
 from dsv3_megatron.precision.products import HIGH_PRECISION, Fp8Products
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.tiles import quantise_dequantise
+from testing.fp8_products import three_products, weight_gradient
+from testing.lanes import examples
 
 
 def published(rows, columns, p, m, s):
@@ -31,21 +33,6 @@ def test_a_linear_layer_gives_the_published_numbers(power_of_two, norms, corners
     for found, norm, corner in zip(products, norms, corners):
         assert found.norm().item() == pytest.approx(norm, rel=1e-5)
         assert found[0, 0].item() == pytest.approx(corner, rel=1e-4)
-
-
-def three_products(fp8, x, w, dy, ends=None):
-    """Return Y, dX and dW of a layer."""
-    y, kept_x = fp8.forward(x, w, ends)
-    dx, kept_dy = fp8.input_gradient(dy, w, ends)
-    return y, dx, weight_gradient(fp8, w, kept_dy, fp8.owed(kept_x, ends), ends)
-
-
-def weight_gradient(fp8, w, kept_dy, kept_x, ends=None):
-    """Return dW."""
-    total = torch.zeros(w.shape)
-    rows = None if ends is None else ends.diff(prepend=ends.new_zeros(1)).tolist()
-    fp8.add_weight_gradient(total, kept_dy, kept_x, ends, rows)
-    return total
 
 
 @pytest.mark.parametrize("policy", [{}, {"wgrad_operands": "retiled"}, {"activation_tile": "tensor"}])
@@ -81,7 +68,7 @@ def reference(x, w, dy):
     return q(x, along) @ weight.t(), q(dy, along) @ weight, q(dy, tokens).t() @ q(x, tokens)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
 def test_products_of_any_shape_equal_the_reference(tokens, inputs, outputs, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +88,7 @@ def test_fp8_products_are_as_far_from_exact_ones_as_their_rounding_says():
         assert ((mine.double() - true).norm() / true.norm()).item() == pytest.approx(0.038, abs=0.004)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_grouped_products_equal_each_expert_alone(counts, seed):
     generator = torch.Generator().manual_seed(seed)

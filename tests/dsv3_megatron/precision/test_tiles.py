@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.precision.tiles import E4M3, E5M2, decode, quantise, quantise_dequantise
+from testing.lanes import examples
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
 A = ((torch.arange(1024).view(4, 256) % 37) - 18).float() * 0.1 * torch.tensor([1e-3, 1, 50, 3e4]).view(4, 1)
@@ -127,7 +128,7 @@ def slow(x, tile, fmt, power_of_two):
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     shapes,
     st.sampled_from([(1, 128), (128, 1), (128, 128)]),
@@ -144,7 +145,7 @@ def test_any_shape_equals_the_slow_reference(shape, tile, fmt, power_of_two, dty
     assert torch.equal(found, slow(x, tile, fmt, power_of_two))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(shapes, st.sampled_from([(1, 128), (128, 128)]), st.integers(0, 2**32))
 def test_what_was_quantised_with_powers_of_two_stays_as_it_is(shape, tile, seed):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.routing.capacity import allocate, expert_capacity, selected_softmax
-from tests.ranks import run_ranks
-from tests.tiny import Case, train_rank
+from testing.lanes import examples
+from testing.ranks import run_ranks
+from testing.training.tiny import Case, train_rank
 
 
 def slow_allocation(scores, topk, capacity):
@@ -33,7 +34,7 @@ def slow_allocation(scores, topk, capacity):
     return chosen, dropped
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(
     tokens=st.integers(1, 24), experts=st.integers(2, 6), topk=st.integers(1, 2), capacity=st.integers(0, 12),
     seed=st.integers(0, 999),

@@ -9,7 +9,7 @@ from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.train.expert_load import RunningLoads, max_violation
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
-from tests.tiny import small_recipe
+from testing.training.tiny import small_recipe
 
 
 def router(groups, *overrides):

@@ -1,0 +1,14 @@
+"""What every test rank needs, imported once in the fork server."""
+
+import warnings
+
+warnings.filterwarnings("ignore")
+
+from dsv3_megatron.megatron.host import adapt_host
+
+adapt_host("cpu")
+import hypothesis  # noqa: F401
+import pytest  # noqa: F401  what test modules import: else every rank would, for half a second
+
+import dsv3_megatron.train.run  # noqa: F401
+import testing.training.tiny  # noqa: F401

@@ -1,0 +1,1 @@
+"""Small trainings that tests and benchmarks run on ranks, and what they are compared by."""

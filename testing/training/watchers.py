@@ -1,0 +1,130 @@
+"""What watches a run: called between two steps on all ranks; what it returns is entered around the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import dsv3_megatron.train.build as build_module
+from dsv3_megatron.checkpoint.find import find_checkpoint
+from dsv3_megatron.checkpoint.hugging_face.export import export
+from dsv3_megatron.checkpoint.load import load_checkpoint
+from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.checkpoint.save import Saver
+from dsv3_megatron.data.source.samples import evaluation_batches
+from dsv3_megatron.megatron.replaced import replaced
+from dsv3_megatron.report.page import write_report
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.callbacks.evaluation import Evaluation
+from dsv3_megatron.train.callbacks.saving import Saving
+from dsv3_megatron.train.step import evaluate_batches
+from dsv3_megatron.train.trainer import Callback, Trainer
+from parallel.pipeline.live_memory import LiveMemory
+
+C = TypeVar("C", bound=Callback)
+
+
+def _callback(trainer: Trainer, kind: type[C]) -> C:
+    (found,) = (callback for callback in trainer.callbacks if isinstance(callback, kind))
+    return found
+
+
+def saver_of(trainer: Trainer) -> Saver:
+    """Return what saves the run."""
+    return _callback(trainer, Saving).saver
+
+
+def evaluate(trainer: Trainer) -> None:
+    """Evaluate on held-out data."""
+    _callback(trainer, Evaluation).evaluate(trainer)
+
+
+def _save(trainer: Trainer, *, beside: bool = False) -> None:
+    saver = saver_of(trainer)
+    saver.settings = saver.settings.model_copy(update={"asynchronous": beside})
+    saver.save(asdict(trainer.progress))
+
+
+def save_beside(trainer: Trainer) -> None:
+    """Start an asynchronous save."""
+    _save(trainer, beside=True)
+
+
+def _newest(trainer: Trainer) -> Path:
+    """Return the newest complete checkpoint; make one where there is none."""
+    folder = trainer.journal.directory.checkpoints
+    found = [checkpoints(folder)]
+    dist.broadcast_object_list(found)
+    if not found[0]:
+        _save(trainer)
+        found = [checkpoints(folder)]
+        dist.broadcast_object_list(found)
+    return found[0][0]
+
+
+def _load_elsewhere(trainer: Trainer) -> None:
+    """Fill another model of this process from a checkpoint, the average into its weights, and use it.
+
+    megatron-core knows one set of process groups in a process: the other model shares the run's.
+    """
+    recipe = trainer.recipe.model_copy(update={"run": trainer.recipe.run.model_copy(update={"seed": 99})})
+    found, wrong = find_checkpoint([_newest(trainer)])
+    assert found is not None, wrong
+    share_groups = replaced(build_module, "build_groups", lambda *unused, **options: trainer.parts.groups)
+    with share_groups, torch.random.fork_rng(devices=[]):
+        other = build_parts(recipe, trainer.parts.layout, trainer.parts.device)
+    load_checkpoint(found, other, training=True)
+    if other.ema is not None:
+        other.ema.copy_into_weights()
+    batches = evaluation_batches(
+        trainer.data.held_out, count=2, micro_batch=1, dp_rank=other.data_rank, dp=other.layout.dp
+    )
+    evaluate_batches(other, batches)
+
+
+def _load_back(trainer: Trainer) -> None:
+    """Save, and fill the run itself from what was saved."""
+    _save(trainer)
+    found, wrong = find_checkpoint([_newest(trainer)])
+    assert found is not None and found.progress["step"] == trainer.progress.step, wrong
+    load_checkpoint(found, trainer.parts, training=True)
+
+
+def _export(trainer: Trainer) -> None:
+    path = _newest(trainer)
+    if trainer.journal.speaks:
+        output = trainer.journal.directory.path / "exported"
+        output.mkdir(exist_ok=True)
+        export(trainer.recipe.model, path, output, dtype="bf16", shard_bytes=2**30, processes=1)
+    dist.barrier()
+
+
+def _report(trainer: Trainer) -> None:
+    if trainer.journal.speaks:
+        write_report(trainer.journal.directory.path)
+
+
+def _profile(trainer: Trainer) -> Any:
+    return torch.profiler.profile(record_shapes=True)
+
+
+def _measure_memory(trainer: Trainer) -> Any:
+    return LiveMemory()
+
+
+WATCHERS: dict[str, Callable[[Trainer], Any]] = {
+    "evaluate": evaluate,
+    "save": _save,
+    "save beside": save_beside,
+    "load elsewhere": _load_elsewhere,
+    "load back": _load_back,
+    "export": _export,
+    "report": _report,
+    "profile": _profile,
+    "measure memory": _measure_memory,
+}
