@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.pipeline.actions import Action
-from parallel.pipeline.engine import Emit
+from parallel.pipeline.engine import Task
 from parallel.pipeline.simulator import Times
 
 
@@ -23,22 +23,18 @@ class SleepingStages:
         """Return a tensor to receive into."""
         return torch.empty(16)
 
-    def run(
-        self,
-        forward: Action | None,
-        activation: Tensor | None,
-        emit_activation: Emit,
-        backward: Action | None,
-        gradient: Tensor | None,
-        emit_gradient: Emit,
-    ) -> None:
-        """Sleep as long as the passes take, one after the other."""
-        for part, emit in ((forward, emit_activation), (backward, emit_gradient)):
-            if part is None:
-                continue
-            _sleep(self._times.of_pass(part))
-            if part.stage != (self._last if part.kind == "F" else 0):
-                emit(self._tensor)
+    def forward(self, task: Task) -> None:
+        """Sleep as long as a pass takes."""
+        _sleep(self._times.of_pass(task.action))
+        if task.action.stage != (self._last if task.action.kind == "F" else 0):
+            task.emit(self._tensor)
+
+    backward = forward
+
+    def forward_backward(self, forward: Task, backward: Task) -> None:
+        """Sleep as long as the two passes take, one after the other."""
+        self.forward(forward)
+        self.backward(backward)
 
     def weight_gradient(self, action: Action) -> None:
         """Sleep as long as a weight gradient takes."""

@@ -23,26 +23,37 @@ class ToyStages:
     def _message(self, kind, part, stage):
         return torch.tensor([float(kind), part.microbatch, stage, 7.0])
 
-    def run(self, forward, activation, emit_activation, backward, gradient, emit_gradient):
-        parts = [part for part in (forward, backward) if part is not None]
+    def forward(self, task):
+        self.run(task)
+
+    def backward(self, task):
+        self.run(task)
+
+    def forward_backward(self, forward, backward):
+        self.run(forward, backward)
+
+    def run(self, *tasks):
+        """Run one task, or a forward and a backward together."""
+        parts = [task.action for task in tasks]
         if self.hang_at is not None and self.hang_at in map(str, parts):
             time.sleep(self.hang_seconds)
-        if forward is not None:
-            if forward.stage:
-                assert activation.tolist() == [0, forward.microbatch, forward.stage, 7], (forward, activation)
-            self.live.add((forward.stage, forward.microbatch))
-        if backward is not None and backward.stage < self.schedule.stages - 1:
-            assert gradient.tolist() == [1, backward.microbatch, backward.stage, 7], (backward, gradient)
+        for part, received, _ in tasks:
+            if part.kind == "F":
+                self.live.add((part.stage, part.microbatch))
+            if part.stage == (0 if part.kind == "F" else self.schedule.stages - 1):
+                assert received is None, (part, received)
+            else:
+                assert received.tolist() == [part.kind != "F", part.microbatch, part.stage, 7], (part, received)
         self.peak = max(self.peak, len(self.live))
         seconds = sum(map(self.times.of_pass, parts))
         time.sleep(seconds * self.scale * (self.times.overlap if len(parts) == 2 else 1.0))
-        if forward is not None and forward.stage < self.schedule.stages - 1:
-            emit_activation(self._message(0, forward, forward.stage + 1))
-        if backward is not None:
-            if backward.stage:
-                emit_gradient(self._message(1, backward, backward.stage - 1))
-            if backward.kind == "B":
-                self.live.remove((backward.stage, backward.microbatch))
+        for part, _, emit in tasks:
+            if part.kind == "F" and part.stage < self.schedule.stages - 1:
+                emit(self._message(0, part, part.stage + 1))
+            if part.kind != "F" and part.stage:
+                emit(self._message(1, part, part.stage - 1))
+            if part.kind == "B":
+                self.live.remove((part.stage, part.microbatch))
         self.done += parts
 
     def weight_gradient(self, action):

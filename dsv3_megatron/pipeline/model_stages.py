@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -22,7 +23,7 @@ from torch import Tensor
 from dsv3_megatron.model.depth_masks import KEY, DepthMasks
 from dsv3_megatron.precision.products import Fp8Products
 from parallel.pipeline.actions import Action, Schedule
-from parallel.pipeline.engine import Emit
+from parallel.pipeline.engine import Task
 
 Batch = dict[str, Tensor]
 Key = tuple[int, int]  # (stage, microbatch)
@@ -102,29 +103,26 @@ class ModelStages:
         shape, dtype, device = self._message
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def run(
-        self,
-        forward: Action | None,
-        activation: Tensor | None,
-        emit_activation: Emit,
-        backward: Action | None,
-        gradient: Tensor | None,
-        emit_gradient: Emit,
-    ) -> None:
-        """Run a forward, a backward, or both overlapped (parallel.pipeline.engine.Stages.run)."""
-        if backward is not None and gradient is None:
-            gradient = self._loss_gradient(backward)
+    def forward(self, task: Task) -> None:
+        """Run a forward, by megatron-core's overlapped plan where the schedule has backwards to overlap it with."""
         if self._planned:
-            self._run_planned(forward, activation, emit_activation, backward, gradient, emit_gradient)
-            return
-        assert forward is None or backward is None, "schedules that overlap are planned"
-        if forward is not None:
-            self._plain_forward(forward, activation, emit_activation)
+            self._run_plans(task, None)
         else:
-            self._plain_backward(backward, gradient, emit_gradient)
+            self._plain_forward(task)
+
+    def backward(self, task: Task) -> None:
+        """Run a backward (B whole, I without weight gradients), in the way that its forward ran."""
+        if self._planned:
+            self._run_plans(None, task)
+        else:
+            self._plain_backward(task)
+
+    def forward_backward(self, forward: Task, backward: Task) -> None:
+        """Run both overlapped."""
+        self._run_plans(forward, backward)
 
     def weight_gradient(self, action: Action) -> None:
-        """Compute the oldest weight gradients that the stage owes."""
+        """Compute the oldest weight gradients that the stage has not computed yet."""
         with torch.no_grad():
             for leaf in self._splittable[action.stage]:
                 leaf.backward_dw()
@@ -142,7 +140,8 @@ class ModelStages:
 
     # -- plain ---------------------------------------------------------------------------------------------------------
 
-    def _plain_forward(self, action: Action, activation: Tensor | None, emit: Emit) -> None:
+    def _plain_forward(self, task: Task) -> None:
+        action, activation = task.action, task.received
         chunk, batch = self._chunks[action.stage], self._batches[action.microbatch]
         if activation is not None:
             chunk.set_input_tensor([activation.requires_grad_(self._training)])
@@ -156,53 +155,37 @@ class ModelStages:
             )
         if self._training:
             self._live[action.stage, action.microbatch] = _Plain(activation, output)
-        self._hand_on(action, output, emit)
+        self._emit_output(task, output)
+        self._count_loss(action, output)
 
-    def _plain_backward(self, action: Action, gradient: Tensor, emit: Emit) -> None:
+    def _plain_backward(self, task: Task) -> None:
+        action = task.action
         live = self._live.pop((action.stage, action.microbatch))
-        torch.autograd.backward(live.output, gradient)
+        torch.autograd.backward(live.output, self._gradient(task))
         if live.activation is not None:
-            emit(live.activation.grad)
+            task.emit(live.activation.grad)
         if self._splits and action.kind == "B":
             self.weight_gradient(action)
 
     # -- planned -------------------------------------------------------------------------------------------------------
 
-    def _run_planned(
-        self,
-        forward: Action | None,
-        activation: Tensor | None,
-        emit_activation: Emit,
-        backward: Action | None,
-        gradient: Tensor | None,
-        emit_gradient: Emit,
-    ) -> None:
-        forward_plan = self._plan(forward, activation) if forward else None
-        backward_plan = self._live.pop((backward.stage, backward.microbatch)) if backward else None
-        if backward and backward.kind == "I":
-            _owe_weight_gradients(backward_plan)
-
-        def activation_is_ready(output: Tensor, vp_stage: None) -> None:
-            if forward.stage < self._last:
-                emit_activation(output.detach())
-
-        def gradient_is_ready(grad: Tensor, vp_stage: None) -> None:
-            if backward.stage > 0:
-                emit_gradient(grad)
-
+    def _run_plans(self, forward: Task | None, backward: Task | None) -> None:
+        """Run a forward, a backward, or both overlapped, by megatron-core's plan."""
+        forward_plan = self._plan(forward) if forward else None
         output = TransformerModelChunkSchedulePlan.run(
             forward_plan,
-            backward_plan,
-            b_grad=gradient,
-            post_forward=activation_is_ready if forward else None,
-            post_backward=gradient_is_ready if backward else None,
+            self._take_plan(backward) if backward else None,
+            b_grad=self._gradient(backward) if backward else None,
+            post_forward=partial(self._emit_output, forward) if forward else None,
+            post_backward=partial(self._emit_gradient, backward) if backward else None,
         )
         if forward:
-            self._live[forward.stage, forward.microbatch] = forward_plan
-            if forward.stage == self._last:
-                self._count_loss(forward, output)
+            self._live[forward.action.stage, forward.action.microbatch] = forward_plan
+            self._count_loss(forward.action, output)
 
-    def _plan(self, action: Action, activation: Tensor | None) -> TransformerModelChunkSchedulePlan:
+    def _plan(self, task: Task) -> TransformerModelChunkSchedulePlan:
+        """Return the plan of a forward and of the backward that will follow it."""
+        action, activation = task.action, task.received
         chunk, batch = self._chunks[action.stage], self._batches[action.microbatch]
         if activation is not None:
             chunk.set_input_tensor([activation.requires_grad_()])
@@ -214,20 +197,34 @@ class ModelStages:
             loss_mask=self._mask(batch),
         )
 
+    def _take_plan(self, task: Task) -> TransformerModelChunkSchedulePlan:
+        """Return the plan whose forward has run, for its backward."""
+        plan = self._live.pop((task.action.stage, task.action.microbatch))
+        if task.action.kind == "I":
+            _leave_weight_gradients(plan)
+        return plan
+
+    def _emit_output(self, task: Task, output: Tensor, vp_stage: None = None) -> None:
+        """Hand a forward's output on; megatron-core's plan calls this, with ``vp_stage``, while other work is under
+        way."""
+        if task.action.stage < self._last:
+            task.emit(output.detach())
+
+    def _emit_gradient(self, task: Task, gradient: Tensor, vp_stage: None = None) -> None:
+        """Hand the gradient of a stage's input on, likewise."""
+        if task.action.stage > 0:
+            task.emit(gradient)
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
     def _mask(self, batch: Batch) -> DepthMasks | Tensor:
         """Return what megatron-core weighs MTP losses with; the main loss is weighed by its gradient."""
         return DepthMasks.of(batch, self.mtp_depth_decay) or batch["loss_mask"]
 
-    # -- loss ----------------------------------------------------------------------------------------------------------
-
-    def _hand_on(self, action: Action, output: Tensor, emit: Emit) -> None:
-        if action.stage == self._last:
-            self._count_loss(action, output)
-        else:
-            emit(output.detach())
-
     def _count_loss(self, action: Action, losses: Tensor) -> None:
-        """Add a microbatch's losses [B, S] over the tokens that count."""
+        """Add a microbatch's losses [B, S] over the tokens that count, where the last stage has made them."""
+        if action.stage < self._last:
+            return
         mask = self._batches[action.microbatch]["loss_mask"].double()
         self.loss += torch.stack([(losses.detach().double() * mask).sum(), mask.sum()])
         batch = self._batches[action.microbatch]
@@ -235,9 +232,12 @@ class ModelStages:
             self.mtp_positions[depth] += batch[f"{KEY}{depth + 1}"].sum()
         self.last_stage_microbatches += 1
 
-    def _loss_gradient(self, action: Action) -> Tensor:
-        """Return the gradient of the summed loss: gradients are divided by the step's tokens once, at its end."""
-        return self._batches[action.microbatch]["loss_mask"].float()
+    def _gradient(self, task: Task) -> Tensor:
+        """Return the gradient of a stage's output. On the last stage it is that of the summed loss: gradients are
+        divided by the step's tokens once, at its end."""
+        if task.received is not None:
+            return task.received
+        return self._batches[task.action.microbatch]["loss_mask"].float()
 
 
 def _separable_leaves(chunk: GPTModel) -> Iterator[torch.nn.Module]:
@@ -248,7 +248,7 @@ def _separable_leaves(chunk: GPTModel) -> Iterator[torch.nn.Module]:
             yield module
 
 
-def _owe_weight_gradients(plan: TransformerModelChunkSchedulePlan) -> None:
+def _leave_weight_gradients(plan: TransformerModelChunkSchedulePlan) -> None:
     """Let a planned backward leave its weight gradients to a later W."""
     for number in range(plan.num_layers()):
         layer = plan.get_layer(number)

@@ -14,7 +14,7 @@ from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.engine import Engine
-from parallel.pipeline.watchdog import Watchdog
+from parallel.pipeline.watchdog import NoWatchdog, Watchdog
 
 adapt_host()
 
@@ -79,7 +79,7 @@ class Parts:
     stages: ModelStages
     embedding_copy: torch.nn.Parameter | None
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
-    watchdog: Watchdog | None = None
+    watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
     ema: WeightAverage | None = None
     adamw: str = ""  # whose AdamW updates the weights
     extra_states: dict[str, ExtraState] = field(default_factory=dict)

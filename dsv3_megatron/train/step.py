@@ -114,8 +114,7 @@ def train_step(
     start = time.perf_counter()
     total, waited = run_pipeline(parts, batches, training=True)
     pipeline_seconds = time.perf_counter() - start
-    if parts.watchdog is not None:
-        parts.watchdog.enter("the end of the step: gradients, optimizer, metrics")
+    parts.watchdog.enter("the end of the step: gradients, optimizer, metrics")
     tokens = _counted_tokens(parts, batches)
     finish_gradients(list(parts.ddps.values()), parts.groups, tokens=tokens, embedding_copy=parts.embedding_copy)
     loads = step_loads(parts)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,29 +23,37 @@ from parallel.pipeline.actions import Action, Schedule, Step
 from parallel.pipeline.connections import connection_order
 from parallel.pipeline.posting import Cursor, reductions
 from parallel.pipeline.transfers import Message, MessageKey, Queue, Transfers
-from parallel.pipeline.watchdog import Watchdog
+from parallel.pipeline.watchdog import NoWatchdog, Watchdog
 
-Emit = Callable[[Tensor], None]
 _CPU = torch.device("cpu")
+
+
+class Task(NamedTuple):
+    """A forward or a backward for a stage to run.
+
+    Attributes:
+        action: F, B (whole) or I (without weight gradients).
+        received: the stage's input for a forward, the gradient of its output for a backward; None where the model
+            begins, or ends.
+        emit: takes what the neighbouring stage needs, as soon as it exists; not called where the model ends, or begins.
+    """
+
+    action: Action
+    received: Tensor | None
+    emit: Callable[[Tensor], None]
 
 
 class Stages(Protocol):
     """What this rank's stages compute."""
 
-    def run(
-        self,
-        forward: Action | None,
-        activation: Tensor | None,
-        emit_activation: Emit,
-        backward: Action | None,
-        gradient: Tensor | None,
-        emit_gradient: Emit,
-    ) -> None:
-        """Run a forward, a backward (B whole, I without weight gradients), or both overlapped.
+    def forward(self, task: Task) -> None:
+        """Run F."""
 
-        ``activation`` is the stage's input (None on the first stage), ``gradient`` that of its output (None on the
-        last). What goes to the neighbouring stage is handed to ``emit_*`` as soon as it exists.
-        """
+    def backward(self, task: Task) -> None:
+        """Run B, or I, which leaves the weight gradients to a W."""
+
+    def forward_backward(self, forward: Task, backward: Task) -> None:
+        """Run FB: both, each hiding the other's communication."""
 
     def weight_gradient(self, action: Action) -> None:
         """Run W."""
@@ -75,7 +84,7 @@ class Engine:
         self.steps = schedule.ranks[self.rank]
         self.waited_seconds = 0.0
         self._placement, self._last = schedule.placement, schedule.stages - 1
-        self._stages, self._watchdog, self._device = stages, watchdog, device
+        self._stages, self._watchdog, self._device = stages, watchdog or NoWatchdog(), device
         self._queues = Transfers.of(schedule).queues[self.rank]
         self._group = group
         self._reduce_after = reductions(schedule, self.rank)
@@ -92,21 +101,16 @@ class Engine:
         for channel in self._channels.values():
             channel.begin()
         for position, step in enumerate(self.steps):
-            if self._watchdog is not None:
-                self._watchdog.begin(position, len(self.steps), step)
+            self._watchdog.begin(position, len(self.steps), step)
             self._execute(step)
             for stage in self._reduce_after.get(position, ()):
                 self._stages.start_reduction(stage)
-            if self._watchdog is not None:
-                self._watchdog.launched()
+            self._watchdog.launched()
         for peer, channel in self._channels.items():
-            if self._watchdog is not None:
-                self._watchdog.waits(f"last messages to pipeline rank {peer} to leave")
+            self._watchdog.waits(f"last messages to pipeline rank {peer} to leave")
             channel.finish()
-            if self._watchdog is not None:
-                self._watchdog.runs()
-        if self._watchdog is not None:
-            self._watchdog.end()
+            self._watchdog.runs()
+        self._watchdog.end()
 
     def _connect(self) -> None:
         """Exchange a number with every rank this one has messages for, so that no later call holds the host.
@@ -116,62 +120,56 @@ class Engine:
         """
         number = torch.zeros(1, device=self._device)
         for peer in self._to_connect:
-            if self._watchdog is not None:
-                self._watchdog.enter(f"connecting with pipeline rank {peer}")
+            self._watchdog.enter(f"connecting with pipeline rank {peer}")
             other = dist.get_global_rank(self._group, peer)
             for exchange in (dist.send, dist.recv) if self.rank < peer else (dist.recv, dist.send):
                 exchange(number, other, group=self._group)
         self._to_connect = ()
 
     def _execute(self, step: Step) -> None:
-        if step.kind == "W":
-            self._stages.weight_gradient(step)
-            return
-        forward = next((part for part in step.parts if part.kind == "F"), None)
-        backward = next((part for part in step.parts if part.kind in "BI"), None)
-        self._stages.run(
-            forward,
-            self._take("activation", forward) if forward and forward.stage > 0 else None,
-            lambda tensor: self._emit("activation", forward, tensor),
-            backward,
-            self._take("gradient", backward) if backward and backward.stage < self._last else None,
-            lambda tensor: self._emit("gradient", backward, tensor),
-        )
+        match step.kind:
+            case "F":
+                self._stages.forward(self._task(step))
+            case "B" | "I":
+                self._stages.backward(self._task(step))
+            case "FB":
+                self._stages.forward_backward(self._task(step.forward), self._task(step.backward))
+            case "W":
+                self._stages.weight_gradient(step)
 
-    def _take(self, payload: str, part: Action) -> Tensor:
-        """Return what another stage has made for ``part``, waiting for it if it comes from another rank.
+    def _task(self, action: Action) -> Task:
+        """Return what a stage needs for a pass, as soon as it is here."""
+        needed = MessageKey.needed_by(action)
+        received = self._take(needed) if 0 <= needed.maker <= self._last else None
+        return Task(action, received, partial(self._emit, MessageKey.made_by(action)))
+
+    def _take(self, key: MessageKey) -> Tensor:
+        """Return what another stage has made, waiting for it if it comes from another rank.
 
         Its memory may belong to another stream than the one that uses it from here on: messages are posted, and
         overlapped forwards end, on the plan's communication stream. So it is recorded for the current one, and is not
         used for anything else before what runs here has read it.
         """
-        tensor = self._await(payload, part)
+        source = self._placement.rank_of(key.maker, key.microbatch)
+        tensor = self._here.pop(key) if source == self.rank else self._receive(key, source)
         if has_streams(self._device):
             tensor.record_stream(torch.cuda.current_stream())
         return tensor
 
-    def _await(self, payload: str, part: Action) -> Tensor:
-        before = part.stage - 1 if payload == "activation" else part.stage + 1
-        source = self._placement.rank_of(before, part.microbatch)
-        key = (payload, part.stage, part.microbatch)
-        if source == self.rank:
-            return self._here.pop(key)
+    def _receive(self, key: MessageKey, source: int) -> Tensor:
         start = time.perf_counter()
-        if self._watchdog is not None:
-            self._watchdog.waits(f"{payload} of microbatch {part.microbatch} from pipeline rank {source}")
+        self._watchdog.waits(f"{key.payload} of microbatch {key.microbatch} from pipeline rank {source}")
         tensor = self._channels[source].take(key)
         self.waited_seconds += time.perf_counter() - start
-        if self._watchdog is not None:
-            self._watchdog.runs()
+        self._watchdog.runs()
         return tensor
 
-    def _emit(self, payload: str, part: Action, tensor: Tensor) -> None:
-        towards = part.stage + (1 if payload == "activation" else -1)
-        target = self._placement.rank_of(towards, part.microbatch)
+    def _emit(self, key: MessageKey, tensor: Tensor) -> None:
+        target = self._placement.rank_of(key.stage, key.microbatch)
         if target == self.rank:
-            self._here[(payload, towards, part.microbatch)] = tensor
+            self._here[key] = tensor
         else:
-            self._channels[target].put((payload, towards, part.microbatch), tensor)
+            self._channels[target].put(key, tensor)
 
     def empty_message(self) -> Tensor:
         """Return a tensor to receive into."""

@@ -58,7 +58,7 @@ class Cursor:
 
     def _post(self, for_: MessageKey | None = None) -> Message:
         """Post the next message; ``for_``: the one it must be, or come before (None: one to receive, there it is)."""
-        what = Message.describe(for_) if for_ else "next message to receive"
+        what = str(for_) if for_ else "next message to receive"
         if self._next == len(self._queue):
             raise LookupError(f"the queue ends before the {what}")
         message = self._queue[self._next]

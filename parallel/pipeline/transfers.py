@@ -9,12 +9,42 @@ a message is never queued behind one that is produced later, no queue can close 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from parallel.pipeline.actions import Action, Schedule
 from parallel.pipeline.simulator import unit_timeline
 
-MessageKey = tuple[Literal["activation", "gradient"], int, int]  # payload, stage that consumes it, microbatch
+
+class MessageKey(NamedTuple):
+    """Which message: known to the pass that makes it and to the one that needs it.
+
+    Attributes:
+        stage: the one that needs it.
+    """
+
+    payload: Literal["activation", "gradient"]
+    stage: int
+    microbatch: int
+
+    @classmethod
+    def needed_by(cls, part: Action) -> MessageKey:
+        """Return what a forward, or a backward (B, I), needs of the stage before it, or after it."""
+        return cls("activation" if part.kind == "F" else "gradient", part.stage, part.microbatch)
+
+    @classmethod
+    def made_by(cls, part: Action) -> MessageKey:
+        """Return what a forward, or a backward (B, I), makes for the stage after it, or before it."""
+        if part.kind == "F":
+            return cls("activation", part.stage + 1, part.microbatch)
+        return cls("gradient", part.stage - 1, part.microbatch)
+
+    @property
+    def maker(self) -> int:
+        """The stage that makes it."""
+        return self.stage - 1 if self.payload == "activation" else self.stage + 1
+
+    def __str__(self) -> str:
+        return f"{self.payload} of microbatch {self.microbatch} for stage {self.stage}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +56,12 @@ class Message:
     target: int
 
     @property
-    def payload(self) -> Literal["activation", "gradient"]:
-        """What it carries."""
-        return "activation" if self.producer.kind == "F" else "gradient"
-
-    @property
-    def stage(self) -> int:
-        """The stage that consumes it."""
-        return self.producer.stage + (1 if self.payload == "activation" else -1)
-
-    @property
-    def microbatch(self) -> int:
-        """The microbatch it belongs to."""
-        return self.producer.microbatch
-
-    @property
     def key(self) -> MessageKey:
-        """What a pass knows of a message: (payload, stage that consumes it, microbatch)."""
-        return (self.payload, self.stage, self.microbatch)
-
-    @staticmethod
-    def describe(key: MessageKey) -> str:
-        """Return a message in words."""
-        return f"{key[0]} of microbatch {key[2]} for stage {key[1]}"
+        """Which message it is."""
+        return MessageKey.made_by(self.producer)
 
     def __str__(self) -> str:
-        return self.describe(self.key)
+        return str(self.key)
 
 
 Queue = tuple[Message, ...]
@@ -71,10 +81,9 @@ class Transfers:
         for rank, steps in enumerate(schedule.ranks):
             for step, end in zip(steps, timeline.ends[rank]):
                 for part in step.parts:
-                    towards = part.stage + (1 if part.kind == "F" else -1)
-                    if part.kind == "W" or not 0 <= towards < schedule.stages:
+                    if part.kind == "W" or not 0 <= (key := MessageKey.made_by(part)).stage < schedule.stages:
                         continue
-                    target = place.rank_of(towards, part.microbatch)
+                    target = place.rank_of(key.stage, part.microbatch)
                     if target != rank:
                         produced.append((end, rank, len(produced), Message(part, rank, target)))
         queues: list[dict[int, list[Message]]] = [{} for _ in schedule.ranks]

@@ -169,7 +169,7 @@ class _DryRun:
         for position, step in enumerate(schedule.ranks[rank]):
             self.position[rank] = position
             for part in step.parts:
-                if (key := _input_of(part)) in self._expected(rank):
+                if part.kind != "W" and (key := MessageKey.needed_by(part)) in self._expected(rank):
                     message = self._expected(rank)[key]
                     cursor = cursors[message.source]
                     yield from self._post(rank, message.source, cursor.need(key))
@@ -224,10 +224,3 @@ class _DryRun:
     @cache  # noqa: B019
     def _made(self, rank: int) -> dict[Action, Message]:
         return {m.producer: m for queue in self._transfers.queues[rank].values() for m in queue if m.source == rank}
-
-
-def _input_of(part: Action) -> MessageKey | None:
-    """Return what a pass receives from another stage, as a message names it."""
-    if part.kind == "W":
-        return None
-    return ("activation" if part.kind == "F" else "gradient", part.stage, part.microbatch)

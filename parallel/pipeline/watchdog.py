@@ -151,6 +151,15 @@ class Watchdog:
         self._report("\n".join(lines))
 
 
+class NoWatchdog:
+    """Watches nothing: what the engine calls where nobody asked for a watchdog."""
+
+    def _nothing(self, *what: object) -> None:
+        pass
+
+    begin = enter = leave = waits = runs = launched = end = close = _nothing
+
+
 class _Launches:
     """What the host has given to the GPU and is not over, in order, as events that another thread may ask."""
 

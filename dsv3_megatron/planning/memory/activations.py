@@ -14,6 +14,7 @@ from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Action, Schedule
+from parallel.pipeline.engine import Task
 
 _MICROBATCHES = 5
 
@@ -66,7 +67,7 @@ def _begin(fake: FakeStage, *, planned: bool, splits: bool) -> None:
 def _forward(fake: FakeStage, stage: int, microbatch: int = 0, *, training: bool = True) -> None:
     activation = fake.runner.empty_message() if stage else None
     if training:
-        fake.runner.run(Action("F", stage, microbatch), activation, _drop, None, None, _drop)
+        fake.runner.forward(Task(Action("F", stage, microbatch), activation, _drop))
         return
     batch = fake.batch
     with torch.no_grad():
@@ -77,14 +78,14 @@ def _forward(fake: FakeStage, stage: int, microbatch: int = 0, *, training: bool
 
 def _backward(fake: FakeStage, stage: int, microbatch: int, kind: str) -> None:
     gradient = None if fake.is_last else fake.runner.empty_message()
-    fake.runner.run(None, None, _drop, Action(kind, stage, microbatch), gradient, _drop)
+    fake.runner.backward(Task(Action(kind, stage, microbatch), gradient, _drop))
 
 
 def _both(fake: FakeStage, stage: int, forward: int, backward: int) -> None:
     activation = fake.runner.empty_message() if stage else None
     gradient = None if fake.is_last else fake.runner.empty_message()
     f, b = Action("F", stage, forward), Action("B", stage, backward)
-    fake.runner.run(f, activation, _drop, b, gradient, _drop)
+    fake.runner.forward_backward(Task(f, activation, _drop), Task(b, gradient, _drop))
 
 
 def _drop(tensor: torch.Tensor) -> None:

@@ -29,5 +29,7 @@ class Stragglers(Callback):
             step.columns.update(slowest_rank=self._slowest.rank, slowest_ratio=self._slowest.ratio)
 
     def _warn(self, trainer: Trainer, slowest: Slowest) -> None:
-        text = f"rank {slowest.rank} on {slowest.host} took {slowest.ratio:.1f} times the median rank's time"
-        trainer.journal.event("straggler", {"step": trainer.progress.step, **asdict(slowest)}, f"warning: {text}")
+        values = {"step": trainer.progress.step, **asdict(slowest)}
+        ratio = slowest.ratio
+        text = f"warning: rank {slowest.rank} on {slowest.host} took {ratio:.1f} times the median rank's time"
+        trainer.journal.event("straggler", values, text)

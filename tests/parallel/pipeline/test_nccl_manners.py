@@ -30,11 +30,11 @@ class BusyStages(ToyStages):
         super().__init__(schedule)
         self.beside, self.holders, self.reductions = beside, holders, []
 
-    def run(self, *arguments):
+    def run(self, *tasks):
         number = torch.ones(1)
         dist.all_reduce(number, group=self.beside)
         assert number.item() == self.beside.size()
-        super().run(*arguments)
+        super().run(*tasks)
 
     def start_reduction(self, stage):
         super().start_reduction(stage)
@@ -120,7 +120,7 @@ def exchange_two_messages(engine):
     """Rank 1 takes two activations of rank 0 for each other."""
     if engine.rank == 1:
         queue = list(engine._queues[0])
-        first, second = [i for i, m in enumerate(queue) if m.payload == "activation"][1:3]
+        first, second = [i for i, m in enumerate(queue) if m.key.payload == "activation"][1:3]
         queue[first], queue[second] = queue[second], queue[first]
         engine._queues[0] = tuple(queue)
 
@@ -229,7 +229,7 @@ class TwoStreams(ToyStages):
         super().__init__(schedule)
         self.side = torch.cuda.Stream()
 
-    def run(self, forward, activation, emit_activation, backward, gradient, emit_gradient):
+    def run(self, *tasks):
         def on_side(emit):
             def emitted(tensor):
                 self.side.wait_stream(torch.cuda.current_stream())
@@ -240,9 +240,9 @@ class TwoStreams(ToyStages):
 
         with torch.cuda.stream(self.side):
             torch.ones(4)  # what any operation of that stream does: it takes memory
-        super().run(forward, activation, on_side(emit_activation), backward, gradient, on_side(emit_gradient))
+        super().run(*(task._replace(emit=on_side(task.emit)) for task in tasks))
         # Read once more, on the stream that computes, with nothing after it that the other stream waits for.
-        assert all((tensor + 0).sum().ge(0) for tensor in (activation, gradient) if tensor is not None)
+        assert all((tensor + 0).sum().ge(0) for _, tensor, _ in tasks if tensor is not None)
 
 
 def run_two_streams(recorded):
@@ -278,13 +278,12 @@ def test_what_an_action_takes_is_recorded_for_the_stream_that_uses_it():
 class BlindStages(ToyStages):
     """Toy stages that read nothing, so that their host never stands."""
 
-    def run(self, forward, activation, emit_activation, backward, gradient, emit_gradient):
-        if self.hang_at is not None and self.hang_at in map(str, (forward, backward)):
-            time.sleep(self.hang_seconds)
-        if forward is not None and forward.stage < self.schedule.stages - 1:
-            emit_activation(torch.ones(4))
-        if backward is not None and backward.stage:
-            emit_gradient(torch.ones(4))
+    def run(self, *tasks):
+        for part, _, emit in tasks:
+            if self.hang_at == str(part):
+                time.sleep(self.hang_seconds)
+            if part.stage != (self.schedule.stages - 1 if part.kind == "F" else 0):
+                emit(torch.ones(4))
 
     def weight_gradient(self, action):
         pass

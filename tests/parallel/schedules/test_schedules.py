@@ -156,7 +156,7 @@ def test_queues_that_both_ends_agree_on_but_hang_are_found(schedule, seed):
     rank, peer = random.Random(seed).choice(pairs)
     queue = transfers.queues[rank][peer]
     late = queue[-1]
-    assume(late.payload == "gradient" and late.microbatch != queue[0].microbatch)
+    assume(late.key.payload == "gradient" and late.key.microbatch != queue[0].key.microbatch)
     turned = (late, *queue[:-1])
     queues = [dict(qs) for qs in transfers.queues]
     queues[rank][peer] = queues[peer][rank] = turned

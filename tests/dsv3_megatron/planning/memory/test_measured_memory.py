@@ -49,14 +49,17 @@ def measured(overrides):
         run_pipeline(parts, batches, training=True)
         gc.collect()
         live, passes, memory = [], [0], LiveMemory()
-        run = parts.stages.run
 
-        def counted(forward, activation, emit, backward, *rest):
-            passes[0] += (forward is not None) + (backward is not None)
-            run(forward, activation, emit, backward, *rest)
-            live.append(len(parts.stages._live))
+        def counted(run):
+            def counted_run(*tasks):
+                passes[0] += len(tasks)
+                run(*tasks)
+                live.append(len(parts.stages._live))
 
-        parts.stages.run = counted
+            return counted_run
+
+        for name in ("forward", "backward", "forward_backward"):
+            setattr(parts.stages, name, counted(getattr(parts.stages, name)))
         gc.disable()
         with memory:
             run_pipeline(parts, batches, training=True)

@@ -41,7 +41,8 @@ def beside_the_buffers(words):
 
             return looked
 
-        stages.run, stages.weight_gradient = look(stages.run), look(stages.weight_gradient)
+        for name in ("forward", "backward", "forward_backward", "weight_gradient"):
+            setattr(stages, name, look(getattr(stages, name)))
         for number in range(2):
             train_step(parts, step_batches_of(parts, number), VALUES)
         return most, placeholder_bytes(recipe, parts.layout, parts.chunks)
