@@ -60,7 +60,7 @@ class Recipe(BaseModel):
             )
         for of_what in ("num_attention_heads", "vocab_size", "intermediate_size"):
             self._must_divide("parallel.tensor", parallel.tensor, f"model.{of_what}", getattr(model, of_what))
-        # Under context parallelism a rank attends with its share of the heads (model/context.py).
+        # Under context parallelism a rank attends with its share of the heads (model/layers/context.py).
         heads = model.num_attention_heads // parallel.tensor
         what = "model.num_attention_heads" if parallel.tensor == 1 else "model.num_attention_heads / parallel.tensor"
         self._must_divide("parallel.context", parallel.context, what, heads)

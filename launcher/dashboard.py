@@ -106,7 +106,7 @@ def describe(dashboard: Dashboard) -> str:
 def workspace(dashboard: Dashboard, entity: str, project: str) -> Any:
     """Return the dashboard as wandb-workspaces' object. Raises PackageError where the package is missing."""
     try:
-        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.reports.v2 as panels  # an optional package
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
         raise PackageError(

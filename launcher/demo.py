@@ -80,10 +80,10 @@ def tell_sample(given: DemoArguments) -> None:
 
 def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
     """Write loss.svg into the run directory: main and MTP loss by tokens, and MaxVio below."""
-    import matplotlib  # half a second, which a refused run need not wait for
+    import matplotlib  # half a second, which a refused run need not wait for  # a second to import
 
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # after its backend is chosen
 
     figure, (losses, balance) = plt.subplots(2, 1, figsize=(8, 6), height_ratios=(3, 1), sharex=True)
     tokens = [s["tokens"] for s in steps]

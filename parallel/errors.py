@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake a user can mend. The message is one line: field and value, why it cannot be, what to do."""
+    """A mistake a user can fix. The message is one line: field and value, why it cannot be, what to do."""
 
     kind = "error"
     exit_code = 2
@@ -49,7 +49,7 @@ class ScheduleError(UserError):
 
 
 class HealthError(UserError):
-    """A run goes wrong in a way that more steps will not mend."""
+    """A run goes wrong in a way that more steps will not fix."""
 
     kind = "health"
 

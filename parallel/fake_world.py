@@ -17,7 +17,7 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     Their numbers mean nothing, so only shapes, dtypes and memory may be read. Uses torch's fake process group, the one
     its own tests run on.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # a private module, for plans alone
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:

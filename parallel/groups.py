@@ -61,7 +61,7 @@ def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupColle
     DualPipe): pipeline ranks r and P - 1 - r hold the same stages, so the data-parallel groups of the collection, over
     which gradients are reduced and optimizer states sharded, are the union of both ranks' groups.
     """
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state  # seconds to import, and only where groups are made
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     assert layout.world_size == dist.get_world_size(), (layout, dist.get_world_size())
@@ -120,7 +120,7 @@ def _check_members(groups: ProcessGroupCollection, layout: Layout) -> None:
 
 def stop_processes() -> None:
     """Leave all groups. Always called at the end: gloo aborts a process that exits inside its default group."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state  # as above
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

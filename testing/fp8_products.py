@@ -16,7 +16,7 @@ def three_products(
     """Return Y, dX and dW of a layer; ``ends``: where each expert's rows end, for a layer of experts."""
     y, kept_x = fp8.forward(x, w, ends)
     dx, kept_dy = fp8.input_gradient(dy, w, ends)
-    return y, dx, weight_gradient(fp8, w, kept_dy, fp8.owed(kept_x, ends), ends)
+    return y, dx, weight_gradient(fp8, w, kept_dy, fp8.operand_for_weight_gradient(kept_x, ends), ends)
 
 
 def weight_gradient(fp8: Fp8Products, w: Tensor, kept_dy: Any, kept_x: Any, ends: Tensor | None = None) -> Tensor:

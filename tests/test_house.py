@@ -96,6 +96,27 @@ def test_a_package_says_in_a_sentence_what_it_is_for():
             assert isinstance(only.value, ast.Constant) and only.value.value.count("\n") == 0, path
 
 
+def test_an_import_inside_a_function_says_why():
+    """On its line, or above the block it stands in. The room megatron says it once a file: all of it waits for
+    the process to be prepared."""
+    silent = []
+    for name, path in FILES.items():
+        if not name.startswith(PACKAGES) or room(name) == "megatron":
+            continue
+        text = path.read_text()
+        lines = text.splitlines()
+        functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+        for node in {n for f in functions for n in ast.walk(f) if isinstance(n, (ast.Import, ast.ImportFrom))}:
+            first, last = node.lineno - 1, node.end_lineno
+            while lines[first - 1].strip().startswith(("import ", "from ", "#")):
+                first -= 1
+            while last < len(lines) and lines[last].strip().startswith(("import ", "from ")):
+                last += 1
+            if "#" not in "".join(lines[first:last]):
+                silent.append(f"{path}:{node.lineno}")
+    assert not silent, "\n".join(silent)
+
+
 def test_rooms_stay_small_and_nothing_lies_between_them():
     assert {path.name for path in (ROOT / "dsv3_megatron").glob("*.py")} == {"__init__.py", "recipe.py", "settings.py"}
     for package in PACKAGES:

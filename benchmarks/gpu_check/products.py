@@ -62,7 +62,7 @@ def _products(products: Any, x: Any, weight: Any, dy: Any) -> tuple[Any, Any, An
     y, kept = products.forward(x, weight, None, None)
     dx, dy_kept = products.input_gradient(dy, weight, None)
     dw = torch.zeros(weight.shape, device=weight.device)
-    products.add_weight_gradient(dw, dy_kept, products.owed(kept, None), None, None)
+    products.add_weight_gradient(dw, dy_kept, products.operand_for_weight_gradient(kept, None), None, None)
     return y, dx, dw
 
 

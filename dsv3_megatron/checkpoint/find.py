@@ -78,15 +78,15 @@ def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
     wrong: list[str] = []
     number = 0
     while True:
-        offer: list[Any] = [None, None, None]  # path, content, what is wrong
+        proposal: list[Any] = [None, None, None]  # path, content, what is wrong
         if dist.get_rank() == 0 and number < len(candidates):
-            offer[0] = candidates[number]
+            proposal[0] = candidates[number]
             try:
-                offer[1] = read_content(candidates[number])
+                proposal[1] = read_content(candidates[number])
             except CheckpointError as error:
-                offer[2] = str(error)
-        dist.broadcast_object_list(offer, src=0)
-        path, content, failure = offer
+                proposal[2] = str(error)
+        dist.broadcast_object_list(proposal, src=0)
+        path, content, failure = proposal
         if path is None:
             return None, wrong
         damage = [failure] if failure else _damage(path, content["files"])

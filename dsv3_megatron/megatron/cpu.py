@@ -19,6 +19,8 @@ import torch.distributed as dist
 CPU = torch.device("cpu")
 _state = {"device": CPU}
 
+# megatron-core is imported inside the functions: not before the process is prepared, and only where it is adapted.
+
 
 def adapt_to_no_cuda() -> None:
     """Make megatron-core run where there is no CUDA device, or where none is to be used."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+# megatron-core is imported inside the functions: not before the process is prepared, and only where it is adapted.
+
 
 def apply_fixes() -> None:
     """Replace the functions named below. Once a process."""

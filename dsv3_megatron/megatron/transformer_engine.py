@@ -12,6 +12,8 @@ from typing import Any
 
 _adapted = False
 
+# megatron-core is imported inside the functions: not before the process is prepared, and only where it is adapted.
+
 
 def adapt_te() -> None:
     """Make megatron-core right over Transformer Engine, which must be importable. Idempotent."""

@@ -1,4 +1,4 @@
-"""What a step reports, and metrics.jsonl, where it is always written. Other writers: writers.py."""
+"""What a step reports, and metrics.jsonl, where it is always written. Other writers: train/writers.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from dsv3_megatron.run.files import read_json_lines, write_atomically
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,8 @@ class JsonLines:
     will do again, are dropped."""
 
     def __init__(self, path: Path, last_step: int):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        done = [row for row in read_json_lines(path) if row["step"] <= last_step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in done))
         self._file = path.open("a", buffering=1)
 
     def write(self, metrics: StepMetrics) -> None:
@@ -113,18 +113,6 @@ def append_event(path: Path, name: str, values: dict[str, Any]) -> None:
     line = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
     with suppress(OSError), path.open("a") as file:
         file.write(json.dumps({k: _json_number(v) for k, v in line.items()}) + "\n")
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Return the lines that parse: a kill may have torn the last."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        lines.append(line)
-    return lines
 
 
 def _json_number(value: Any) -> Any:

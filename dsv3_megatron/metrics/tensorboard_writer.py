@@ -18,7 +18,7 @@ class TensorBoardRun:
 
     def __init__(self, directory: Path, first_step: int):
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
         except ImportError:
             raise PackageError(
                 "logging.tensorboard = true needs the tensorboard package; pip install -e '.[tensorboard]', or set it "

@@ -30,7 +30,7 @@ class WandbRun:
 
     def __init__(self, recipe: Recipe, first_step: int, tokens: int, tell: Callable[[str], None]):
         try:
-            import wandb
+            import wandb  # a second to import, and may be off
         except ImportError:
             raise PackageError(
                 "logging.wandb needs the wandb package; pip install wandb, or set logging.wandb=disabled"

@@ -10,9 +10,20 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+
+from dsv3_megatron.megatron.host import adapt_host
+
+adapt_host()
+
+import megatron.core.transformer.multi_latent_attention as attention
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 
+from dsv3_megatron.model.layers.attention import CoreAttention
+from dsv3_megatron.model.layers.experts import DownLinear, GateUpLinear, GroupedExperts
+from dsv3_megatron.model.layers.linear import ColumnParallelLinear, DuplicatedLinear, RowParallelLinear
+from dsv3_megatron.model.layers.norm import RMSNorm
+from dsv3_megatron.model.layers.swiglu import SwiGLU
 from dsv3_megatron.precision import transformer_engine
 from parallel.errors import PackageError
 
@@ -23,29 +34,19 @@ class TorchBackend(BackendSpecProvider):
     name = "torch"
 
     def __init__(self) -> None:
-        import megatron.core.transformer.multi_latent_attention as attention
-
-        from dsv3_megatron.model.layers.linear import DuplicatedLinear
-
         # MLA knows a duplicated layer only by the name TELinear (megatron-core 0.16.1); can go when it asks the spec.
         attention.TELinear = DuplicatedLinear
 
     def column_parallel_linear(self) -> type:
         """Linear with its output dimension over TP."""
-        from dsv3_megatron.model.layers.linear import ColumnParallelLinear
-
         return ColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
         """Linear with its input dimension over TP."""
-        from dsv3_megatron.model.layers.linear import RowParallelLinear
-
         return RowParallelLinear
 
     def duplicated_linear(self) -> type:
         """Linear that every TP rank holds whole."""
-        from dsv3_megatron.model.layers.linear import DuplicatedLinear
-
         return DuplicatedLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
@@ -57,36 +58,29 @@ class TorchBackend(BackendSpecProvider):
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         """RMSNorm."""
-        from dsv3_megatron.model.layers.norm import RMSNorm
-
         return RMSNorm
 
     def core_attention(self) -> type:
         """Softmax attention without its projections."""
-        from dsv3_megatron.model.layers.attention import CoreAttention
-
         return CoreAttention
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
     ) -> tuple[type, MLPSubmodules]:
         """The routed experts and their two layers."""
-        from dsv3_megatron.model.layers.experts import DownLinear, GateUpLinear, GroupedExperts
-
         return GroupedExperts, MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear)
 
     def activation_func(self) -> type:
         """SwiGLU, which computes its output again in backward."""
-        from dsv3_megatron.model.layers.swiglu import SwiGLU
-
         return SwiGLU
 
 
 def make_te_backend() -> BackendSpecProvider:
     """Return Transformer Engine's leaf modules, where TE is installed."""
+    # Needs Transformer Engine, which the torch backend does without.
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-    from dsv3_megatron.megatron.transformer_engine import adapt_te
+    from dsv3_megatron.megatron.transformer_engine import adapt_te  # likewise
 
     adapt_te()
 
@@ -103,15 +97,13 @@ def make_te_backend() -> BackendSpecProvider:
             self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
         ) -> tuple[type, MLPSubmodules]:
             """TE's grouped layers, in experts that can keep SwiGLU's input in FP8."""
-            from dsv3_megatron.model.layers.experts import TEGroupedExperts
+            from dsv3_megatron.model.layers.experts import TEGroupedExperts  # needs Transformer Engine
 
             _, layers = super().grouped_mlp_modules(moe_use_grouped_gemm, moe_use_legacy_grouped_gemm)
             return TEGroupedExperts, layers
 
         def activation_func(self) -> type:
             """SwiGLU, which can keep its input in FP8 and compute its output again."""
-            from dsv3_megatron.model.layers.swiglu import SwiGLU
-
             return SwiGLU
 
     return TEBackend()

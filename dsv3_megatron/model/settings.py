@@ -76,8 +76,8 @@ class ModelSettings(BaseModel):
     def check(self) -> None:
         """Raise RecipeError where two fields contradict each other; each is named with a value that would do."""
 
-        def refuse(field: str, why: str, mend: str) -> None:
-            raise RecipeError(f"model.{field} = {getattr(self, field)} {why}; {mend}")
+        def refuse(field: str, why: str, fix: str) -> None:
+            raise RecipeError(f"model.{field} = {getattr(self, field)} {why}; {fix}")
 
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:

@@ -11,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
@@ -24,7 +25,7 @@ from dsv3_megatron.routing.capacity import CapacityRouter
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 
 # Transformer Engine's fused norms: their names in the module -> in checkpoints, which have those of the torch backend
-# (checkpoint/hugging_face.py, our_shapes). The prefix of a layer goes before both.
+# (checkpoint/hugging_face/names.py, our_shapes). The prefix of a layer goes before both.
 NAMES_IN_CHECKPOINTS = {
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
@@ -98,7 +99,6 @@ def mtp_spec(
         return None
     norm = backend.layer_norm(rms_norm=True)
     moe = model.num_moe_layers > 0
-    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 
     layer = layer_spec(backend, model, moe=moe)
     if groups is not None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from dsv3_megatron.planning.memory.formulae import estimate_stages
+from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import UserError
-
-if TYPE_CHECKING:
-    from dsv3_megatron.planning.plan import Plan
 
 _SELECTIVE = ("norm", "mla_up", "moe_act", "shared_experts", "mlp", "attention")
 
@@ -54,8 +51,6 @@ def advice(plan: Plan, most: int = 6) -> list[str]:
 
     Both sides of each comparison are priced by the formulae, so that they differ by the override alone.
     """
-    from dsv3_megatron.planning.plan import make_plan
-
     world = plan.layout.world_size
     base = make_plan(plan.recipe, world, measure=estimate_stages)
     rank = base.tightest.pipeline_rank

@@ -27,7 +27,7 @@ from parallel.world import World
 @contextmanager
 def meta_model(recipe: Recipe) -> Iterator[torch.nn.Module]:
     """Build the model as one stage for as long as the block lasts, products as the recipe's precision says."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # after adapt_host
 
     start_processes(World(0, 1, 0), torch.device("cpu"))
     try:

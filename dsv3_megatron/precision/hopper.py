@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_megatron.precision.kept import Columns, Kept
 from dsv3_megatron.precision.products import Fp8Products
+from dsv3_megatron.precision.saved import Columns, SavedOperand
 from dsv3_megatron.precision.settings import PAPER_TILES, Fp8Settings
 from dsv3_megatron.precision.tiles import Quantised
 
@@ -57,7 +57,7 @@ class HopperFp8(Fp8Products):
         w = self.quantised_weight(weight)[0]
         return multiply(dy, transposed(w))
 
-    def wgrad(self, total: Tensor, dy: Kept, x: Kept, rows: Sequence[int] | None) -> None:
+    def wgrad(self, total: Tensor, dy: SavedOperand, x: SavedOperand, rows: Sequence[int] | None) -> None:
         """Add dW to ``total`` [O, I], float32. Tokens are summed over, so the last tile is filled up with zeros."""
         if rows is not None or not isinstance(dy, Columns) or not isinstance(x, Columns):
             super().wgrad(total, dy, x, rows)

@@ -25,7 +25,7 @@ from torch import Tensor
 from dsv3_megatron.precision.accumulation import matmul
 from dsv3_megatron.precision.delayed import AmaxHistory
 from dsv3_megatron.precision.grouped import grouped_product
-from dsv3_megatron.precision.kept import Columns, Kept
+from dsv3_megatron.precision.saved import Columns, SavedOperand
 from dsv3_megatron.precision.settings import Fp8Settings
 from dsv3_megatron.precision.tiles import E4M3, E5M2, Format, Quantised, Tile, quantise
 from dsv3_megatron.precision.weight_gradients import add_grouped_product, add_product
@@ -38,24 +38,25 @@ class Products(Protocol):
     """How a layer multiplies."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: SavedOperand | None = None, *, training: bool = True
     ) -> tuple[Tensor, Any]:
         """Return Y [..., O] from X [..., I] and W [(E,) O, I], and what the weight gradient needs of X.
 
-        ``kept``: what another module keeps of X anyway (precision/kept.py); None where nothing is. ``training``: else
+        ``kept``: what another module keeps of X anyway (precision/saved.py); None where nothing is. ``training``: else
         nothing that later products depend on may change.
         """
 
     def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Any]:
         """Return dX [..., I] from dY [..., O], and what the weight gradient needs of dY."""
 
-    def owed(self, x: Any, ends: Tensor | None) -> Any:
+    def operand_for_weight_gradient(self, x: Any, ends: Tensor | None) -> Any:
         """Return what the weight gradient needs of X from the backward on, in place of what ``forward`` kept."""
 
     def add_weight_gradient(
         self, total: Tensor, dy: Any, x: Any, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
-        """Add dW to ``total`` [(E,) O, I], float32, from what ``input_gradient`` and ``owed`` gave.
+        """Add dW to ``total`` [(E,) O, I], float32, from what ``input_gradient`` and ``operand_for_weight_gradient``
+        gave.
 
         ``rows``: of each expert, as the host knows them; None where ``ends`` is.
         """
@@ -65,7 +66,7 @@ class HighPrecision:
     """Products in the dtype of the operands."""
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: SavedOperand | None = None, *, training: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return Y and X itself."""
         if ends is None:
@@ -76,7 +77,7 @@ class HighPrecision:
         """Return dX, and dY itself."""
         return (grad.matmul(weight) if ends is None else grouped_product(grad, weight, ends)), grad
 
-    def owed(self, x: Tensor, ends: Tensor | None) -> Tensor:
+    def operand_for_weight_gradient(self, x: Tensor, ends: Tensor | None) -> Tensor:
         """Return X itself."""
         return x
 
@@ -106,8 +107,8 @@ class Fp8Products:
         self._histories = {role: AmaxHistory(length) for role in ("input", "weight", "gradient")} if length else {}
 
     def forward(
-        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: Kept | None = None, *, training: bool = True
-    ) -> tuple[Tensor, Kept | Tensor]:
+        self, x: Tensor, weight: Tensor, ends: Tensor | None, kept: SavedOperand | None = None, *, training: bool = True
+    ) -> tuple[Tensor, SavedOperand | Tensor]:
         """Return Y, and X in FP8 as the weight gradient will use it: one byte an element is kept, not X.
 
         X itself is kept where it comes again, which takes no memory until then.
@@ -116,7 +117,7 @@ class Fp8Products:
         rows = x.flatten(0, -2)
         along_channels = self._quantise_rows(rows)
         y = self.fprop(along_channels, weight, ends)
-        saved: Kept | Tensor
+        saved: SavedOperand | Tensor
         if kept is not None:
             saved = kept
         elif self.input_comes_again and not self._histories:  # a second look at X would count its amax twice
@@ -125,14 +126,14 @@ class Fp8Products:
             saved = self._for_weight_gradient(rows, along_channels, ends)
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]), saved
 
-    def owed(self, x: Kept | Tensor, ends: Tensor | None) -> Kept:
+    def operand_for_weight_gradient(self, x: SavedOperand | Tensor, ends: Tensor | None) -> SavedOperand:
         """Return X in FP8: X itself, where forward kept that, is a byte an element again."""
         if not isinstance(x, Tensor):
             return x
         rows = x.flatten(0, -2)
         return self._for_weight_gradient(rows, self._quantise_rows(rows), ends)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, Kept]:
+    def input_gradient(self, grad: Tensor, weight: Tensor, ends: Tensor | None) -> tuple[Tensor, SavedOperand]:
         """Return dX, and dY in FP8 as the weight gradient will use it."""
         rows, tile = grad.flatten(0, -2), self.settings.gradient_tile
         dy = self._quantise(rows, _TILES[tile], self._gradient_format, "gradient")
@@ -142,7 +143,7 @@ class Fp8Products:
         return dx.view(*grad.shape[:-1], dx.shape[-1]), kept
 
     def add_weight_gradient(
-        self, total: Tensor, dy: Kept, x: Kept, ends: Tensor | None, rows: Sequence[int] | None
+        self, total: Tensor, dy: SavedOperand, x: SavedOperand, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
         """Add dW to ``total``."""
         whole_tensor = isinstance(x, Quantised) and self.settings.activation_tile == "tensor"
@@ -169,7 +170,7 @@ class Fp8Products:
         exact = settings.power_of_two_scales and settings.accumulation == "fp32" and weight.dtype is torch.bfloat16
         return torch.bfloat16 if exact and weight.device.type == "cuda" else torch.float32
 
-    def wgrad(self, total: Tensor, dy: Kept, x: Kept, rows: Sequence[int] | None) -> None:
+    def wgrad(self, total: Tensor, dy: SavedOperand, x: SavedOperand, rows: Sequence[int] | None) -> None:
         """Add dW to ``total`` [(E,) O, I], float32."""
         left, right = dy.dequantise(), x.dequantise()
         if self.settings.accumulation == "fp32":
@@ -194,7 +195,7 @@ class Fp8Products:
     def _quantise_rows(self, rows: Tensor) -> Quantised:
         return self._quantise(rows, _TILES[self.settings.activation_tile], E4M3, "input")
 
-    def _for_weight_gradient(self, rows: Tensor, along_channels: Quantised, ends: Tensor | None) -> Kept:
+    def _for_weight_gradient(self, rows: Tensor, along_channels: Quantised, ends: Tensor | None) -> SavedOperand:
         if self.settings.wgrad_operands == "retiled" or self.settings.activation_tile == "tensor":
             return along_channels  # the paper: the copy that forward used is cut anew in backward
         return Columns(rows, ends, self._quantise_columns)

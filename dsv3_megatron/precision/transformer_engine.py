@@ -82,7 +82,7 @@ def prepare_environment(precision: PrecisionSettings) -> None:
 
 def check_environment(fp8: Fp8Settings) -> None:
     """Raise PackageError where TE was imported before it was told about scales."""
-    from transformer_engine.common import recipe
+    from transformer_engine.common import recipe  # an optional package
 
     if recipe_name(fp8) == "delayed":
         return

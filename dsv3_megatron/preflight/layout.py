@@ -25,10 +25,10 @@ def world_of(recipe: Recipe, asked: int | None = None) -> int:
         )
     if world < least:
         nearest = nearest_layout(recipe, world)
-        mend = f"nearest that can be: {nearest}" if nearest else "lower one of the two, or take a larger cluster"
+        fix = f"nearest that can be: {nearest}" if nearest else "lower one of the two, or take a larger cluster"
         raise LayoutError(
             f"parallel.pipeline = {parallel.pipeline} x parallel.expert = {parallel.expert} needs {least:,} GPUs, but "
-            f"cluster={cluster.name} has {world:,}; {mend}"
+            f"cluster={cluster.name} has {world:,}; {fix}"
         )
     return world
 
@@ -74,5 +74,5 @@ def _halvings(degree: int) -> list[int]:
 
 
 def check_layout(recipe: Recipe, world: int) -> None:
-    """Raise what a user can mend: degrees, batch, schedule, recomputation."""
+    """Raise what a user can fix: degrees, batch, schedule, recomputation."""
     check_schedule(recipe, recipe.layout(world))

@@ -13,7 +13,7 @@ OVERLAPPING = ("dualpipe", "dualpipev", "auto")
 
 
 def check_world(recipe: Recipe, world: World) -> Layout:
-    """Return the layout of the recipe on this world, or raise what a user can mend, before any process group exists.
+    """Return the layout of the recipe on this world, or raise what a user can fix, before any process group exists.
 
     Raises: DoesNotFitError: the recipe is made for a cluster and this is not one. LayoutError: degrees do not divide.
     """

@@ -27,11 +27,11 @@ def open_writers(
     if logging.report_every_seconds:
         writers.append(ReportWriter(run.path, logging.report_every_seconds))
     if logging.wandb != "disabled":
-        from dsv3_megatron.metrics.wandb_writer import WandbRun
+        from dsv3_megatron.metrics.wandb_writer import WandbRun  # a second to import
 
         writers.append(WandbRun(recipe, first_step, tokens, tell))
     if logging.tensorboard:
-        from dsv3_megatron.metrics.tensorboard_writer import TensorBoardRun
+        from dsv3_megatron.metrics.tensorboard_writer import TensorBoardRun  # an optional package
 
         writers.append(TensorBoardRun(run.path, first_step))
     return writers

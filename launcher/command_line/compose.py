@@ -1,4 +1,4 @@
-"""Hydra composition -> Recipe. Every mistake becomes one line that names the field, the value and the mend.
+"""Hydra composition -> Recipe. Every mistake becomes one line that names the field, the value and the fix.
 
 Nothing here imports torch: a typing mistake is answered in a second or two, before any process group exists.
 """
@@ -34,7 +34,7 @@ DEFAULT_RECIPE = "dsv3_tiny"
 def compose(overrides: Sequence[str]) -> Recipe:
     """Return the recipe that ``key=value`` overrides describe, checked.
 
-    Raises: RecipeError, LayoutError: one line naming the field, the value and the mend.
+    Raises: RecipeError, LayoutError: one line naming the field, the value and the fix.
     """
     return build(compose_config(overrides))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> int:
-    """Run a command on the arguments given; return its exit code. What a user can mend becomes one line on stderr.
+    """Run a command on the arguments given; return its exit code. What a user can fix becomes one line on stderr.
 
     ``speaks``: False on all ranks but the first, for what ends them all, such as Ctrl-C.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from parallel.errors import ClusterError
 
 _PATIENCE_SECONDS = 60  # while its controller is away, sbatch blocks
-_KNOWN = {  # what sbatch says -> the key to mend
+_KNOWN = {  # what sbatch says -> the key to fix
     r"invalid partition": "cluster.partition names no partition of this cluster (`sinfo -s` lists them)",
     r"[Ii]nvalid account": "cluster.slurm.account is not one of yours (`sacctmgr show assoc user=$USER`)",
     r"[Ii]nvalid qos": "cluster.slurm.qos is not one of this cluster's",
@@ -53,9 +53,9 @@ def _explained(command: str, complaint: str) -> str:
     said = "; ".join(
         dict.fromkeys(re.sub(r"^(sbatch|scontrol|squeue|scancel): (error: )?", "", line) for line in lines)
     )
-    for pattern, mend in _KNOWN.items():
+    for pattern, fix in _KNOWN.items():
         if re.search(pattern, complaint):
-            return f"{mend}; {command} said: {said}"
+            return f"{fix}; {command} said: {said}"
     if re.search(r"Unable to contact slurm controller|Connection refused|communication connection", complaint):
         return f"{command} cannot reach the controller; running jobs go on; try later (it said: {said})"
     return f"{command} refused: {said}"

@@ -138,7 +138,7 @@ seen=none starts=0
 starts=$((starts + 1))
 echo "${{newest:-nothing}} $starts" >"$run/starts"
 if [ "$starts" -gt {max_starts} ]; then
-  echo "cluster: {max_starts} starts without a new checkpoint (newest: ${{newest:-none}}); mend the run, submit again" |
+  echo "cluster: {max_starts} starts without a new checkpoint (newest: ${{newest:-none}}); fix the run, submit again" |
     tee "$run/refused" >&2
   exit 1
 fi

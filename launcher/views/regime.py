@@ -105,10 +105,10 @@ def _exact(tokens: int) -> str:
 
 def plot(name: str, regime: Regime, end: int, path: Path) -> None:
     """Draw every curve over the tokens of the run. Raises RecipeError when the file cannot be written."""
-    import matplotlib  # half a second, which the other forms need not wait for
+    import matplotlib  # half a second, which the other forms need not wait for  # a second to import, for plot= alone
 
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # after its backend is chosen
     from matplotlib.ticker import FuncFormatter
 
     edges = moments(regime, end)

@@ -19,7 +19,7 @@ from parallel.units import GIB
 
 
 def search_run(recipe: Recipe, world: int | None, overrides: Sequence[str], *, top: int, save: str | None) -> int:
-    """Search, print the best, write the winner; return 0, or raise what a user can mend.
+    """Search, print the best, write the winner; return 0, or raise what a user can fix.
 
     ``top``: rows of the table. ``save``: name of the winner among the recipes; None = a file of the current folder.
     """

@@ -143,7 +143,7 @@ class Schedule:
     def peak_microbatches(self) -> tuple[int, ...]:
         """Per rank, how many (stage, microbatch) pairs are live at most.
 
-        Live from its forward to the last of its gradients: a weight gradient still owed keeps its microbatch's
+        Live from its forward to the last of its gradients: a weight gradient still deferred keeps its microbatch's
         activations. Inside an overlapped action both of its microbatches are live.
         """
         return tuple(peak_live(steps) for steps in self.ranks)

@@ -13,13 +13,13 @@ from parallel.pipeline.actions import Action, Overlap, Step, backward, forward, 
 
 
 class _Counters:
-    """Hands out the next microbatch of each pass of each side, and remembers weight gradients owed."""
+    """Hands out the next microbatch of each pass of each side, and remembers weight gradients deferred."""
 
     def __init__(self, place: Callable[[int, int], tuple[int, int]]):
         self._place = place  # (side, number) -> (stage, microbatch)
         self._forwards = [0, 0]
         self._backwards = [0, 0]
-        self._owed: deque[tuple[int, int]] = deque()
+        self._deferred: deque[tuple[int, int]] = deque()
 
     def f(self, side: int) -> Action:
         """Return the next forward of a side."""
@@ -33,12 +33,12 @@ class _Counters:
         self._backwards[side] += 1
         if not split:
             return backward(*where)
-        self._owed.append(where)
+        self._deferred.append(where)
         return input_gradient(*where)
 
     def w(self) -> Action:
-        """Return the oldest weight gradient owed."""
-        return weight_gradient(*self._owed.popleft())
+        """Return the oldest weight gradient deferred."""
+        return weight_gradient(*self._deferred.popleft())
 
     def fb(self, side_f: int, side_b: int) -> Overlap:
         """Return the next forward of one side overlapped with the next backward of the other."""

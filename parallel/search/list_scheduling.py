@@ -54,7 +54,7 @@ class _Rank:
         self.steps: list[Step] = []
         self.forwards: dict[int, deque[int]] = {}  # ready, by stage
         self.gradients: dict[int, deque[int]] = {}
-        self.owed: deque[tuple[int, int]] = deque()
+        self.deferred: deque[tuple[int, int]] = deque()
         self.free_at = 0.0
 
     def choose(self, rule: Rule) -> Step | None:
@@ -68,9 +68,9 @@ class _Rank:
             return self._forward(f)
         if b:
             return self._backward(b, split=rule.split)
-        if self.owed:
+        if self.deferred:
             self._live -= 1
-            return weight_gradient(*self.owed.popleft())
+            return weight_gradient(*self.deferred.popleft())
         return None
 
     @staticmethod
@@ -85,7 +85,7 @@ class _Rank:
     def _backward(self, where: tuple[int, int], *, split: bool) -> Action:
         self.gradients[where[0]].popleft()
         if split:
-            self.owed.append(where)
+            self.deferred.append(where)
             return input_gradient(*where)
         self._live -= 1
         return backward(*where)
@@ -98,7 +98,7 @@ def list_schedule(name: str, placement: Placement, times: Times, rule: Rule, cap
         placement: where stages lie.
         times: of every stage; decides what is ready when.
         rule: what a free rank prefers.
-        cap: live (stage, microbatch) pairs a rank may hold, weight gradients owed included.
+        cap: live (stage, microbatch) pairs a rank may hold, weight gradients deferred included.
     """
     last, many = placement.stages - 1, placement.microbatches
     ranks = [_Rank(cap, placement.stages_of(number)) for number in range(placement.ranks)]
@@ -106,7 +106,7 @@ def list_schedule(name: str, placement: Placement, times: Times, rule: Rule, cap
         ranks[placement.rank_of(0, microbatch)].forwards.setdefault(0, deque()).append(microbatch)
     arrivals: list[tuple[float, int, int, str, int, int]] = []  # when, number, on which rank, F or B, stage, microbatch
     now, sent, left = 0.0, 0, 2 * many * placement.stages  # forwards and backwards still to do
-    while left or any(rank.owed for rank in ranks):
+    while left or any(rank.deferred for rank in ranks):
         for number, rank in enumerate(ranks):
             if rank.free_at > now or (step := rank.choose(rule)) is None:
                 continue

@@ -33,7 +33,7 @@ class Notes(SilentReporter):
 
 
 def run_here(overrides: list[str]) -> list[str]:
-    """Train on this rank; return the notes, or "refused: " and the message of what a user can mend."""
+    """Train on this rank; return the notes, or "refused: " and the message of what a user can fix."""
     torch.set_num_threads(1)
     recipe, notes = compose([*SMALL, *overrides]), Notes()
     try:

@@ -1,4 +1,4 @@
-"""Every mistake in a recipe is one line that names the field, the value and the mend."""
+"""Every mistake in a recipe is one line that names the field, the value and the fix."""
 
 import os
 import subprocess

@@ -12,7 +12,7 @@ INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 
 
 class Cluster:
-    """Starts, breaks and mends the nodes."""
+    """Starts, breaks and repairs the nodes."""
 
     def __call__(self, *words):
         done = subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, timeout=120)

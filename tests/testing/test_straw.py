@@ -47,7 +47,7 @@ LAYER = {
 }  # fmt: skip
 EMULATION = {  # what the torch backend does besides: FP8 of experts is emulated without TE
     "to device, not waited for: parallel/device.py to_device": (2, "where experts' rows end"),
-    "item: dsv3_megatron/precision/kept.py columns": (4, "rows are padded to tiles"),
+    "item: dsv3_megatron/precision/saved.py columns": (4, "rows are padded to tiles"),
 }  # fmt: skip
 BACKENDS = {
     # FP8 weights cannot be held there; everything else is the recipe's. Saves beside training, and at the end.
@@ -55,7 +55,7 @@ BACKENDS = {
               "AdamW of this package over torch's"),
     "te": (("backend=te",), LAYER, "Transformer Engine's fused AdamW"),
 }  # fmt: skip
-IN_FORWARD = {"item: dsv3_megatron/precision/kept.py columns": 2}  # of LAYER's, where it is not all
+IN_FORWARD = {"item: dsv3_megatron/precision/saved.py columns": 2}  # of LAYER's, where it is not all
 
 
 def run_ranks_of_straw(tmp_path, kinds, *words):

@@ -147,7 +147,7 @@ def _open_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
 def _unpacker(path: Path) -> object:
     if path.suffix.lower() == ".gz":
         return zlib.decompressobj(wbits=31)
-    import zstandard
+    import zstandard  # for compressed input alone
 
     return zstandard.ZstdDecompressor().decompressobj()
 
@@ -205,7 +205,7 @@ def _text_of_row(row: object, field: str) -> str:
 
 
 def _table_blocks(path: Path) -> Iterator[Block]:
-    import pyarrow.parquet
+    import pyarrow.parquet  # for Parquet input alone
 
     try:
         groups = pyarrow.parquet.ParquetFile(path).num_row_groups
@@ -219,7 +219,7 @@ def _table_blocks(path: Path) -> Iterator[Block]:
 def _texts_of_table(block: Block, field: str) -> tuple[list[str], list[Bad]]:
     if block.first < 0:
         return [], []
-    import pyarrow.parquet
+    import pyarrow.parquet  # for Parquet input alone
 
     try:
         table = pyarrow.parquet.ParquetFile(block.path)

@@ -97,6 +97,7 @@ class _Preparation:
         self.done = 0
 
     def run(self) -> Any:
+        # megatron-core takes seconds to import: a mistake in the arguments is found before.
         from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, read_manifest
 
         self.state = self._begin()
@@ -132,6 +133,7 @@ class _Preparation:
 
     def _begin(self) -> _State:
         """Return where an earlier run stood, or a new beginning."""
+        # megatron-core takes seconds to import: a mistake in the arguments is found before.
         from dsv3_megatron.data.source.shards import MANIFEST, Source, read_manifest
 
         fingerprint = self._fingerprint()
@@ -183,7 +185,7 @@ class _Preparation:
             if sum(s.bad for s in self.state.sources) > self.options.max_bad:
                 raise DataError(
                     f"more than max_bad = {self.options.max_bad} documents could not be read, such as "
-                    f"{self.state.bad_examples[0]}; mend the input, or raise max_bad"
+                    f"{self.state.bad_examples[0]}; fix the input, or raise max_bad"
                 )
         self._commit(number + 1)
 
@@ -248,6 +250,7 @@ class _Preparation:
             source.text_bytes += int(result.text_bytes[number])
 
     def _writer(self, index: int, split: str) -> Any:
+        # megatron-core takes seconds to import: a mistake in the arguments is found before.
         from dsv3_megatron.data.source.shards import ShardWriter
 
         if split not in self.writers:

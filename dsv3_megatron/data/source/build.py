@@ -48,7 +48,7 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
             raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
         return Data(Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1), 32, None)
     if settings.source == "stdlib":
-        from dsv3_megatron.data.source import stdlib
+        from dsv3_megatron.data.source import stdlib  # each source imports what it needs: shards megatron-core
 
         tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
         return _windows(tokenizer, train, held_out, settings, seed)
@@ -69,7 +69,7 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
 
 
 def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
-    from dsv3_megatron.data.source.blend import Blend
+    from dsv3_megatron.data.source.blend import Blend  # shards need megatron-core, seconds to import
     from dsv3_megatron.data.source.fim import Middle
     from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
     from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest

@@ -26,8 +26,8 @@ from dsv3_megatron.model.layers.context import to_heads, to_pieces
 class CoreAttention(MegatronModule):
     """torch's fused attention behind the interface megatron-core expects.
 
-    Takes MLA's unequal widths (Q 192, V 128 in DeepSeek-V3), context parallelism (by heads, model/context.py) and
-    packed documents.
+    Takes MLA's unequal widths (Q 192, V 128 in DeepSeek-V3), context parallelism (by heads, model/layers/context.py)
+    and packed documents.
     """
 
     output_cache: Literal["high", "once", "e5m6"] = (

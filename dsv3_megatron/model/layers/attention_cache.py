@@ -2,8 +2,8 @@
 
 The paper keeps this one activation in E5M6, finer than FP8, because the attention's own backward reads it too
 (arXiv 2412.19437 section 3.3.3); here it may also stay as it is. Fused attention saves its output inside autograd; the
-copy it saves is exchanged here. Under context parallelism the two see it divided differently (model/context.py), and
-one copy serves both all the same: what is kept is sent around again in backward.
+copy it saves is exchanged here. Under context parallelism the two see it divided differently (model/layers/context.py),
+and one copy serves both all the same: what is kept is sent around again in backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3_megatron.precision.e5m6 import quantise_e5m6
-from dsv3_megatron.precision.kept import offer
+from dsv3_megatron.precision.saved import attach_saved
 
 
 class _Saved:
@@ -118,4 +118,4 @@ class OutputCache:
             if saved.tensor.data_ptr() == out.data_ptr() and saved.tensor.shape == out.shape:
                 saved.exchange(output)
         self._saved.clear()
-        return flat if self._kind == "high" else offer(flat, cache)
+        return flat if self._kind == "high" else attach_saved(flat, cache)

@@ -139,9 +139,9 @@ class GroupedLinear(torch.nn.Module):
         return self.products.forward(x, self.weight, ends)[0], None
 
     def backward_dw(self) -> None:
-        """Compute the oldest weight gradient owed, if there is one."""
+        """Compute the oldest weight gradient deferred, if there is one."""
         if self.weight_gradients:
-            self.weight_gradients.pay_one()
+            self.weight_gradients.run_oldest()
 
     def sharded_weight(self, key: str, sharded_offsets: tuple) -> ShardedTensor | ShardedTensorFactory:
         """Return the weight as this rank's box of the global [all experts, O, I]."""

@@ -21,27 +21,27 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear as MegatronRo
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from dsv3_megatron.precision.kept import Kept, kept_of
 from dsv3_megatron.precision.products import HIGH_PRECISION, Products
+from dsv3_megatron.precision.saved import SavedOperand, saved_of
 from dsv3_megatron.precision.weight_gradients import accumulate
 
 
 class WeightGradients:
-    """The weight gradients a module still owes: a queue, oldest microbatch first."""
+    """The weight gradients a module has not computed yet: a queue, oldest microbatch first."""
 
     def __init__(self) -> None:
-        self._owed: deque[tuple[Tensor, Callable[[Tensor], None]]] = deque()
+        self._deferred: deque[tuple[Tensor, Callable[[Tensor], None]]] = deque()
 
     def __len__(self) -> int:
-        return len(self._owed)
+        return len(self._deferred)
 
-    def owe(self, weight: Tensor, add: Callable[[Tensor], None]) -> None:
+    def defer(self, weight: Tensor, add: Callable[[Tensor], None]) -> None:
         """Queue a weight gradient; ``add`` adds it to a float32 tensor of the weight's shape."""
-        self._owed.append((weight, add))
+        self._deferred.append((weight, add))
 
-    def pay_one(self) -> None:
+    def run_oldest(self) -> None:
         """Compute the oldest gradient and add it where the optimizer looks."""
-        accumulate(*self._owed.popleft())
+        accumulate(*self._deferred.popleft())
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Wiring:
     expert, where W is a stack of experts.
     """
 
-    owed: WeightGradients
+    weight_gradients: WeightGradients
     later: bool
     training: bool
     group: dist.ProcessGroup | None = None
@@ -74,7 +74,7 @@ class SeparableProduct(torch.autograd.Function):
         products: Products,
         wiring: Wiring,
         ends: Tensor | None,
-        kept: Kept | None,
+        kept: SavedOperand | None,
     ) -> Tensor:
         whole = _gather_sequence(x, wiring.group) if wiring.gather else x
         y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept, training=wiring.training)
@@ -91,10 +91,14 @@ class SeparableProduct(torch.autograd.Function):
         ctx.saved = None  # freed when the weight gradient is paid, not when the graph goes
         grad = grad.contiguous()  # grouped products refuse the zero strides of an expanded gradient
         grad_x, dy = products.input_gradient(grad, weight, ends)
-        x = products.owed(_gather_sequence(saved, wiring.group) if ctx.gathers_again else saved, ends)
-        wiring.owed.owe(weight, lambda total: products.add_weight_gradient(total, dy, x, ends, wiring.rows))
+        x = products.operand_for_weight_gradient(
+            _gather_sequence(saved, wiring.group) if ctx.gathers_again else saved, ends
+        )
+        wiring.weight_gradients.defer(
+            weight, lambda total: products.add_weight_gradient(total, dy, x, ends, wiring.rows)
+        )
         if not wiring.later:
-            wiring.owed.pay_one()
+            wiring.weight_gradients.run_oldest()
         if wiring.gather:
             share = grad_x.new_empty((grad_x.shape[0] // wiring.group.size(), *grad_x.shape[1:]))
             dist.reduce_scatter_tensor(share, grad_x.contiguous(), group=wiring.group)
@@ -105,8 +109,8 @@ class SeparableProduct(torch.autograd.Function):
 
 
 def separable_product(x: Tensor, weight: Tensor, products: Products, wiring: Wiring, ends: Tensor | None) -> Tensor:
-    """Return X W^T with a backward that can be split; uses what other modules keep of x (precision/kept.py)."""
-    return SeparableProduct.apply(x, weight, products, wiring, ends, kept_of(x))
+    """Return X W^T with a backward that can be split; uses what other modules keep of x (precision/saved.py)."""
+    return SeparableProduct.apply(x, weight, products, wiring, ends, saved_of(x))
 
 
 def _gather_sequence(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -133,9 +137,9 @@ class _Separable:
         return separable_product(input, weight, self.products, wiring, None)
 
     def backward_dw(self) -> None:
-        """Compute the oldest weight gradient owed, if there is one."""
+        """Compute the oldest weight gradient deferred, if there is one."""
         if getattr(self, "weight_gradients", None):
-            self.weight_gradients.pay_one()
+            self.weight_gradients.run_oldest()
 
 
 class ColumnParallelLinear(_Separable, MegatronColumnParallelLinear):
@@ -191,9 +195,9 @@ class DuplicatedLinear(torch.nn.Module):
         return separable_product(x, self.weight, self.products, wiring, None), None
 
     def backward_dw(self) -> None:
-        """Compute the oldest weight gradient owed, if there is one."""
+        """Compute the oldest weight gradient deferred, if there is one."""
         if self.weight_gradients:
-            self.weight_gradients.pay_one()
+            self.weight_gradients.run_oldest()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_megatron.precision.kept import kept_of, offer
+from dsv3_megatron.precision.saved import attach_saved, saved_of
 from dsv3_megatron.precision.tiles import Quantised, quantise
 
 _TILE = (1, 128)
@@ -35,9 +35,10 @@ class SwiGLU(torch.nn.Module):
         if not self.cache_in_fp8:
             return _FromInput.apply(gate_up, probs)
         with torch.no_grad():
-            # Detached: the cache outlives the backward where a weight gradient is owed, and would hold all its graph.
+            # Detached: the cache outlives the backward where a weight gradient is deferred, and would hold all its
+            # graph.
             cache = _Cache(quantise(gate_up, _TILE), None if probs is None else probs.detach(), gate_up.dtype)
-        return offer(_FromCache.apply(gate_up, probs, cache), cache)
+        return attach_saved(_FromCache.apply(gate_up, probs, cache), cache)
 
     def sharded_state_dict(self, *unused: object, **also_unused: object) -> dict[str, object]:
         """Return nothing: there are no parameters. megatron-core asks every part of a feed-forward block."""
@@ -56,7 +57,7 @@ def give_back(activated: Tensor, output: Tensor) -> None:
 
     For layers that keep ``activated`` itself for backward, and compute ``output`` from it.
     """
-    cache, storage = kept_of(activated), activated.untyped_storage()
+    cache, storage = saved_of(activated), activated.untyped_storage()
     assert cache is not None, "SwiGLU kept no cache"
     size = storage.nbytes()
 

@@ -112,7 +112,7 @@ def _whole_pass(fake: FakeStage, stage: int, *, planned: bool) -> dict[str, int]
         "held": max(0, first - base - kept),
         "peak_forward": peak_forward,
         "peak_backward": peak_backward,
-        "kept_owed": 0,
+        "kept_deferred": 0,
         "peak_weight_grad": 0,
     }
 
@@ -124,9 +124,9 @@ def _split_pass(fake: FakeStage, stage: int, kept: int) -> dict[str, int]:
     others = _settled(fake) - kept
     _backward(fake, stage, 1, "I")
     _forward(fake, stage, 4)
-    owed = _settled(fake) - kept - others
+    deferred = _settled(fake) - kept - others
     fake.runner.weight_gradient(Action("W", stage, 1))
-    return {"kept_owed": owed, "peak_weight_grad": fake.memory.peak_bytes - kept - others}
+    return {"kept_deferred": deferred, "peak_weight_grad": fake.memory.peak_bytes - kept - others}
 
 
 def _settled(fake: FakeStage) -> int:

@@ -19,7 +19,7 @@ def balanced_dispatch() -> Iterator[None]:
     assumes anyway. Three spots read numbers (megatron-core 0.16.1); each can go when a fake forward of a MoE layer
     passes without it.
     """
-    import numpy
+    import numpy  # the exact path alone needs these
     from megatron.core.transformer.moe import token_dispatcher as module
 
     dispatcher = module.MoEAlltoAllTokenDispatcher

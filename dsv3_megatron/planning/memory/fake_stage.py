@@ -61,7 +61,7 @@ def fake_stage(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: i
     The world is the smallest that has the layout's TP, CP and EP groups: what a rank computes does not depend on the
     rest. Parameters are those of a rank, exactly.
     """
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # after adapt_host
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
@@ -132,7 +132,7 @@ def _prepared(
 
 
 def _into_the_buffer(parameter: torch.nn.Parameter) -> None:
-    """Add a gradient to the buffer as soon as it exists, as data parallelism does in a run. None: it is still owed."""
+    """Add a gradient to the buffer as soon as it exists, as data parallelism does in a run. None: that is deferred."""
     if parameter.grad is not None:
         parameter.main_grad.add_(parameter.grad)
         parameter.grad = None
@@ -204,10 +204,10 @@ class _KernelProducts(Fp8Products):
         with self._memory.as_one_kernel():
             return super().input_gradient(*operands)
 
-    def owed(self, *operands: Any) -> Any:
+    def operand_for_weight_gradient(self, *operands: Any) -> Any:
         """Return what is kept of X from the backward on."""
         with self._memory.as_one_kernel():
-            return super().owed(*operands)
+            return super().operand_for_weight_gradient(*operands)
 
     def add_weight_gradient(self, *operands: Any) -> None:
         """Add dW to the buffer."""

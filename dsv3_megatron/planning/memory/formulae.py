@@ -15,7 +15,7 @@ from parallel.pipeline.actions import Schedule
 
 
 def estimate_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:
-    """Return what every stage holds (planning.activations.measure_stages measures it)."""
+    """Return what every stage holds (planning.memory.activations.measure_stages measures it)."""
     kinds = {step.kind for steps in schedule.ranks for step in steps}
     parts = Parts(recipe, layout, planned="FB" in kinds, splits=bool(kinds & {"FB", "I", "W"}))
     return [_stage(parts, layers, stage) for stage in range(len(layers))]
@@ -26,7 +26,7 @@ def _stage(parts: Parts, layers: tuple[int, ...], stage: int) -> StageMemory:
     before, inner, after = _parts_of_stage(parts, layers, stage)
     everything = [before, *inner, after]
     kept = sum(part.kept for part in everything)
-    owed = sum(part.owed for part in everything) if parts.splits else 0.0
+    deferred = sum(part.deferred for part in everything) if parts.splits else 0.0
     backward = _overlapped(parts, before, inner, after) if parts.planned else _backward(everything, splits=parts.splits)
     return StageMemory(
         parameters=parameters,
@@ -34,10 +34,10 @@ def _stage(parts: Parts, layers: tuple[int, ...], stage: int) -> StageMemory:
         fp8_parameters=in_fp8,
         kept=round(kept),
         held=0,
-        kept_owed=round(owed),
+        kept_deferred=round(deferred),
         peak_forward=round(_forward(everything)),
         peak_backward=round(backward),
-        peak_weight_grad=round(owed) if parts.splits else 0,
+        peak_weight_grad=round(deferred) if parts.splits else 0,
         message=round(parts.message),
     )
 
@@ -59,7 +59,7 @@ def _joined(first: Part, second: Part) -> Part:
     """Return two parts as one."""
     return Part(
         kept=first.kept + second.kept,
-        owed=first.owed + second.owed,
+        deferred=first.deferred + second.deferred,
         gradients=first.gradients + second.gradients,
         forward=second.forward,
         backward=max(first.backward - second.kept, second.backward),
@@ -80,7 +80,7 @@ def _backward(parts: list[Part], *, splits: bool) -> float:
     level = peak = sum(part.kept for part in parts)
     for part in reversed(parts):
         peak = max(peak, level + part.backward)
-        level += (part.owed if splits else 0.0) - part.kept
+        level += (part.deferred if splits else 0.0) - part.kept
     return max(peak, level)
 
 

@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         kept: from its forward to its backward.
-        owed: X and dY of its layers, from its backward to its weight gradients.
+        deferred: X and dY of its layers, from its backward to its weight gradients.
         gradients: the dY among them.
         forward: besides what it keeps, inside a forward.
         backward: besides what it kept, inside a backward.
@@ -31,7 +31,7 @@ class Part:
     """
 
     kept: float = 0.0
-    owed: float = 0.0
+    deferred: float = 0.0
     gradients: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
@@ -97,10 +97,10 @@ class Parts:
         backward += 2 * message if "norm" in self.recompute else 0
         backward += out if "attention" in self.recompute else 0
         backward = max(backward, out + message)
-        owed = inputs * self.linear + self._output(heads) + gradients
-        if self.planned and not self.fp8:  # a plan lets go of what its nodes handed on with what they owe
-            owed += 2 * message
-        return Part(kept, owed, gradients, forward, backward)
+        deferred = inputs * self.linear + self._output(heads) + gradients
+        if self.planned and not self.fp8:  # a plan lets go of what its nodes handed on with what they defer
+            deferred += 2 * message
+        return Part(kept, deferred, gradients, forward, backward)
 
     def _output(self, heads: float) -> float:
         """Return what attention and the layer after it keep of the output, and attention of its rows' sums."""
@@ -132,10 +132,10 @@ class Parts:
         comes_again = "norm" in self.recompute and self.layout.tp == 1
         kept = inner + (x if (self.fp8 and not comes_again) or self.gathers else 0)
         gradients = (2 * numbers + g * d) * self.linear
-        owed = x + gradients + (inner if self.cached else numbers * self.linear)
+        deferred = x + gradients + (inner if self.cached else numbers * self.linear)
         forward = numbers * (3 if self.cached else 1) * self.size
         backward = 2 * numbers * (self.size + self.copied) + 2 * self.message
-        part = Part(kept, owed, gradients, forward, backward)
+        part = Part(kept, deferred, gradients, forward, backward)
         return self._again(part) if recomputed else part
 
     def _experts(self) -> Part:
@@ -150,16 +150,16 @@ class Parts:
         kept = r * d * self.linear + inner + activated - made_again + shared.kept
         kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
         gradients = (r * d + 2 * r * width) * self.linear
-        owed = r * d * self.linear + (inner if self.cached else activated) + gradients + shared.owed
+        deferred = r * d * self.linear + (inner if self.cached else activated) + gradients + shared.deferred
         if self.planned and not self.fp8:
-            owed += rows
-        if self.planned:  # on both sides of the exchange and of the products; SwiGLU's input is let go or owed
+            deferred += rows
+        if self.planned:  # on both sides of the exchange and of the products; SwiGLU's input is let go or deferred
             beside = gradients + made_again - (0.0 if self.cached else inner)
             backward = 4 * rows + beside + 2 * self.message + self._normed_again()
         else:
             products = rows + 2 * r * width * (self.size + self.copied)  # dX and dY of the first layer
             backward = max(self._sorting(rows, gradients), products + self._normed_again())
-        part = Part(kept, owed, gradients, self._exchanged(rows), backward, rows)
+        part = Part(kept, deferred, gradients, self._exchanged(rows), backward, rows)
         return self._again(part) if "moe" in self.recompute else part
 
     @property
@@ -176,7 +176,7 @@ class Parts:
         return copies * rows + normed - (self.message if self.planned else 0)
 
     def _sorting(self, rows: float, gradients: float) -> float:
-        """Return what a backward holds of the rows' gradients: received, sorted into zeros, beside dY still owed."""
+        """Return what a backward holds of the rows' gradients: received, sorted into zeros, beside deferred dY."""
         copies = 3 if self._exchanges else 2
         return copies * rows + self._normed_again() + (gradients if self.splits else 0)
 
@@ -198,7 +198,7 @@ class Parts:
         peak = max(forward, *(part.backward for part in parts))
         return Part(
             kept=self.message if whole_layer else 0.0,
-            owed=sum(part.owed for part in parts) + with_x,
+            deferred=sum(part.deferred for part in parts) + with_x,
             gradients=sum(part.gradients for part in parts),
             forward=forward + unkept + (2 * self.message if whole_layer else 0.0),
             backward=inside + peak + 2 * self.message,
@@ -216,17 +216,17 @@ class Parts:
 
     def received(self) -> Part:
         """The message that a later stage begins with."""
-        # In high precision every X owed is a tensor of the graph, at whose end are input and gradient.
+        # In high precision every X deferred is a tensor of the graph, at whose end are input and gradient.
         held = not self.planned and not self.fp8
-        return Part(self.message, owed=2 * self.message if held else 0.0)
+        return Part(self.message, deferred=2 * self.message if held else 0.0)
 
     def joint(self) -> Part:
         """What precedes the layer of an MTP module: lookup, two norms, projection of both to one, gathered over TP."""
         x, gathered = 2 * self.g * self.d * self.linear, self.g * self.d * self.size
-        owed = x + self.t * self.d * self.linear
+        deferred = x + self.t * self.d * self.linear
         # Run again as a whole, the module keeps lookup and hidden states, and its layer nothing.
         kept = self.message if "full" in self.recompute else x + 2 * self.message + gathered
-        return Part(kept, owed, owed - x, backward=self.embedding().backward)
+        return Part(kept, deferred, deferred - x, backward=self.embedding().backward)
 
     def heads(self, predictions: int) -> Part:
         """Final norm, output head and loss of all predictions, which keep float32 probabilities and normed states."""

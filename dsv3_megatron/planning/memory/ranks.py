@@ -142,8 +142,8 @@ def fullest_moment(
 ) -> tuple[int, Step | None]:
     """Return the most bytes of activations at once on a rank, and during which action.
 
-    Between passes a microbatch holds ``kept`` (after its forward) or ``kept_owed`` (while its weight gradient is
-    owed); inside a pass it peaks. ``sends_stay``: what was sent
+    Between passes a microbatch holds ``kept`` (after its forward) or ``kept_deferred`` (while its weight gradient is
+    deferred); inside a pass it peaks. ``sends_stay``: what was sent
     is let go only at the end of the step, as gloo tells that a send has left only when it is waited for.
     """
     place, last = schedule.placement, schedule.stages - 1
@@ -164,10 +164,10 @@ def fullest_moment(
                 after += stage.kept
             elif part.kind in "BI":
                 level += stage.peak_backward - stage.kept
-                after += (stage.kept_owed if part.kind == "I" else 0) - stage.kept + sent(part) * stage.message
+                after += (stage.kept_deferred if part.kind == "I" else 0) - stage.kept + sent(part) * stage.message
             else:
-                level += stage.peak_weight_grad - stage.kept_owed
-                after -= stage.kept_owed
+                level += stage.peak_weight_grad - stage.kept_deferred
+                after -= stage.kept_deferred
         if level > peak:
             peak, at = level, step
         now = after

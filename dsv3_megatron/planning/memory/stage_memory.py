@@ -11,10 +11,10 @@ from dsv3_megatron.model.settings import ModelSettings
 class StageMemory:
     """Bytes of one stage on one rank. All but the parameter counts are above the level without this microbatch.
 
-    ``kept`` lives from the forward to the last gradient; ``kept_owed`` from an input gradient to its weight gradient;
-    ``held`` is there once, whatever the number of microbatches. The peaks are the most that is alive inside a pass,
-    what is kept included; ``peak_backward`` is that of a backward overlapped with a forward, less what the forward
-    keeps, where the schedule overlaps.
+    ``kept`` lives from the forward to the last gradient; ``kept_deferred`` from an input gradient to its weight
+    gradient; ``held`` is there once, whatever the number of microbatches. The peaks are the most that is alive inside a
+    pass, what is kept included; ``peak_backward`` is that of a backward overlapped with a forward, less what the
+    forward keeps, where the schedule overlaps.
     """
 
     parameters: int
@@ -22,7 +22,7 @@ class StageMemory:
     fp8_parameters: int
     kept: int
     held: int
-    kept_owed: int
+    kept_deferred: int
     peak_forward: int
     peak_backward: int
     peak_weight_grad: int

@@ -11,7 +11,7 @@ from dsv3_megatron.model.layers.dispatch import Fp8AllToAllDispatcher, _AllToAll
 from dsv3_megatron.model.layers.swiglu import SwiGLU, swiglu
 from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.precision.e5m6 import quantise_e5m6
-from dsv3_megatron.precision.kept import kept_of
+from dsv3_megatron.precision.saved import saved_of
 from dsv3_megatron.precision.tiles import quantise_dequantise
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.run import processes
@@ -61,11 +61,11 @@ def test_the_linear_after_swiglu_is_offered_the_cache():
     gate_up = torch.randn(5, 2 * 64, requires_grad=True)
     out = cached()(gate_up)
     torch.testing.assert_close(
-        kept_of(out).dequantise(), swiglu(quantise_dequantise(gate_up.detach(), (1, 128))), rtol=1e-6, atol=1e-6
+        saved_of(out).dequantise(), swiglu(quantise_dequantise(gate_up.detach(), (1, 128))), rtol=1e-6, atol=1e-6
     )
-    assert kept_of(SwiGLU()(gate_up)) is None
+    assert saved_of(SwiGLU()(gate_up)) is None
     with torch.no_grad():
-        assert kept_of(cached()(gate_up)) is None
+        assert saved_of(cached()(gate_up)) is None
 
 
 class Config:
@@ -80,7 +80,7 @@ def test_one_copy_in_high_precision_changes_no_gradient():
     attention.output_cache = "once"
     out, found = gradients(attention, query, key, value)
     assert torch.equal(out, plain) and all(torch.equal(a, b) for a, b in zip(found, exact))
-    kept = kept_of(attention(query.clone().requires_grad_(), key, value))
+    kept = saved_of(attention(query.clone().requires_grad_(), key, value))
     assert torch.equal(kept.dequantise(), plain)
 
 
@@ -97,7 +97,7 @@ def test_attention_backward_reads_the_e5m6_copy_of_its_output(widths):
     errors = [((mine - theirs).norm() / theirs.norm()).item() for mine, theirs in zip(found, exact)]
     assert 1e-6 < max(errors) < 0.02, errors  # the copy was read, and it is six mantissa bits fine
     leaf = query.clone().requires_grad_()
-    kept = kept_of(attention(leaf, key, value))
+    kept = saved_of(attention(leaf, key, value))
     assert torch.equal(kept.dequantise(), quantise_e5m6(plain).dequantise())
 
 

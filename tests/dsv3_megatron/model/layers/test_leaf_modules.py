@@ -72,16 +72,18 @@ def test_delayed_weight_gradients_equal_ordinary_ones(one_process):
         module.config.delay_wgrad_compute = delayed
         losses = module(tokens[:, :-1], torch.arange(32).expand(2, -1), None, labels=tokens[:, 1:])
         losses.sum().backward()
-        owed = [m for m in module.modules() if hasattr(m, "backward_dw") and len(getattr(m, "weight_gradients", ()))]
+        deferred = [
+            m for m in module.modules() if hasattr(m, "backward_dw") and len(getattr(m, "weight_gradients", ()))
+        ]
         before = sum(p.grad is None for p in module.parameters())
-        while any(len(m.weight_gradients) for m in owed):
-            for m in owed:
+        while any(len(m.weight_gradients) for m in deferred):
+            for m in deferred:
                 m.backward_dw()
-        return {n: p.grad for n, p in module.named_parameters()}, len(owed), before
+        return {n: p.grad for n, p in module.named_parameters()}, len(deferred), before
 
-    plain, none_owed, _ = gradients(False)
-    split, owed, missing = gradients(True)
-    assert none_owed == 0 and owed > 20 and missing == owed
+    plain, none_deferred, _ = gradients(False)
+    split, deferred, missing = gradients(True)
+    assert none_deferred == 0 and deferred > 20 and missing == deferred
     for name, gradient in plain.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 

@@ -16,7 +16,7 @@ SHORT = (
     "cluster.nodes=16",
 )
 RECOMPUTE = ("parallel.recompute=[norm,mla_up,moe_act]",)
-BETWEEN = ("kept", "kept_owed")
+BETWEEN = ("kept", "kept_deferred")
 PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
 
 

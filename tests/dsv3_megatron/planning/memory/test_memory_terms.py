@@ -16,8 +16,8 @@ from parallel.schedules import make_schedule
 from testing.lanes import examples
 
 
-def _stage(kept=100, owed=0, forward=130, backward=170, weight=0, message=1):
-    return StageMemory(0, 0, 0, kept, 0, owed, forward, backward, weight, message)
+def _stage(kept=100, deferred=0, forward=130, backward=170, weight=0, message=1):
+    return StageMemory(0, 0, 0, kept, 0, deferred, forward, backward, weight, message)
 
 
 def test_1f1b_is_fullest_with_one_microbatch_a_later_stage_and_one_in_backward():
@@ -30,8 +30,8 @@ def test_1f1b_is_fullest_with_one_microbatch_a_later_stage_and_one_in_backward()
 
 def test_weight_gradients_owed_hold_what_they_need_until_they_are_paid():
     schedule = make_schedule("zb1p", 2, 4)
-    plain = fullest_moment(schedule, 0, [_stage(owed=0)] * 2)[0]
-    owing = fullest_moment(schedule, 0, [_stage(owed=300, weight=310)] * 2)[0]
+    plain = fullest_moment(schedule, 0, [_stage(deferred=0)] * 2)[0]
+    owing = fullest_moment(schedule, 0, [_stage(deferred=300, weight=310)] * 2)[0]
     assert owing > plain
 
 

@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 
 
-class Kept(Protocol):
+class SavedOperand(Protocol):
     """Something that gives X [T, I] back, float32, when the weight gradient is due."""
 
     def dequantise(self) -> Tensor:
         """Return X, float32."""
 
 
-def offer(x: Tensor, kept: Kept) -> Tensor:
+def attach_saved(x: Tensor, saved: SavedOperand) -> Tensor:
     """Mark x as something another module keeps for backward already; return x.
 
-    The linear layer that takes x as its input then keeps ``kept``, not a copy of its own: a SwiGLU's cached input
+    The linear layer that takes x as its input then keeps ``saved``, not a copy of its own: a SwiGLU's cached input
     from which x is computed again, the attention output's cache. The mark goes with the Python object: an operation
     in between drops it, and the layer keeps its own copy.
     """
-    x.kept = kept
+    x.saved = saved
     return x
 
 
-def kept_of(x: Tensor) -> Kept | None:
-    """Return what was offered for x."""
-    return getattr(x, "kept", None)
+def saved_of(x: Tensor) -> SavedOperand | None:
+    """Return what was attached for x."""
+    return getattr(x, "saved", None)
 
 
 def columns(x: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor | None]:
