@@ -9,7 +9,7 @@ Legend: B microbatch, S sequence on this rank, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsv3_megatron.model.depth_masks import KEY, DepthMasks
 from dsv3_megatron.precision.products import Fp8Products
-from parallel.pipeline.actions import Action, Schedule
+from parallel.pipeline.actions import Action
 from parallel.pipeline.engine import Task
 
 Batch = dict[str, Tensor]
@@ -76,10 +76,12 @@ class ModelStages:
         self.last_stage_microbatches = 0
         self.mtp_depth_decay = 1.0  # set by the trainer: a phase
 
-    def begin(self, schedule: Schedule, batches: list[Batch], *, training: bool) -> None:
-        """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on."""
-        kinds = {step.kind for steps in schedule.ranks for step in steps}
-        self._planned, self._splits = "FB" in kinds, self._always_splits or bool(kinds & {"FB", "I", "W"})
+    def begin(self, kinds: Set[str], batches: list[Batch], *, training: bool) -> None:
+        """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on.
+
+        ``kinds``: of the schedule's actions, on all ranks (``Schedule.kinds``): they say how passes are run.
+        """
+        self._planned, self._splits = "FB" in kinds, self._always_splits or not kinds.isdisjoint({"FB", "I", "W"})
         self._batches, self._training = batches, training
         Fp8Products.step += 1  # weights may have changed since the last one
         self._reduced.clear()
@@ -163,7 +165,9 @@ class ModelStages:
         live = self._live.pop((action.stage, action.microbatch))
         torch.autograd.backward(live.output, self._gradient(task))
         if live.activation is not None:
-            task.emit(live.activation.grad)
+            gradient = live.activation.grad
+            assert gradient is not None, "the stage reads its input"
+            task.emit(gradient)
         if self._splits and action.kind == "B":
             self.weight_gradient(action)
 

@@ -56,7 +56,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
 
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
-    adapt_host(device.type)
+    adapt_host("cuda" if device.type == "cuda" else "cpu")
     backend = choose_backend(recipe.backend, device)
     if recipe.data.isolate_documents and backend.name != "torch":
         raise RecipeError(
@@ -156,7 +156,7 @@ def _join_embeddings(
     each holds a copy, and the two gradients are added.
     """
     first, last = chunks.get(0), chunks.get(placement.stages - 1)
-    if placement.stages == 1 or not (first or last):
+    if placement.stages == 1:
         return False, None
     if first and last:
         if last.mtp_process:
@@ -164,7 +164,7 @@ def _join_embeddings(
             object.__setattr__(last, "embedding", first.embedding)  # used there, not registered as a part of it
         return last.mtp_process, None
     end = first or last
-    if end.config.mtp_num_layers is None:
+    if end is None or end.config.mtp_num_layers is None:
         return False, None
     weight = end.embedding.word_embeddings.weight
     weight.shared_embedding = True  # a bucket of its own: both copies are sharded alike

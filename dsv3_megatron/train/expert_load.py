@@ -27,7 +27,9 @@ def routers(parts: Parts) -> dict[int, SequenceBalancedRouter]:
     for stage, chunk in parts.chunks.items():
         for name, module in chunk.named_modules():
             if isinstance(module, SequenceBalancedRouter):
-                kind, number = _LAYER.search(name).groups()
+                match = _LAYER.search(name)
+                assert match is not None, f"{name} is a router outside the layers"
+                kind, number = match.groups()
                 before = model.num_moe_layers if kind == "mtp" else parts.first_layer(stage)
                 found[before + int(number) - (0 if kind == "mtp" else model.first_k_dense_replace)] = module
     return found
@@ -65,8 +67,8 @@ def gather_loads(parts: Parts, loads: dict[int, Tensor]) -> np.ndarray | None:
         table[number, :-1] = load
         table[number, -1:] = 1  # so many ranks hold this layer; a slice is filled, one number is copied from the host
     dist.all_reduce(table)
-    table = table.cpu().numpy()
-    return table[:, :-1] / table[:, -1:] if layers and (table[:, -1] > 0).all() else None
+    found = table.cpu().numpy()
+    return found[:, :-1] / found[:, -1:] if layers and (found[:, -1] > 0).all() else None
 
 
 @torch.no_grad()

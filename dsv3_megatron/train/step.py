@@ -84,7 +84,7 @@ def run_pipeline(parts: Parts, batches: list[Batch], *, training: bool) -> tuple
     batches = [with_depth_masks({k: to_device(x, parts.device) for k, x in b.items()}, depths) for b in batches]
     batches = [slice_for_context(b, parts) for b in batches]
     schedule, engine = parts.engine(len(batches), training=training)
-    parts.stages.begin(schedule, batches, training=training)
+    parts.stages.begin(schedule.kinds, batches, training=training)
     engine.run()
     return parts.stages.loss, engine.waited_seconds
 
@@ -147,7 +147,7 @@ def train_step(
 def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
     """Return the next-token loss of batches (this data-parallel rank's), in nats per token over all ranks."""
     amaxes = parts.extra_states.get(te_amaxes.NAME)
-    with _without_mtp(parts), amaxes.untouched() if amaxes else nullcontext():
+    with _without_mtp(parts), amaxes.untouched() if isinstance(amaxes, te_amaxes.TeAmaxes) else nullcontext():
         total, _ = run_pipeline(parts, batches, training=False)
     return _mean_loss(parts, total)
 
@@ -170,7 +170,7 @@ def _without_mtp(parts: Parts) -> Iterator[None]:
 
 def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
     """Return the tokens of the whole step that count, [] float64: every pipeline rank reads the same batches."""
-    tokens = to_device(sum(batch["loss_mask"].double().sum() for batch in batches), parts.device)
+    tokens = to_device(torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum(), parts.device)
     coordinates = parts.layout.coordinates(dist.get_rank())
     # Every DP rank counts once, at tensor, context and pipeline rank 0.
     counts = coordinates["tp"] == coordinates["cp"] == coordinates["pp"] == 0

@@ -140,6 +140,11 @@ class Schedule:
         return self.placement.stages
 
     @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of its actions, on all ranks."""
+        return frozenset(step.kind for steps in self.ranks for step in steps)
+
+    @cached_property
     def peak_microbatches(self) -> tuple[int, ...]:
         """Per rank, how many (stage, microbatch) pairs are live at most.
 

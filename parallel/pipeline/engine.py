@@ -73,7 +73,7 @@ class Engine:
         schedule: Schedule,
         group: dist.ProcessGroup,
         stages: Stages,
-        watchdog: Watchdog | None = None,
+        watchdog: Watchdog | NoWatchdog | None = None,
         device: torch.device = _CPU,
     ):
         """Take the schedule's list of this rank in ``group`` (the pipeline group: rank r there runs list r).
@@ -212,11 +212,16 @@ class _Channel:
         group = self._engine.group
         for message in messages:
             if message.source == self._engine.rank:
+                assert made is not None, "a message is posted once it is made (posting.Cursor)"
                 tensor = made.contiguous()
-                self._sending.append((dist.isend(tensor, self._peer, group=group), tensor))
+                work = dist.isend(tensor, self._peer, group=group)
+                assert work is not None  # torch has none for a rank outside the group
+                self._sending.append((work, tensor))
             else:
                 tensor = self._engine.empty_message()
-                self._received[message.key] = (dist.irecv(tensor, self._peer, group=group), tensor)
+                work = dist.irecv(tensor, self._peer, group=group)
+                assert work is not None
+                self._received[message.key] = (work, tensor)
 
     def finish(self) -> None:
         """Wait until everything sent has left."""

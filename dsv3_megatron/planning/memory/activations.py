@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
@@ -50,17 +50,15 @@ def measure_stage(
             measured |= _split_pass(fake, stage, measured["kept"])
         parameters = sum(p.numel() for p in fake.module.parameters())
         experts = sum(p.numel() for name, p in fake.module.named_parameters() if is_routed_expert(name))
-        in_fp8 = sum(
-            m.weight.numel() for m in fake.module.modules() if isinstance(getattr(m, "products", None), Fp8Products)
-        )
+        in_fp8_layers = [m for m in fake.module.modules() if isinstance(getattr(m, "products", None), Fp8Products)]
+        in_fp8 = sum(layer.get_parameter("weight").numel() for layer in in_fp8_layers)
         return StageMemory(parameters, experts, in_fp8, message=fake.message_bytes, **measured)
 
 
 def _begin(fake: FakeStage, *, planned: bool, splits: bool) -> None:
-    kinds = ["FB"] if planned else ["I", "W"] if splits else ["F", "B"]
-    steps = SimpleNamespace(ranks=[[SimpleNamespace(kind=kind) for kind in kinds]])
+    kinds = {"FB"} if planned else {"I", "W"} if splits else {"F", "B"}
     step, Fp8Products.step = Fp8Products.step, Fp8Products.step
-    fake.runner.begin(steps, [fake.batch] * _MICROBATCHES, training=True)
+    fake.runner.begin(kinds, [fake.batch] * _MICROBATCHES, training=True)
     Fp8Products.step = step  # weights have not changed: what is cached stays
 
 
@@ -76,7 +74,7 @@ def _forward(fake: FakeStage, stage: int, microbatch: int = 0, *, training: bool
         fake.module(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
 
-def _backward(fake: FakeStage, stage: int, microbatch: int, kind: str) -> None:
+def _backward(fake: FakeStage, stage: int, microbatch: int, kind: Literal["B", "I"]) -> None:
     gradient = None if fake.is_last else fake.runner.empty_message()
     fake.runner.backward(Task(Action(kind, stage, microbatch), gradient, _drop))
 
