@@ -52,19 +52,18 @@ def stage_seconds(words: tuple[str, ...], steps: int, device: str = "cuda") -> d
     step = work.ours((*words, "parallel.schedule=zb1p"), device)
     found: dict[str, list[float]] = {"F": [], "I": [], "W": []}
 
-    def clocked(run: Callable, kind: Callable[[tuple], str]) -> Callable:
-        def call(*arguments: Any) -> None:
+    def clocked(run: Callable, kind: str) -> Callable:
+        def call(given: Any) -> None:
             torch.cuda.synchronize()
             start = time.perf_counter()
-            run(*arguments)
+            run(given)
             torch.cuda.synchronize()
-            found[kind(arguments)].append(time.perf_counter() - start)
+            found[kind].append(time.perf_counter() - start)
 
         return call
 
-    stages = step.stages
-    stages.run = clocked(stages.run, lambda given: "F" if given[0] is not None else given[3].kind)
-    stages.weight_gradient = clocked(stages.weight_gradient, lambda given: "W")
+    for name, kind in (("forward", "F"), ("backward", "I"), ("weight_gradient", "W")):  # zb1p has no whole backward
+        setattr(step.stages, name, clocked(getattr(step.stages, name), kind))
     for _ in range(steps):
         step()
     kept = {kind: statistics.median(times[len(times) // 3 :]) for kind, times in found.items()}

@@ -108,10 +108,8 @@ def main(given: PlanArguments, overrides: list[str]) -> int:
 
 def plan_of(recipe: Recipe, given: PlanArguments) -> Plan:
     """Return the plan that was asked for."""
-
     world = world_of(recipe, given.world)
     check_layout(recipe, world)
-
     return make_plan(
         recipe,
         world,
@@ -123,7 +121,6 @@ def plan_of(recipe: Recipe, given: PlanArguments) -> Plan:
 
 def show_plan(plan: Plan, given: PlanArguments) -> int:
     """Print a plan and write its files; return 0, or 3 when it does not fit."""
-
     if given.assume:
         print("assume=overlap: planned as if every backward of the steady phase ran beside a forward")
     print("\n".join(text_of(plan, advise=given.advice)))

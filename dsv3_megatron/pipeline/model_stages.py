@@ -78,9 +78,7 @@ class ModelStages:
 
     def begin(self, kinds: Set[str], batches: list[Batch], *, training: bool) -> None:
         """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on.
-
-        ``kinds``: of the schedule's actions, on all ranks (``Schedule.kinds``): they say how passes are run.
-        """
+        ``kinds``, of the schedule's actions on all ranks (``Schedule.kinds``), say how passes are run."""
         self._planned, self._splits = "FB" in kinds, self._always_splits or not kinds.isdisjoint({"FB", "I", "W"})
         self._batches, self._training = batches, training
         Fp8Products.step += 1  # weights may have changed since the last one
@@ -165,9 +163,8 @@ class ModelStages:
         live = self._live.pop((action.stage, action.microbatch))
         torch.autograd.backward(live.output, self._gradient(task))
         if live.activation is not None:
-            gradient = live.activation.grad
-            assert gradient is not None, "the stage reads its input"
-            task.emit(gradient)
+            assert live.activation.grad is not None, "the stage reads its input"
+            task.emit(live.activation.grad)
         if self._splits and action.kind == "B":
             self.weight_gradient(action)
 
@@ -209,8 +206,7 @@ class ModelStages:
         return plan
 
     def _emit_output(self, task: Task, output: Tensor, vp_stage: None = None) -> None:
-        """Hand a forward's output on; megatron-core's plan calls this, with ``vp_stage``, while other work is under
-        way."""
+        """Hand a forward's output on. megatron-core's plan calls this while other work is under way."""
         if task.action.stage < self._last:
             task.emit(output.detach())
 
@@ -239,9 +235,8 @@ class ModelStages:
     def _gradient(self, task: Task) -> Tensor:
         """Return the gradient of a stage's output. On the last stage it is that of the summed loss: gradients are
         divided by the step's tokens once, at its end."""
-        if task.received is not None:
-            return task.received
-        return self._batches[task.action.microbatch]["loss_mask"].float()
+        mask = self._batches[task.action.microbatch]["loss_mask"]
+        return mask.float() if task.received is None else task.received
 
 
 def _separable_leaves(chunk: GPTModel) -> Iterator[torch.nn.Module]:

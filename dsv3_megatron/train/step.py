@@ -98,7 +98,8 @@ def train_step(
     """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches.
 
     ``may_update``: asked with the step's loss and gradient norm, the same on all ranks, before anything is changed;
-    where it says no, weights, moments and router biases stay as they are.
+    where it says no, weights, moments and router biases stay as they are. An average of the weights (``parts.ema``) is
+    the caller's to wait for there, and to update afterwards (callbacks/average.py).
     """
     for config in parts.configs:
         config.mtp_loss_scaling_factor = values.mtp_weight

@@ -84,9 +84,9 @@ class Engine:
         self.steps = schedule.ranks[self.rank]
         self.waited_seconds = 0.0
         self._placement, self._last = schedule.placement, schedule.stages - 1
-        self._stages, self._watchdog, self._device = stages, watchdog or NoWatchdog(), device
+        self.stages, self._watchdog, self._device = stages, watchdog or NoWatchdog(), device
         self._queues = Transfers.of(schedule).queues[self.rank]
-        self._group = group
+        self.group = group
         self._reduce_after = reductions(schedule, self.rank)
         self._to_connect = connection_order(schedule.placement)[self.rank]
         self._channels: dict[int, _Channel] = {}
@@ -104,7 +104,7 @@ class Engine:
             self._watchdog.begin(position, len(self.steps), step)
             self._execute(step)
             for stage in self._reduce_after.get(position, ()):
-                self._stages.start_reduction(stage)
+                self.stages.start_reduction(stage)
             self._watchdog.launched()
         for peer, channel in self._channels.items():
             self._watchdog.waits(f"last messages to pipeline rank {peer} to leave")
@@ -121,21 +121,21 @@ class Engine:
         number = torch.zeros(1, device=self._device)
         for peer in self._to_connect:
             self._watchdog.enter(f"connecting with pipeline rank {peer}")
-            other = dist.get_global_rank(self._group, peer)
+            other = dist.get_global_rank(self.group, peer)
             for exchange in (dist.send, dist.recv) if self.rank < peer else (dist.recv, dist.send):
-                exchange(number, other, group=self._group)
+                exchange(number, other, group=self.group)
         self._to_connect = ()
 
     def _execute(self, step: Step) -> None:
         match step.kind:
             case "F":
-                self._stages.forward(self._task(step))
+                self.stages.forward(self._task(step))
             case "B" | "I":
-                self._stages.backward(self._task(step))
+                self.stages.backward(self._task(step))
             case "FB":
-                self._stages.forward_backward(self._task(step.forward), self._task(step.backward))
+                self.stages.forward_backward(self._task(step.forward), self._task(step.backward))
             case "W":
-                self._stages.weight_gradient(step)
+                self.stages.weight_gradient(step)
 
     def _task(self, action: Action) -> Task:
         """Return what a stage needs for a pass, as soon as it is here."""
@@ -170,15 +170,6 @@ class Engine:
             self._here[key] = tensor
         else:
             self._channels[target].put(key, tensor)
-
-    def empty_message(self) -> Tensor:
-        """Return a tensor to receive into."""
-        return self._stages.empty_message()
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The pipeline group."""
-        return self._group
 
 
 class _Channel:
@@ -218,7 +209,7 @@ class _Channel:
                 assert work is not None  # torch has none for a rank outside the group
                 self._sending.append((work, tensor))
             else:
-                tensor = self._engine.empty_message()
+                tensor = self._engine.stages.empty_message()
                 work = dist.irecv(tensor, self._peer, group=group)
                 assert work is not None
                 self._received[message.key] = (work, tensor)
