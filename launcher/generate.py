@@ -58,17 +58,17 @@ def main(given: GenerateArguments) -> int:
                 f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"
             )
         prompt = [int(t) for t in tokenizer.encode(given.prompt)]
-        told = Speculation()
+        counts = Speculation()
         if given.speculate:
-            go_on = partial(speculate_tokens, told=told)
+            go_on = partial(speculate_tokens, counts=counts)
         else:
             go_on = partial(continue_tokens, temperature=given.temperature, seed=given.seed, top_p=given.top_p)
         window = recipe.data.sequence_length
         made = list(go_on(model.parts, prompt, count=given.tokens, window=window, end=tokenizer.end))
         print(tokenizer.decode([*prompt, *made]))
         if given.speculate:
-            rate = f"{told.accepted}/{told.drafted} drafts accepted"
-            print(f"{len(made)} tokens in {told.passes} passes of the model, {rate}", file=sys.stderr)
+            rate = f"{counts.accepted}/{counts.drafted} drafts accepted"
+            print(f"{len(made)} tokens in {counts.passes} passes of the model, {rate}", file=sys.stderr)
     return 0
 
 

@@ -115,9 +115,9 @@ def plan(job: Job) -> None:
             f"{show_bytes(limit)}; `launcher/plan.py` with the same keys tells what would help, "
             "cluster.memory=0 submits without asking"
         )
-    told = f"fits by formulae: at most {show_bytes(most.total_bytes)} of {show_bytes(limit)}"
-    told += f"; {made.step.seconds:.1f} s a step as planned" if made.step else ""
-    print(told, file=sys.stderr)
+    verdict = f"fits by formulae: at most {show_bytes(most.total_bytes)} of {show_bytes(limit)}"
+    verdict += f"; {made.step.seconds:.1f} s a step as planned" if made.step else ""
+    print(verdict, file=sys.stderr)
 
 
 def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:

@@ -77,8 +77,8 @@ class _Task(threading.Thread):
         try:
             self.result = self._work()
         except BaseException as error:
-            told = str(error).strip().splitlines() or [""]
-            self.failure = f"{type(error).__name__}: {told[0]}"
+            lines = str(error).strip().splitlines() or [""]
+            self.failure = f"{type(error).__name__}: {lines[0]}"
 
 
 @dataclass

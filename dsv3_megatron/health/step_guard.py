@@ -77,6 +77,6 @@ def nonfinite_gradients(parameters: dict[str, torch.nn.Parameter], most: int = 3
 
 def stop_agreed(wanted: bool, device: torch.device, flags: Sequence[int] = ()) -> list[int]:
     """Return whether any rank was asked to stop (1 or 0), then each of ``flags``: the largest over all ranks."""
-    told = torch.tensor([int(wanted), *flags], device=device)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return told.tolist()
+    agreed = torch.tensor([int(wanted), *flags], device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return agreed.tolist()

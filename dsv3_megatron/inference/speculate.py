@@ -57,9 +57,9 @@ def likeliest(module: GPTModel, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def speculate_tokens(
-    parts: Parts, prompt: list[int], *, count: int, window: int, end: int | None, told: Speculation
+    parts: Parts, prompt: list[int], *, count: int, window: int, end: int | None, counts: Speculation
 ) -> Iterator[int]:
-    """Yield the greedy continuation, as ``continue_tokens`` at temperature 0 does; counts what it did in ``told``.
+    """Yield the greedy continuation, as ``continue_tokens`` at temperature 0 does; counts what it did in ``counts``.
 
     Once the text is longer than ``window`` its oldest tokens are dropped one by one, and no two tokens are predicted
     from the same context: from there on nothing is drafted.
@@ -72,12 +72,12 @@ def speculate_tokens(
         context = (tokens + drafts)[-window:] if not drafts else tokens + drafts
         ids = torch.tensor([context], device=parts.device)
         states = main_states(module, ids)
-        told.passes += 1
+        counts.passes += 1
         choices = likeliest(module, states[-1 - len(drafts) :])[0].tolist()
         accepted = 0
         while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
             accepted += 1
-        told.drafted, told.accepted = told.drafted + len(drafts), told.accepted + accepted
+        counts.drafted, counts.accepted = counts.drafted + len(drafts), counts.accepted + accepted
         for token in choices[: accepted + 1][:left]:
             tokens.append(token)
             left -= 1

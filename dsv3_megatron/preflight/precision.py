@@ -33,8 +33,8 @@ def check_precision(recipe: Recipe, backend: str, device: torch.device) -> list[
         return [f"FP8 of linear layers is {how}; formats: launcher/plan.py show=precision"]
     _check_delayed_layout(fp8, recipe.parallel)
     check_shapes(recipe)
-    told = transformer_engine.check_installed(fp8, device)
-    return [*([told] if told else []), *deviations(fp8)]
+    remark = transformer_engine.check_installed(fp8, device)
+    return [*([remark] if remark else []), *deviations(fp8)]
 
 
 def _check_delayed_layout(fp8: Fp8Settings, parallel: ParallelSettings) -> None:

@@ -43,10 +43,10 @@ def page(facts: RunFacts) -> str:
 def _numbers(facts: RunFacts) -> str:
     last = facts.last
     world = facts.environment.get("world", {})
-    told = {"state": "finished" if facts.finished else "running or stopped", "recipe": facts.recipe.recipe}
+    shown = {"state": "finished" if facts.finished else "running or stopped", "recipe": facts.recipe.recipe}
     if last:
         of = f" of {facts.recipe.run.steps}" if facts.recipe.run.steps else ""
-        told |= {
+        shown |= {
             "step": f"{last['step']}{of}",
             "tokens": f"{show_count(last['tokens'])} of {show_count(facts.budget_tokens)}",
             "loss": f"{last['lm_loss']:.4f}" if last["lm_loss"] is not None else "not a number",
@@ -55,14 +55,14 @@ def _numbers(facts: RunFacts) -> str:
             "skipped": str(last["skipped"]),
         }
     if facts.effective_time is not None:
-        told["effective time"] = f"{facts.effective_time:.0%}"
+        shown["effective time"] = f"{facts.effective_time:.0%}"
     if world.get("size"):
-        told["ranks"] = f"{world['size']:,}"
-    told["precision"] = facts.recipe.precision.name
+        shown["ranks"] = f"{world['size']:,}"
+    shown["precision"] = facts.recipe.precision.name
     commit = facts.environment.get("git_commit")
     if commit:
-        told["commit"] = commit[:9] + (" + changes" if facts.environment.get("git_changed") else "")
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in told.items())
+        shown["commit"] = commit[:9] + (" + changes" if facts.environment.get("git_changed") else "")
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items())
     return f"<dl>{items}</dl>"
 
 

@@ -43,8 +43,8 @@ def expert_load(facts: RunFacts) -> str:
     """Every expert's share of its layer's tokens, newest record."""
     if facts.loads is None:
         return heat_map([], "", "")
-    told = f'<p class="none">batch of step {facts.loads["step"]}; MTP modules are the last rows</p>'
-    return heat_map(facts.loads["loads"], "MoE layers", "experts") + told
+    note = f'<p class="none">batch of step {facts.loads["step"]}; MTP modules are the last rows</p>'
+    return heat_map(facts.loads["loads"], "MoE layers", "experts") + note
 
 
 def max_violation(facts: RunFacts) -> str:
@@ -119,11 +119,11 @@ def events(facts: RunFacts) -> str:
     rows = []
     for event in reversed(facts.events[-200:]):
         values = {k: v for k, v in event.items() if k not in ("event", "time", "step")}
-        told = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items() if v is not None)
+        details = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items() if v is not None)
         step = event.get("step", "")
         rows.append(
             f"<tr><td>{escape(str(event.get('time', ''))[:19].replace('T', ' '))}</td><td>{step}</td>"
-            f"<td>{escape(event['event'].replace('_', ' '))}</td><td>{escape(told)}</td></tr>"
+            f"<td>{escape(event['event'].replace('_', ' '))}</td><td>{escape(details)}</td></tr>"
         )
     if not rows:
         return '<p class="none">nothing but steps so far</p>'

@@ -15,8 +15,8 @@ from parallel.pipeline.actions import Action, Overlap, Step, backward, forward, 
 class _Counters:
     """Hands out the next microbatch of each pass of each side, and remembers weight gradients deferred."""
 
-    def __init__(self, place: Callable[[int, int], tuple[int, int]]):
-        self._place = place  # (side, number) -> (stage, microbatch)
+    def __init__(self, pass_of: Callable[[int, int], tuple[int, int]]):
+        self._pass_of = pass_of  # (side, number) -> (stage, microbatch)
         self._forwards = [0, 0]
         self._backwards = [0, 0]
         self._deferred: deque[tuple[int, int]] = deque()
@@ -25,11 +25,11 @@ class _Counters:
         """Return the next forward of a side."""
         number = self._forwards[side]
         self._forwards[side] += 1
-        return forward(*self._place(side, number))
+        return forward(*self._pass_of(side, number))
 
     def b(self, side: int, *, split: bool = False) -> Action:
         """Return the next backward of a side; ``split`` computes the input gradient and owes the other half."""
-        where = self._place(side, self._backwards[side])
+        where = self._pass_of(side, self._backwards[side])
         self._backwards[side] += 1
         if not split:
             return backward(*where)
@@ -45,17 +45,17 @@ class _Counters:
         return Overlap(self.f(side_f), self.b(side_b))
 
 
-def dual_actions(near: int, half: int, per_side: int, place: Callable[[int, int], tuple[int, int]]) -> Iterator[Step]:
+def dual_actions(near: int, half: int, per_side: int, pass_of: Callable[[int, int], tuple[int, int]]) -> Iterator[Step]:
     """Yield one rank's actions.
 
     Args:
         near: ranks between this one and its nearer end of the pipeline, 0 to half - 1.
         half: half the stages a microbatch passes (P/2 for DualPipe, P for DualPipeV).
         per_side: microbatches of each side.
-        place: (side, number of the microbatch on that side) -> (stage, microbatch).
+        pass_of: (side, number of the microbatch on that side) -> (stage, microbatch).
     Source: the DualPipe repository's published order; arXiv 2412.19437 section 3.2.1.
     """
-    do = _Counters(place)
+    do = _Counters(pass_of)
     inner = half - near - 1  # ranks between this one and the middle
     middle = inner == 0
     # 1: side 0 fills the pipeline

@@ -32,11 +32,11 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     def actions(rank: int) -> Iterator[Step]:
         far_half = rank >= half
 
-        def place(side: int, number: int) -> tuple[int, int]:
+        def pass_of(side: int, number: int) -> tuple[int, int]:
             direction = side ^ far_half  # side 0 of a rank in the far half entered at the last rank
             stage = ranks - 1 - rank if direction else rank
             return stage, number + direction * per_side
 
-        return dual_actions(min(rank, ranks - 1 - rank), half, per_side, place)
+        return dual_actions(min(rank, ranks - 1 - rank), half, per_side, pass_of)
 
     return Schedule.from_ranks("dualpipe", placement, actions)

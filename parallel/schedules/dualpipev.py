@@ -24,9 +24,9 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
     placement = Placement("v", ranks, 2 * ranks, microbatches)
 
     def actions(rank: int) -> Iterator[Step]:
-        def place(side: int, number: int) -> tuple[int, int]:
+        def pass_of(side: int, number: int) -> tuple[int, int]:
             return (2 * ranks - 1 - rank if side else rank), number
 
-        return dual_actions(rank, ranks, microbatches, place)
+        return dual_actions(rank, ranks, microbatches, pass_of)
 
     return Schedule.from_ranks("dualpipev", placement, actions)

@@ -1,7 +1,7 @@
 """A stage of the model at true size on fake tensors: the real modules, run by the real pipeline code, without memory.
 
 Fake tensors have shape, dtype and storage size, but no numbers. What needs numbers is answered for them: routing is
-balanced (host.balanced_dispatch), tests for NaN say no. On a GPU three leaf functions are told to keep what its fused
+balanced (balanced_dispatch.py), tests for NaN say no. On a GPU three leaf functions are told to keep what its fused
 kernels keep: attention its operands, output and one number a row (FlashAttention), norms their input, SwiGLU its input.
 """
 

@@ -56,22 +56,22 @@ def test_the_states_are_the_ones_the_logits_come_from(model):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_speculation_gives_the_greedy_text_in_fewer_passes(model, prompt):
-    parts, told = model[1].parts, Speculation()
+    parts, counts = model[1].parts, Speculation()
     options = {"count": 24, "window": 32, "end": None}
     greedy = list(continue_tokens(parts, prompt, temperature=0, seed=0, **options))
-    assert list(speculate_tokens(parts, prompt, told=told, **options)) == greedy
-    assert told.passes == len(greedy) - told.accepted
-    assert told.passes < len(greedy) and 0 < told.accepted <= told.drafted
+    assert list(speculate_tokens(parts, prompt, counts=counts, **options)) == greedy
+    assert counts.passes == len(greedy) - counts.accepted
+    assert counts.passes < len(greedy) and 0 < counts.accepted <= counts.drafted
 
 
 def test_beyond_the_window_and_at_the_end_token_the_text_stays_the_greedy_one(model):
     parts = model[1].parts
     for options in ({"count": 20, "window": 12, "end": None}, {"count": 20, "window": 32, "end": 9}):
         greedy = list(continue_tokens(parts, [3, 4, 5, 6], temperature=0, seed=0, **options))
-        assert list(speculate_tokens(parts, [3, 4, 5, 6], told=Speculation(), **options)) == greedy
-        told = Speculation()
-        one = list(speculate_tokens(parts, [3, 4, 5, 6], told=told, count=1, window=32, end=None))
-        assert one == greedy[:1] and told.passes == 1 and told.drafted == 0
+        assert list(speculate_tokens(parts, [3, 4, 5, 6], counts=Speculation(), **options)) == greedy
+        counts = Speculation()
+        one = list(speculate_tokens(parts, [3, 4, 5, 6], counts=counts, count=1, window=32, end=None))
+        assert one == greedy[:1] and counts.passes == 1 and counts.drafted == 0
 
 
 def test_acceptance_is_what_a_slow_count_says(model):
