@@ -21,11 +21,15 @@ def mark_done(file: Path, source: object, facts: dict[str, Any]) -> dict[str, An
 
 
 def facts_if_done(file: Path, source: object) -> dict[str, Any] | None:
-    """Return the facts of a file that is whole and was made of ``source``; None where it must be made."""
+    """Return the facts of a file that is whole and was made of ``source``; None where it must be made.
+
+    A mark that is torn, or of an earlier version's form, vouches for nothing.
+    """
     mark = read_json(_mark(file))
-    if not mark or mark.get("source") != source or not file.is_file():
+    facts = mark.get("facts")
+    if mark.get("source") != source or not isinstance(facts, dict) or not file.is_file():
         return None
-    return mark["facts"] if mark["facts"]["xxh3"] == checksum(file) else None
+    return facts if facts.get("xxh3") == checksum(file) else None
 
 
 def forget_marks(folder: Path) -> None:
