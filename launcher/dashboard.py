@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dsv3_megatron.metrics.names import NAMES
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
-from launcher.command_line.recipe_files import IS_CHECKOUT, PACKAGE, ROOT
+from launcher.command_line.recipe_files import DATA
 from parallel.errors import PackageError, RecipeError
 
-SHIPPED = (ROOT if IS_CHECKOUT else PACKAGE) / "dashboards" / "training.yaml"
+SHIPPED = DATA / "dashboards" / "training.yaml"
 
 
 class DashboardArguments(Arguments):

@@ -80,7 +80,7 @@ def tell_sample(given: DemoArguments) -> None:
 
 def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
     """Write loss.svg into the run directory: main and MTP loss by tokens, and MaxVio below."""
-    import matplotlib  # half a second, which a refused run need not wait for  # a second to import
+    import matplotlib  # half a second, which a refused run need not wait for
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt  # after its backend is chosen

@@ -85,11 +85,12 @@ def opening_sentence(path: Path) -> str:
 
 def _sections() -> Iterator[str]:
     yield "## Keys\n"
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _section(name, field.annotation, f"{name}.")
+    outermost = [key for key in keys_of(Recipe) if "." not in key.name]
+    for key in outermost:
+        if key.section is not None:
+            yield from _section(key.name, key.section, f"{key.name}.")
     yield f"### outside of the sections\n\n{_TABLE}"
-    yield from (_row(key) for key in keys_of(Recipe) if "." not in key.name and not key.is_section)
+    yield from (_row(key) for key in outermost if not key.is_section)
     yield ""
     for model in items_of(Recipe):
         yield from _section(f"each {model.__name__.lower()} of a list", model, "")

@@ -64,6 +64,11 @@ class Found:
     extra: tuple[str, ...] = ()
     optimizer: bool = True  # whether it holds the state of a run, or (imported) weights alone
 
+    @classmethod
+    def of(cls, path: Path, content: dict[str, Any]) -> Found:
+        """Return the checkpoint at ``path``, of whose manifest this is the content."""
+        return cls(path, content["progress"], tuple(content["extra"]), content["optimizer"])
+
     @property
     def recipe(self) -> Path:
         """The resolved recipe it was trained with."""
@@ -91,7 +96,7 @@ def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
             return None, wrong
         damage = [failure] if failure else _damage(path, content["files"])
         if not damage:
-            return Found(path, content["progress"], tuple(content["extra"]), content["optimizer"]), wrong
+            return Found.of(path, content), wrong
         wrong.append(damage[0])
         number += 1
 

@@ -24,7 +24,7 @@ NAME = "te_amaxes"
 
 
 class TeAmaxes:
-    """Scales and amax histories of this rank's stages (checkpoint.state.ExtraState)."""
+    """Scales and amax histories of this rank's stages (pipeline.parts.ExtraState)."""
 
     def __init__(
         self, chunks: dict[int, torch.nn.Module], first_layers: dict[int, int], groups: ProcessGroupCollection

@@ -61,8 +61,7 @@ def trained_model(
         data = replace(data, tokenizer=Tokenizer.load(own))
     with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)
-        content = read_content(path)
-        found = Found(path, content["progress"], tuple(content["extra"]), content["optimizer"])
+        found = Found.of(path, read_content(path))
         extra = tuple(name for name in found.extra if name == te_amaxes.NAME and name in parts.extra_states)
         if weights == "ema" and (parts.ema is None or "ema" not in found.extra):
             raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")

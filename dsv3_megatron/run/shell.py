@@ -14,9 +14,10 @@ def program(name: str) -> str:
     found = shutil.which(name)
     if found and Path(found).parent.resolve() == folder.resolve():
         return name
-    return _short(Path(sys.executable) if name == "python" else folder / name)
+    return typed_path(Path(sys.executable) if name == "python" else folder / name)
 
 
-def _short(path: Path) -> str:
+def typed_path(path: Path) -> str:
+    """Return how a path is typed in the current directory: short where it lies below, quoted where it must be."""
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TypeVar
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.help import command_help
 from launcher.command_line.recipe_files import GROUPS
-from launcher.command_line.schema import Key, keys_of, unknown_key
+from launcher.command_line.schema import Key, keys_of, nearest, unknown_key
 from parallel.errors import RecipeError
 
 HELP = {"--help", "-h"}
@@ -71,10 +70,9 @@ def split_words(model: type[BaseModel], words: Sequence[str]) -> tuple[list[str]
         if name in keys or _is_flag(word, keys):
             own.append(word)
             continue
-        if name not in GROUPS and not word.startswith("-") and unknown_key(Recipe, name.lstrip("+~").split(".")):
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-            if near:
-                raise RecipeError(f"{name} is not a key of this command or of a recipe; did you mean {near[0]}?")
+        is_override = name in GROUPS or word.startswith("-") or not unknown_key(Recipe, name.lstrip("+~").split("."))
+        if not is_override and (near := nearest(name, list(keys), cutoff=0.75)):
+            raise RecipeError(f"{name} is not a key of this command or of a recipe; {near.rstrip()}")
         others.append(word)
     return own, others
 
@@ -93,8 +91,7 @@ def parse_arguments(model: type[T], words: Sequence[str]) -> T:
         if not equals:
             raise RecipeError(f"{word!r} is not key=value; keys are: {', '.join(keys)}")
         if name not in keys:
-            near = difflib.get_close_matches(name, keys, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"keys are: {', '.join(keys)}"
+            hint = nearest(name, list(keys)).rstrip() or f"keys are: {', '.join(keys)}"
             raise RecipeError(f"{name} is not a key of this command; {hint}")
         if name in values:
             raise RecipeError(f"{name} is given twice; leave one of the two out")

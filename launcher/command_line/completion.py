@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv3_megatron.recipe import Recipe
-from launcher.command_line.recipe_files import GROUPS, options
+from launcher.command_line.recipe_files import GROUPS, options, own_folders
 from launcher.command_line.schema import keys_of
 from launcher.command_line.typed import COMMANDS
 
@@ -26,7 +26,8 @@ complete -F _dsv3 dsv3
 def bash_completion() -> str:
     """Return what ``eval`` makes bash complete ``dsv3`` with; files of ./recipes as they are now."""
     keys = [f"{key.name}=" for key in keys_of(Recipe) if not key.is_section]
-    groups = [f'    {group}) words="{" ".join(options(group))}" ;;' for group in GROUPS]
+    folders = own_folders()
+    groups = [f'    {group}) words="{" ".join(options(group, folders))}" ;;' for group in GROUPS]
     names = [f"{group}=" for group in GROUPS]
     return _SCRIPT.format(
         keys=" ".join(dict.fromkeys([*names, *keys])), commands=" ".join(COMMANDS), groups="\n".join(groups)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from dsv3_megatron.recipe import Recipe
-from launcher.command_line.recipe_files import GROUPS, options
+from launcher.command_line.recipe_files import GROUPS, options, own_folders
 from launcher.command_line.schema import Key, first_sentence, items_of, keys_of
 from launcher.command_line.typed import as_typed
 
@@ -25,8 +25,9 @@ def command_help(description: str, model: type[BaseModel] | None = None, *, with
     if model is not None:
         lines += ["", "Keys", *map(_line, keys_of(model))]
     if with_recipe:
+        folders = own_folders()
         lines += ["", "Groups of a recipe (choose one of each: group=option)"]
-        lines += [f"  {group:<10} {', '.join(options(group))}" for group in GROUPS]
+        lines += [f"  {group:<10} {', '.join(options(group, folders))}" for group in GROUPS]
         lines += ["", "Keys of a recipe (set any: key=value)", *_recipe_lines(), "", _FLAGS]
     return "\n".join(lines)
 

@@ -10,7 +10,8 @@ from parallel.errors import RecipeError
 PACKAGE = Path(__file__).resolve().parent.parent  # launcher/
 ROOT = PACKAGE.parent  # of a checkout; else the folder that packages are installed into
 IS_CHECKOUT = not (PACKAGE / "recipes").is_dir()
-RECIPES = (ROOT if IS_CHECKOUT else PACKAGE) / "recipes"
+DATA = ROOT if IS_CHECKOUT else PACKAGE  # where recipes/ and dashboards/ lie
+RECIPES = DATA / "recipes"
 GROUPS = ("recipe", "model", "parallel", "precision", "optim", "data", "cluster", "logging")
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import Path
 
-from dsv3_megatron.run.shell import program
+from dsv3_megatron.run.shell import program, typed_path
 from launcher.command_line.recipe_files import IS_CHECKOUT, ROOT
 
 COMMANDS = {  # dsv3 NAME -> the script of launcher/
@@ -29,8 +27,7 @@ _SCRIPT = re.compile(r"(?:python |torchrun (--nproc-per-node \w+ ))?(?:launcher/
 
 def script(name: str) -> str:
     """Return how a script of the repository (``launcher/plan.py``) is named from the current directory."""
-    path, here = ROOT / name, Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+    return typed_path(ROOT / name)
 
 
 def command(name: str, *, ranks: int | None = None) -> str:

@@ -58,6 +58,12 @@ def steps(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def events(directory: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's events.jsonl, all or those of one name."""
+    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if name is None or line["event"] == name]
+
+
 def copy_of(directory: Path, place: Path, keep_steps: int) -> Path:
     """Copy a run as it was after some steps to ``place``; return that."""
     shutil.copytree(directory, place)

@@ -1,6 +1,5 @@
 """Kills at random moments; the long form is ``make chaos``."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from testing.chaos import torment
 from testing.ports import free_port
 from testing.training.checkpoints import assert_same_tensors
 from testing.training.tiny import SMALL
+from testing.training.whole_runs import events, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,10 +49,8 @@ def test_chaos_under_torchrun_which_starts_the_ranks_again(tmp_path):
     ranks[-1].send_signal(signal.SIGKILL)
     _, stderr = running.communicate(timeout=240)
     assert running.returncode == 0, stderr.decode()[-3000:]
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events].count("resumed") == 1
+    assert [line["step"] for line in steps(tmp_path / "run")] == list(range(1, 13))
+    assert len(events(tmp_path / "run", "resumed")) == 1
 
     calm = [*torchrun, "--master-port", str(free_port()), "launcher/pretrain.py", *words]
     calm += [f"run.directory={tmp_path / 'calm'}"]

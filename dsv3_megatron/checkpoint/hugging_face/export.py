@@ -28,7 +28,7 @@ from dsv3_megatron.precision.weights import quantise_weight
 from dsv3_megatron.run.files import write_json
 from parallel.errors import CheckpointError
 
-EMA = "ema."  # begins the keys of the average of the weights (optim.ema)
+EMA = "ema."  # begins the keys of the average of the weights (train/ema.py)
 INDEX = "model.safetensors.index.json"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 

@@ -21,8 +21,7 @@ _MICROBATCHES = 5
 
 def measure_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:
     """Return what every stage holds under the schedule; stages with the same layers are measured once."""
-    kinds = {step.kind for steps in schedule.ranks for step in steps}
-    planned, splits = "FB" in kinds, bool(kinds & {"I", "W"})
+    planned, splits = "FB" in schedule.kinds, bool(schedule.kinds & {"I", "W"})
     known: dict[tuple[bool, object], StageMemory] = {}
     found = []
     for stage in range(len(layers)):

@@ -16,8 +16,7 @@ from parallel.pipeline.actions import Schedule
 
 def estimate_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:
     """Return what every stage holds (planning.memory.activations.measure_stages measures it)."""
-    kinds = {step.kind for steps in schedule.ranks for step in steps}
-    parts = Parts(recipe, layout, planned="FB" in kinds, splits=bool(kinds & {"FB", "I", "W"}))
+    parts = Parts(recipe, layout, planned="FB" in schedule.kinds, splits=bool(schedule.kinds & {"FB", "I", "W"}))
     return [_stage(parts, layers, stage) for stage in range(len(layers))]
 
 

@@ -19,8 +19,7 @@ def paired(schedule: Schedule) -> Schedule:
     their order.
     Source: megatron-core's combined 1F1B (``overlap_moe_expert_parallel_comm``), which adds that forward too.
     """
-    kinds = {step.kind for steps in schedule.ranks for step in steps}
-    if kinds - {"F", "B"}:
+    if schedule.kinds - {"F", "B"}:
         return schedule
     return Schedule(schedule.name, schedule.placement, tuple(tuple(_paired(steps)) for steps in schedule.ranks))
 

@@ -23,6 +23,7 @@ from testing.lanes import InLanes
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
 from testing.training.tiny import SMALL
+from testing.training.whole_runs import events
 
 SIX = ("run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
 
@@ -115,11 +116,6 @@ def run_case(case):
         disk_free(None)
     counter = built[-1].extra_states.get("counter") if built else None
     return notes.texts, counter and (counter.values.tolist(), counter.began)
-
-
-def events(directory, name):
-    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == name]
 
 
 @pytest.fixture(scope="module")

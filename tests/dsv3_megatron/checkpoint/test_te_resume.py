@@ -1,7 +1,5 @@
 """A run on the te backend that is stopped and resumed is, bit for bit, the run that was not stopped."""
 
-import json
-
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from testing.lanes import InLanes, names_in_lanes
 from testing.ranks import TE, run_ranks
 from testing.training.on_te import FP8, WORDS, forget_fp8_state
 from testing.training.tiny import SMALL, small_recipe
+from testing.training.whole_runs import steps
 
 HELD = "precision.fp8.hold_weights=true"
 TENSOR = tuple(f"precision.fp8.{role}_tile=tensor" for role in ("activation", "weight", "gradient"))
@@ -47,8 +46,7 @@ def run(overrides):
 
 def measured(directory):
     """Return what every step measured that has no time in it; a step done twice counts as it was done last."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["lm_loss"], line["grad_norm"]) for line in lines}
+    return {line["step"]: (line["lm_loss"], line["grad_norm"]) for line in steps(directory)}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Steps that are not taken, going back, slow ranks, hangs and signals: real runs of several processes."""
 
-import json
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from testing.lanes import InLanes, examples, names_in_lanes
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
 from testing.training.tiny import SMALL
+from testing.training.whole_runs import events, steps
 
 BASE = ("parallel.expert=2", "run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
 
@@ -80,15 +80,6 @@ def run_case(case):
         trainer_module.train_step, run_module.build_parts = original, build
 
 
-def metrics(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(directory, name):
-    lines = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == name]
-
-
 CASES = {
     "plain": {},
     "nan": {"faults": {3: "nan"}},
@@ -123,7 +114,7 @@ def runs(tmp_path_factory):
 def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(runs, kind):
     directory, *refusals = runs[kind]
     assert refusals == [None, None]
-    lines, plain = metrics(directory), metrics(runs["plain"][0])
+    lines, plain = steps(directory), steps(runs["plain"][0])
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert lines[2]["grad_norm"] is None and lines[2]["lm_loss"] == plain[2]["lm_loss"]
     assert lines[3]["lm_loss"] != plain[3]["lm_loss"] and lines[3]["tokens"] == plain[3]["tokens"]
@@ -138,7 +129,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(runs, kind):
 def test_a_finite_spike_is_skipped_and_the_run_goes_on(runs, kind, what):
     directory, *refusals = runs[kind]
     assert refusals == [None, None]
-    lines, plain = metrics(directory), metrics(runs["plain"][0])
+    lines, plain = steps(directory), steps(runs["plain"][0])
     assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 1]
     assert lines[3]["lm_loss"] == plain[3]["lm_loss"], "nothing else differs"
     (event,) = events(directory, "skipped")
@@ -160,17 +151,17 @@ def test_a_rollback_goes_back_to_the_checkpoint_and_past_the_data(runs):
     assert refusals == [None, None]
     (event,) = events(directory, "rolled_back")
     assert (event["step"], event["to_step"], event["samples"]) == (4, 2, 4 * 8)
-    lines = metrics(directory)
+    lines = steps(directory)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6], "the steps done again are there once"
     # Step 3 now reads what the undisturbed run reads in step 5, with the weights of step 2.
-    assert lines[2]["lm_loss"] != metrics(runs["plain"][0])[2]["lm_loss"]
+    assert lines[2]["lm_loss"] != steps(runs["plain"][0])[2]["lm_loss"]
     assert lines[-1]["skipped"] == 0 and (directory / "finished").exists()
 
 
 def test_a_slow_rank_is_named(runs):
     directory, *_ = runs["slow"]
-    assert {line["slowest_rank"] for line in metrics(directory)[1:]} == {1}
-    assert min(line["slowest_ratio"] for line in metrics(directory)[1:]) > 1.3
+    assert {line["slowest_rank"] for line in steps(directory)[1:]} == {1}
+    assert min(line["slowest_ratio"] for line in steps(directory)[1:]) > 1.3
     found = events(directory, "straggler")
     assert found and all(event["rank"] == 1 and event["host"] for event in found)
 
@@ -179,7 +170,7 @@ def test_a_slow_rank_is_named(runs):
 def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_later(runs, name):
     directory, *refusals = runs[name]
     assert refusals == [None, None], "left without an error: exit code 0"
-    assert metrics(directory)[-1]["step"] == 3 and not (directory / "finished").exists()
+    assert steps(directory)[-1]["step"] == 3 and not (directory / "finished").exists()
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000003\n"
     case = {"overrides": (), "directory": directory}
     assert run_ranks(2, run_case, [case]) == [[None, None]]
