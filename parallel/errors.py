@@ -12,6 +12,18 @@ class UserError(Exception):
         return f"{self.kind}: {text}"
 
 
+class RankFault(Exception):
+    """What failed on some ranks and not on all: their host's fault, not the recipe's, and a new start may go well.
+
+    The message is one line that names rank and host. No UserError: it leaves with 1, and a batch job starts again.
+    """
+
+    kind = "fault"
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {' '.join(super().__str__().split())}"
+
+
 class RecipeError(UserError):
     """A recipe holds an unknown key, a value out of range, or values that contradict each other."""
 

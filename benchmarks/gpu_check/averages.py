@@ -48,7 +48,7 @@ def verdict(norms: list[float], without: list[float], apart: float) -> Outcome:
 def _weights(parts: Any) -> dict[str, Any]:
     """Return copies of the parameters in float32, under the names that the average has for them."""
     return {
-        f"stage{stage}.{name}": parameter.detach().float().cpu().clone()
+        f"stage{stage}.{name}": parameter.detach().float().cpu().flatten().clone()
         for stage, chunk in parts.chunks.items()
         for name, parameter in chunk.named_parameters()
     }

@@ -1,30 +1,40 @@
 """Which checkpoint: the one that a command means, the one that a run resumes from, and whether its files are whole.
 
-A command asks alone; the ranks of a run ask together, and each checks its share of the files.
+A command asks alone, and reads the files that it needs before it trusts them. The ranks of a run ask together: each
+checks that its share of the files is there, and what they load is compared with its checksums as it is read; a
+checkpoint that turns out damaged is left for the next older one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.manifest import (
     RECIPE,
+    DamageError,
     checkpoints,
     folder_name,
+    needed,
     newest_valid,
     problems,
     read_content,
     read_manifest,
+    size_problems,
 )
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, RankFault
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,11 @@ class Chosen:
     wrong: tuple[str, ...] = ()
 
 
-def choose_checkpoint(run: str | Path, step: int | None) -> Chosen:
-    """Return the newest valid checkpoint of a run directory, or the one of ``step``.
+def choose_checkpoint(run: str | Path, step: int | None, holding: Collection[str]) -> Chosen:
+    """Return the newest checkpoint of a run directory that is valid, or the one of ``step``.
 
+    Args:
+        holding: what will be read (``manifest.WEIGHTS``, names of extra states): no other files are.
     Raises: CheckpointError: there is none, or the one named is damaged; the one named is never replaced by another.
     """
     folder = RunDirectory(run).checkpoints
@@ -46,9 +58,9 @@ def choose_checkpoint(run: str | Path, step: int | None) -> Chosen:
         if not path.is_dir():
             there = ", ".join(str(int(p.name.split("_")[1])) for p in checkpoints(folder)) or "none"
             raise CheckpointError(f"step = {step}: {path} does not exist; there are: {there}")
-        read_manifest(path)
+        read_manifest(path, holding)
         return Chosen(path)
-    newest, wrong = newest_valid(folder)
+    newest, wrong = newest_valid(folder, holding)
     if newest is None:
         none = f"{folder} holds no checkpoint; train first, or name another run directory"
         raise CheckpointError(wrong[0].removeprefix("checkpoint: ") if wrong else none)
@@ -57,17 +69,26 @@ def choose_checkpoint(run: str | Path, step: int | None) -> Chosen:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose every byte was checked."""
+    """A checkpoint, as its manifest describes it.
+
+    Attributes:
+        optimizer: whether it holds the state of a run, or (imported) weights alone.
+        updates: how often the optimizer has updated the weights; None where format 1 keeps it elsewhere.
+        checked: whether its files carry checksums of their pieces; else they were read whole before they are trusted.
+    """
 
     path: Path
     progress: dict[str, Any]
     extra: tuple[str, ...] = ()
-    optimizer: bool = True  # whether it holds the state of a run, or (imported) weights alone
+    optimizer: bool = True
+    updates: int | None = None
+    checked: bool = True
 
     @classmethod
     def of(cls, path: Path, content: dict[str, Any]) -> Found:
         """Return the checkpoint at ``path``, of whose manifest this is the content."""
-        return cls(path, content["progress"], tuple(content["extra"]), content["optimizer"])
+        extra, updates = tuple(content["extra"]), content.get("updates")
+        return cls(path, content["progress"], extra, content["optimizer"], updates, content["format"] >= 2)
 
     @property
     def recipe(self) -> Path:
@@ -75,39 +96,90 @@ class Found:
         return self.path / RECIPE
 
 
-def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
-    """Return the first candidate whose files are all as written, and what was wrong with those before it.
+def load_newest(candidates: list[Path], load: Callable[[Found], T]) -> tuple[Found | None, T | None, list[str]]:
+    """Load the first candidate that is as it was written; return it, what ``load`` has returned, and what was wrong
+    with those before it.
 
-    All ranks call this together; rank 0's candidates count, and each rank reads its share of the files.
+    All ranks call this together; rank 0's candidates count. ``load`` raises DamageError, on all ranks, where what it
+    reads is damaged.
+    Raises: RankFault: a host does not see files that another one sees.
     """
     wrong: list[str] = []
     number = 0
     while True:
-        proposal: list[Any] = [None, None, None]  # path, content, what is wrong
-        if dist.get_rank() == 0 and number < len(candidates):
-            proposal[0] = candidates[number]
+        found, failure = _propose(candidates, number)
+        if found is None and failure is None:
+            return None, None, wrong
+        if found is not None:
             try:
-                proposal[1] = read_content(candidates[number])
-            except CheckpointError as error:
-                proposal[2] = str(error)
-        dist.broadcast_object_list(proposal, src=0)
-        path, content, failure = proposal
-        if path is None:
-            return None, wrong
-        damage = [failure] if failure else _damage(path, content["files"])
-        if not damage:
-            return Found.of(path, content), wrong
-        wrong.append(damage[0])
+                return found, load(found), wrong
+            except DamageError as damage:
+                failure = str(damage)
+        assert failure is not None
+        wrong.append(failure)
         number += 1
 
 
-def _damage(path: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """Return what is wrong with the files, the same on all ranks."""
+def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
+    """Return the first candidate whose files are there, and what was wrong with those before it. All ranks together."""
+    found, _, wrong = load_newest(candidates, lambda found: None)
+    return found, wrong
+
+
+def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | None]:
+    """Return the candidate of that number, or what is wrong with it; neither where there is none. All ranks alike."""
+    proposal: list[Any] = [None, None, None]  # path, content, what is wrong
+    if dist.get_rank() == 0 and number < len(candidates):
+        proposal[0] = candidates[number]
+        try:
+            proposal[1] = content = read_content(candidates[number])
+            for problem in problems(candidates[number], content["files"], needed(content["files"], ())):
+                raise DamageError(problem)  # in what every reader needs, of which this rank reads most
+        except CheckpointError as error:
+            proposal[2] = error
+    dist.broadcast_object_list(proposal, src=0)
+    path, content, failure = proposal
+    if isinstance(failure, CheckpointError) and not isinstance(failure, DamageError):
+        raise failure
+    if path is None or failure is not None:
+        return None, failure and str(failure)
+    damage = _damage(path, content)
+    return (None, damage) if damage else (Found.of(path, content), None)
+
+
+def _damage(path: Path, content: dict[str, Any]) -> str | None:
+    """Return the first thing that is wrong with the files, the same on all ranks, each of which looks at its share.
+
+    Files without checksums of their pieces are read whole here; others when they are loaded. Raises: RankFault: what
+    one host misses another one sees.
+    """
+    files = content["files"]
     by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    mine = by_size[dist.get_rank() :: dist.get_world_size()]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [str(CheckpointError(p)) for p in problems(path, files, mine)])
-    return [problem for each in found for problem in each]
+    look = size_problems if content["format"] >= 2 else problems
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = next(iter(look(path, files, by_size[rank::size])), None)
+    first = torch.tensor(size if mine is None else rank)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if first == size:
+        return None
+    said: list[Any] = [mine, socket.gethostname()]
+    dist.broadcast_object_list(said, src=int(first))
+    _ask_another(path, files, by_size, int(first), *said)
+    return str(DamageError(said[0]))
+
+
+def _ask_another(path: Path, files: dict[str, Any], by_size: list[str], first: int, damage: str, host: str) -> None:
+    """Let another host's rank look at the files that rank ``first`` finds damaged. Raises: RankFault: it sees them."""
+    ranks, hosts = dist.get_world_size(), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if hosts == 1:
+        return
+    other = (first + ranks // hosts) % ranks
+    sees: list[Any] = [None, None]
+    if dist.get_rank() == other:
+        sees = [next(iter(size_problems(path, files, by_size[first::ranks])), None), socket.gethostname()]
+    dist.broadcast_object_list(sees, src=other)
+    if sees[0] is None:
+        raise RankFault(f"rank {first} on {host}: {damage}, but {sees[1]} sees it: look at the mount on {host}")
 
 
 def candidates_of(folder: Path, named: str | None) -> list[Path]:
@@ -129,14 +201,24 @@ class Start:
         return "; ".join(f"{key}: {show(old)} -> {show(new)}" for key, (old, new) in self.changed.items())
 
 
-def choose_start(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> Start:
-    """Return the newest valid checkpoint in ``folder``, or the one the recipe names where there is none.
+def load_chosen(
+    recipe: Recipe, folder: Path, warn: Callable[[str], None], load: Callable[[Found], T]
+) -> tuple[Start, T | None]:
+    """Load the newest checkpoint in ``folder`` that is valid, or the one the recipe names where there is none; return
+    it and what ``load`` has returned. All ranks together.
 
     ``warn``: told of each damaged one, on rank 0.
     Raises: CheckpointError: all are damaged, or of another model, or ``run.resume`` says otherwise.
     """
-    first, mode = dist.get_rank() == 0, recipe.run.resume
-    found, wrong = find_checkpoint(candidates_of(folder, recipe.checkpoint.load) if first else [])
+    first = dist.get_rank() == 0
+    changed: dict[str, tuple[Any, Any]] = {}
+
+    def check_and_load(found: Found) -> T:
+        changed.update(_checked_changes(found, recipe))
+        return load(found)
+
+    candidates = candidates_of(folder, recipe.checkpoint.load) if first else []
+    found, loaded, wrong = load_newest(candidates, check_and_load)
     for message in wrong if first else ():
         warn(message)
     if found is None and wrong:
@@ -145,19 +227,22 @@ def choose_start(recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> S
             f"{damage}, and no other checkpoint is valid; restore one, or remove the damaged ones ({len(wrong)}) to "
             "begin anew"
         )
-    if mode == "required" and found is None:
+    if found is None and recipe.run.resume == "required":
         raise CheckpointError(f"run.resume = required, but {folder} holds no valid checkpoint; set run.resume=auto")
-    if found is None:
-        return Start(None)
+    return Start(found, changed), loaded
+
+
+def _checked_changes(found: Found, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return what the recipe has changed since a checkpoint. Raises: CheckpointError: it may not, or not resume."""
     changed: list[Any] = [None]
-    if first:
+    if dist.get_rank() == 0:
         changed = [changes(read_recipe(found.recipe), recipe.model_dump(mode="json"))]
     dist.broadcast_object_list(changed, src=0)
     if refused := refusal(changed[0]):
         raise CheckpointError(f"{found.path} was trained with {refused}; use that value, or name another run.name")
-    if mode == "never":
+    if recipe.run.resume == "never":
         raise CheckpointError(
             f"run.resume = never, but {found.path} exists; name another run.name, or set run.resume=auto to go on "
             "from it"
         )
-    return Start(found, changed[0])
+    return changed[0]

@@ -1,113 +1,150 @@
-"""Filling a rank from a checkpoint, whatever layout wrote it."""
+"""Filling a rank from a checkpoint, whatever layout wrote it.
+
+Every rank reads the boxes of its own share (``shares``), once, and compares each piece with its checksum; what it needs
+beside them it gets from the ranks that have read it. What any rank meets ends all of them together: another model, a
+damaged piece, a fault of a host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer
+import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from dsv3_megatron.checkpoint.find import Found
-from dsv3_megatron.checkpoint.manifest import RANDOM
-from dsv3_megatron.checkpoint.masters import masters_from_weights, parts_of, weights_from_masters
-from dsv3_megatron.checkpoint.state import is_te_state, restore_random_state, whole_state
+from dsv3_megatron.checkpoint.index import index_of
+from dsv3_megatron.checkpoint.optimizer_states import (
+    MASTER,
+    gather_weights,
+    prepare_moments,
+    set_updates,
+    states_of,
+    weights_from_masters,
+)
+from dsv3_megatron.checkpoint.read import misfit, read_entries
+from dsv3_megatron.checkpoint.shares import Share, buffer_entries, shares_of, whole_shares
+from dsv3_megatron.checkpoint.state import optimizer_entries, weight_entries
+from dsv3_megatron.checkpoint.write import COMMON
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.pipeline.saved import Entry
+from dsv3_megatron.run.files import retried
+from parallel.agree import agreed
 from parallel.errors import CheckpointError
 
 
 def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[str, ...] = ()) -> list[str]:
-    """Fill this rank's stages from a checkpoint written in any layout; return what a person should know.
+    """Fill this rank's stages from a checkpoint written in any layout; return what a person should know. All ranks
+    together.
 
-    ``training``: optimizer, all extra states and random generators too. ``extra``: extra states to fill besides.
-    Raises: CheckpointError: the checkpoint is of another model.
+    ``training``: optimizer and all extra states too. ``extra``: extra states to fill besides.
+    Raises: CheckpointError: the checkpoint is of another model. DamageError: it is not what was written. RankFault:
+    some rank could not load it for a reason of its own; that rank raises the reason.
     """
     if training:
         extra = tuple(sorted(set(found.extra) & set(parts.extra_states)))
     if parts.ema is not None:
         parts.ema.wait()  # it may still read the weights of the last step
-    state = whole_state(parts, loading=True, extra=extra, optimizer=training and found.optimizer)
-    wanted = dict(_wanted(state))
-    try:
-        state = dist_checkpointing.load(state, str(found.path))
-    except (Exception, CheckpointException) as error:  # many kinds, and torch's own is no Exception
-        reason = _misfit(found.path, wanted) or (str(error).strip().splitlines() or [""])[-1][:200]
-        raise CheckpointError(
-            f"{found.path} does not fit this model ({reason}); use the recipe it was trained with"
-        ) from error
-    for stage, chunk in parts.chunks.items():
-        missing, unexpected = chunk.load_state_dict(state["model"][f"stage{stage}"], strict=False)
-        assert not unexpected and all(map(is_te_state, missing)), (missing, unexpected)
-    for name in extra:
-        parts.extra_states[name].load_state(state["extra"][name])
-    return _resume_training(found, parts, state, extra) if training else []
-
-
-def _wanted(state: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield key and whole shape of every tensor that this rank asks of a checkpoint."""
-    for value in nested_values(state):
-        pieces = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
-        yield from ((piece.key, piece.global_shape) for piece in pieces if isinstance(piece, ShardedTensor))
-
-
-def _misfit(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> str:
-    """Return the first tensor that a checkpoint lacks or has in another shape, "" if there is none."""
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    if missing := sorted(wanted.keys() - stored.keys()):
-        return f"it holds no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-    for key, shape in wanted.items():
-        size = getattr(stored[key], "size", ())  # bytes have none
-        if tuple(size) != shape:
-            return f"{key} has shape {tuple(size)}, not {shape}"
-    return ""
-
-
-def _resume_training(found: Found, parts: Parts, state: dict[str, Any], extra: tuple[str, ...]) -> list[str]:
-    if found.optimizer:
-        with _own_options(parts.optimizer):
-            parts.optimizer.load_state_dict(state["optimizer"])
+    with agreed():
+        shares = shares_of(parts.chunks, parts.optimizer, parts.groups)
+        held = {} if training else _held_in_fp8(parts)
+        entries = _masters(found, parts, shares) if training else _weights(shares, held)
+        entries += buffer_entries(parts.chunks, parts.groups)
+        entries += [entry for name in extra for entry in parts.extra_states[name].entries()]
+    index = index_of(found.path, {entry.key for entry in entries})
+    with agreed(any_counts=True):
+        if reason := misfit(index, entries):
+            raise CheckpointError(
+                f"{found.path} does not fit this model ({reason}); use the recipe it was trained with"
+            )
+    _fill(found, index, entries)
+    if training:
+        set_updates(parts.optimizer, _updates(found))
         weights_from_masters(parts.optimizer, parts.ddps.values())
     else:
-        masters_from_weights(parts.optimizer, _loaded_weights(parts, state["model"]))
+        gather_weights(parts.ddps.values())
+        with torch.no_grad():
+            for share, numbers in held.items():
+                share.parameter.copy_(numbers.view(share.parameter.shape))
+    for name in extra:
+        parts.extra_states[name].loaded()
+    return _begin_others(found, parts, extra) if training else []
+
+
+def _masters(found: Found, parts: Parts, shares: Sequence[Share]) -> list[Entry]:
+    """Return what fills the optimizer; weights follow from its masters.
+
+    A checkpoint without its states has weights with which masters begin: not with what FP8 has left of them.
+    """
+    prepare_moments(parts.optimizer)
+    if found.optimizer:
+        return optimizer_entries(parts, shares)
+    states = states_of(parts.optimizer)
+    for each in states.values():
+        for name, state in each.items():
+            if name != MASTER:
+                state.zero_()
+    mine = [share for share in shares if share.parameter in states]
+    return weight_entries(mine, lambda share: states[share.parameter][MASTER])
+
+
+def _held_in_fp8(parts: Parts) -> dict[Share, Tensor]:
+    """Return memory for the numbers of weights held in FP8, which cannot be filled run by run."""
+    shares = whole_shares(parts.chunks, parts.groups)
+    return {share: torch.empty(share.end, dtype=torch.bfloat16) for share in shares if is_float8tensor(share.parameter)}
+
+
+def _weights(shares: Sequence[Share], held: dict[Share, Tensor]) -> list[Entry]:
+    """Return what fills the weights that forward reads, but for those held in FP8 their runs of this rank."""
+    runs = [share for share in shares if not is_float8tensor(share.parameter)]
+    entries = weight_entries(runs, lambda share: share.run_of(share.parameter.data))
+    return entries + weight_entries(held, lambda share: held[share])
+
+
+def _updates(found: Found) -> int:
+    """Return how often the optimizer had updated the weights. Collective."""
+    updates: list[Any] = [found.updates]
+    if found.optimizer and found.updates is None:  # format 1 keeps it with what is no tensor
+        with agreed(any_counts=True):
+            if dist.get_rank() == 0:
+                data = io.BytesIO(retried((found.path / COMMON).read_bytes))
+                updates = [max(_steps(torch.load(data, weights_only=False)["optimizer"]), default=0)]
+        dist.broadcast_object_list(updates, src=0)
+    return updates[0] or 0
+
+
+def _steps(state: Any) -> Iterable[int]:
+    """Yield the values of all keys "step" in nested dictionaries and lists."""
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if key == "step":
+            yield int(value)
+        elif isinstance(value, (dict, list)):
+            yield from _steps(value)
+
+
+def _fill(found: Found, index: Metadata, entries: Sequence[Entry]) -> None:
+    """Read what this rank is to read, and give or take what ranks hold alike. Collective."""
+    mine = [entry for entry in entries if entry.group is None or entry.group.rank() == 0]
+    with agreed(any_counts=True):
+        read_entries(found.path, index, mine, checked=found.checked)
+    for entry in entries:
+        if entry.group is not None and entry.group.size() > 1:
+            numbers = entry.tensor.contiguous()
+            dist.broadcast(numbers, group=entry.group, group_src=0)
+            entry.tensor.copy_(numbers)
+
+
+def _begin_others(found: Found, parts: Parts, extra: tuple[str, ...]) -> list[str]:
+    """Let the extra states begin that the checkpoint does not hold; return what a person should know."""
     notes = []
     for name in sorted(set(parts.extra_states) - set(extra)):
         parts.extra_states[name].begin_anew()
         notes.append(f"{found.path} holds no {name}: it begins anew from the weights loaded")
     if left := sorted(set(found.extra) - set(parts.extra_states)):
         notes.append(f"{found.path} also holds {', '.join(left)}, which this recipe does not keep: not loaded")
-    if found.optimizer:
-        restore_random_state((found.path / RANDOM).read_bytes(), parts.layout, parts.device)
     return notes
-
-
-@contextmanager
-def _own_options(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Leave the options of this optimizer's AdamW what the recipe says, whatever is loaded inside; the step it counts
-    comes from the checkpoint.
-
-    megatron-core puts the stored groups of parameters, in its own groups' order, in the place of its own (0.16.1).
-    A recipe that was changed would have no effect, and every AdamW reads keys of its own there: TE's and Apex's wants
-    ``bias_correction``, ours has none.
-    """
-    own = [[dict(group) for group in part.optimizer.param_groups] for part in parts_of(optimizer)]
-    yield
-    for part, options in zip(parts_of(optimizer), own):
-        for group, mine in zip(part.optimizer.param_groups, options):
-            group.update((key, value) for key, value in mine.items() if key not in ("params", "step"))
-
-
-def _loaded_weights(parts: Parts, model: dict[str, Any]) -> dict[torch.nn.Parameter, Tensor]:
-    """Return what was loaded for every parameter."""
-    return {
-        parameter: model[f"stage{stage}"][name]
-        for stage, chunk in parts.chunks.items()
-        for name, parameter in chunk.named_parameters()
-    }

@@ -10,17 +10,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from dsv3_megatron.run.files import retried
 from parallel.errors import CheckpointError
 
-MANIFEST, RECIPE, RANDOM = "manifest.json", "recipe.yaml", "random.pt"
+MANIFEST, RECIPE = "manifest.json", "recipe.yaml"
+WEIGHTS, OPTIMIZER = "weights", "optimizer"  # what files hold, beside extra states by their names
+FORMAT = 2  # 1: no checksums of pieces, so that files are read whole before they are trusted; optimizer states gathered
+_HASHERS = 8
 _NAME = re.compile(r"step_(\d{8,})")
-_USE_OLDER = "use an older checkpoint"
+USE_OLDER = "use an older checkpoint"
+
+
+class DamageError(CheckpointError):
+    """A checkpoint is not what was written: another one may be."""
 
 
 def folder_name(step: int) -> str:
@@ -34,7 +43,11 @@ def step_of(folder: Path) -> int:
 
 
 def checksum(path: Path) -> str:
-    """Return the xxh3 checksum of a file, read in pieces."""
+    """Return the xxh3 checksum of a file, read in pieces; what cannot be read is read again."""
+    return retried(lambda: _checksum(path))
+
+
+def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(1 << 24):
@@ -47,10 +60,11 @@ def manifest_text(progress: dict[str, Any], files: dict[str, dict[str, Any]], fa
 
     Args:
         progress: where the run stood; what :func:`read_manifest` returns.
-        files: name -> ``{"bytes": size, "xxh3": checksum}``, taken while the files were written.
+        files: name -> ``{"bytes": size, "xxh3": checksum, "holds": what}``, taken while the files were written; small
+            files that every reader needs hold nothing.
         facts: what else a reader may ask: layout, extra states.
     """
-    content = {"format": 1, "progress": progress, "files": dict(sorted(files.items())), **facts}
+    content = {"format": FORMAT, "progress": progress, "files": dict(sorted(files.items())), **facts}
     return json.dumps({"xxh3": _digest(content), "content": content}, indent=1)
 
 
@@ -61,48 +75,69 @@ def _digest(content: dict[str, Any]) -> str:
 def read_content(folder: Path) -> dict[str, Any]:
     """Return all that a manifest says, checked against its own checksum but not against the files.
 
-    Raises: CheckpointError: it is missing or damaged.
+    Raises: DamageError: it is missing or damaged. CheckpointError: a later version has written it.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(retried(path.read_text))
         content = manifest["content"]
         whole = manifest["xxh3"] == _digest(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_USE_OLDER}") from None
+        raise DamageError(f"{path} cannot be read ({error}); {USE_OLDER}") from None
     if not whole:
-        raise CheckpointError(f"{path} does not match its own checksum; {_USE_OLDER}")
+        raise DamageError(f"{path} does not match its own checksum; {USE_OLDER}")
+    if content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']}, this version reads up to {FORMAT}; use a newer one"
+        )
     return content
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's progress after checking every file.
+def read_manifest(folder: Path, holding: Collection[str] | None = None) -> dict[str, Any]:
+    """Return a checkpoint's progress after checking every file, or only those that hold what is to be read.
 
-    Raises: CheckpointError: naming the first file that is missing, truncated or changed.
+    Raises: DamageError: naming the first file that is missing, truncated or changed.
     """
     content = read_content(folder)
-    for problem in problems(folder, content["files"]):
-        raise CheckpointError(problem)
+    for problem in problems(folder, content["files"], needed(content["files"], holding)):
+        raise DamageError(problem)
     return content["progress"]
 
 
+def needed(files: dict[str, dict[str, Any]], holding: Collection[str] | None) -> list[str]:
+    """Return the names of the files that a reader of these states reads; of all where ``holding`` is None."""
+    return [name for name, facts in files.items() if holding is None or facts.get("holds", "") in ("", *holding)]
+
+
 def problems(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str] | None = None) -> Iterator[str]:
-    """Yield what is wrong with the files (those of ``names`` only, where given), in a line each."""
-    for name in files if names is None else names:
-        expected, path = files[name], folder / name
+    """Yield what is wrong with the files (those of ``names`` only, where given), in a line each. Reads them whole,
+    several at a time."""
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        jobs = [pool.submit(_problem, folder / n, files[n], whole=True) for n in (files if names is None else names)]
         try:
-            size = path.stat().st_size
-            found = checksum(path) if size == expected["bytes"] else None
-        except FileNotFoundError:
-            yield f"{path} is missing; {_USE_OLDER}"
-            continue
-        except OSError as error:
-            yield f"{path} cannot be read ({error.strerror}); {_USE_OLDER}"
-            continue
-        if found is None:
-            yield f"{path} has {size} bytes, its manifest says {expected['bytes']}; {_USE_OLDER}"
-        elif found != expected["xxh3"]:
-            yield f"{path} has xxh3 {found[:8]}.., its manifest says {expected['xxh3'][:8]}..; {_USE_OLDER}"
+            yield from (problem for job in jobs if (problem := job.result()))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def size_problems(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> Iterator[str]:
+    """Yield what is wrong with the files of ``names`` as far as their sizes tell, in a line each."""
+    yield from (problem for name in names if (problem := _problem(folder / name, files[name], whole=False)))
+
+
+def _problem(path: Path, expected: dict[str, Any], *, whole: bool) -> str | None:
+    """Return what is wrong with a file. One that is not as it was written is read twice before it is called damaged."""
+    try:
+        size = retried(path.stat).st_size
+        if size != expected["bytes"]:
+            return f"{path} has {size} bytes, its manifest says {expected['bytes']}; {USE_OLDER}"
+        if whole and checksum(path) != expected["xxh3"] and (found := checksum(path)) != expected["xxh3"]:
+            return f"{path} has xxh3 {found[:8]}.., its manifest says {expected['xxh3'][:8]}..; {USE_OLDER}"
+    except FileNotFoundError:
+        return f"{path} is missing; {USE_OLDER}"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}); {USE_OLDER}"
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -111,13 +146,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose files are all as written, and what was wrong with newer ones."""
+def newest_valid(folder: Path, holding: Collection[str] | None = None) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files are as written, all or those that hold what is to be read, and what was
+    wrong with newer ones."""
     wrong = []
     for path in checkpoints(folder):
         try:
-            read_manifest(path)
-        except CheckpointError as error:
+            read_manifest(path, holding)
+        except DamageError as error:
             wrong.append(str(error))
             continue
         return path, wrong

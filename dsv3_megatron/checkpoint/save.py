@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from dsv3_megatron.checkpoint.index import Index, Places
 from dsv3_megatron.checkpoint.manifest import (
     MANIFEST,
-    RANDOM,
     RECIPE,
     checkpoints,
     folder_name,
@@ -35,17 +35,12 @@ from dsv3_megatron.checkpoint.manifest import (
     step_of,
     sync_folder,
 )
+from dsv3_megatron.checkpoint.optimizer_states import updates_of
+from dsv3_megatron.checkpoint.piece_files import write_file
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
-from dsv3_megatron.checkpoint.state import gather_random_states, prepare_moments, whole_state
-from dsv3_megatron.checkpoint.write import (
-    FileFacts,
-    Plan,
-    Written,
-    plan_write,
-    write_description,
-    write_file,
-    write_share,
-)
+from dsv3_megatron.checkpoint.shares import shares_of
+from dsv3_megatron.checkpoint.state import states_to_save
+from dsv3_megatron.checkpoint.write import FileFacts, Staging, Written, write_description, write_share
 from dsv3_megatron.pipeline.parts import Parts
 from parallel.errors import CheckpointError
 from parallel.units import show_bytes
@@ -87,9 +82,8 @@ class _Save:
 
     step: int
     partial: Path
-    plan: Plan
-    files: dict[str, bytes]  # small files that rank 0 adds
     progress: dict[str, Any]
+    updates: int
     task: _Task | None
     phase: str = "writing"
     started: float = 0.0
@@ -125,6 +119,11 @@ class Saver:
         dist.broadcast_object_list(token, src=0)  # names the folders being written: no other life of the run's
         self._token, self._attempts = token[0], 0
         self._failures, self._retry_at = 0, None
+        # What costs the same at every save is made at the first: which numbers are this rank's, host memory for them,
+        # and on rank 0 where everything lies.
+        self._shares = shares_of(parts.chunks, parts.optimizer, parts.groups)
+        self._staging, self._index, self._places = Staging(), Index(), Places()
+        self._is_described = False
 
     @property
     def busy(self) -> bool:
@@ -190,14 +189,17 @@ class Saver:
         if save is None or agreed.writing or agreed.committing:
             return
         if save.phase == "writing":
-            shares: list[Any] = [None] * dist.get_world_size() if self._is_first else []
-            dist.gather_object((save.result, save.failure), shares if self._is_first else None)
+            start = time.perf_counter()
+            shares = self._gather((self._new_places(save), save.result, save.failure))
+            for places, _, _ in shares:
+                self._index.place(places)
+            save.stall_seconds += time.perf_counter() - start
             if agreed.failed:
-                self._fail(save, step, next((why for _, why in shares if why), ""))
+                self._fail(save, step, next((why for *_, why in shares if why), ""))
                 return
             save.phase, save.task = "committing", None
             if self._is_first:
-                save.task = _Task(lambda: self._commit(save, [share for share, _ in shares]))
+                save.task = _Task(lambda: self._commit(save, [written for _, written, _ in shares]))
             return
         if agreed.failed:
             self._fail(save, step, save.failure or "")
@@ -224,21 +226,43 @@ class Saver:
         start, step = time.perf_counter(), progress["step"]
         self._attempts += 1
         partial = self.folder / f".{folder_name(step)}.{self._token}-{self._attempts}.partial"
-        prepare_moments(self._parts.optimizer)
-        state = whole_state(self._parts, loading=False, extra=tuple(self._parts.extra_states))
-        plan = plan_write(state, copy=copy)
-        random = gather_random_states(self._parts.layout, self._parts.device)
-        files = {RECIPE: self._recipe.encode(), RANDOM: random} if random is not None else {}
-        task = _Task(lambda: write_share(plan, partial))
-        self._save = _Save(step, partial, plan, files, dict(progress), task, started=start)
+        states = states_to_save(self._parts, self._shares)
+        files = self._staging.files(states, dist.get_rank(), copy=copy)
+        if not self._is_described:
+            described = self._gather({file.name: file.described for file in files})
+            if self._is_first:
+                self._index.describe({name: boxes for each in described for name, boxes in each.items()})
+            self._is_described = True
+        task = _Task(lambda: write_share(files, partial))
+        self._save = _Save(step, partial, dict(progress), updates_of(self._parts.optimizer), task, started=start)
         self._save.stall_seconds = time.perf_counter() - start
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """Return what all ranks say, on rank 0; nothing elsewhere."""
+        found: list[Any] = [None] * dist.get_world_size() if self._is_first else []
+        dist.gather_object(mine, found if self._is_first else None)
+        return found
+
+    def _new_places(self, save: _Save) -> Places:
+        """Take the places of this rank's pieces out of what it has written; return those that rank 0 does not know."""
+        places = save.result.places if save.result else Places()
+        new = {name: place for name, place in places.items() if self._places.get(name) != place}
+        self._places.update(new)
+        if save.result:
+            save.result.places = {}
+        return new
 
     def _commit(self, save: _Save, shares: list[Written]) -> FileFacts:
         """Make a checkpoint of what all ranks have written, on rank 0; return its files."""
-        files = write_description(save.plan, save.partial, shares)
-        for name, data in save.files.items():
-            files[name] = write_file(save.partial / name, data)
-        facts = {"layout": asdict(self._parts.layout), "extra": sorted(self._parts.extra_states), "optimizer": True}
+        files = {name: facts for share in shares for name, facts in share.files.items()}
+        files |= write_description(self._index.stored(), save.partial)
+        files[RECIPE] = write_file(save.partial / RECIPE, self._recipe.encode())
+        facts = {
+            "layout": asdict(self._parts.layout),
+            "extra": sorted(self._parts.extra_states),
+            "optimizer": True,
+            "updates": save.updates,
+        }
         write_file(save.partial / MANIFEST, manifest_text(save.progress, files, facts).encode())
         sync_folder(save.partial)
         target = self.folder / folder_name(save.step)

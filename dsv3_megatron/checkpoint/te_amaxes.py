@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.model.stage import is_routed_expert
+from dsv3_megatron.pipeline.saved import Entry
 
 NAME = "te_amaxes"
 
@@ -32,30 +31,25 @@ class TeAmaxes:
         """``chunks``: this rank's stages; ``first_layers``: the number of each one's first decoder layer, from 0."""
         self._chunks, self._first_layers, self._groups = chunks, first_layers, groups
 
-    def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """Return the state of every layer, an expert's [1, ...] as its place in [experts, ...].
+    def entries(self) -> Iterator[Entry]:
+        """Yield the state of every layer, an expert's [1, ...] as its place in [experts, ...].
 
         All ranks have the same amaxes, those of the largest: each is saved by the first that holds the layer.
         """
         groups = self._groups
-        found = {}
         for name, module in self._layers():
             experts = is_routed_expert(f"{name}.")
             tp, dp = (groups.expt_tp, groups.expt_dp) if experts else (groups.tp, groups.dp_cp)
-            replica = (0, tp.rank(), dp.rank())
+            writes = tp.rank() == dp.rank() == 0
             for part, tensor in _tensors(module).items():
-                data = tensor.detach().clone()
-                cut = [(0, groups.ep.rank(), groups.ep.size())] if experts else []
-                key = f"{NAME}.{name}.{part}"
-                found[key] = ShardedTensor.from_rank_offsets(key, data, *cut, replica_id=replica)
-        return found
+                count, number = (groups.ep.size(), groups.ep.rank()) if experts else (1, 0)
+                whole = (count * tensor.shape[0], *tensor.shape[1:])
+                start = (number * tensor.shape[0], *(0,) * (tensor.ndim - 1))
+                yield Entry(f"{NAME}.{name}.{part}", whole, start, tensor.detach(), writes, dp)
 
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what was saved."""
-        for name, module in self._layers():
-            for part, tensor in _tensors(module).items():
-                tensor.copy_(state[f"{NAME}.{name}.{part}"])
+    def loaded(self) -> None:
+        """Let the layers' histories move on from the state that was filled."""
+        for _, module in self._layers():
             _let_age(module)
 
     def begin_anew(self) -> None:

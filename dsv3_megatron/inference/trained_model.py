@@ -13,7 +13,7 @@ import torch
 from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.checkpoint.find import Found, choose_checkpoint
 from dsv3_megatron.checkpoint.load import load_checkpoint
-from dsv3_megatron.checkpoint.manifest import read_content
+from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def trained_model(
     the torch backend where there is none, with a note. Raises: CheckpointError: there is none, it is
     damaged, or it holds no average.
     """
-    path = choose_checkpoint(directory, step).path
+    path = choose_checkpoint(directory, step, _read_for(weights)).path
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
@@ -69,6 +69,11 @@ def trained_model(
         if weights == "ema" and parts.ema is not None:
             parts.ema.copy_into_weights()
         yield TrainedModel(parts, data, path, found.progress, tuple(notes))
+
+
+def _read_for(weights: Weights) -> tuple[str, ...]:
+    """Return what is read of a checkpoint: what its files hold."""
+    return (WEIGHTS, te_amaxes.NAME, *(("ema",) if weights == "ema" else ()))
 
 
 def as_it_runs_here(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:

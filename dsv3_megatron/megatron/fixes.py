@@ -6,7 +6,6 @@ For each: why, and how one sees that it can go. All were seen with megatron-core
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 
 import torch
@@ -24,9 +23,7 @@ def apply_fixes() -> None:
     _number_layers_by_stage()
     _fix_overlapped_plan()
     _take_masks_by_depth()
-    _spare_collections_in_saves()
     _take_norms_on_the_device()
-    _start_no_writer_processes()
 
 
 def _exchange_nothing_in_groups_of_one() -> None:
@@ -192,15 +189,6 @@ def _take_masks_by_depth() -> None:
     gpt.roll_tensor = roll_tensor
 
 
-def _spare_collections_in_saves() -> None:
-    """Why: gathering the optimizer's state calls ``gc.collect`` once a chain, most of what a save costs training: every
-    object of the process is visited to free tensors that reference counts free anyway. Can go when
-    distrib_optimizer.py no longer collects."""
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    distributed.gc = types.SimpleNamespace(collect=lambda *a, **k: 0)
-
-
 def _take_norms_on_the_device() -> None:
     """Why: without TE and Apex the gradient norm is put together on the host, one wait for the device a parameter. Can
     go when test_the_host_waits_only_where_it_must passes without it for backend torch."""
@@ -216,12 +204,3 @@ def _take_norms_on_the_device() -> None:
 
     if clipping.l2_norm_impl is local_multi_tensor_l2_norm:
         clipping.l2_norm_impl = norm
-
-
-def _start_no_writer_processes() -> None:
-    """Why: planning a save starts a Manager process for the queue of its writer processes, 5 s and a crash where the
-    main program has no main guard. checkpoint.write writes by itself and needs no queue. Can go when the planning of
-    TorchDistSaveShardedStrategy.async_save asks for none."""
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as writers
-
-    writers._get_write_results_queue = lambda: None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.pipeline.model_stages import ModelStages
+from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.pipeline.schedule import evaluation_schedule, schedule_of
 
 # Kept at a time: a batch that ramps up has hundreds of numbers of microbatches, and a schedule of DeepSeek-V3's run, of
@@ -37,19 +39,23 @@ _ENGINES = 4
 class ExtraState(Protocol):
     """A state that is saved beside model and optimizer under a name: registered in :attr:`Parts.extra_states`."""
 
-    def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """Return megatron-core's sharded state of this rank. Keys of its tensors must not be those of the model:
-        begin them with the state's name. ``metadata`` says how to cut, as for ``chunk.sharded_state_dict``."""
+    def entries(self) -> Iterable[Entry]:
+        """Return the boxes of this state that this rank holds. Keys of its tensors must not be those of the model:
+        begin them with the state's name."""
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded, in the form :meth:`sharded_state` has."""
+    def loaded(self) -> None:
+        """The memory of :meth:`entries` was filled from a checkpoint."""
 
     def begin_anew(self) -> None:
         """Model and optimizer were loaded from a checkpoint that does not hold this state: start from them."""
 
 
 class WeightAverage(ExtraState, Protocol):
-    """An average of the weights that is updated beside training (train/ema.py)."""
+    """An average of the weights that is updated beside training (train/ema.py).
+
+    Attributes:
+        average: float32, by ``stageN.`` and the parameter's name in it: of each the run that this rank has a share of.
+    """
 
     average: dict[str, Tensor]
 

@@ -4,8 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+WAITS = (0.5, 2.0)  # seconds before a read is tried again
+
+
+def retried(read: Callable[[], T]) -> T:
+    """Return what ``read`` returns; one that the system refuses is tried again, for a network may have lost it.
+
+    Raises OSError: it was refused every time, or the file does not exist, which a second look does not change.
+    """
+    for seconds in WAITS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
 from dsv3_megatron.checkpoint import te_amaxes
+from dsv3_megatron.checkpoint.shares import buffer_entries, shares_of
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
@@ -34,7 +35,7 @@ from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
-from dsv3_megatron.train.ema import Ema
+from dsv3_megatron.train.ema import PREFIX, Ema
 from dsv3_megatron.train.gradients import wrap_for_reduction
 
 
@@ -96,7 +97,9 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     parts = Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
     parts.adamw = adamw
     if recipe.optim.ema_decay is not None:
-        parts.ema = parts.extra_states["ema"] = Ema(chunks, recipe.optim.ema_decay, groups)
+        shares = shares_of(chunks, optimizer, groups)
+        biases = buffer_entries(chunks, groups, PREFIX)
+        parts.ema = parts.extra_states["ema"] = Ema(shares, recipe.optim.ema_decay, ddps.values(), biases)
     if backend.name == "te" and recipe.precision.fp8 is not None and recipe.precision.fp8.scaling == "delayed":
         first_layers = {stage: parts.first_layer(stage) for stage in chunks}
         parts.extra_states[te_amaxes.NAME] = te_amaxes.TeAmaxes(chunks, first_layers, groups)

@@ -3,45 +3,52 @@
 It foresees what the model would be after the learning rate has decayed, at no cost on the device: after an optimizer
 step the new weights are averaged in by a thread, while the next step's passes run; that step waits for it only before
 it changes the weights (arXiv 2412.19437 section 3.2.3; the decay is not published). Averaged are the weights that
-forward reads, in float32, one copy of what this rank's stages hold. Router biases are no weights: an evaluation of the
-average uses the current ones.
+forward reads, in float32. Of a parameter that several ranks hold, each averages the run that its optimizer updates
+(checkpoint/shares.py): 0.33 billion numbers a rank for DeepSeek-V3 on 2,048. Router biases are no weights: an
+evaluation of the average uses the current ones.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from dsv3_megatron.checkpoint.state import model_state
+from dsv3_megatron.checkpoint.optimizer_states import gather_weights
+from dsv3_megatron.checkpoint.shares import Share
+from dsv3_megatron.pipeline.saved import Entry
 
 PREFIX = "ema."
 
 
 class Ema:
-    """The average of the weights of this rank's stages; also a named state of checkpoints."""
+    """The average of this rank's share of the weights; also a named state of checkpoints."""
 
-    def __init__(self, chunks: dict[int, torch.nn.Module], decay: float, groups: ProcessGroupCollection | None):
+    def __init__(
+        self,
+        shares: Sequence[Share],
+        decay: float,
+        ddps: Iterable[DistributedDataParallel] = (),
+        buffers: Sequence[Entry] = (),
+    ):
         """Start from the weights as they are.
 
         Args:
-            chunks: this rank's stages.
+            shares: what of the weights this rank averages.
             decay: share of the old average that a step keeps, 0 to 1.
-            groups: who holds what, for checkpoints; None where none is written.
+            ddps: the stages, which gather their weights from all ranks' shares.
+            buffers: router biases, named as parts of the average: checkpoints hold them with it.
         """
-        self.decay, self._groups = decay, groups
-        self._chunks = chunks
-        self._weights = {f"stage{s}.{n}": p for s, chunk in chunks.items() for n, p in chunk.named_parameters()}
-        self._stream = torch.cuda.Stream() if next(iter(self._weights.values())).is_cuda else None
-        self._host = {n: _host_buffer(p) for n, p in self._weights.items() if p.is_cuda or is_float8tensor(p)}
+        self.decay = decay
+        self._shares = {share.name: share for share in shares}
+        self._ddps, self._buffers = list(ddps), buffers
+        self._stream = torch.cuda.Stream() if any(share.parameter.is_cuda for share in shares) else None
+        self._host = {s.name: _host_buffer(s) for s in shares if s.parameter.is_cuda or is_float8tensor(s.parameter)}
         self.average: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -73,7 +80,7 @@ class Ema:
     @torch.no_grad()
     def _copy_to_host(self) -> None:
         for name, buffer in self._host.items():
-            buffer.copy_(_readable(self._weights[name]), non_blocking=True)
+            buffer.copy_(_readable(self._shares[name]), non_blocking=True)
 
     def _update_or_fail(self) -> None:
         try:
@@ -85,69 +92,61 @@ class Ema:
     def _update(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
-        for name, weight in self._weights.items():
-            new = self._host[name] if name in self._host else weight.detach()
+        for name, share in self._shares.items():
+            new = self._host[name] if name in self._host else _readable(share)
             self.average[name].lerp_(new.float(), 1.0 - self.decay)
 
     @torch.no_grad()
     def copy_into_weights(self) -> None:
-        """Make the average the model's weights, in their dtype; weights held in FP8 are quantised anew."""
+        """Make the average the model's weights, in their dtype; weights held in FP8 are quantised anew. Collective."""
         self.wait()
-        for name, weight in self._weights.items():
-            weight.copy_(self.average[name].to(weight.device))
+        for name, share in self._shares.items():
+            if is_float8tensor(share.parameter):
+                self._quantise_anew(share)
+            else:
+                share.run_of(share.parameter.data).copy_(self.average[name])
+        gather_weights(self._ddps)
+
+    def _quantise_anew(self, share: Share) -> None:
+        """Set a weight held in FP8 as a whole: the scale of a block depends on all of it."""
+        weight = share.parameter
+        numbers = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+        share.run_of(numbers).copy_(self.average[share.name])
+        if share.group is not None:
+            dist.all_reduce(numbers, group=share.group)  # the others' runs are zero here
+        weight.copy_(numbers.view(weight.shape))
 
     # -- a state of checkpoints (pipeline.parts.ExtraState) ----------------------------------------------------------
 
-    def sharded_state(self, metadata: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """Return the average as megatron-core's sharded state: cut as the model is, under keys of its own.
-
-        The pieces are the model's with the average in the place of their data; the model itself is left alone. (A
-        parameter whose ``.data`` is exchanged for a tensor of another dtype or device, and back, has lost its gradient
-        accumulator, and with it the hooks through which DDP gathers its gradient.)
-        """
-
+    def entries(self) -> list[Entry]:
+        """Return the average's boxes: those of the weights, under keys of its own."""
         self.wait()
-        missing = {id(weight): self.average[name] for name, weight in self._weights.items()}
+        runs = [entry for name, share in self._shares.items() for entry in share.entries(self.average[name], PREFIX)]
+        return [*runs, *self._buffers]
 
-        def averaged(part: Any) -> Any:
-            if isinstance(part, ShardedTensorFactory) and id(part.data) in missing:
-                return replace(part, data=missing.pop(id(part.data)))
-            if isinstance(part, ShardedTensor) and id(part.data) in missing:
-                average = missing.pop(id(part.data))
-                return replace(part, data=average, dtype=average.dtype)
-            if isinstance(part, ShardedTensor):  # a router's bias: loading fills a copy, not the bias in use
-                return replace(part, data=part.data.detach().clone())
-            return part
-
-        state = dict_list_map_inplace(averaged, model_state(self._chunks, self._groups))
-        assert not missing, f"{len(missing)} weights are no whole tensors of the model's sharded state"
-        add_prefix_for_sharding(state, PREFIX)
-        return state
+    def loaded(self) -> None:
+        """An average was filled in."""
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over an average that was saved. Router biases stay as they are."""
-        self.wait()
-        for stage, chunk in self._chunks.items():
-            for name, _ in chunk.named_parameters():
-                self.average[f"stage{stage}.{name}"].copy_(state[f"stage{stage}"][name])
-
     def begin_anew(self) -> None:
         """Start from the weights as they are."""
         self.wait()
         self.average = {
-            n: _readable(p).to("cpu", torch.float32, copy=True).contiguous() for n, p in self._weights.items()
+            name: _readable(share).to("cpu", torch.float32, copy=True) for name, share in self._shares.items()
         }
 
 
-def _readable(weight: Tensor) -> Tensor:
-    """Return a weight without autograd; one that Transformer Engine holds in FP8 as the numbers it stands for."""
+def _readable(share: Share) -> Tensor:
+    """Return this rank's run of a weight without autograd; of one that Transformer Engine holds in FP8 the numbers it
+    stands for."""
+    weight = share.parameter.detach()
     if is_float8tensor(weight):
-        return weight.dequantize(dtype=torch.float32).detach()  # type: ignore[call-arg]  # Transformer Engine's
-    return weight.detach()
+        weight = weight.dequantize(dtype=torch.float32)  # type: ignore[call-arg]  # Transformer Engine's
+    return share.run_of(weight)
 
 
-def _host_buffer(weight: Tensor) -> Tensor:
-    """Return page-locked memory for a copy of a weight, in float32 where the weight is held in FP8."""
+def _host_buffer(share: Share) -> Tensor:
+    """Return page-locked memory for a copy of a run, in float32 where the weight is held in FP8."""
+    weight = share.parameter
     dtype = torch.float32 if is_float8tensor(weight) else weight.dtype
-    return torch.empty(weight.shape, dtype=dtype, device="cpu", pin_memory=weight.is_cuda)
+    return torch.empty(share.end - share.start, dtype=dtype, device="cpu", pin_memory=weight.is_cuda)

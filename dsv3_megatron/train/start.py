@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
-from dsv3_megatron.checkpoint.find import choose_start, find_checkpoint
+from dsv3_megatron.checkpoint.find import Found, load_chosen, load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.pipeline.parts import Parts
@@ -45,20 +45,20 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal) -> Start
     Raises: CheckpointError: all are damaged, or of another model, or ``run.resume`` says otherwise.
     """
     recipe = parts.recipe
-    start = choose_start(
+    start, notes = load_chosen(
         recipe,
         directory.checkpoints,
         lambda message: journal.event("damaged", {"reason": message}, f"warning: {message}"),
+        lambda found: load_checkpoint(found, parts, training=True),
     )
     if (found := start.found) is None:
         if recipe.run.start_from:
             _load_other_run(recipe.run.start_from, parts, journal)
         return Start(Progress())
-    notes = load_checkpoint(found, parts, training=True)
     progress = Progress.of(found.progress)
     where = f"{found.path} (step {progress.step}, {progress.tokens:,} tokens)"
     journal.event("resumed", {"step": progress.step, "path": str(found.path)}, f"resumed from {where}")
-    for note in notes:
+    for note in notes or ():
         journal.note(note)
     if start.changed:
         journal.event("recipe_changed", {"changes": start.changed}, f"recipe changed since then: {start.change}")
@@ -68,17 +68,20 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal) -> Start
 
 def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
     """Begin with the weights of another run, counting anew."""
-    found, wrong = find_checkpoint(starting_candidates(start_from) if journal.speaks else [])
+
+    def check_and_load(found: Found) -> list[str]:
+        refused: list[Any] = [None]
+        if journal.speaks:
+            refused = [other_model(found.recipe, parts.recipe.model_dump(mode="json"))]
+        dist.broadcast_object_list(refused, src=0)
+        refuse_other_model(start_from, refused[0])
+        return load_checkpoint(found, parts, training=True)
+
+    found, notes, wrong = load_newest(starting_candidates(start_from) if journal.speaks else [], check_and_load)
     if found is None:
         raise nothing_to_start_from(start_from, wrong)
-    refused: list[Any] = [None]
-    if journal.speaks:
-        refused = [other_model(found.recipe, parts.recipe.model_dump(mode="json"))]
-    dist.broadcast_object_list(refused, src=0)
-    refuse_other_model(start_from, refused[0])
-    notes = load_checkpoint(found, parts, training=True)
     journal.event("started_from", {"path": str(found.path)}, f"started from {found.path}, counting anew")
-    for note in notes:
+    for note in notes or ():
         journal.note(note)
 
 

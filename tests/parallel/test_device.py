@@ -3,18 +3,15 @@
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dsv3_megatron.checkpoint.state import gather_random_states, restore_random_state
 from dsv3_megatron.megatron import host
-from parallel.errors import LayoutError, PackageError
+from parallel.errors import LayoutError
 from parallel.groups import start_processes
-from parallel.layout import Layout
 from parallel.world import World
 from testing.ranks import run_ranks
 from testing.training.tiny import SMALL, Case, train_rank
@@ -96,27 +93,3 @@ def test_the_gpu_is_the_current_one_before_groups_exist_and_they_are_not_bound_t
     device, ((backends,), how), (cpu_only, _) = seen
     assert device == torch.device("cuda", 3) and backends == "cpu:gloo,cuda:nccl" and cpu_only == ("gloo",)
     assert "device_id" not in how, "an eager communicator carries all pairs' messages on one stream"
-
-
-def test_generators_of_another_kind_of_device_are_left_alone(one_process, monkeypatch):
-    layout, cpu, gpu = Layout(), torch.device("cpu"), torch.device("cuda", 0)
-    assert restore_random_state(gather_random_states(layout, cpu), layout, cpu)
-    assert not restore_random_state(gather_random_states(layout, cpu), layout, gpu)
-    before = torch.get_rng_state()
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
-    of_gpu = gather_random_states(layout, gpu)
-    torch.rand(1)
-    assert not restore_random_state(of_gpu, layout, cpu)
-    assert not torch.equal(torch.get_rng_state(), before)
-
-
-def test_another_megatron_core_is_refused_by_name(monkeypatch):
-    monkeypatch.setitem(host._state, "adapted", False)
-    monkeypatch.setattr(host.metadata, "version", lambda name: {"megatron-core": "0.16.2"}[name])
-    with pytest.raises(PackageError, match=r"megatron-core = 0\.16\.2, but .* 0\.16\.1 .*pip install"):
-        host.adapt_host()
-
-
-def test_the_package_asks_for_the_version_that_is_adapted():
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert f"megatron-core=={host.MEGATRON_CORE}" in wanted

@@ -6,6 +6,8 @@ the same command goes on with the shards that are missing.
 
 from __future__ import annotations
 
+import functools
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -100,7 +103,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     path, source = shard.path, _source(shard)
     if (kept := facts_if_done(path, source)) is not None:
         return kept
-    regions = Regions(shard.checkpoint)
+    regions = _regions(shard.checkpoint)
     entries: dict[str, Tensor] = {}
     for tensor in shard.tensors:
         entries |= as_stored(tensor, regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent), shard.dtype)
@@ -122,10 +125,17 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     return mark_done(path, source, {"names": sorted(entries), "bytes": size, "xxh3": checksum(path)})
 
 
+@functools.lru_cache(maxsize=1)
+def _regions(checkpoint: Path) -> Regions:
+    """Return the tensors of a checkpoint: where they lie is read once a worker."""
+    return Regions(checkpoint)
+
+
 def _source(shard: Shard) -> str:
     """Return what a shard was made of: another checkpoint or dtype makes it anew."""
-    files = read_content(shard.checkpoint)["files"]
-    return f"{files['.metadata']['xxh3']} {shard.prefix}{shard.dtype} {len(shard.tensors)}"
+    files = sorted((name, facts["xxh3"]) for name, facts in read_content(shard.checkpoint)["files"].items())
+    content = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
+    return f"{content} {shard.prefix}{shard.dtype} {len(shard.tensors)}"
 
 
 def _sync(path: Path) -> None:

@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
 
 from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, run_all
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
-from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, folder_name, manifest_text, sync_folder
-from dsv3_megatron.checkpoint.write import COMMON, ChecksummingFile, write_file
+from dsv3_megatron.checkpoint.index import Described, Places, describe_pieces
+from dsv3_megatron.checkpoint.manifest import FORMAT, MANIFEST, RECIPE, WEIGHTS, folder_name, manifest_text, sync_folder
+from dsv3_megatron.checkpoint.piece_files import PieceFile, write_file
+from dsv3_megatron.checkpoint.write import FileFacts, write_description
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import dequantise_weight
 from parallel.errors import CheckpointError
@@ -145,11 +137,11 @@ def _import_file(job: _Job) -> dict[str, Any]:
     """Write one file of the checkpoint, and return its record; one that is finished already is kept."""
     torch.set_num_threads(1)
     stat = job.source.stat()
-    source = [job.source.name, stat.st_size, stat.st_mtime_ns, job.dtype]
+    source = [job.source.name, stat.st_size, stat.st_mtime_ns, job.dtype, FORMAT]
     if (kept := facts_if_done(job.target, source)) is not None:
         return kept
     entries = []
-    target = ChecksummingFile(job.target)
+    target = PieceFile(job.target)
     try:
         with safe_open(job.source, "pt") as file:
             for tensor in job.tensors:
@@ -157,11 +149,10 @@ def _import_file(job: _Job) -> dict[str, Any]:
                 if tensor.copy_of:
                     _check_copy(job, tensor, tensor.copy_of, values)
                     continue
-                offset = target.tell()
-                torch.save(values.reshape(tensor.extent), cast(IO[bytes], target))
+                offset, length = target.add(values.reshape(tensor.extent))
                 place = {"key": tensor.key, "start": tensor.start, "extent": tensor.extent}
                 name = str(values.dtype).removeprefix("torch.")
-                entries.append({**place, "dtype": name, "offset": offset, "length": target.tell() - offset})
+                entries.append({**place, "dtype": name, "offset": offset, "length": length})
         facts = target.finish()
     except SafetensorError as error:
         target.abandon()
@@ -210,26 +201,19 @@ def _check_copy(job: _Job, tensor: Published, copy_of: str, values: Tensor) -> N
 
 def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dict[str, Any]], recipe: str) -> Path:
     """Describe what the workers have written as one checkpoint, and put it in its place."""
-    stored: dict[str, TensorStorageMetadata] = {}
-    results: list[WriteResult] = []
-    files: dict[str, dict[str, Any]] = {}
+    boxes: dict[str, list[Described]] = {}
+    places: Places = {}
+    files: FileFacts = {}
     shapes = our_shapes(model)
     for record in records:
-        files[record["name"]] = {"bytes": record["bytes"], "xxh3": record["xxh3"]}
-        for entry in record["entries"]:
-            key, start = entry["key"], torch.Size(entry["start"])
-            kept = stored.setdefault(
-                key,
-                TensorStorageMetadata(TensorProperties(getattr(torch, entry["dtype"])), torch.Size(shapes[key]), []),
-            )
-            kept.chunks.append(ChunkStorageMetadata(start, torch.Size(entry["extent"])))
-            place = _StorageInfo(record["name"], entry["offset"], entry["length"])
-            results.append(WriteResult(MetadataIndex(key, start), entry["length"], place))
-    FileSystemWriter(partial).finish(Metadata({**stored}), [results])
-    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    torch.save({}, partial / COMMON)
-    for name in (".metadata", "metadata.json", COMMON):
-        files[name] = write_file(partial / name, (partial / name).read_bytes())
+        name, entries = record["name"], record["entries"]
+        files[name] = {"bytes": record["bytes"], "xxh3": record["xxh3"], "holds": WEIGHTS}
+        places[name] = [(entry["offset"], entry["length"]) for entry in entries]
+        boxes[name] = [
+            Described(e["key"], shapes[e["key"]], tuple(e["start"]), tuple(e["extent"]), getattr(torch, e["dtype"]))
+            for e in entries
+        ]
+    files |= write_description(pickle.dumps(describe_pieces(boxes, places)), partial)
     files[RECIPE] = write_file(partial / RECIPE, recipe.encode())
     progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
     facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False}

@@ -36,6 +36,7 @@ class Regions:
         metadata = FileSystemReader(str(checkpoint)).read_metadata()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
+        self._corners: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of all chunks: first, and behind the last
         self._maps: dict[str, mmap.mmap] = {}
         self._views: dict[_Chunk, tuple[np.ndarray, torch.dtype]] = {}
         stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
@@ -48,6 +49,8 @@ class Regions:
                 for c in entry.chunks
                 for info in [stored[key, tuple(c.offsets)]]
             ]
+            starts = np.array([chunk.start for chunk in self._chunks[key]])
+            self._corners[key] = starts, starts + np.array([chunk.extent for chunk in self._chunks[key]])
 
     def read(self, key: str, start: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
         """Return a box of a tensor, copied, in the dtype it is stored in.
@@ -58,15 +61,15 @@ class Regions:
             raise CheckpointError(f"{self._folder} holds no tensor {key}; it is of another model")
         found: Tensor | None = None
         missing = int(np.prod(extent))
-        for chunk in self._chunks[key]:
-            low = tuple(map(max, start, chunk.start))
-            high = tuple(min(s + e, c + d) for s, e, c, d in zip(start, extent, chunk.start, chunk.extent))
-            if any(a >= b for a, b in zip(low, high)):
-                continue
-            piece = self._piece(chunk, tuple(slice(a - c, b - c) for a, b, c in zip(low, high, chunk.start)))
+        starts, ends = self._corners[key]
+        low, high = np.array(start), np.array(start) + np.array(extent)
+        for number in np.flatnonzero(((starts < high) & (low < ends)).all(axis=1)):
+            chunk = self._chunks[key][number]
+            first, last = np.maximum(low, starts[number]), np.minimum(high, ends[number])
+            piece = self._piece(chunk, _slices(first - starts[number], last - starts[number]))
             if found is None:
                 found = torch.empty(extent, dtype=piece.dtype)
-            found[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))] = piece
+            found[_slices(first - low, last - low)] = piece
             missing -= piece.numel()
         if missing or found is None:
             raise CheckpointError(f"{self._folder}: {key} from {start} by {extent} is not stored whole")
@@ -96,3 +99,7 @@ class Regions:
         strides = tuple(s * size for s in described.stride())
         shape = (*described.shape, size)
         return np.lib.stride_tricks.as_strided(raw, shape, (*strides, 1), writeable=False), described.dtype
+
+
+def _slices(first: np.ndarray, behind: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(int(a), int(b)) for a, b in zip(first, behind))

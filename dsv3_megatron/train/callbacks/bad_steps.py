@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3_megatron.checkpoint.find import find_checkpoint
+from dsv3_megatron.checkpoint.find import load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.save import Saver
@@ -44,10 +44,12 @@ class BadSteps(Callback):
                 "health.rollbacks to go back to the last checkpoint and past this data"
             )
         self._saver.finish(failed.step)
-        found, wrong = find_checkpoint(checkpoints(self._saver.folder) if trainer.journal.speaks else [])
+        found, _, wrong = load_newest(
+            checkpoints(self._saver.folder) if trainer.journal.speaks else [],
+            lambda found: load_checkpoint(found, trainer.parts, training=True),
+        )
         if found is None:
             raise HealthError(f"{what}; there is no valid checkpoint to go back to ({'; '.join(wrong) or 'none'})")
-        load_checkpoint(found, trainer.parts, training=True)
         trainer.progress = progress = Progress.of(found.progress)
         progress.samples, progress.health.rollbacks = failed.samples, failed.health.rollbacks + 1
         progress.health.skipped_in_row = 0

@@ -103,7 +103,7 @@ def expected_tensors(precision="fp32"):
         is_bias = key.endswith("expert_bias")
         found[key] = shape, torch.float32 if is_bias else low
         for state in () if is_bias else ("param", "exp_avg", "exp_avg_sq"):
-            found[f"optimizer.state.{state}.{key}"] = shape, torch.float32
+            found[f"optimizer.state.{state}.{key}"] = shape, torch.float32 if state == "param" else low
     return found
 
 

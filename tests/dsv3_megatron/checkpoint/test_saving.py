@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 
 import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
+from dsv3_megatron.pipeline.saved import Entry
 from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
@@ -44,11 +44,11 @@ class Counter:
     def __init__(self):
         self.values, self.began = torch.zeros(2), False
 
-    def sharded_state(self, metadata, *, loading):
-        return {"values": ShardedTensor.from_rank_offsets("counter.values", self.values, replica_id=rank())}
+    def entries(self):
+        return [Entry("counter.values", (2,), (0,), self.values, writes=rank() == 0)]
 
-    def load_state(self, state):
-        self.values = state["values"]
+    def loaded(self):
+        self.was_loaded = True
 
     def begin_anew(self):
         self.began = True
@@ -230,7 +230,7 @@ def test_every_byte_of_every_file_is_watched(runs, tmp_path):
     place = shutil.copytree(runs["plain"][0] / "checkpoints", tmp_path / "flipped")
     newest, choice = place / "step_00000006", random.Random(1)
     names = [*read_content(newest)["files"], "manifest.json"]
-    assert {".metadata", "metadata.json", "common.pt", "recipe.yaml", "random.pt", "__0_0.distcp"} < set(names)
+    assert {".metadata", "metadata.json", "common.pt", "recipe.yaml", "__0_0.distcp", "__0_1.distcp"} < set(names)
     for name in names:
         file = newest / name
         whole = file.read_bytes()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsv3_megatron.checkpoint.shares import Share, shares_of
 from dsv3_megatron.inference.trained_model import trained_model
 from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.train.build import build_parts
@@ -38,18 +39,32 @@ def average_in_training(overrides):
             for name, weight in named_weights(parts).items():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * weight.float().double()
         parts.ema.wait()
-        found = {
-            global_name(name, parts.first_layer(stage)): parts.ema.average[f"stage{stage}.{name}"]
-            for stage, chunk in parts.chunks.items()
-            for name, _ in chunk.named_parameters()
-        }
-        moved = max((found[k] - v.float()).abs().max().item() for k, v in named_weights(parts).items())
-        error = max((found[k] - e).abs().max().item() for k, e in expected.items())
+        shares = [s for s in shares_of(parts.chunks, parts.optimizer, parts.groups) if s.end > s.start]
+        found = [parts.ema.average[share.name] for share in shares]
+        weights = named_weights(parts)
+        moved = max(largest(a - run(share, parts, weights)) for share, a in zip(shares, found))
+        error = max(largest(a - run(share, parts, expected)) for share, a in zip(shares, found))
         parts.ema.copy_into_weights()
-        copied = {k: (found[k] - v.float()).abs().max() / found[k].abs().max() for k, v in named_weights(parts).items()}
-        return error, moved, max(copied.values()).item()
+        weights = named_weights(parts)
+        copied = (largest(a - run(share, parts, weights)) / largest(a) for share, a in zip(shares, found))
+        holders = parts.groups.dp_cp.size(), parts.groups.expt_dp.size()
+        held = sum(p.numel() for chunk in parts.chunks.values() for p in chunk.parameters())
+        averaged = sum(average.numel() for average in found)
+        assert holders[0] != holders[1] or averaged == pytest.approx(held / holders[0], rel=0.02)
+        return error, moved, max(copied)
     finally:
         stop_processes()
+
+
+def run(share, parts, tensors):
+    """Return a rank's run of a tensor in float32, of those by their names in the whole model."""
+    stage, _, name = share.name.partition(".")
+    whole = tensors[global_name(name, parts.first_layer(int(stage.removeprefix("stage"))))]
+    return whole.float().contiguous().view(-1)[share.start : share.end]
+
+
+def largest(tensor):
+    return tensor.abs().max().item()
 
 
 def test_the_average_is_its_recurrence_in_every_layout():
@@ -70,26 +85,31 @@ def test_the_average_of_weights_held_in_fp8_is_that_of_the_numbers_they_stand_fo
         assert copied < 2**-4, "quantised again, with scales of its own"
 
 
+def whole(layer):
+    """Return the weight of a layer, all of it, as a share."""
+    return Share("weight", layer.weight, 0, layer.weight.numel(), ())
+
+
 def test_averaging_runs_beside_training_and_is_waited_for():
     layer = torch.nn.Linear(4, 4, bias=False)
     before = layer.weight.detach().clone()
-    ema, gate = Ema({0: layer}, 0.5, None), threading.Event()
+    ema, gate = Ema([whole(layer)], 0.5), threading.Event()
     update = ema._update
     ema._update = lambda: (gate.wait(10), update())
     with torch.no_grad():
         layer.weight.add_(1.0)
     ema.start()  # returns while the thread has not begun
-    assert torch.equal(ema.average["stage0.weight"], before)
+    assert torch.equal(ema.average["weight"].view(4, 4), before)
     gate.set()
     ema.wait()
-    torch.testing.assert_close(ema.average["stage0.weight"], before + 0.5)
+    torch.testing.assert_close(ema.average["weight"].view(4, 4), before + 0.5)
     ema.copy_into_weights()
     torch.testing.assert_close(layer.weight.detach(), before + 0.5)
 
 
 def test_what_fails_beside_training_is_raised_where_it_is_waited_for():
-    ema = Ema({0: torch.nn.Linear(2, 2)}, 0.5, None)
-    ema.average["stage0.weight"] = torch.zeros(3)
+    ema = Ema([whole(torch.nn.Linear(2, 2))], 0.5)
+    ema.average["weight"] = torch.zeros(3)
     ema.start()
     with pytest.raises(RuntimeError, match="size of tensor"):
         ema.wait()

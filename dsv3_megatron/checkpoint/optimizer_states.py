@@ -1,0 +1,85 @@
+"""The optimizer's states as checkpoints see them: float32 weights (masters), moments, and how often it has updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+MASTER = "param"  # megatron-core's name of it in checkpoints
+_HELD_AS_THEY_ARE = (torch.float32, torch.bfloat16)  # Transformer Engine scales the others
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers that megatron-core chains, one for experts and one for the rest, or the only one."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def prepare_moments(optimizer: MegatronOptimizer) -> None:
+    """Give Adam its moments where no step was taken yet: a checkpoint of step 0 holds zeros.
+
+    megatron-core's own (``init_state_fn``) forgets an argument that TE's Adam wants (0.16.1 over TE 2.20.2).
+    """
+    for part in parts_of(optimizer):
+        adam = part.optimizer
+        if adam.state:
+            continue
+        if not hasattr(adam, "initialize_state"):
+            part.init_state_fn(adam, part.config)
+            continue
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            adam.initialize_state(parameter, part.config.store_param_remainders)
+
+
+def states_of(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, Tensor]]:
+    """Return the states of every parameter that this rank has a run of: ``param`` (the master), ``exp_avg``,
+    ``exp_avg_sq``, each [numbers of the run], as they are held. Call after :func:`prepare_moments`."""
+    found = {}
+    for part in parts_of(optimizer):
+        adam = part.optimizer
+        for parameter, (group, place) in part.model_param_group_index_map.items():
+            held = adam.param_groups[group]["params"][place]
+            states = {name: value for name, value in adam.state[held].items() if isinstance(value, Tensor)}
+            states = {MASTER: states.pop("master_param", held), **states}
+            for name, value in states.items():
+                assert value.dtype in _HELD_AS_THEY_ARE and value.is_contiguous(), (name, value.dtype)
+            found[parameter] = {name: value.detach().view(-1) for name, value in states.items()}
+    return found
+
+
+def updates_of(optimizer: MegatronOptimizer) -> int:
+    """Return how often the weights were updated, which Adam's correction of its moments depends on."""
+    return max(int(group.get("step", 0)) for part in parts_of(optimizer) for group in part.optimizer.param_groups)
+
+
+def set_updates(optimizer: MegatronOptimizer, updates: int) -> None:
+    """Let Adam count on from ``updates``; all other options stay the recipe's."""
+    for part in parts_of(optimizer):
+        for group in part.optimizer.param_groups:
+            group["step"] = updates
+
+
+@torch.no_grad()
+def weights_from_masters(optimizer: MegatronOptimizer, ddps: Iterable[DistributedDataParallel]) -> None:
+    """Make the weights what the masters are in their format, as the end of a step does. Collective.
+
+    For a checkpoint of a run in the same format that changes nothing. One whose weights were held in FP8 stores what
+    is left of them, exactly so only where scales are powers of two: a run that resumes reads the masters.
+    """
+    for part in parts_of(optimizer):
+        if not part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            part._copy_main_params_to_model_params()
+            continue
+        for weight in (weight for group in part.param_groups for weight in group["params"]):
+            weight.data.copy_(part.optimizer.get_unscaled_state(weight, "master_param"))
+    gather_weights(ddps)
+
+
+def gather_weights(ddps: Iterable[DistributedDataParallel]) -> None:
+    """Gather every parameter from the ranks that hold its runs. Collective."""
+    for ddp in ddps:
+        ddp.start_param_sync(force_sync=True)

@@ -1,0 +1,198 @@
+"""Which numbers of its stages' parameters a rank saves and reads: those whose optimizer states it holds.
+
+The distributed optimizer (ZeRO-1) divides the parameters of a stage evenly among the ranks that hold it. A checkpoint
+is divided the same way: of weights, masters, moments and average alike, each rank writes its own run of every
+parameter and reads no other, so that nothing is gathered for a save, and weights are gathered over the fabric after a
+load. Names, whole shapes and places of parameters are megatron-core's (``sharded_state_dict``); runs become boxes of
+those (``boxes``), which any other layout can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from dsv3_megatron.checkpoint.boxes import Box, boxes_of_run, common_box, strides_of
+from dsv3_megatron.checkpoint.optimizer_states import parts_of
+from dsv3_megatron.pipeline.saved import Entry
+
+# Numbers of a piece at most: what is read, verified and converted at a time, and what a rank of another layout reads
+# too much of at its ends.
+PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a whole tensor that lies in a run: where it is in the whole, and where in the run."""
+
+    key: str
+    whole: tuple[int, ...]
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, run: Tensor) -> Tensor:
+        """Return the view of a run [numbers] that this piece is."""
+        return run.as_strided(self.extent, self.strides, run.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The run [start, end) of a parameter's numbers, row-major, that this rank saves and reads.
+
+    Attributes:
+        name: ``stageN.`` and the parameter's name in that stage.
+        writes: whether this rank saves it; not where another pipeline or tensor rank saves the same.
+        group: the ranks among which the parameter is divided.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    start: int
+    end: int
+    pieces: tuple[Piece, ...]
+    writes: bool = True
+    group: dist.ProcessGroup | None = None
+
+    def run_of(self, whole: Tensor) -> Tensor:
+        """Return this run, as a view, of a tensor in the parameter's shape."""
+        return whole.view(-1)[self.start : self.end]
+
+    def entries(self, run: Tensor, prefix: str = "") -> Iterator[Entry]:
+        """Yield the boxes of a state of this run [end - start], named as the parameter after ``prefix``."""
+        for piece in self.pieces:
+            yield Entry(prefix + piece.key, piece.whole, piece.start, piece.of(run), self.writes)
+
+
+def shares_of(chunks: dict[int, GPTModel], optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> list[Share]:
+    """Return this rank's share, which may be empty, of every parameter of its stages; over all ranks they are whole."""
+    described = {id(value.data): value for value in model_state(chunks, groups)}
+    runs = dict(_runs(optimizer))
+    found = []
+    for stage, chunk in chunks.items():
+        for name, parameter in chunk.named_parameters():
+            run, group = runs[parameter]
+            share = _share(described[id(parameter)], f"stage{stage}.{name}", parameter, *run)
+            found.append(replace(share, group=group))
+    return found
+
+
+def whole_shares(chunks: dict[int, GPTModel], groups: ProcessGroupCollection) -> list[Share]:
+    """Return every parameter of this rank's stages, whole, as a share."""
+    names = {id(p): f"stage{stage}.{name}" for stage, chunk in chunks.items() for name, p in chunk.named_parameters()}
+    return [
+        _share(value, names[id(value.data)], value.data, 0, value.data.numel())
+        for value in model_state(chunks, groups)
+        if id(value.data) in names
+    ]
+
+
+def buffer_entries(chunks: dict[int, GPTModel], groups: ProcessGroupCollection, prefix: str = "") -> list[Entry]:
+    """Return what stages hold beside parameters, on every rank alike: the biases of routers."""
+    return [
+        Entry(prefix + value.key, value.global_shape, value.global_offset, value.data, is_saver(value), groups.dp_cp)
+        for value in model_state(chunks, groups)
+        if not isinstance(value.data, torch.nn.Parameter)
+    ]
+
+
+def is_saver(described: ShardedTensor) -> bool:
+    """Return whether this rank saves a tensor that several hold whole."""
+    replica = described.replica_id
+    return not any(replica) if isinstance(replica, tuple) else replica == 0
+
+
+def model_state(chunks: dict[int, GPTModel], groups: ProcessGroupCollection) -> list[Any]:
+    """Return what megatron-core says of every tensor of this rank's stages, but for Transformer Engine's own state."""
+    # How megatron-core cuts: in the shapes of the model, which any layout can load.
+    metadata = {"singleton_local_shards": False, "dp_cp_group": groups.dp_cp}
+    return [
+        value
+        for chunk in chunks.values()
+        for value in nested_values(_chunk_state(chunk, metadata))
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory))
+    ]
+
+
+def _chunk_state(chunk: GPTModel, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage's sharded state. An embedding of another stage on this rank is saved with that one."""
+    borrowed = chunk.mtp_process and "embedding" not in dict(chunk.named_children())
+    chunk.mtp_process, before = chunk.mtp_process and not borrowed, chunk.mtp_process
+    try:
+        state = chunk.sharded_state_dict(metadata=metadata)
+    finally:
+        chunk.mtp_process = before
+    return {name: value for name, value in state.items() if not is_te_state(name)}
+
+
+def is_te_state(name: str) -> bool:
+    """Return whether an entry of a module's state is Transformer Engine's pickled state, by its name."""
+    return name.rpartition(".")[2].startswith("_extra_state")
+
+
+def _runs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, tuple[tuple[int, int], Any]]]:
+    """Yield every parameter with the run of it that this rank updates, and the group it is divided among
+    (megatron-core 0.16.1)."""
+    for part in parts_of(optimizer):
+        mine = {
+            parameter: (ranges["param"].start, ranges["param"].end)
+            for buffer in part.gbuf_ranges
+            for buckets in buffer.values()
+            for bucket in buckets
+            for parameter, ranges in bucket["param_map"].items()
+        }
+        for parameter in (parameter for buffer in part.buffers for parameter in buffer.params):
+            yield parameter, (mine.get(parameter, (0, 0)), part.data_parallel_group)
+
+
+def _share(described: Any, name: str, parameter: torch.nn.Parameter, start: int, end: int) -> Share:
+    """Return a run of a parameter as a share. A parameter may be several tensors: gate and up of SwiGLU."""
+    stand_in = torch.empty(parameter.shape, device="meta")
+    built: Iterable[Any]
+    if isinstance(described, ShardedTensorFactory):
+        built = list(nested_values([replace(described, data=stand_in).build()]))
+    else:
+        built = [replace(described, data=stand_in, dtype=stand_in.dtype)]
+    strides = strides_of(parameter.shape)
+    boxes = list(boxes_of_run(parameter.shape, start, end, PIECE))
+    pieces = [
+        _piece(part, common, strides, start)
+        for part in built
+        for box in boxes
+        if (common := common_box(box, _place(part.data, strides))) is not None
+    ]
+    assert sum(torch.Size(piece.extent).numel() for piece in pieces) == end - start, name
+    replica = described.replica_id
+    return Share(name, parameter, start, end, tuple(pieces), writes=not any(replica[:-1]))
+
+
+def _place(part: Tensor, strides: tuple[int, ...]) -> Box:
+    """Return which box of a row-major tensor with these strides a view of it is."""
+    left, start = int(part.storage_offset()), []
+    for stride in strides:
+        start.append(left // stride)
+        left %= stride
+    assert part.stride() == strides or part.is_contiguous(), (part.stride(), strides)
+    return Box(tuple(start), tuple(part.shape))
+
+
+def _piece(part: ShardedTensor, box: Box, strides: tuple[int, ...], start: int) -> Piece:
+    """Return a box of a parameter, which lies in tensor ``part`` of it, as a piece of the run that begins at
+    ``start``."""
+    place = _place(part.data, strides)
+    axes = part.prepend_axis_num  # of the whole that the parameter itself does not have: the number of an expert
+    inside = tuple(corner - first for corner, first in zip(box.start, place.start))
+    corner = (*part.global_offset[:axes], *(a + b for a, b in zip(part.global_offset[axes:], inside)))
+    offset = sum(a * b for a, b in zip(box.start, strides)) - start
+    return Piece(part.key, part.global_shape, corner, (*(1,) * axes, *box.extent), (*(1,) * axes, *strides), offset)
