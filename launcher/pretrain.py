@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 
 from dsv3_megatron.health.stop_signals import StopSignals
 
@@ -26,7 +25,8 @@ from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
 from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.last_words import Failure, last_words
-from parallel.errors import RunInUseError, UserError
+from launcher.command_line.refusal import Vote, refusal_file, write_refusal
+from parallel.errors import UserError
 from parallel.world import World
 
 
@@ -73,37 +73,28 @@ def prepare_threads(world_size: int) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Return the exit code: 0 trained, 2 bad input, 3 does not fit."""
-    try:
-        return run_command(partial(train, signals=SIGNALS), arguments, __doc__)
-    except UserError as error:
-        leave_word(error)
-        raise
-
-
-def leave_word(error: UserError) -> None:
-    """Tell the batch job that starting again cannot help: torchrun would turn the exit code into 1.
-
-    A run directory in use is no such case: its owner may be a rank that died on another host a minute ago.
-    """
-    file = os.environ.get("DSV3_REFUSED_FILE")
-    if file and not isinstance(error, RunInUseError):
-        with suppress(OSError), Path(file).open("x") as word:  # the first rank's is kept
-            word.write(f"{error}\n")
+    return run_command(partial(train, signals=SIGNALS), arguments, __doc__)
 
 
 def attempt(arguments: Sequence[str]) -> int:
-    """Run as one of several ranks: after an error tell it and end without ceremony, so that no rank waits for it."""
+    """Run as one of several ranks: after an error tell it and end without ceremony, so that no rank waits for it.
+
+    A batch job is told of what starting again cannot mend: torchrun would turn the exit code into 1.
+    """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         return main(arguments)
     except BrokenPipeError:
         raise
     except Exception as error:
+        refused = refusal_file(error)
+        if alone and refused:
+            write_refusal(refused, error)
         if alone and isinstance(error, UserError):
             raise
         if alone:
             traceback.print_exc()
-        code = 1 if alone else last_words(Failure.of(error))
+        code = 1 if alone else last_words(Failure.of(error), Vote(refused, error) if refused else None)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code)  # interpreter shutdown would join the threads of connections that wait for other ranks

@@ -78,9 +78,10 @@ def _verdict(error: BaseException | None, failed: int, lookers: int, refused: bo
     said: list[Exception | None] = [None]
     if rank == speaker:
         assert error is not None
-        who = f"rank {rank} on {mine}{_others(hosts, mine)}"
-        few = "" if failed == lookers else f" ({failed:,} of {lookers:,} ranks: no fault of the recipe)"
-        said = [error if refused and isinstance(error, UserError) else RankFault(f"{who}: {_line(error)}{few}")]
+        others, text = _others(hosts, mine), _line(error)
+        few = "" if failed == lookers else ": no fault of the recipe"
+        fault = RankFault(f"rank {rank} on {mine}{others}: {text} ({failed:,} of {lookers:,} ranks{few})")
+        said = [error if refused and isinstance(error, UserError) else fault]
     if size > 1:
         dist.broadcast_object_list(said, src=speaker)
     assert said[0] is not None

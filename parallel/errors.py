@@ -19,6 +19,7 @@ class RankFault(Exception):
     """
 
     kind = "fault"
+    exit_code = 1
 
     def __str__(self) -> str:
         return f"{self.kind}: {' '.join(super().__str__().split())}"

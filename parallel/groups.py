@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # The group of each name of parallel.layout.GROUPS in megatron-core's collection.
 _FIELD = {"tp_cp": None, "tp_ep": None, "expert_tp": "expt_tp", "expert_dp": "expt_dp"}
 
+JOINED = "joined"  # key of the store: there once any rank is past what it could refuse alone
+
 
 def start_processes(world: World, device: torch.device, timeout_seconds: float = 600) -> None:
     """Join the world's default process group: gloo on CPUs, NCCL on GPUs.
@@ -36,19 +38,19 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
-        dist.init_process_group(
-            backend, store=_store_of_this_life(store), rank=world.rank, world_size=world.size, timeout=timeout
-        )
+        store = open_store(world, timeout_seconds)
+        store.set(JOINED, str(world.rank))
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
 
-def _store_of_this_life(store: dist.Store) -> dist.Store:
-    """Return a part of the store that no earlier start of the same ranks has written to.
+def open_store(world: World, timeout_seconds: float) -> dist.Store:
+    """Return the store by which the ranks of this start meet, in a part that no earlier start of theirs has written to.
 
     torchrun --max-restarts on one node keeps its store, in which restarted ranks would find the addresses of the dead
     and wait for them for ever (torch 2.13). Over several nodes the count differs from agent to agent; set
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, which gives every start a new store.
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, which gives every start a new store, in the process of rank 0.
     """
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_seconds)))
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
     return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from parallel.errors import UserError
+from launcher.command_line.refusal import VOTE_SECONDS, Vote
+from parallel.errors import RankFault, UserError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment variable: one file a rank, read for torchrun's report
 GRACE_SECONDS = 3.0  # ranks of one host that make the same mistake come to it within a second, if it is not busy
@@ -52,7 +53,7 @@ class Failure:
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """Return the failure that an exception is."""
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, RankFault)):
             return cls(str(error).replace("\n", " "), "", error.exit_code)
         whole = "".join(traceback.format_exception(error))
         frames = traceback.extract_tb(error.__traceback__)
@@ -66,24 +67,41 @@ class Failure:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def last_words(failure: Failure) -> int:
-    """Say what this rank failed of; return, when it is time to leave, the code to leave with."""
+def last_words(failure: Failure, vote: Vote | None = None) -> int:
+    """Say what this rank failed of; return, when it is time to leave, the code to leave with.
+
+    ``vote``: this rank's that all refuse the recipe, if it does; the host leaves when it is over. Where not all refuse,
+    that is told, and the code is 1.
+    """
     ended = _listen()
     file = os.environ.get(ERROR_FILE, os.devnull)
     if file == os.devnull:  # no torchrun, or one that keeps nothing: nothing to agree by
         _say(failure, is_first=True)
-        return failure.code
+        return _outcome(failure, vote, ended)
     with suppress(OSError):
         host = _Host(Path(file))
         is_first, is_new = host.enter(failure)
         if is_first:
             _wait(GRACE_SECONDS, lambda: ended() or host.all_are_here())
+            code = _outcome(failure, vote, ended)
             host.close(failure)
-            return failure.code
-        _wait(GRACE_SECONDS + ENDED_SECONDS, lambda: ended() or (host.is_closed() and not is_new))
+            return code
+        seconds = GRACE_SECONDS + ENDED_SECONDS + (VOTE_SECONDS if vote else 0.0)
+        _wait(seconds, lambda: ended() or (host.is_closed() and not is_new))
         return 0 if host.is_closed() and not is_new else failure.code
     _say(failure, is_first=True)  # a full disk, say
-    return failure.code
+    return _outcome(failure, vote, ended)
+
+
+def _outcome(failure: Failure, vote: Vote | None, ended: Callable[[], bool]) -> int:
+    """Wait for the vote, if there is one; return the code to leave with."""
+    if vote is None:
+        return failure.code
+    _wait(VOTE_SECONDS + ENDED_SECONDS, lambda: ended() or vote.is_over)
+    if not vote.is_over or vote.unanimous:
+        return failure.code
+    _write(f"{_who()} not every rank refuses this: a fault of this host, not of the recipe; the job may start again\n")
+    return 1
 
 
 class _Host:
@@ -134,11 +152,14 @@ class _Host:
 
 
 def _say(failure: Failure, *, is_first: bool, whole_at: Path | None = None) -> None:
-    who = f"[rank {os.environ.get('RANK', 0)} on {socket.gethostname()}]"
     if failure.whole and is_first:
-        _write(f"{who}\n{failure.whole}")
+        _write(f"{_who()}\n{failure.whole}")
     else:
-        _write(f"{who} {failure.line}" + (f"; whole traceback in {whole_at}" if failure.whole else "") + "\n")
+        _write(f"{_who()} {failure.line}" + (f"; whole traceback in {whole_at}" if failure.whole else "") + "\n")
+
+
+def _who() -> str:
+    return f"[rank {os.environ.get('RANK', 0)} on {socket.gethostname()}]"
 
 
 def _write(text: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from launcher.command_line.last_words import Failure
 from parallel.errors import DataError
-from testing.ports import free_port
+from testing.torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = socket.gethostname()
@@ -42,15 +42,6 @@ if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         dsv3_megatron.train.run.prepare_trainer = fail
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def torchrun(ranks, *words, flags=()):
-    """Run ranks; return the lines of the terminal and the exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *flags]
-    command += ["--master-port", str(free_port()), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-    return (done.stdout + done.stderr).splitlines(), done.returncode
 
 
 def root_cause(lines):

@@ -75,14 +75,3 @@ def test_a_lock_that_was_taken_over_is_left_to_its_new_owner(tmp_path):
     with run_lock(tmp_path):
         lock_of(tmp_path)
     assert json.loads((tmp_path / "lock").read_text())["host"] == "elsewhere"
-
-
-def test_a_batch_job_is_told_of_mistakes_but_not_of_a_lock(tmp_path, monkeypatch):
-    from launcher.pretrain import leave_word
-    from parallel.errors import RecipeError
-
-    monkeypatch.setenv("DSV3_REFUSED_FILE", str(tmp_path / "refused"))
-    leave_word(RunInUseError("another"))
-    assert not (tmp_path / "refused").exists()
-    leave_word(RecipeError("a key"))
-    assert (tmp_path / "refused").read_text() == "recipe: a key\n"
