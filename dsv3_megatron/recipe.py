@@ -46,6 +46,11 @@ class Recipe(BaseModel):
         self.model.check()
         if self.run.steps is None and self.run.tokens is None:
             raise RecipeError("run.steps and run.tokens are both null; set one of them, or the run has no end")
+        if self.run.abort_seconds is not None and self.run.abort_seconds <= self.run.hang_seconds:
+            raise RecipeError(
+                f"run.hang_seconds = {self.run.hang_seconds:g} is not below run.abort_seconds = "
+                f"{self.run.abort_seconds:g}, after which nobody is left to tell; lower it"
+            )
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
         self._check_model_against_layout()

@@ -93,11 +93,17 @@ class RunSettings(BaseModel):
         None, description="run directory whose newest weights a new run begins with; tokens are counted anew"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is, else cpu")
+    start_seconds: float = Field(
+        600.0, gt=0, description="end the process, so that it is started anew, when meeting or building takes so long"
+    )
+    checkpoint_seconds: float = Field(
+        1800.0, gt=0, description="the same when loading a checkpoint takes so long, or a save that training waits for"
+    )
     hang_seconds: float = Field(
         300.0, gt=0, description="tell where every rank is when one action of the pipeline takes longer than this"
     )
     abort_seconds: float | None = Field(
-        1800.0, gt=0, description="end the process, so that it is started anew, when nothing moves for so long"
+        1800.0, gt=0, description="end the process when one action takes so long; over run.hang_seconds; null = never"
     )
     evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
 

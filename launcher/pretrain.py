@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 
 from dsv3_megatron.health.stop_signals import StopSignals
@@ -20,7 +20,6 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run.lock import run_lock
 from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
 from launcher.command_line.hydra_flags import run_command
@@ -43,8 +42,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
-    with run_lock(recipe.run.directory) if first else nullcontext():
-        summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
+    summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
     return 0

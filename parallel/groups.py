@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from parallel.errors import RankFault
 from parallel.layout import GROUPS, Layout
 from parallel.world import World
 
@@ -25,11 +27,13 @@ JOINED = "joined"  # key of the store: there once any rank is past what it could
 def start_processes(world: World, device: torch.device, timeout_seconds: float = 600) -> None:
     """Join the world's default process group: gloo on CPUs, NCCL on GPUs.
 
-    One process needs no launcher: it gets a store of its own. A collective that takes longer than the timeout raises.
+    One process needs no launcher: it gets a store of its own. The timeout is that of meeting, and of the group's
+    collectives, which raise after it, until :func:`set_timeouts`.
     ``device`` becomes the current one: megatron-core, Transformer Engine and ``device="cuda"`` all mean that. It is not
     given to the process group (``device_id``): that opens the group's communicator at once, and NCCL would then carry
     the messages of all pairs of a pipeline on one stream, in one order, where the proof that no schedule can deadlock
     (parallel.pipeline.validate) takes each pair's messages to have a queue of their own.
+    Raises: RankFault: not all ranks have come in time, or one has left.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -38,9 +42,29 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        store = open_store(world, timeout_seconds)
-        store.set(JOINED, str(world.rank))
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        try:
+            store = open_store(world, timeout_seconds)
+            store.set(JOINED, str(world.rank))
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        except RuntimeError as error:  # torch's for all that a store or gloo meets
+            why = str(error).strip().partition("\n")[0]
+            raise RankFault(
+                f"rank {world.rank} on {socket.gethostname()} could not meet all {world.size:,} ranks ({why}); "
+                f"run.start_seconds = {timeout_seconds:g}"
+            ) from error
+
+
+def set_timeouts(seconds: float) -> None:
+    """Let collectives of this rank's groups, as many as there are by now, raise after so long.
+
+    torch gives every group a time of its own when it is made, 10 minutes under NCCL and 30 under gloo, whatever the
+    default group has (2.13).
+    """
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world  # torch has no public name for them
+
+    for group in list(_world.pg_map):
+        if dist.get_backend(group) != "fake":  # whose collectives end at once
+            _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def open_store(world: World, timeout_seconds: float) -> dist.Store:

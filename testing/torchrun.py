@@ -23,5 +23,5 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *flags]
     command += ["--master-port", str(free_port()), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(variables or {})}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     return (done.stdout + done.stderr).splitlines(), done.returncode

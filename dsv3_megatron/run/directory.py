@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,40 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the folders. Raises RecipeError when the place cannot be written."""
-        try:
+        with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            self._try_to_write()
+
+    def leave_mark(self, token: str) -> None:
+        """Leave a file by which another host knows this very folder. Raises RecipeError: it cannot be written."""
+        with self._writing():
+            self._mark(token).touch()
+
+    def check_mark(self, token: str) -> None:
+        """Raise RecipeError where this host does not see the folder that holds the mark, or cannot write there."""
+        if not self._mark(token).exists():
+            raise RecipeError(
+                f"run.directory = {self.path} is not the folder that rank 0 has made; name one that all hosts share"
+            )
+        with self._writing():
+            self._try_to_write()
+
+    def remove_mark(self, token: str) -> None:
+        """Remove it again."""
+        self._mark(token).unlink(missing_ok=True)
+
+    def _mark(self, token: str) -> Path:
+        return self.path / f".made-{token}"
+
+    def _try_to_write(self) -> None:
+        probe = self.path / f".writable-{platform.node()}-{os.getpid()}"  # hosts look at the same time
+        probe.touch()
+        probe.unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise RecipeError(
                 f"run.directory = {self.path} cannot be written ({error.strerror}); name another directory"

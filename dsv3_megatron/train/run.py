@@ -21,6 +21,7 @@ from dsv3_megatron.preflight.precision import check_precision
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.settings import RunSettings
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.average import Averaging
 from dsv3_megatron.train.callbacks.bad_steps import BadSteps
@@ -29,11 +30,16 @@ from dsv3_megatron.train.callbacks.metrics import Metrics
 from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
 from dsv3_megatron.train.journal import Journal, Reporter
+from dsv3_megatron.train.run_directory import create_for_all_hosts, held_by_rank_0
 from dsv3_megatron.train.start import check_start, load_start
 from dsv3_megatron.train.trainer import Callback, Trainer
-from parallel.groups import start_processes, stop_processes
+from parallel.agree import agreed
+from parallel.groups import set_timeouts, start_processes, stop_processes
 from parallel.pipeline.watchdog import Watchdog, process_group_store
 from parallel.world import World
+
+WATCHDOG_SECONDS = 60.0  # in which every rank's watchdog has looked, told and ended
+NEVER_SECONDS = 30 * 24 * 3600.0
 
 
 def run(
@@ -51,29 +57,32 @@ def run(
     device = choose_device(recipe.run.device, world)
     remarks = check_precision(recipe, backend_name(recipe.backend, device), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    with processes(world, device):
+    with processes(world, device, recipe.run.start_seconds), held_by_rank_0(recipe.run.directory):
         if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
             if world.rank == 0:
                 reporter.note(EARLY_STOP)
             return {"stopped_by_signal": True}
-        parts = build_parts(recipe, layout, device)
-        parts.watchdog = watchdog_of(recipe, world, device)
+        watchdog = watchdog_of(recipe, world, device)
         try:
+            with watchdog.phase("building the model", recipe.run.start_seconds):
+                parts = build_parts(recipe, layout, device)
+            set_timeouts(longest_wait_seconds(recipe.run))
+            parts.watchdog = watchdog
             trainer = prepare_trainer(parts, data, reporter, resolved_recipe)
             for line in remarks:
                 trainer.journal.note(line)
             return trainer.train(signals)
         finally:
-            parts.watchdog.close()
+            watchdog.close()
 
 
 def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recipe: str) -> Trainer:
     """Make the run directory, load the newest valid checkpoint if there is one, open the metrics."""
     recipe, directory = parts.recipe, RunDirectory(parts.recipe.run.directory)
     journal = Journal(directory, reporter, speaks=dist.get_rank() == 0)
-    if journal.speaks:
-        directory.create()
-    dist.barrier()
+    watchdog, start_seconds = parts.watchdog, recipe.run.start_seconds
+    with watchdog.phase("making the run directory", start_seconds):
+        create_for_all_hosts(directory)
     saver = Saver(
         directory.checkpoints,
         recipe.checkpoint,
@@ -81,10 +90,12 @@ def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recip
         resolved_recipe,
         lambda name, values: journal.event(name, values, describe_save(name, values)),
     )
-    start = load_start(parts, directory, journal)
+    with watchdog.phase("loading a checkpoint", recipe.run.checkpoint_seconds):
+        start = load_start(parts, directory, journal)
     saver.saved_step = start.saved_step
     trainer = Trainer(parts, data, callbacks_of(parts, data, saver), journal, start.progress)
-    journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished)
+    with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
+        journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished)
     return trainer
 
 
@@ -121,15 +132,23 @@ def watchdog_of(recipe: Recipe, world: World, device: torch.device) -> Watchdog:
     )
 
 
+def longest_wait_seconds(run: RunSettings) -> float:
+    """Return how long a rank may wait in a collective before torch ends it: the watchdog has ended all by then, and
+    torch ends what nobody watches."""
+    if run.abort_seconds is None:
+        return NEVER_SECONDS
+    return max(run.start_seconds, run.checkpoint_seconds, run.abort_seconds) + WATCHDOG_SECONDS
+
+
 @contextmanager
-def processes(world: World, device: torch.device) -> Iterator[None]:
+def processes(world: World, device: torch.device, start_seconds: float) -> Iterator[None]:
     """The default process group, for as long as the block lasts.
 
     After an error the group of several ranks is left as it is: taking it down waits for messages of ranks that wait for
     this one, or closes their connections, so that they fail before this one has said why. The process must then end
     without ceremony (launcher.pretrain), which ends the others.
     """
-    start_processes(world, device)
+    start_processes(world, device, start_seconds)
     try:
         yield
     except BaseException:

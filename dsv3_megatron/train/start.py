@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
 from dsv3_megatron.checkpoint.find import Found, load_chosen, load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
@@ -22,6 +20,7 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.train.journal import Journal
 from dsv3_megatron.train.progress import Progress
+from parallel.agree import agreed
 from parallel.errors import CheckpointError
 
 MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings")  # what context extension changes
@@ -70,11 +69,9 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
     """Begin with the weights of another run, counting anew."""
 
     def check_and_load(found: Found) -> list[str]:
-        refused: list[Any] = [None]
-        if journal.speaks:
-            refused = [other_model(found.recipe, parts.recipe.model_dump(mode="json"))]
-        dist.broadcast_object_list(refused, src=0)
-        refuse_other_model(start_from, refused[0])
+        with agreed(looked=journal.speaks):
+            if journal.speaks:
+                refuse_other_model(start_from, other_model(found.recipe, parts.recipe.model_dump(mode="json")))
         return load_checkpoint(found, parts, training=True)
 
     found, notes, wrong = load_newest(starting_candidates(start_from) if journal.speaks else [], check_and_load)

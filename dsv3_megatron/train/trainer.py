@@ -137,11 +137,14 @@ class Trainer:
         """Do one optimizer step, and what follows a step."""
         completed = self._train_on_next_batch()
         for callback in self.callbacks:
+            self.parts.watchdog.enter(f"what follows a step: {type(callback).__name__}")
             callback.after_step(self, completed)
+        self.parts.watchdog.leave()
 
     def _train_on_next_batch(self) -> CompletedStep:
         start = time.perf_counter()
         progress, batch = self.progress, self.regime.global_batch(self.progress.tokens)
+        self.parts.watchdog.enter("the samples of a step")
         batches = step_batches(
             self.data.train,
             first=progress.samples,

@@ -4,6 +4,9 @@ Each rank notes the action it is in. When none ends for a given time, a thread o
 Python stack to the store that the process group started with, and the first rank to notice prints what all have
 written. A rank that wrote nothing is named too: it is dead, or not stuck.
 
+What is no training - building a model, loading a checkpoint, waiting for one - is a phase with a limit of its own, as
+long as such things take: a step is given up sooner.
+
 On a GPU the host runs ahead: a message that never comes holds a stream, and the host only where it reads a number, in
 most steps after the last action. So an event follows every message that an action waits for, and every action; the
 oldest that is not over is where the GPU stands. Events are used again as soon as they are over.
@@ -18,7 +21,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,6 +34,20 @@ from parallel.pipeline.actions import Step
 
 _CPU = torch.device("cpu")
 ABORTED = 70  # exit code of a process that ended itself: EX_SOFTWARE, so that a launcher sees a failure
+TELL_SECONDS = 30.0  # so long before the end of a phase it is told, or a quarter of the phase if that is less
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Something that is no step, when it began, and how long it may take."""
+
+    name: str
+    limit: float
+    since: float
+
+    @property
+    def tells_after(self) -> float:
+        return self.limit - min(TELL_SECONDS, self.limit / 4)
 
 
 class Watchdog:
@@ -47,11 +67,11 @@ class Watchdog:
         """Watch this process from now on.
 
         Args:
-            timeout_seconds: how long one action may take; > 0.
+            timeout_seconds: how long one action may take before it is told; > 0.
             store: shared by all ranks; used only when something hangs.
             report: gets the text, on the first rank that notices; stderr by default.
             abort_seconds: end the process when one action takes longer than this, after writing the stacks of all its
-                threads to stderr; what started it starts it anew. None = never.
+                threads to stderr; what started it starts it anew. More than ``timeout_seconds``; None = never.
             device: where actions run.
         """
         self._timeout, self._rank, self._world_size = timeout_seconds, rank, world_size
@@ -63,6 +83,7 @@ class Watchdog:
         self._place = ""
         self._waits_for = ""
         self._told = False
+        self._phase: _Phase | None = None  # None = training
         self._steps = 0
         self._launches = _Launches() if has_streams(device) else None
         self._closing = threading.Event()
@@ -84,6 +105,15 @@ class Watchdog:
     def leave(self) -> None:
         """It is over, and nothing is under way."""
         self._since = None
+
+    @contextmanager
+    def phase(self, name: str, limit_seconds: float) -> Iterator[None]:
+        """What the block does is no training: told shortly before it has taken this long, and ended then."""
+        self._phase = _Phase(name, limit_seconds, time.monotonic())
+        try:
+            yield
+        finally:
+            self._phase, self._since = None, None
 
     def waits(self, for_what: str) -> None:
         """The action waits for another rank."""
@@ -110,41 +140,57 @@ class Watchdog:
         self._thread.join(timeout=5)
 
     def _watch(self) -> None:
-        shortest = min(self._timeout, self._abort or self._timeout)
-        while not self._closing.wait(min(shortest / 4, 1.0)):
-            now, since, seconds = time.monotonic(), self._since, 0.0
-            if since is not None:
-                seconds = now - since
-            standing = self._launches.oldest() if self._launches is not None else None
-            if standing is not None:
-                seconds = max(seconds, now - standing[1])
-            if seconds <= self._timeout:
+        pause = min(self._timeout, self._abort or self._timeout) / 4
+        while not self._closing.wait(min(pause, 1.0)):
+            phase = self._phase  # the other thread may leave it meanwhile
+            seconds, tell, end = self._under_way(phase)
+            pause = tell / 4
+            if seconds <= tell:
                 self._told = False
             elif not self._told:
                 self._told = True
-                self._tell(seconds)
-            if self._abort and seconds > self._abort:
-                faulthandler.dump_traceback(sys.stderr)
-                text = f"hang: rank {self._rank} ends itself after {self._abort:g} s in {self._where()}"
-                print(text, file=sys.stderr, flush=True)
-                os._exit(ABORTED)
+                # The others notice about now; their ends, and so this process's, may come soon after.
+                self._tell(phase, seconds, wait=min(tell, 5.0, (end - tell) / 2 if end else 5.0))
+            if end and seconds > end:
+                self._end_process(phase, end)
 
-    def _where(self) -> str:
+    def _under_way(self, phase: _Phase | None) -> tuple[float, float, float | None]:
+        """Return for how long something has been under way, when to tell of it, and when to end it if ever."""
+        now, since = time.monotonic(), self._since
+        if phase is not None:
+            return now - phase.since, phase.tells_after, phase.limit
+        seconds = 0.0 if since is None else now - since
+        standing = self._launches.oldest() if self._launches is not None else None
+        return max(seconds, now - standing[1] if standing is not None else 0.0), self._timeout, self._abort
+
+    def _end_process(self, phase: _Phase | None, seconds: float) -> NoReturn:
+        faulthandler.dump_traceback(sys.stderr)
+        text = f"hang: rank {self._rank} ends itself after {seconds:g} s in {self._where(phase)}"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(ABORTED)
+
+    def _where(self, phase: _Phase | None) -> str:
         """Return where the host is, and where the GPU is if that is behind."""
-        host = f"{self._place}{self._waits_for}" if self._since is not None else "nothing that is watched"
+        nothing = "nothing that is watched" if phase is None else ""
+        host = f"{self._place}{self._waits_for}" if self._since is not None else nothing
+        if phase is not None:
+            host = f"{phase.name}: {host}" if host else phase.name
         standing = self._launches.oldest() if self._launches is not None else None
         return host if standing is None else f"{standing[0]}, on the GPU, while the host is in {host}"
 
-    def _tell(self, seconds: float) -> None:
+    def _tell(self, phase: _Phase | None, seconds: float, wait: float) -> None:
         frame = sys._current_frames().get(self._main)
         where = traceback.extract_stack(frame)[-1] if frame else None
         stack = f" [{where.filename.rsplit('/', 1)[-1]}:{where.lineno} {where.name}]" if where else ""
-        key = f"watchdog/{self._steps}"  # all ranks of a hang are in the same step
-        self._store.set(f"{key}/{self._rank}", f"{self._where()}, for {seconds:.0f} s{stack}")
-        if self._store.add(f"{key}/told", 1) > 1:
+        key = f"watchdog/{self._steps}"  # all ranks of a hang are in the same step, if not in the same phase
+        self._store.set(f"{key}/{self._rank}", f"{self._where(phase)}, for {seconds:.0f} s{stack}")
+        if self._store.add(f"{key}/{phase.name if phase else 'training'}/told", 1) > 1:
             return
-        self._closing.wait(min(self._timeout, 5.0))  # the others notice about now
-        lines = [f"hang: no action ended for {self._timeout:g} s; where each rank is:"]
+        self._closing.wait(wait)
+        took = f"no action ended for {self._timeout:g} s of training"
+        if phase is not None:
+            took = f"{phase.name} is not over after {seconds:.0f} s"
+        lines = [f"hang: {took}; where each rank is:"]
         for rank in range(self._world_size):
             place = self._store.get(f"{key}/{rank}").decode() if self._store.check([f"{key}/{rank}"]) else None
             lines.append(f"  rank {rank}: {place or 'has not said: not stuck, or dead'}")
@@ -158,6 +204,11 @@ class NoWatchdog:
         pass
 
     begin = enter = leave = waits = runs = launched = end = close = _nothing
+
+    @contextmanager
+    def phase(self, name: str, limit_seconds: float) -> Iterator[None]:
+        """Run the block."""
+        yield
 
 
 class _Launches:

@@ -36,6 +36,7 @@ BAD = {  # override(s) -> what the line must hold
     "run.seed=-1": ["run.seed = -1", "greater than or equal to 0"],
     "run.tokens=5X": ["run.tokens = 5X", "469B"],
     "run.steps=null": ["run.steps and run.tokens are both null", "set one"],
+    "run.abort_seconds=300": ["run.hang_seconds = 300 is not below run.abort_seconds = 300", "lower it"],
     "cluster.memory=80XB": ["cluster.memory = 80XB", "80GiB"],
     "backend=tee": ["backend = tee", "'te' or 'torch'"],
     "data.held_out=1.5": ["data.held_out = 1.5", "less than 1"],

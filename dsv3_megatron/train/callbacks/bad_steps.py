@@ -43,11 +43,12 @@ class BadSteps(Callback):
                 f"{what}; lower optim.learning_rate, look at the data from sample {failed.samples}, or set "
                 "health.rollbacks to go back to the last checkpoint and past this data"
             )
-        self._saver.finish(failed.step)
-        found, _, wrong = load_newest(
-            checkpoints(self._saver.folder) if trainer.journal.speaks else [],
-            lambda found: load_checkpoint(found, trainer.parts, training=True),
-        )
+        with trainer.parts.watchdog.phase("going back to a checkpoint", trainer.recipe.run.checkpoint_seconds):
+            self._saver.finish(failed.step)
+            found, _, wrong = load_newest(
+                checkpoints(self._saver.folder) if trainer.journal.speaks else [],
+                lambda found: load_checkpoint(found, trainer.parts, training=True),
+            )
         if found is None:
             raise HealthError(f"{what}; there is no valid checkpoint to go back to ({'; '.join(wrong) or 'none'})")
         trainer.progress = progress = Progress.of(found.progress)

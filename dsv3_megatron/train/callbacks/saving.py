@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 from dsv3_megatron.checkpoint.save import Flags, Saver
@@ -20,7 +21,8 @@ class Saving(Callback):
     def after_step(self, trainer: Trainer, step: CompletedStep) -> None:
         """Save when it is due; at the end of the run, :meth:`end` does."""
         if self.saver.due(trainer.progress.step) and not trainer.finished:
-            self.saver.save(asdict(trainer.progress))
+            with self._watched(trainer):
+                self.saver.save(asdict(trainer.progress))
 
     def flags(self) -> Sequence[int]:
         """Return what this rank says of the save under way."""
@@ -35,4 +37,9 @@ class Saving(Callback):
         if trainer.stopped and trainer.progress.step == trainer.first_step:
             trainer.journal.event("stopped_early", {"step": trainer.progress.step}, EARLY_STOP)
         else:
-            self.saver.save_finally(asdict(trainer.progress))
+            with self._watched(trainer):
+                self.saver.save_finally(asdict(trainer.progress))
+
+    @staticmethod
+    def _watched(trainer: Trainer) -> AbstractContextManager[None]:
+        return trainer.parts.watchdog.phase("saving a checkpoint", trainer.recipe.run.checkpoint_seconds)

@@ -226,13 +226,23 @@ dog = Watchdog(0.2, rank=0, world_size=1, store=HashStore(), abort_seconds=1.0)
 def stands_here():
     dog.enter("the end of the step")
     time.sleep(60)
+if sys.argv[1] == "phase":
+    with dog.phase("loading", 2.0):
+        stands_here()
 stands_here()
 """
 
 
-def test_a_process_that_hangs_tells_where_and_ends_itself():
+@pytest.mark.parametrize(
+    ("where", "told", "ended"),
+    [
+        ("training", "no action ended for 0.2 s of training", "1 s in the end of the step"),
+        ("phase", "loading is not over after 2 s", "2 s in loading: the end of the step"),
+    ],
+)
+def test_a_process_that_hangs_tells_where_and_ends_itself(where, told, ended):
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", HANGING, where], capture_output=True, text=True, timeout=50)
     assert done.returncode == 70 and time.monotonic() - start < 40
-    assert "hang: no action ended" in done.stderr and "the end of the step" in done.stderr
-    assert "stands_here" in done.stderr and "rank 0 ends itself after 1 s" in done.stderr
+    assert f"hang: {told}; where each rank is:" in done.stderr
+    assert "stands_here" in done.stderr and f"rank 0 ends itself after {ended}" in done.stderr

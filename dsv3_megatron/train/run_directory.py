@@ -1,0 +1,49 @@
+"""The run directory of all ranks: held by rank 0, made by it, and seen by every host before a model is built."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.lock import run_lock
+from parallel.agree import agreed
+from parallel.world import World
+
+
+@contextmanager
+def held_by_rank_0(directory: str | Path) -> Iterator[None]:
+    """Hold the run directory for as long as the block lasts. All ranks together.
+
+    Raises: RunInUseError: on all ranks.
+    """
+    is_first = dist.get_rank() == 0
+    with ExitStack() as held:
+        with agreed(looked=is_first):
+            if is_first:
+                held.enter_context(run_lock(directory))
+        yield
+
+
+def create_for_all_hosts(directory: RunDirectory) -> None:
+    """Make the run directory on rank 0, and let the first rank of every host write in it. All ranks together.
+
+    Raises: RecipeError: the place cannot be written. RankFault: some hosts cannot write there, or see another folder of
+    that name, as where a mount is missing.
+    """
+    is_first, is_first_of_host = dist.get_rank() == 0, World.from_environment().local_rank == 0
+    token = [uuid.uuid4().hex[:8]]
+    dist.broadcast_object_list(token, src=0)  # a name that no host can have looked for before
+    with agreed(looked=is_first):
+        if is_first:
+            directory.create()
+            directory.leave_mark(token[0])
+    with agreed(looked=is_first_of_host):
+        if is_first_of_host:
+            directory.check_mark(token[0])
+    if is_first:
+        directory.remove_mark(token[0])
