@@ -159,9 +159,12 @@ class Watchdog:
         now, since = time.monotonic(), self._since
         if phase is not None:
             return now - phase.since, phase.tells_after, phase.limit
-        seconds = 0.0 if since is None else now - since
         standing = self._launches.oldest() if self._launches is not None else None
-        return max(seconds, now - standing[1] if standing is not None else 0.0), self._timeout, self._abort
+        if standing is not None:  # then the host waits, in one place for most of a step, and only the GPU moves
+            since = standing[1]
+        elif since is not None and self._launches is not None:
+            since = max(since, self._launches.moved_at)
+        return 0.0 if since is None else now - since, self._timeout, self._abort
 
     def _end_process(self, phase: _Phase | None, seconds: float) -> NoReturn:
         faulthandler.dump_traceback(sys.stderr)
@@ -187,10 +190,9 @@ class Watchdog:
         if self._store.add(f"{key}/{phase.name if phase else 'training'}/told", 1) > 1:
             return
         self._closing.wait(wait)
-        took = f"no action ended for {self._timeout:g} s of training"
+        lines = [f"hang: no action ended for {self._timeout:g} s of training; where each rank is:"]
         if phase is not None:
-            took = f"{phase.name} is not over after {seconds:.0f} s"
-        lines = [f"hang: {took}; where each rank is:"]
+            lines = [f"hang: {phase.name} is not over after {seconds:.0f} s; where each rank is:"]
         for rank in range(self._world_size):
             place = self._store.get(f"{key}/{rank}").decode() if self._store.check([f"{key}/{rank}"]) else None
             lines.append(f"  rank {rank}: {place or 'has not said: not stuck, or dead'}")
@@ -219,6 +221,11 @@ class _Launches:
         self._under_way: deque[tuple[str, torch.cuda.Event]] = deque()
         self._free: list[torch.cuda.Event] = []
         self._since = 0.0  # when what was before the oldest was over, as far as anybody asked
+
+    @property
+    def moved_at(self) -> float:
+        """When the GPU last ended something, or began after a pause."""
+        return self._since
 
     def add(self, what: str) -> None:
         """Note that the current stream does ``what`` after all it was given before."""

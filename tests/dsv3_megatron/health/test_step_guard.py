@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import HashStore
 
 import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
@@ -18,6 +19,7 @@ from dsv3_megatron.health.step_guard import HealthState, StepGuard
 from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import UserError
+from parallel.pipeline.watchdog import Watchdog
 from parallel.world import World
 from testing.lanes import InLanes, examples, names_in_lanes
 from testing.ranks import run_ranks
@@ -246,3 +248,33 @@ def test_a_process_that_hangs_tells_where_and_ends_itself(where, told, ended):
     assert done.returncode == 70 and time.monotonic() - start < 40
     assert f"hang: {told}; where each rank is:" in done.stderr
     assert "stands_here" in done.stderr and f"rank 0 ends itself after {ended}" in done.stderr
+
+
+class MovingGpu:
+    """Ends something every twentieth of a second for a second, then stands; or has ended all then."""
+
+    def __init__(self, stands):
+        self.start, self.stands = time.monotonic(), stands
+
+    @property
+    def moved_at(self):
+        return self.start + min(time.monotonic() - self.start, 1.0) // 0.05 * 0.05
+
+    def oldest(self):
+        over = time.monotonic() - self.start >= 1.0
+        return None if over and not self.stands else ("action 1 of 2", self.moved_at)
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_host_that_waits_for_a_gpu_that_moves_does_not_hang(stands):
+    told = []
+    dog = Watchdog(0.6, rank=0, world_size=1, store=HashStore(), report=told.append)
+    dog._launches = gpu = MovingGpu(stands)
+    dog.enter("the end of the step")
+    while time.monotonic() - gpu.start < 1.2:  # twice as long as an action may take
+        assert not told
+        time.sleep(0.02)
+    while not told and time.monotonic() - gpu.start < 30:
+        time.sleep(0.02)
+    dog.close()
+    assert ("action 1 of 2, on the GPU" in told[0]) == stands

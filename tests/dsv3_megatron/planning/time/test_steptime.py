@@ -43,6 +43,13 @@ def test_deepseek_step_is_predicted_within_fifteen_percent():
     )
 
 
+@pytest.mark.parametrize("name", ["dsv3_671b", "dsv3_671b_32k", "dsv3_671b_128k"])
+def test_a_step_that_is_given_up_has_taken_twice_as_long_as_planned(name):
+    """``run.abort_seconds`` is of one action; in the first step any of them may take as long as a whole step."""
+    recipe = compose([f"recipe={name}"])
+    assert 2 * make_plan(recipe, 2048, measure=estimate_stages).step.seconds < recipe.run.abort_seconds <= 300
+
+
 def test_the_end_of_a_step_touches_every_gradient_and_its_shard_of_the_states():
     recipe = compose(["recipe=dsv3_one_gpu"])
     plan = make_plan(recipe, 1, measure=estimate_stages)
