@@ -141,7 +141,7 @@ def longest_wait_seconds(run: RunSettings) -> float:
 
 
 @contextmanager
-def processes(world: World, device: torch.device, start_seconds: float) -> Iterator[None]:
+def processes(world: World, device: torch.device, start_seconds: float = 600) -> Iterator[None]:
     """The default process group, for as long as the block lasts.
 
     After an error the group of several ranks is left as it is: taking it down waits for messages of ranks that wait for
