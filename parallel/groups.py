@@ -33,8 +33,14 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     given to the process group (``device_id``): that opens the group's communicator at once, and NCCL would then carry
     the messages of all pairs of a pipeline on one stream, in one order, where the proof that no schedule can deadlock
     (parallel.pipeline.validate) takes each pair's messages to have a queue of their own.
+
+    Gloo, which every group has for what lies in host memory, connects two ranks at their first message. By default it
+    connects all members of a group as the group is made, for which each asks the store for the address of each: of
+    2,048 ranks, 6,500 connections a rank and 27 million messages to one store (docs/scale.md).
+    TORCH_GLOO_LAZY_INIT=0 in the environment brings that back.
     Raises: RankFault: not all ranks have come in time, or one has left.
     """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # torch reads it as each group is made (2.13)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
@@ -98,7 +104,7 @@ def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupColle
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
         order="tp-cp-ep-dp-pp",
-        create_gloo_process_groups=dist.get_backend() != "fake",  # a fake world's store cannot start gloo
+        create_gloo_process_groups=False,  # twins for an optimizer that gathers its states over gloo; ours does not
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     _check_members(groups, layout)

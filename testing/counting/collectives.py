@@ -1,9 +1,9 @@
 """Process groups and what goes over them: groups made, collectives by kind, their bytes, and which groups carry any.
 
-Names in the tally: ``groups/called`` (calls of ``new_group``), ``groups/joined`` (those this rank is in), ``calls/KIND`` and
-``bytes/KIND``. Bytes are those of the tensors that a rank gives in or those that it gets, whichever are more. A kind is the
-function that was called: ``all_reduce``, ``all_gather_object``, ...; what an object's function sends inside is counted
-as its bytes, not as calls of its own.
+Names in the tally: ``groups/called`` (calls of ``new_group``), ``groups/joined`` (those this rank is in),
+``calls/KIND`` and ``bytes/KIND``. Bytes are those of the tensors that a rank gives in or those that it gets, whichever
+are more. A kind is the function that was called: ``all_reduce``, ``all_gather_object``, ...; what an object's function
+sends inside is counted as its bytes, not as calls of its own.
 """
 
 from __future__ import annotations

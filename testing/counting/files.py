@@ -10,6 +10,7 @@ status that ``os.scandir``'s entries ask for. ``torch.load`` and ``torch.save`` 
 
 from __future__ import annotations
 
+import _io
 import builtins
 import io
 import os
@@ -21,8 +22,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-
-import _io
 
 from testing.counting.tally import Tally
 
@@ -197,7 +196,7 @@ def _counted_open(files: _Files) -> Callable[..., Any]:
         if not text:
             return buffered
         whole = io.TextIOWrapper(buffered, encoding, errors, newline, lines)
-        whole.mode = mode  # type: ignore[misc]
+        whole.mode = mode
         return whole
 
     return counted

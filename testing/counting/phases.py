@@ -20,12 +20,12 @@ class Cost:
 
     seconds: float = 0.0
     peak_bytes: int = 0
-    growth_bytes: int = 0  # of the peak over what was resident when the phase last began
+    growth_bytes: list[int] = field(default_factory=list)  # each time, of the peak over what was resident before
     process: dict[str, int] = field(default_factory=lambda: {"read": 0, "written": 0})
 
 
 class Phases:
-    """The phase that a rank is in. One that comes several times has the sum of its times and of what it moved."""
+    """The phase that a rank is in. One that comes several times adds up its times and what it moved."""
 
     def __init__(self, first: str):
         self.tally = Tally(first)
@@ -45,7 +45,7 @@ class Phases:
         cost.seconds += time.perf_counter() - self._started
         peak = peak_bytes()
         cost.peak_bytes = max(cost.peak_bytes, peak)
-        cost.growth_bytes = peak - self._resident
+        cost.growth_bytes.append(peak - self._resident)
         for kind, number in process_bytes().items():
             cost.process[kind] += number - self._moved[kind]
         self.tally.phase = phase

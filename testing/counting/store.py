@@ -1,7 +1,7 @@
 """The rendezvous store: how many messages a rank sends to it, those that torch sends from C++ among them.
 
-Names in the tally: ``store/set``, ``store/get``, ``store/wait``, ``store/add``, ... A call that names several keys is one
-message. What a TCPStore exchanges when it connects is not seen.
+Names in the tally: ``store/set``, ``store/get``, ``store/wait``, ``store/add``, ... A call that names several keys is
+one message. What a TCPStore exchanges when it connects is not seen.
 """
 
 from __future__ import annotations

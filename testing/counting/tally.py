@@ -42,8 +42,8 @@ def threads_keep_their_phase(tally: Tally) -> Iterator[None]:
         setattr(thread, _PHASE, getattr(threading.current_thread(), _PHASE, None) or tally.phase)
         start(thread)
 
-    threading.Thread.start = start_in_phase  # type: ignore[method-assign]
+    threading.Thread.start = start_in_phase
     try:
         yield
     finally:
-        threading.Thread.start = start  # type: ignore[method-assign]
+        threading.Thread.start = start

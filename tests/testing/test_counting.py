@@ -1,6 +1,5 @@
-"""The counters of benchmarks/at_scale.py find exactly what was done: so many reads, so many messages, so much memory."""
+"""The counters of benchmarks/at_scale.py find exactly what was done: so many reads, messages, bytes of memory."""
 
-import io
 import mmap
 import os
 import shutil
@@ -53,7 +52,7 @@ READS = {
     "whole": (lambda path: path.read_bytes(), 100_000),
     "text": (lambda path: path.read_text(), 100_000),
     "not buffered": (lambda path: path.open("rb", buffering=0).read(7), 7),
-    "into a buffer": (lambda path: io.open(path, "rb", 0).readinto(bytearray(9)), 9),
+    "into a buffer": (lambda path: path.open("rb", 0).readinto(bytearray(9)), 9),
     "os.read": (read_with(lambda fd: os.read(fd, 5)), 5),
     "os.pread": (read_with(lambda fd: os.pread(fd, 5, 100)), 5),
     "os.preadv": (read_with(lambda fd: os.preadv(fd, [bytearray(2), bytearray(3)], 100)), 5),
