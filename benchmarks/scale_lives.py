@@ -8,7 +8,6 @@ proportion of recipe=dsv3_671b.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,8 +28,8 @@ STEP = re.compile(r"\.?step_\d+")  # a checkpoint's folder
 STEPS = 4  # of the first life; what is saved after half of them warms up, the save at the end is counted
 MODEL = (
     "recipe=dsv3_tiny", "data=synthetic", "data.sequence_length=32", "model.vocab_size=256", "model.hidden_size=128",
-    "model.intermediate_size=256", "model.moe_intermediate_size=256", "optim.micro_batch=1",
-    "parallel.schedule=dualpipe", "logging.wandb=disabled", "logging.report_every_seconds=0",
+    "model.intermediate_size=256", "model.moe_intermediate_size=256", "optim.micro_batch=1", "optim.ema_decay=0.999",
+    "precision=bf16", "parallel.schedule=dualpipe", "logging.wandb=disabled", "logging.report_every_seconds=0",
 )  # fmt: skip
 
 
@@ -64,7 +63,8 @@ def lives(world: int, place: Path, *, asynchronous: bool = False) -> list[list[d
     from testing.ranks import run_ranks
 
     words = (*words_of(world), f"run.directory={place / 'run'}", f"checkpoint.asynchronous={asynchronous}".lower())
-    words += ("checkpoint.keep=1", f"checkpoint.every_steps={STEPS // 2}")
+    # Beside training every step saves, so that the last one before the end has nothing left to do for the first time.
+    words += ("checkpoint.keep=1", f"checkpoint.every_steps={1 if asynchronous else STEPS // 2}")
     cases = [Life((*words, f"run.steps={steps}"), str(place / "run")) for steps in (STEPS, STEPS + 1)]
     return run_ranks(world, live, cases, timeout_seconds=1800)
 
@@ -101,9 +101,11 @@ def marked(phases: Any, found: dict[str, Any]) -> Iterator[None]:
     ``step`` is a step from its batch to its update, ``evaluation`` the held-out loss, ``beside`` what else happens
     between steps. The save at the end is ``save``, those before are ``save beside``.
     """
+    # torch and megatron-core, which a process that only starts ranks has no need of
     import dsv3_megatron.train.build as build
     import dsv3_megatron.train.run as run
     import dsv3_megatron.train.trainer as trainer
+    from dsv3_megatron.model.costs import count_parameters
     from dsv3_megatron.train.callbacks.evaluation import Evaluation
     from dsv3_megatron.train.callbacks.saving import Saving
 
@@ -123,7 +125,12 @@ def marked(phases: Any, found: dict[str, Any]) -> Iterator[None]:
         return call
 
     def load(parts: Any, *arguments: Any) -> Any:
-        found.update(layout=vars(parts.layout), state_bytes=state_bytes(parts))
+        counted_parameters = count_parameters(parts.recipe.model)
+        found.update(
+            layout=vars(parts.layout),
+            state_bytes=state_bytes(parts),
+            parameters=counted_parameters.main + counted_parameters.mtp,
+        )
         phases.enter("load")
         result = load_start(parts, *arguments)
         phases.enter("beside")
@@ -147,15 +154,20 @@ def marked(phases: Any, found: dict[str, Any]) -> Iterator[None]:
 
 
 def state_bytes(parts: Any) -> int:
-    """Return the bytes of what a rank has to get back when it resumes: its weights, and its shard of the optimizer."""
-    import torch
+    """Return the bytes of what a rank has to get back when it resumes.
 
+    Its weights, its shard of the optimizer (float32 masters, two moments each), and its average of the weights.
+    """
     weights = [p for chunk in parts.chunks.values() for p in chunk.parameters()]
-    shard = 0
-    for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
-        masters = [p for group in part.optimizer.param_groups for p in group["params"]]
-        shard += sum(3 * p.numel() * torch.float32.itemsize for p in masters)  # master and both moments
-    return sum(p.numel() * p.element_size() for p in weights) + shard
+    masters = [
+        p
+        for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
+        for group in part.optimizer.param_groups
+        for p in group["params"]
+    ]
+    each = 4 + 2 * (2 if parts.recipe.precision.moments == "bf16" else 4)
+    average = parts.ema.average.values() if parts.ema is not None else ()
+    return sum(t.numel() * t.element_size() for t in (*weights, *average)) + each * sum(m.numel() for m in masters)
 
 
 def imports() -> dict[str, int]:
@@ -163,7 +175,7 @@ def imports() -> dict[str, int]:
     code = (
         "import json, testing.counting.files as files; from testing.counting.tally import Tally\n"
         "tally = Tally('imports')\n"
-        "with files.counted_files(tally, {}):\n"
+        "with files.counted_files(tally):\n"
         "    import launcher.pretrain, dsv3_megatron.train.run\n"
         "print(json.dumps(tally.of('imports')))"
     )
@@ -171,7 +183,13 @@ def imports() -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def one(world: int, *, asynchronous: bool = False) -> list[list[dict[str, Any]]]:
+def lives_of(world: int, *, asynchronous: bool = False) -> list[list[dict[str, Any]]]:
     """Return :func:`lives` in a folder that is there for them alone."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         return lives(world, Path(folder), asynchronous=asynchronous)
+
+
+def layers_of_a_rank(world: int) -> float:
+    """Return how many layers a rank holds, one MTP module counted as one: two stages of the pipeline."""
+    pipeline, _ = LAYOUTS[world]
+    return 2 * (LAYERS_OF_A_RANK * pipeline + 1) / pipeline
