@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.resilient import ResilientFiles
 
 _BLOCK = 100  # rows between two writes; as many numbers at most stay unused when a run is killed
 
@@ -17,8 +17,8 @@ class RowNumbers:
     columns. The file holds the first number that no start has taken.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, files: ResilientFiles):
+        self._path, self._files = path, files
         text = path.read_text().strip() if path.exists() else ""
         self._next = self._end = int(text) if text.isdigit() else 0
 
@@ -26,6 +26,6 @@ class RowNumbers:
         """Return the next number."""
         if self._next == self._end:
             self._end += _BLOCK
-            write_atomically(self._path, f"{self._end}\n")
+            self._files.replace(self._path, f"{self._end}\n")
         self._next += 1
         return self._next - 1

@@ -6,16 +6,15 @@ import json
 import math
 import resource
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from dsv3_megatron.run.files import read_json_lines, write_atomically
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.resilient import ResilientFiles
 
 
 @dataclass(frozen=True)
@@ -85,34 +84,44 @@ class MetricsWriter(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a step, flushed at once. Steps after ``last_step``, which a resumed run
-    will do again, are dropped."""
+    """metrics.jsonl, an object a step; expert_load.jsonl; the evaluations in events.jsonl. Always written."""
 
-    def __init__(self, path: Path, last_step: int):
-        done = [row for row in read_json_lines(path) if row["step"] <= last_step]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in done))
-        self._file = path.open("a", buffering=1)
+    def __init__(self, directory: RunDirectory, files: ResilientFiles, last_step: int):
+        """Steps after ``last_step``, which a resumed run will do again, are dropped from metrics.jsonl."""
+        self._directory, self._files = directory, files
+        self.rewind(last_step)
+
+    def rewind(self, last_step: int) -> None:
+        """Drop the steps after ``last_step``: they are done again."""
+        self._files.cut(self._directory.metrics, lambda row: row["step"] <= last_step)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append one step. NaN and infinity become null: they are not JSON."""
-        self._file.write(json.dumps({k: _json_number(v) for k, v in asdict(metrics).items()}) + "\n")
+        """Append one step."""
+        self._files.append(self._directory.metrics, json_line(asdict(metrics)))
 
     def loads(self, step: int, loads: np.ndarray) -> None:
-        """Nothing: they have a file of their own, expert_load.jsonl."""
+        """Append the tokens of every expert, [MoE layers, E]."""
+        line = {"step": step, "loads": [[int(n) for n in row] for row in loads]}
+        self._files.append(self._directory.expert_load, json_line(line))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
-        """Nothing: evaluations and the summary have files of their own."""
+        """Append an evaluation to events.jsonl."""
+        append_event(self._files, self._directory, name, values)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what had to wait; every other line was written at once."""
+        self._files.flush()
 
 
-def append_event(path: Path, name: str, values: dict[str, Any]) -> None:
-    """Append an event to events.jsonl, with the time; a disk that refuses it does not stop the run."""
+def append_event(files: ResilientFiles, directory: RunDirectory, name: str, values: dict[str, Any]) -> None:
+    """Append an event to events.jsonl, with the time."""
     line = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
-    with suppress(OSError), path.open("a") as file:
-        file.write(json.dumps({k: _json_number(v) for k, v in line.items()}) + "\n")
+    files.append(directory.events, json_line(line))
+
+
+def json_line(values: dict[str, Any]) -> bytes:
+    """Return an object as a line. NaN and infinity become null: they are not JSON."""
+    return json.dumps({k: _json_number(v) for k, v in values.items()}).encode() + b"\n"
 
 
 def _json_number(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dsv3_megatron.metrics.row_numbers import RowNumbers
 from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.resilient import ResilientFiles
 from dsv3_megatron.run.shell import program
 from parallel.errors import PackageError
 
@@ -28,7 +28,9 @@ class WandbRun:
     """Logs under grouped names (train/, moe/, ...), over tokens. metrics.jsonl stays the truth: whatever happens to
     W&B, the run goes on. Every row says its training step and tokens; one that is done again is a row more."""
 
-    def __init__(self, recipe: Recipe, first_step: int, tokens: int, tell: Callable[[str], None]):
+    def __init__(
+        self, recipe: Recipe, first_step: int, tokens: int, files: ResilientFiles, tell: Callable[[str], None]
+    ):
         try:
             import wandb  # a second to import, and may be off
         except ImportError:
@@ -38,7 +40,7 @@ class WandbRun:
         self._wandb, self._directory, self._name = wandb, RunDirectory(recipe.run.directory), recipe.run.name
         logging = recipe.logging
         options: dict[str, Any] = {
-            "id": run_id(self._directory.path),
+            "id": run_id(self._directory.path, files),
             "resume": "allow",  # a requeued job goes on with the same curves
             "project": logging.wandb_project,
             "name": recipe.run.name,
@@ -64,7 +66,7 @@ class WandbRun:
             wandb.teardown()  # its service holds the id of the start that failed
             self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("*", step_metric=NAMES["tokens"])
-        self._rows = RowNumbers(self._directory.path / "wandb_rows")
+        self._rows = RowNumbers(self._directory.path / "wandb_rows", files)
         self._place: dict[str, float] = {NAMES["step"]: first_step, NAMES["tokens"]: tokens}
 
     def write(self, metrics: StepMetrics) -> None:
@@ -94,21 +96,24 @@ class WandbRun:
 
     def close(self) -> None:
         """Add report and schedule as an artifact, and end the run."""
-        with suppress(Exception):  # nothing W&B can do may spoil the end of a run whose files are all written
+        try:
             artifact = self._wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]+", "_", self._name) + "-report", type="report")
             for path in (self._directory.report, self._directory.schedule, self._directory.recipe):
                 if path.exists():
                     artifact.add_file(str(path))
             self._run.log_artifact(artifact)
-        self._run.finish()
+        finally:
+            self._run.finish()
 
 
-def run_id(directory: Path) -> str:
+def run_id(directory: Path, files: ResilientFiles) -> str:
     """Return the run's W&B id: made once, kept in the run directory, the same after every requeue."""
     path = directory / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+    made = path.read_text().strip() if path.exists() else ""
+    if not made:
+        made = secrets.token_hex(4)
+        files.replace(path, made + "\n")
+    return made
 
 
 def _first_line(error: Exception) -> str:

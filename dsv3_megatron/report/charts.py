@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 
+from dsv3_megatron.report.thinning import Point
 from parallel.units import show_count
 
-Point = tuple[float, float]
 _WIDTH, _HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 82, 12, 10, 26
 _MOST_POINTS = 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -12,8 +13,91 @@ from omegaconf import OmegaConf
 
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.report.thinning import Envelope, Point, Sample
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.files import read_json, read_json_lines
+from dsv3_megatron.run.files import iterate_json_lines, last_json_line, read_json
+
+CURVES = (
+    "lm_loss", "mtp_loss", "grad_norm", "max_violation", "max_violation_running", "tokens_per_second", "mfu",
+    "tflops_per_device", "step_seconds", "memory_peak_bytes",
+)  # fmt: skip
+MARKED = ("resumed", "skipped", "rolled_back", "save_failed")
+_NEWEST = 200  # events that are listed, and marked in curves
+
+
+class Steps:
+    """What the report says of the steps, taken from them one by one; its size does not grow with the run's.
+
+    Attributes:
+        first, last: the oldest and the newest step.
+        seconds: of all steps together.
+        sample: at most 300 steps with the same distance between them.
+        tokens_at: tokens consumed after the steps that were asked for.
+    """
+
+    def __init__(self, wanted: set[int]):
+        """``wanted``: steps whose tokens will be asked for."""
+        self.first: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
+        self.seconds = 0.0
+        self.tokens_at: dict[int, int] = {}
+        self._wanted, self._sample = wanted, Sample(300)
+        self._curves = {key: Envelope() for key in CURVES}
+
+    def add(self, step: dict[str, Any]) -> None:
+        """Take the next step."""
+        self.first = self.first or step
+        self.last = step
+        self.seconds += step["step_seconds"]
+        if step["step"] in self._wanted:
+            self.tokens_at[step["step"]] = step["tokens"]
+        self._sample.add(step)
+        for key, curve in self._curves.items():
+            if (value := step.get(key)) is not None:
+                curve.add(step["tokens"], value)
+
+    @property
+    def sample(self) -> list[dict[str, Any]]:
+        """Steps at equal distances, so that what is summed step by step can be drawn."""
+        return self._sample.rows
+
+    def curve(self, key: str) -> list[Point]:
+        """Return a metric by tokens consumed, thinned (thinning.Envelope)."""
+        return self._curves[key].points()
+
+
+class Events:
+    """What the report says of the events, taken from them one by one.
+
+    Attributes:
+        newest: the last of them, oldest first.
+        marked: the last of those that a curve shows (``MARKED``).
+        held_out: step -> held-out loss.
+        started, latest: time of the first start and of the newest event, ISO 8601.
+    """
+
+    def __init__(self) -> None:
+        self.newest: deque[dict[str, Any]] = deque(maxlen=_NEWEST)
+        self.marked: deque[dict[str, Any]] = deque(maxlen=_NEWEST)
+        self.held_out: dict[int, float] = {}
+        self.started: str | None = None
+        self.latest: str | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take the next event."""
+        self.newest.append(event)
+        self.latest = max(self.latest or event["time"], event["time"])
+        if event["event"] == "started" and self.started is None:
+            self.started = event["time"]
+        if event["event"] == "held_out":
+            self.held_out[event["step"]] = event["held_out_loss"]
+        if event["event"] in MARKED and "step" in event:
+            self.marked.append(event)
+
+    @property
+    def steps(self) -> set[int]:
+        """Steps at which something happened that a curve shows."""
+        return {event["step"] for event in self.marked} | self.held_out.keys()
 
 
 @dataclass(frozen=True)
@@ -22,8 +106,8 @@ class RunFacts:
 
     recipe: Recipe
     recipe_text: str
-    steps: list[dict[str, Any]]
-    events: list[dict[str, Any]]
+    steps: Steps
+    events: Events
     loads: dict[str, Any] | None
     environment: dict[str, Any]
     schedule_svg: str | None
@@ -32,19 +116,17 @@ class RunFacts:
     @property
     def last(self) -> dict[str, Any] | None:
         """The newest step."""
-        return self.steps[-1] if self.steps else None
+        return self.steps.last
 
-    def curve(self, key: str) -> list[tuple[float, float]]:
-        """Return a metric by tokens consumed."""
-        return [(s["tokens"], s[key]) for s in self.steps if s.get(key) is not None]
+    def curve(self, key: str) -> list[Point]:
+        """Return a metric by tokens consumed, thinned."""
+        return self.steps.curve(key)
 
-    def held_out(self) -> list[tuple[float, float]]:
+    def held_out(self) -> list[Point]:
         """Return the held-out losses by tokens consumed."""
-        tokens = {s["step"]: s["tokens"] for s in self.steps}
-        points = {e["step"]: e["held_out_loss"] for e in self.events if e["event"] == "held_out"}
-        return [
-            (float(tokens.get(step, 0)), loss) for step, loss in sorted(points.items()) if step in tokens or not step
-        ]
+        tokens = self.steps.tokens_at
+        points = sorted(self.events.held_out.items())
+        return [(float(tokens.get(step, 0)), loss) for step, loss in points if step in tokens or not step]
 
     @cached_property
     def regime(self) -> Regime:
@@ -61,30 +143,34 @@ class RunFacts:
     @cached_property
     def effective_time(self) -> float | None:
         """Return seconds of steps that counted over seconds since the first start; None before there is one."""
-        starts = [e for e in self.events if e["event"] == "started"]
-        if not starts or not self.steps:
+        events, useful = self.events, self.steps.seconds
+        if events.started is None or events.latest is None or self.last is None:
             return None
-        times = [datetime.fromisoformat(e["time"]) for e in self.events]
-        wall = (max(times) - datetime.fromisoformat(starts[0]["time"])).total_seconds()
-        useful = sum(s["step_seconds"] for s in self.steps)
+        wall = (datetime.fromisoformat(events.latest) - datetime.fromisoformat(events.started)).total_seconds()
         return min(1.0, useful / wall) if wall > useful * 0.5 else None
 
 
 def read_run(path: Path) -> RunFacts:
     """Return the facts of a run directory. Files that are not there yet leave their part empty.
 
+    Every file is read once, a line at a time; of expert_load.jsonl only the end.
     Raises: FileNotFoundError: there is no recipe.yaml, so this is no run directory.
     """
     run = RunDirectory(path)
     text = run.recipe.read_text()
-    loads = read_json_lines(run.expert_load)
+    events = Events()
+    for event in iterate_json_lines(run.events):
+        events.add(event)
+    steps = Steps(events.steps)
+    for step in iterate_json_lines(run.metrics):
+        steps.add(step)
     return RunFacts(
         recipe=Recipe.model_validate(OmegaConf.to_container(OmegaConf.create(text))),
         recipe_text=text,
-        steps=read_json_lines(run.metrics),
-        events=read_json_lines(run.events),
-        loads=loads[-1] if loads else None,
-        environment=read_json(path / "environment.json"),
+        steps=steps,
+        events=events,
+        loads=last_json_line(run.expert_load),
+        environment=read_json(run.environment),
         schedule_svg=run.schedule.read_text() if run.schedule.exists() else None,
         finished=run.finished.exists(),
     )

@@ -51,7 +51,7 @@ def _numbers(facts: RunFacts) -> str:
             "tokens": f"{show_count(last['tokens'])} of {show_count(facts.budget_tokens)}",
             "loss": f"{last['lm_loss']:.4f}" if last["lm_loss"] is not None else "not a number",
             "tokens a second": show_count(last["tokens_per_second"]),
-            "training": show_duration(sum(s["step_seconds"] for s in facts.steps)),
+            "training": show_duration(facts.steps.seconds),
             "skipped": str(last["skipped"]),
         }
     if facts.effective_time is not None:

@@ -86,12 +86,11 @@ def step_time(facts: RunFacts) -> str:
         "wait_seconds": "waiting for pipeline neighbours",
         "update_seconds": "gradients and optimizer",
     }
-    split = [s for s in facts.steps if s.get("pipeline_seconds") is not None]
+    split = [s for s in facts.steps.sample if s.get("pipeline_seconds") is not None]
     for step in split:
         step["wait_seconds"] = (step.get("bubble_fraction") or 0.0) * step["pipeline_seconds"]
         step["compute_seconds"] = step["pipeline_seconds"] - step["wait_seconds"]
-    every = max(1, len(split) // 300)  # areas are summed point by point: all must keep the same steps
-    series = [Series(name, [(s["tokens"], s[key]) for s in split[::every]], "area") for key, name in names.items()]
+    series = [Series(name, [(s["tokens"], s[key]) for s in split], "area") for key, name in names.items()]
     whole = Series("whole step", facts.curve("step_seconds"))
     return draw(Chart([*series, whole], "tokens", "seconds", lambda v: f"{v:.3g}", from_zero=True))
 
@@ -100,8 +99,8 @@ def memory(facts: RunFacts) -> str:
     """The most this rank has held."""
     gib, limit = BINARY["GiB"], facts.recipe.cluster.memory
     series = [Series("peak of rank 0", [(t, b / gib) for t, b in facts.curve("memory_peak_bytes")])]
-    if limit and facts.last:
-        ends = (facts.steps[0]["tokens"], facts.last["tokens"])
+    if limit and facts.steps.first and facts.last:
+        ends = (facts.steps.first["tokens"], facts.last["tokens"])
         series.append(Series("of the device", [(t, limit / gib) for t in ends]))
     return draw(Chart(series, "tokens", "GiB", lambda v: f"{v:.3g}", from_zero=True))
 
@@ -117,7 +116,7 @@ def schedule(facts: RunFacts) -> str:
 def events(facts: RunFacts) -> str:
     """What happened besides steps, newest first."""
     rows = []
-    for event in reversed(facts.events[-200:]):
+    for event in reversed(facts.events.newest):
         values = {k: v for k, v in event.items() if k not in ("event", "time", "step")}
         details = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items() if v is not None)
         step = event.get("step", "")
@@ -142,12 +141,11 @@ def _short(value: object) -> str:
 
 def _marks(facts: RunFacts) -> list[tuple[float, str]]:
     """Return restarts, skips and rollbacks by tokens."""
-    tokens = {s["step"]: s["tokens"] for s in facts.steps}
-    shown = ("resumed", "skipped", "rolled_back", "save_failed")
+    tokens = facts.steps.tokens_at
     return [
         (tokens[e["step"]], f"{e['event'].replace('_', ' ')} at step {e['step']}")
-        for e in facts.events
-        if e["event"] in shown and e.get("step") in tokens
+        for e in facts.events.marked
+        if e["step"] in tokens
     ]
 
 

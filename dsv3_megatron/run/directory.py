@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -12,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.run.files import read_json_lines, write_atomically
+from dsv3_megatron.run.files import read_json_lines
 from parallel.errors import RecipeError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "hydra-core", "wandb", "tokenizers", "numpy")
@@ -30,6 +29,11 @@ class RunDirectory:
         return self.path / "recipe.yaml"
 
     @property
+    def environment(self) -> Path:
+        """What one needs to repeat the run: versions, commit, host, world."""
+        return self.path / "environment.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"
@@ -41,7 +45,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
-        """One JSON object for each thing that is no step: resumed, saved, save_failed."""
+        """One JSON object for each thing that is no step: started, resumed, saved, save_failed."""
         return self.path / "events.jsonl"
 
     @property
@@ -119,15 +123,6 @@ class RunDirectory:
             raise RecipeError(
                 f"run.directory = {self.path} cannot be written ({error.strerror}); name another directory"
             ) from None
-
-    def write_start(self, resolved_recipe: str, world: dict[str, Any]) -> None:
-        """Write recipe.yaml and environment.json."""
-        write_atomically(self.recipe, resolved_recipe)
-        write_atomically(self.path / "environment.json", json.dumps(environment(world), indent=2) + "\n")
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json."""
-        write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the steps written so far."""

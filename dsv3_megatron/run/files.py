@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 WAITS = (0.5, 2.0)  # seconds before a read is tried again
+_BLOCK_BYTES = 1 << 16  # read at a time from the end of a file
 
 
 def retried(read: Callable[[], T]) -> T:
@@ -61,19 +62,71 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file that holds one a line, oldest first; [] where there is none.
+    """Return the objects of a file that holds one a line (:func:`iterate_json_lines`), as a list."""
+    return list(iterate_json_lines(path))
 
-    A line that is no whole object is left out: a kill tears the line being written, and a writer that then appends
-    to it spoils one more.
+
+def iterate_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that holds one a line, oldest first; none where there is no file.
+
+    One line is in memory at a time. A line that is no whole object is left out: a kill tears the line being written.
     """
     if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if (content := _object(line)) is not None:
+                yield content
+
+
+def last_json_line(path: Path) -> dict[str, Any] | None:
+    """Return the newest whole object of a file that holds one a line, None where there is none.
+
+    Reads from the end, and no further than it must.
+    """
+    if not path.exists():
+        return None
+    objects = (_object(line) for _, line in _lines_from_the_end(path))
+    return next((content for content in objects if content is not None), None)
+
+
+def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines after the last one that is to be kept, in place.
+
+    Reads from the end, and needs no room on the disk. Raises: OSError: the disk refused.
+    """
+    if not path.exists():
+        return
+    end = 0
+    for start, line in _lines_from_the_end(path):
+        content = _object(line)
+        if content is not None and keep(content):
+            end = start + len(line)
+            break
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+
+
+def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (place in the file, line with its newline), the last line first."""
+    with path.open("rb", buffering=0) as file:
+        start, tail = file.seek(0, os.SEEK_END), b""
+        while start:
+            size = min(start, max(_BLOCK_BYTES, len(tail)))  # doubles: a long line is not put together block by block
+            start -= size
+            tail = os.pread(file.fileno(), size, start) + tail
+            *whole, last = tail.split(b"\n")
+            lines = [line + b"\n" for line in whole] + ([last] if last else [])
+            place = start + len(tail)
+            tail = lines.pop(0) if start else b""  # it may have begun before this block
+            for line in reversed(lines):
+                place -= len(line)
+                yield place, line
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from dsv3_megatron.metrics.step_metrics import JsonLines, MetricsWriter, StepMetrics, append_event
 from dsv3_megatron.pipeline.parts import Parts
-from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.directory import RunDirectory, environment
+from dsv3_megatron.run.resilient import ResilientFiles
 from dsv3_megatron.train.facts import run_facts
 from dsv3_megatron.train.progress import Progress
 from dsv3_megatron.train.writers import open_writers
@@ -39,17 +41,25 @@ class Journal:
         self.directory, self.speaks = directory, speaks
         self._reporter = reporter
         self._writers: list[MetricsWriter] = []
+        self.files = ResilientFiles(self.event)
 
     def open(self, parts: Parts, progress: Progress, resolved_recipe: str, *, finished: bool) -> None:
         """Write what the run starts with, and open the writers; ``finished``: no step is left to do."""
         if not self.speaks:
             return
-        layout = parts.layout
-        self.directory.write_start(resolved_recipe, {"size": layout.world_size, "layout": asdict(layout)})
-        self._writers = [JsonLines(self.directory.metrics, progress.step)]
+        layout, files = parts.layout, self.files
+        world = {"size": layout.world_size, "layout": asdict(layout)}
+        files.replace(self.directory.recipe, resolved_recipe)
+        files.replace(self.directory.environment, json.dumps(environment(world), indent=2) + "\n")
+        self._lines = JsonLines(self.directory, files, progress.step)
         if not finished:
-            self.directory.finished.unlink(missing_ok=True)
-        self._writers += open_writers(parts.recipe, layout, progress.step, progress.tokens, self._reporter.note)
+            gone = self.directory.finished
+            files.outages.attempt(str(gone), lambda: gone.unlink(missing_ok=True))
+        append_event(files, self.directory, "started", {})
+        self._writers = [
+            self._lines,
+            *open_writers(parts.recipe, layout, progress.step, progress.tokens, files, self._reporter.note),
+        ]
         self._reporter.start(run_facts(parts))
 
     def note(self, text: str) -> None:
@@ -61,10 +71,11 @@ class Journal:
         """Tell a person, and keep it in events.jsonl."""
         if self.speaks:
             self._reporter.note(text)
-            append_event(self.directory.events, name, values)
+            append_event(self.files, self.directory, name, values)
 
     def step(self, metrics: StepMetrics, last_step: int | None) -> None:
         """Keep a step's metrics."""
+        self.files.retry()
         for writer in self._writers:
             writer.write(metrics)
         if self.speaks:
@@ -84,17 +95,17 @@ class Journal:
 
     def rewind(self, step: int) -> None:
         """Drop the steps after ``step`` from metrics.jsonl: the run does them again."""
-        if self._writers:
-            self._writers[0].close()
-            self._writers[0] = JsonLines(self.directory.metrics, step)
+        if self.speaks:
+            self._lines.rewind(step)
 
     def close(self, summary: dict[str, Any], *, finished: bool) -> None:
         """Write the summary, unless an earlier start's says more, and close the writers."""
         if not self.speaks:
             return
         if summary["before"] or not self.directory.summary.exists():
-            self.directory.write_summary(summary)
+            self.files.replace(self.directory.summary, json.dumps(summary, indent=2) + "\n")
         if finished:
-            self.directory.finished.touch()
+            self.files.replace(self.directory.finished, "")
         for writer in self._writers:
             writer.close()
+        self.files.close()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dsv3_megatron.metrics.guarded import Guarded
 from dsv3_megatron.metrics.step_metrics import MetricsWriter
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.report.writer import ReportWriter, draw_schedule
+from dsv3_megatron.report.writer import ReportWriter, schedule_drawing
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.resilient import ResilientFiles, reason_of
 from parallel.layout import Layout
 
 
 def open_writers(
-    recipe: Recipe, layout: Layout, first_step: int, tokens: int, tell: Callable[[str], None]
+    recipe: Recipe, layout: Layout, first_step: int, tokens: int, files: ResilientFiles, tell: Callable[[str], None]
 ) -> list[MetricsWriter]:
     """Return the writers of a run that begins after ``first_step`` steps and ``tokens`` tokens; on rank 0.
 
@@ -22,16 +24,24 @@ def open_writers(
     """
     logging, run = recipe.logging, RunDirectory(recipe.run.directory)
     batch = Regime(recipe.optim, recipe.data.sequence_length).global_batch(tokens)
-    draw_schedule(recipe, batch // (recipe.optim.micro_batch * layout.dp), run.schedule)
+    if drawing := schedule_drawing(recipe, batch // (recipe.optim.micro_batch * layout.dp)):
+        files.replace(run.schedule, drawing)
     writers: list[MetricsWriter] = []
     if logging.report_every_seconds:
-        writers.append(ReportWriter(run.path, logging.report_every_seconds))
+        writers.append(ReportWriter(run.path, logging.report_every_seconds, files.outages))
     if logging.wandb != "disabled":
         from dsv3_megatron.metrics.wandb_writer import WandbRun  # a second to import
 
-        writers.append(WandbRun(recipe, first_step, tokens, tell))
+        try:
+            wandb = WandbRun(recipe, first_step, tokens, files, tell)
+        except OSError as error:
+            tell(
+                f"warning: logging.wandb = {logging.wandb} failed ({reason_of(error)}); this start goes on without W&B"
+            )
+        else:
+            writers.append(Guarded("W&B", wandb, files.outages))
     if logging.tensorboard:
         from dsv3_megatron.metrics.tensorboard_writer import TensorBoardRun  # an optional package
 
-        writers.append(TensorBoardRun(run.path, first_step))
+        writers.append(TensorBoardRun(run.path, first_step, files))
     return writers

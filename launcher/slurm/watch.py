@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.files import read_json_lines
+from dsv3_megatron.run.files import last_json_line, read_json_lines
 from launcher.slurm.client import job_facts
 from parallel.errors import ClusterError
 from parallel.units import show_count, show_duration
@@ -74,9 +74,7 @@ def _job_line(facts: dict[str, str]) -> str:
 
 def _run_lines(run: RunDirectory) -> list[str]:
     lines = []
-    steps = run.read_metrics()
-    if steps:
-        last = steps[-1]
+    if last := last_json_line(run.metrics):
         age = show_duration(max(0.0, time.time() - run.metrics.stat().st_mtime))
         lines.append(
             f"step {last['step']}  loss {last['lm_loss'] if last['lm_loss'] is not None else float('nan'):.4f}  "

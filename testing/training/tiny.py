@@ -43,6 +43,7 @@ SMALL = (
     "data=synthetic",
     "data.sequence_length=32",
     "logging.wandb=disabled",
+    "logging.report_every_seconds=0",
 )
 VALUES = StepValues(learning_rate=1e-3, mtp_weight=0.3, bias_speed=0.001, balance_weight=0.02)
 

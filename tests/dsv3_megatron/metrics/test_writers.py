@@ -13,6 +13,7 @@ import pytest
 from dsv3_megatron.metrics.names import GROUPS, NAMES, grouped
 from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.metrics.wandb_writer import WandbRun, run_id
+from dsv3_megatron.run.resilient import ResilientFiles
 from dsv3_megatron.train.writers import open_writers
 from launcher.command_line.compose import compose
 from parallel.layout import Layout
@@ -21,6 +22,13 @@ KINDS = {"int": 3, "float": 0.5, "int | None": 2, "float | None": 0.25, "list[fl
 METRICS = StepMetrics(**{field.name: KINDS[field.type] for field in fields(StepMetrics)})
 LOADS = np.arange(32.0).reshape(2, 16)
 HELD_OUT = {"held_out_loss": 1.5, "bits_per_byte": 0.75, "step": 3}
+
+
+def nothing_is_refused(name, values, text):
+    raise AssertionError(text)
+
+
+FILES = ResilientFiles(nothing_is_refused)
 
 
 def recipe(directory, *words):
@@ -37,7 +45,7 @@ def records(directory):
 
 def life(directory, step, *words):
     """One start of a run: a step, loads, an evaluation."""
-    writers = open_writers(recipe(directory, *words), Layout(pp=2), step - 1, 0, print)
+    writers = open_writers(recipe(directory, *words), Layout(pp=2), step - 1, 0, FILES, print)
     for writer in writers:
         writer.write(replace(METRICS, step=step))
         writer.loads(step, LOADS)
@@ -101,7 +109,7 @@ def test_a_requeued_run_keeps_its_id(offline):
     ids = {
         r["run"].get("run_id", r["run"].get("id")) for records in (first, second) for r in records if r["type"] == "run"
     }
-    assert ids == {run_id(directory)}
+    assert ids == {run_id(directory, FILES)}
     assert float(history(second)["train/step"]) == 4
 
 
@@ -113,7 +121,7 @@ def test_steps_done_again_are_rows_of_their_own(tmp_path, capfd):
     """After a rollback (same process) and after a kill (next process), which resumes from an older step."""
     numbers, losses = [], []
     for steps in (((1, 4.0), (2, 3.0), (3, 9.0), (2, 2.5), (3, 2.0)), ((2, 2.25), (3, 1.0))):
-        writer = WandbRun(recipe(tmp_path), steps[0][0] - 1, 0, print)
+        writer = WandbRun(recipe(tmp_path), steps[0][0] - 1, 0, FILES, print)
         for step, loss in steps:
             writer.write(replace(METRICS, step=step, tokens=10 * step, lm_loss=loss))
             writer.loads(step, LOADS)
@@ -130,7 +138,7 @@ def test_steps_done_again_are_rows_of_their_own(tmp_path, capfd):
 
 
 def test_a_held_out_loss_before_the_first_step_lies_where_the_run_goes_on(tmp_path):
-    writer = WandbRun(recipe(tmp_path), 7, 70, print)
+    writer = WandbRun(recipe(tmp_path), 7, 70, FILES, print)
     writer.event("held_out", {**HELD_OUT, "step": 7})
     writer.close()
     [row] = rows(records(tmp_path))
@@ -144,7 +152,7 @@ def test_an_unreachable_server_does_not_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     told = []
-    writer = WandbRun(recipe(tmp_path, "logging.wandb=online"), 0, 0, told.append)
+    writer = WandbRun(recipe(tmp_path, "logging.wandb=online"), 0, 0, FILES, told.append)
     writer.write(METRICS)
     writer.close()
     assert len(told) == 1 and "kept offline" in told[0] and "\n" not in told[0]

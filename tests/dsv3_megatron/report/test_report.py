@@ -15,7 +15,7 @@ from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, short, th
 from dsv3_megatron.report.facts import read_run
 from dsv3_megatron.report.page import page, write_report
 from dsv3_megatron.report.panels import PANELS
-from dsv3_megatron.report.writer import draw_schedule
+from dsv3_megatron.report.writer import schedule_drawing
 from launcher.command_line.compose import compose, resolved_yaml
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     (directory / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     loads = [[100.0 + 10 * layer + expert for expert in range(16)] for layer in range(4)]
     (directory / "expert_load.jsonl").write_text(json.dumps({"step": 50, "loads": loads}) + "\n")
-    draw_schedule(recipe, 8, directory / "schedule.svg")
+    (directory / "schedule.svg").write_text(schedule_drawing(recipe, 8))
     write_report(directory)
     return directory
 
