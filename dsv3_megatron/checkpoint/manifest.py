@@ -7,6 +7,7 @@ is. Which checkpoint is the newest follows from the step in its name alone: cloc
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,6 +26,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"  # what files hold, beside extra sta
 FORMAT = 2  # 1: no checksums of pieces, so that files are read whole before they are trusted; optimizer states gathered
 _HASHERS = 8
 _NAME = re.compile(r"step_(\d{8,})")
+_NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # CIFS, some FUSE and 9p
 USE_OLDER = "use an older checkpoint"
 
 
@@ -161,9 +163,12 @@ def newest_valid(folder: Path, holding: Collection[str] | None = None) -> tuple[
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
+    """Make sure that the names in a folder are on the disk, where its file system has such a notion."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(descriptor)

@@ -57,7 +57,7 @@ def run(
     device = choose_device(recipe.run.device, world)
     remarks = check_precision(recipe, backend_name(recipe.backend, device), device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    with processes(world, device, recipe.run.start_seconds), held_by_rank_0(recipe.run.directory):
+    with processes(world, device, recipe.run.start_seconds), held_by_rank_0(recipe.run.directory, reporter.note):
         if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
             if world.rank == 0:
                 reporter.note(EARLY_STOP)

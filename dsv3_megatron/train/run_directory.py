@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,16 +16,17 @@ from parallel.world import World
 
 
 @contextmanager
-def held_by_rank_0(directory: str | Path) -> Iterator[None]:
+def held_by_rank_0(directory: str | Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Hold the run directory for as long as the block lasts. All ranks together.
 
+    ``warn``: told, on rank 0, when a full disk leaves the run without a lock.
     Raises: RunInUseError: on all ranks.
     """
     is_first = dist.get_rank() == 0
     with ExitStack() as held:
         with agreed(looked=is_first):
             if is_first:
-                held.enter_context(run_lock(directory))
+                held.enter_context(run_lock(directory, warn))
         yield
 
 

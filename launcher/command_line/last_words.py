@@ -16,7 +16,6 @@ before torch is imported.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,12 +25,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from dsv3_megatron.run.exclusive import exclusive
 from launcher.command_line.refusal import VOTE_SECONDS, Vote
 from parallel.errors import RankFault, UserError
 
@@ -143,12 +143,9 @@ class _Host:
         (self._folder / "closed").touch()
         time.sleep(LEAVE_SECONDS if others else 0.0)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[None]:
         """One rank at a time: what is said stays together."""
-        with (self._folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
-            yield
+        return exclusive(self._folder / "lock")
 
 
 def _say(failure: Failure, *, is_first: bool, whole_at: Path | None = None) -> None:

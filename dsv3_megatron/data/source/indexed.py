@@ -7,13 +7,12 @@ predicted from another document's end.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from dsv3_megatron.data.source.fim import MARKS, Middle
 from dsv3_megatron.data.source.packing import best_fit, cut
 from dsv3_megatron.data.source.samples import Sample, permuted
 from dsv3_megatron.data.source.shards import Shard, open_shard
+from dsv3_megatron.run.exclusive import exclusive
 from parallel.errors import DataError
 
 VERSION = 1  # of the packing kept in the cache
@@ -162,10 +162,21 @@ def load_packing(cache: str | Path, shard: Shard, lengths: np.ndarray, rule: Pac
             try:
                 np.save(temporary / "pieces.npy", packing.pieces)
                 np.save(temporary / "starts.npy", packing.starts)
-                os.replace(temporary, folder)
+                with _unless_published(folder):
+                    os.replace(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return Packing(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "starts")))
+
+
+@contextmanager
+def _unless_published(folder: Path) -> Iterator[None]:
+    """Take the folder of another machine, which its lock may not reach: both made the same."""
+    try:
+        yield
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 @contextmanager
@@ -173,9 +184,9 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let the processes of a machine make a cache entry one after another, so that only the first does the work."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / "packing.lock").open("w")
+        waiting = ExitStack()
+        waiting.enter_context(exclusive(folder.parent / "packing.lock"))
     except OSError as error:
         raise DataError(f"data.cache = {folder.parent} cannot be written ({error.strerror}); name another") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with waiting:
         yield
