@@ -19,6 +19,7 @@ from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.train.journal import Journal
+from dsv3_megatron.train.moved import tell_moved_curves
 from dsv3_megatron.train.progress import Progress
 from parallel.agree import agreed
 from parallel.errors import CheckpointError
@@ -61,6 +62,7 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal) -> Start
         journal.note(note)
     if start.changed:
         journal.event("recipe_changed", {"changes": start.changed}, f"recipe changed since then: {start.change}")
+        tell_moved_curves(found.recipe, recipe, progress, journal)
     own = found.path.parent == directory.checkpoints
     return Start(progress, progress.step if own else None)
 

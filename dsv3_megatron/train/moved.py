@@ -1,0 +1,32 @@
+"""Tells how a changed recipe moves the curves of a run that goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dsv3_megatron.checkpoint.changes import read_recipe
+from dsv3_megatron.optim.moved import moved_curves
+from dsv3_megatron.optim.regime import Regime
+from dsv3_megatron.optim.settings import OptimSettings
+from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.train.journal import Journal
+from dsv3_megatron.train.progress import Progress
+from parallel.errors import RecipeError
+
+
+def tell_moved_curves(stored_recipe: Path, recipe: Recipe, progress: Progress, journal: Journal) -> None:
+    """Tell of every curve that is another for the next step than under the recipe of the checkpoint, on rank 0."""
+    if not journal.speaks:
+        return
+    stored = read_recipe(stored_recipe)
+    try:
+        then = Regime(OptimSettings.model_validate(stored["optim"]), stored["data"]["sequence_length"])
+    except (ValidationError, RecipeError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        journal.note(f"warning: {stored_recipe} has no curves that can be compared with this recipe's ({why})")
+        return
+    for moved in moved_curves(then, Regime(recipe.optim, recipe.data.sequence_length), progress.tokens):
+        journal.event("curve_moved", {"step": progress.step, **asdict(moved)}, f"warning: {moved}")
