@@ -106,6 +106,9 @@ class RunSettings(BaseModel):
         1800.0, gt=0, description="end the process when one action takes so long; over run.hang_seconds; null = never"
     )
     evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
+    collect_garbage_every_steps: NonNegativeInt = Field(
+        50, description="Python collects garbage so often, and at saves, on all ranks at once; 0 = whenever it likes"
+    )
 
 
 class LinkSettings(BaseModel):

@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "step_seconds", "data_seconds", "pipeline_seconds", "update_seconds", "tokens_per_second", "tflops_per_device",
         "mfu",
     ),
-    "memory": ("memory_peak_bytes",),
+    "memory": ("memory_peak_bytes", "memory_peak_rank"),
     "evaluation": ("held_out_loss", "bits_per_byte"),
 }  # fmt: skip
 NAMES = {key: f"{group}/{key.removeprefix(group + '_')}" for group, keys in GROUPS.items() for key in keys}

@@ -28,7 +28,8 @@ class StepMetrics:
     loads averaged over about a hundred steps; ``layer_violation`` the batch's by MoE layer, MTP modules last.
     ``rerouted_choices`` and ``dropped_choices`` count token-expert choices for which an expert had no room (null
     where experts have no capacity). ``skipped`` counts steps skipped so far. ``slowest_rank`` took ``slowest_ratio``
-    times the median rank's seconds for the same work when last compared.
+    times the median rank's seconds for the same work when last compared. ``memory_peak_bytes`` is the most that
+    ``memory_peak_rank`` has held since it started, of all ranks the largest (null where one rank is all there is).
     """
 
     step: int
@@ -52,6 +53,7 @@ class StepMetrics:
     rerouted_choices: int | None
     dropped_choices: int | None
     skipped: int
+    memory_peak_rank: int | None = None
     data_seconds: float | None = None
     pipeline_seconds: float | None = None
     update_seconds: float | None = None

@@ -96,9 +96,11 @@ def step_time(facts: RunFacts) -> str:
 
 
 def memory(facts: RunFacts) -> str:
-    """The most this rank has held."""
+    """The most that any rank has held."""
     gib, limit = BINARY["GiB"], facts.recipe.cluster.memory
-    series = [Series("peak of rank 0", [(t, b / gib) for t, b in facts.curve("memory_peak_bytes")])]
+    rank = (facts.last or {}).get("memory_peak_rank")
+    name = "peak of the rank" if rank is None else f"largest peak of all ranks, now of rank {rank}"
+    series = [Series(name, [(t, b / gib) for t, b in facts.curve("memory_peak_bytes")])]
     if limit and facts.steps.first and facts.last:
         ends = (facts.steps.first["tokens"], facts.last["tokens"])
         series.append(Series("of the device", [(t, limit / gib) for t in ends]))

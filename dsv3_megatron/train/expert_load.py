@@ -58,17 +58,27 @@ def update_biases(parts: Parts, loads: dict[int, Tensor], speed: float) -> None:
             router.expert_bias.copy_(update_expert_bias(router.expert_bias, loads[number], speed=speed))
 
 
-def gather_loads(parts: Parts, loads: dict[int, Tensor]) -> np.ndarray | None:
-    """Return the loads of the whole model on every rank, [L, E] float64; None where no router counts."""
+def gather_loads_and_memory(
+    parts: Parts, loads: dict[int, Tensor], peak_bytes: int
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return, on every rank, the loads of the whole model and every rank's ``peak_bytes``: one exchange, one wait.
+
+    Returns: [L, E] float64, None where no router counts; [ranks] float64.
+    """
     model = parts.recipe.model
     layers = model.num_moe_layers + (model.num_nextn_predict_layers if model.num_moe_layers else 0)
-    table = torch.zeros(layers, model.n_routed_experts + 1, dtype=torch.float64, device=parts.device)
+    size, rank = layers * (model.n_routed_experts + 1), dist.get_rank()
+    both = torch.zeros(size + dist.get_world_size(), dtype=torch.float64, device=parts.device)
+    table, peaks = both[:size].view(layers, model.n_routed_experts + 1), both[size:]
     for number, load in loads.items():
         table[number, :-1] = load
         table[number, -1:] = 1  # so many ranks hold this layer; a slice is filled, one number is copied from the host
-    dist.all_reduce(table)
-    found = table.cpu().numpy()
-    return found[:, :-1] / found[:, -1:] if layers and (found[:, -1] > 0).all() else None
+    peaks[rank : rank + 1] = peak_bytes
+    dist.all_reduce(both)
+    found = both.cpu().numpy()
+    rows = found[:size].reshape(table.shape)
+    whole = rows[:, :-1] / rows[:, -1:] if layers and (rows[:, -1] > 0).all() else None
+    return whole, found[size:]
 
 
 @torch.no_grad()

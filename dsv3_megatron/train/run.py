@@ -26,6 +26,7 @@ from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.average import Averaging
 from dsv3_megatron.train.callbacks.bad_steps import BadSteps
 from dsv3_megatron.train.callbacks.evaluation import Evaluation
+from dsv3_megatron.train.callbacks.garbage import GarbageCollection
 from dsv3_megatron.train.callbacks.metrics import Metrics
 from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
@@ -111,13 +112,15 @@ def callbacks_of(parts: Parts, data: Data, saver: Saver) -> list[Callback]:
         callbacks.append(Averaging(parts.ema))
     if health.straggler_every_steps and parts.layout.world_size > 1:
         callbacks.append(Stragglers(health, parts))
-    return [
-        *callbacks,
+    callbacks += [
         Metrics(recipe),
         BadSteps(health, saver),
         Evaluation(data, recipe.run.evaluate_every_steps, is_first=dist.get_rank() == 0),
         Saving(saver),
     ]
+    if recipe.run.collect_garbage_every_steps:
+        callbacks.append(GarbageCollection(recipe.run.collect_garbage_every_steps, saver))
+    return callbacks
 
 
 def watchdog_of(recipe: Recipe, world: World, device: torch.device) -> Watchdog:

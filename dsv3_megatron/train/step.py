@@ -15,12 +15,19 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from torch import Tensor
 
 from dsv3_megatron.checkpoint import te_amaxes
+from dsv3_megatron.metrics.step_metrics import peak_memory_bytes
 from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
 from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.routing.router import SequenceBalancedRouter
-from dsv3_megatron.train.expert_load import gather_loads, max_violation, step_loads, step_overflow, update_biases
+from dsv3_megatron.train.expert_load import (
+    gather_loads_and_memory,
+    max_violation,
+    step_loads,
+    step_overflow,
+    update_biases,
+)
 from dsv3_megatron.train.gradients import finish_gradients
 from parallel.device import to_device
 
@@ -49,6 +56,7 @@ class StepResult:
     overflow: tuple[int, int] | None  # choices (rerouted, dropped) for want of room, where experts have a capacity
     bubble_fraction: float | None
     pipeline_seconds: float
+    memory_peaks: np.ndarray  # the most each rank has held so far, bytes: [ranks] float64
     skipped: bool
 
     @property
@@ -130,16 +138,18 @@ def train_step(
     measured = parts.layout.pp > 1 and parts.device.type == "cpu"
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if measured else None
     mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
+    whole_loads, peaks = gather_loads_and_memory(parts, loads, peak_memory_bytes(parts.device))
     return StepResult(
         lm_loss=lm_loss,
         mtp_loss=mtp_loss,
         mtp_objective=mtp_objective,
         balance_loss=_balance_loss(parts, len(batches)) * values.balance_weight,
         grad_norm=grad_norm,
-        loads=gather_loads(parts, loads),
+        loads=whole_loads,
         overflow=step_overflow(parts),
         bubble_fraction=bubble,
         pipeline_seconds=pipeline_seconds,
+        memory_peaks=peaks,
         skipped=not updated,
     )
 

@@ -68,6 +68,9 @@ class Callback:
     def end(self, trainer: Trainer) -> None:
         """No step follows: the run is finished, or was asked to stop (``trainer.stopped``). In reverse order."""
 
+    def close(self) -> None:
+        """Give back what was changed for the whole process. The last call, after an error too: no collectives."""
+
 
 class Trainer:
     """One rank of a run. The ranks of a run call every method together.
@@ -101,6 +104,13 @@ class Trainer:
 
     def train(self, signals: StopSignals) -> dict[str, Any]:
         """Train to the end, or until a signal asks to stop; return the summary. Saves in both cases."""
+        try:
+            return self._train(signals)
+        finally:
+            for callback in reversed(self.callbacks):
+                callback.close()
+
+    def _train(self, signals: StopSignals) -> dict[str, Any]:
         start = time.perf_counter()
         with signals:
             if not self.is_over(signals):  # it may have been asked to stop while it was starting

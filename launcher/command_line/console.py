@@ -106,7 +106,8 @@ def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float
     parts += [f"lr {metrics.learning_rate:.2e}", f"norm {metrics.grad_norm:.2f}"]
     if metrics.max_violation is not None:
         parts.append(f"maxvio {metrics.max_violation:.2f}")
-    parts += [f"{show_count(metrics.tokens_per_second)} tok/s", show_bytes(metrics.memory_peak_bytes)]
+    where = "" if metrics.memory_peak_rank is None else f" on rank {metrics.memory_peak_rank}"
+    parts += [f"{show_count(metrics.tokens_per_second)} tok/s", show_bytes(metrics.memory_peak_bytes) + where]
     if metrics.bubble_fraction is not None:
         parts.append(f"bubble {metrics.bubble_fraction:.0%}")
     if metrics.skipped:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dsv3_megatron.metrics.step_metrics import StepMetrics, peak_memory_bytes
+from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.model.costs import training_flops_per_token
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.train.expert_load import RunningLoads, max_violation
@@ -41,6 +41,8 @@ class Metrics(Callback):
             bubble_fraction=result.bubble_fraction,
             max_violation=result.max_violation,
             skipped=progress.skipped,
+            memory_peak_bytes=int(result.memory_peaks.max()),
+            memory_peak_rank=int(result.memory_peaks.argmax()) if len(result.memory_peaks) > 1 else None,
             **self._speed(trainer, step),
             **self._loads(result),
             **step.columns,
@@ -57,7 +59,6 @@ class Metrics(Callback):
             "tokens_per_second": step.tokens / seconds,
             "tflops_per_device": tflops,
             "mfu": tflops / peak if peak else None,
-            "memory_peak_bytes": peak_memory_bytes(device),
         }
         if device.type == "cpu":  # a GPU's work is done later than the host has asked for it: its parts tell nothing
             pipeline = step.result.pipeline_seconds
