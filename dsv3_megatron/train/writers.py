@@ -35,9 +35,7 @@ def open_writers(
         try:
             wandb = WandbRun(recipe, first_step, tokens, files, tell)
         except OSError as error:
-            tell(
-                f"warning: logging.wandb = {logging.wandb} failed ({reason_of(error)}); this start goes on without W&B"
-            )
+            tell(f"warning: W&B cannot be started ({reason_of(error)}); this start goes on without it")
         else:
             writers.append(Guarded("W&B", wandb, files.outages))
     if logging.tensorboard:

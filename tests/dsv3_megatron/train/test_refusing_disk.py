@@ -163,6 +163,17 @@ def test_what_wandb_fails_of_is_told_once_and_counted(tmp_path, wandb):
     assert steps(tmp_path)[-1]["step"] == 3
 
 
+def test_a_start_goes_on_without_wandb_where_the_disk_refuses_its_files(tmp_path, wandb, monkeypatch):
+    def refuse(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    journal, texts, opens = journal_of(tmp_path)
+    opens()
+    step(journal, 1)
+    assert texts[0].startswith("warning: W&B cannot be started (No space left on device)") and len(texts) == 2
+
+
 def test_a_run_trains_to_its_end_while_every_file_is_refused(tmp_path):
     """A real run, of which the disk takes the checkpoints alone."""
     for name in (*GROWS, *REPLACED):
