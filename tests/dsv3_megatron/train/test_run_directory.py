@@ -65,7 +65,7 @@ def held(place):
     """Return what this rank raises, and whether the lock was there in the block."""
     start_processes(World.from_environment(), torch.device("cpu"), timeout_seconds=60)
     try:
-        with held_by_rank_0(place):
+        with held_by_rank_0(place, print):
             owner = json.loads((RunDirectory(place).path / "lock").read_text())["process"]
             dist.barrier()  # all have read it
     except Exception as error:
