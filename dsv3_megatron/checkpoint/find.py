@@ -32,6 +32,7 @@ from dsv3_megatron.checkpoint.manifest import (
 )
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from parallel.agree import agreed
 from parallel.errors import CheckpointError, RankFault
 
 T = TypeVar("T")
@@ -96,16 +97,22 @@ class Found:
         return self.path / RECIPE
 
 
-def load_newest(candidates: list[Path], load: Callable[[Found], T]) -> tuple[Found | None, T | None, list[str]]:
+def load_newest(
+    list_candidates: Callable[[], list[Path]], load: Callable[[Found], T]
+) -> tuple[Found | None, T | None, list[str]]:
     """Load the first candidate that is as it was written; return it, what ``load`` has returned, and what was wrong
     with those before it.
 
-    All ranks call this together; rank 0's candidates count. ``load`` raises DamageError, on all ranks, where what it
-    reads is damaged.
+    All ranks call this together; rank 0 lists the candidates, newest first. ``load`` raises DamageError, on all ranks,
+    where what it reads is damaged.
     Raises: RankFault: a host does not see files that another one sees.
     """
     wrong: list[str] = []
     number = 0
+    candidates: list[Path] = []
+    with agreed(looked=dist.get_rank() == 0):
+        if dist.get_rank() == 0:
+            candidates = list_candidates()
     while True:
         found, failure = _propose(candidates, number)
         if found is None and failure is None:
@@ -122,27 +129,26 @@ def load_newest(candidates: list[Path], load: Callable[[Found], T]) -> tuple[Fou
 
 def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
     """Return the first candidate whose files are there, and what was wrong with those before it. All ranks together."""
-    found, _, wrong = load_newest(candidates, lambda found: None)
+    found, _, wrong = load_newest(lambda: candidates, lambda found: None)
     return found, wrong
 
 
 def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | None]:
     """Return the candidate of that number, or what is wrong with it; neither where there is none. All ranks alike."""
     proposal: list[Any] = [None, None, None]  # path, content, what is wrong
-    if dist.get_rank() == 0 and number < len(candidates):
-        proposal[0] = candidates[number]
-        try:
-            proposal[1] = content = read_content(candidates[number])
-            for problem in problems(candidates[number], content["files"], needed(content["files"], ())):
-                raise DamageError(problem)  # in what every reader needs, of which this rank reads most
-        except CheckpointError as error:
-            proposal[2] = error
+    with agreed(looked=dist.get_rank() == 0):
+        if dist.get_rank() == 0 and number < len(candidates):
+            proposal[0] = candidates[number]
+            try:
+                proposal[1] = content = read_content(candidates[number])
+                for problem in problems(candidates[number], content["files"], needed(content["files"], ())):
+                    raise DamageError(problem)  # in what every reader needs, of which this rank reads most
+            except DamageError as error:
+                proposal[2] = str(error)
     dist.broadcast_object_list(proposal, src=0)
     path, content, failure = proposal
-    if isinstance(failure, CheckpointError) and not isinstance(failure, DamageError):
-        raise failure
     if path is None or failure is not None:
-        return None, failure and str(failure)
+        return None, failure
     damage = _damage(path, content)
     return (None, damage) if damage else (Found.of(path, content), None)
 
@@ -217,8 +223,7 @@ def load_chosen(
         changed.update(_checked_changes(found, recipe))
         return load(found)
 
-    candidates = candidates_of(folder, recipe.checkpoint.load) if first else []
-    found, loaded, wrong = load_newest(candidates, check_and_load)
+    found, loaded, wrong = load_newest(lambda: candidates_of(folder, recipe.checkpoint.load), check_and_load)
     for message in wrong if first else ():
         warn(message)
     if found is None and wrong:
@@ -235,8 +240,9 @@ def load_chosen(
 def _checked_changes(found: Found, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return what the recipe has changed since a checkpoint. Raises: CheckpointError: it may not, or not resume."""
     changed: list[Any] = [None]
-    if dist.get_rank() == 0:
-        changed = [changes(read_recipe(found.recipe), recipe.model_dump(mode="json"))]
+    with agreed(looked=dist.get_rank() == 0):
+        if dist.get_rank() == 0:
+            changed = [changes(read_recipe(found.recipe), recipe.model_dump(mode="json"))]
     dist.broadcast_object_list(changed, src=0)
     if refused := refusal(changed[0]):
         raise CheckpointError(f"{found.path} was trained with {refused}; use that value, or name another run.name")

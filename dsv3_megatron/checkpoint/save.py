@@ -85,6 +85,7 @@ class _Save:
     progress: dict[str, Any]
     updates: int
     task: _Task | None
+    stop: threading.Event
     phase: str = "writing"
     started: float = 0.0
     stall_seconds: float = 0.0
@@ -108,7 +109,7 @@ class Saver:
 
         Args:
             recipe: the resolved recipe, stored with every checkpoint.
-            tell: gets an event's name and values, on rank 0: ``saved``, ``save_failed``.
+            tell: gets an event's name and values, on rank 0: ``saved``, ``save_failed``, ``save_given_up``.
         """
         self.folder, self.settings = folder, settings
         self.saved_step: int | None = None
@@ -124,6 +125,7 @@ class Saver:
         self._shares = shares_of(parts.chunks, parts.optimizer, parts.groups)
         self._staging, self._index, self._places = Staging(), Index(), Places()
         self._is_described = False
+        self._last_seconds: float | None = None  # that a save took, from its beginning to its end
 
     @property
     def busy(self) -> bool:
@@ -143,8 +145,14 @@ class Saver:
         if not self.settings.asynchronous:
             self.finish(progress["step"])
 
-    def save_finally(self, progress: dict[str, Any]) -> None:
-        """Save the state at the end of a run, unless it is saved. Raises CheckpointError: not after several tries."""
+    def save_finally(self, progress: dict[str, Any], *, within_seconds: float | None = None) -> None:
+        """Save the state at the end of a run, unless it is saved.
+
+        ``within_seconds``: what is left where the run was asked to stop. A save of an earlier step that is still being
+        written is then given up, unless two saves fit easily. Raises CheckpointError: not after several tries.
+        """
+        if within_seconds is not None:
+            self._make_room(progress["step"], within_seconds)
         self.finish(progress["step"])
         for attempt in range(FINAL_ATTEMPTS):
             if self.saved_step == progress["step"]:
@@ -170,6 +178,17 @@ class Saver:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             self._save.stall_seconds += time.perf_counter() - start
             self.advance(Flags(*flags.tolist()), step)
+
+    def _make_room(self, step: int, seconds: float) -> None:
+        """Give up the save under way where it and the last one may take longer than is left."""
+        save = self._save
+        if save is None or save.phase != "writing" or save.step == step:
+            return
+        fits = self._last_seconds is not None and 4 * self._last_seconds < seconds
+        said = [not fits]  # by rank 0: each has measured a time of its own
+        dist.broadcast_object_list(said, src=0)
+        if said[0]:
+            save.stop.set()
 
     def flags(self) -> Flags:
         """Return what this rank has to say of its save."""
@@ -205,6 +224,7 @@ class Saver:
             self._fail(save, step, save.failure or "")
             return
         self.saved_step, self._save = save.step, None
+        self._last_seconds = time.perf_counter() - save.started
         self._failures, self._retry_at = 0, None
         if self._is_first:
             files = save.result
@@ -214,7 +234,7 @@ class Saver:
                     "step": save.step,
                     "path": str(self.folder / folder_name(save.step)),
                     "stall_seconds": save.stall_seconds,
-                    "seconds": time.perf_counter() - save.started,
+                    "seconds": self._last_seconds,
                     "bytes": sum(facts["bytes"] for facts in files.values()),
                     "asynchronous": self.settings.asynchronous,
                 },
@@ -233,8 +253,9 @@ class Saver:
             if self._is_first:
                 self._index.describe({name: boxes for each in described for name, boxes in each.items()})
             self._is_described = True
-        task = _Task(lambda: write_share(files, partial))
-        self._save = _Save(step, partial, dict(progress), updates_of(self._parts.optimizer), task, started=start)
+        stop = threading.Event()
+        task = _Task(lambda: write_share(files, partial, stop))
+        self._save = _Save(step, partial, dict(progress), updates_of(self._parts.optimizer), task, stop, started=start)
         self._save.stall_seconds = time.perf_counter() - start
 
     def _gather(self, mine: Any) -> list[Any]:
@@ -299,6 +320,9 @@ class Saver:
         if not self._is_first:
             return
         shutil.rmtree(save.partial, ignore_errors=True)
+        if save.stop.is_set():
+            self._tell("save_given_up", {"step": save.step, "for_step": step})
+            return
         values = {"step": save.step, "reason": reason, "failures": self._failures, "retry_step": self._retry_at}
         with suppress(OSError):
             values["free_bytes"] = shutil.disk_usage(self.folder).free
@@ -311,6 +335,10 @@ def describe_save(name: str, values: dict[str, Any]) -> str:
         return (
             f"saved {values['path']} ({show_bytes(values['bytes'])}) in {values['seconds']:.1f}s"
             f"{', training stood ' + format(values['stall_seconds'], '.2f') + 's' if values['asynchronous'] else ''}"
+        )
+    if name == "save_given_up":
+        return (
+            f"the checkpoint of step {values['step']} is given up for that of step {values['for_step']}: asked to stop"
         )
     free = f", {show_bytes(values['free_bytes'])} free" if "free_bytes" in values else ""
     return (

@@ -12,6 +12,7 @@ because who wants weights should not have to read seven times as much.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +106,15 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def write_share(files: Sequence[ShareFile], folder: Path) -> Written:
-    """Write this rank's files into ``folder``, which is made if need be. Raises: OSError: the disk refused."""
+class GivenUp(Exception):
+    """A save that was told to stop."""
+
+
+def write_share(files: Sequence[ShareFile], folder: Path, stop: threading.Event | None = None) -> Written:
+    """Write this rank's files into ``folder``, which is made if need be.
+
+    Raises: OSError: the disk refused. GivenUp: ``stop`` was set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = Written()
     for file in files:
@@ -114,7 +122,11 @@ def write_share(files: Sequence[ShareFile], folder: Path) -> Written:
             file.ready.synchronize()
         target = PieceFile(folder / file.name)
         try:
-            written.places[file.name] = [target.add(tensor) for tensor in file.tensors]
+            written.places[file.name] = places = []
+            for tensor in file.tensors:
+                if stop is not None and stop.is_set():
+                    raise GivenUp("a newer one takes its place")
+                places.append(target.add(tensor))
             written.files[file.name] = {**target.finish(), "holds": file.holds}
         except BaseException:
             target.abandon()

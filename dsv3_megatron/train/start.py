@@ -76,7 +76,7 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
                 refuse_other_model(start_from, other_model(found.recipe, parts.recipe.model_dump(mode="json")))
         return load_checkpoint(found, parts, training=True)
 
-    found, notes, wrong = load_newest(starting_candidates(start_from) if journal.speaks else [], check_and_load)
+    found, notes, wrong = load_newest(lambda: starting_candidates(start_from), check_and_load)
     if found is None:
         raise nothing_to_start_from(start_from, wrong)
     journal.event("started_from", {"path": str(found.path)}, f"started from {found.path}, counting anew")

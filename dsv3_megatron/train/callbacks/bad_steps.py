@@ -46,7 +46,7 @@ class BadSteps(Callback):
         with trainer.parts.watchdog.phase("going back to a checkpoint", trainer.recipe.run.checkpoint_seconds):
             self._saver.finish(failed.step)
             found, _, wrong = load_newest(
-                checkpoints(self._saver.folder) if trainer.journal.speaks else [],
+                lambda: checkpoints(self._saver.folder),
                 lambda found: load_checkpoint(found, trainer.parts, training=True),
             )
         if found is None:

@@ -37,8 +37,9 @@ class Saving(Callback):
         if trainer.stopped and trainer.progress.step == trainer.first_step:
             trainer.journal.event("stopped_early", {"step": trainer.progress.step}, EARLY_STOP)
         else:
+            left = trainer.recipe.cluster.slurm.warning_seconds if trainer.stopped else None
             with self._watched(trainer):
-                self.saver.save_finally(asdict(trainer.progress))
+                self.saver.save_finally(asdict(trainer.progress), within_seconds=left)
 
     @staticmethod
     def _watched(trainer: Trainer) -> AbstractContextManager[None]:

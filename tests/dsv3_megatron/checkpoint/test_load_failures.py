@@ -77,7 +77,9 @@ def load_rank(case):
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         candidates = [place / f"step_{step:08d}" for step in (4, 2)]
-        found, _, wrong = find.load_newest(candidates, lambda found: load.load_checkpoint(found, parts, training=True))
+        found, _, wrong = find.load_newest(
+            lambda: candidates, lambda found: load.load_checkpoint(found, parts, training=True)
+        )
         first = next(iter(named_weights(parts).values())).flatten()[:4].tolist()
         return found and found.progress["step"], wrong, first
     except Exception as error:

@@ -5,7 +5,9 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
+from dsv3_megatron.checkpoint.piece_files import PieceFile
 from dsv3_megatron.pipeline.saved import Entry
 from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.console import SilentReporter
@@ -68,6 +71,15 @@ def disk_free(directory):
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
+def write_slowly(directory):
+    add = PieceFile.add
+    PieceFile.add = lambda file, tensor: time.sleep(0.02) or add(file, tensor)
+
+
+def ask_to_stop(directory):
+    signal.raise_signal(signal.SIGUSR1)
+
+
 def vanish(directory):
     if rank() == 0:
         os.rename(directory, f"{directory}.away")
@@ -85,7 +97,7 @@ def run_case(case):
     torch.set_num_threads(1)
     overrides, happenings = case["overrides"], case.get("after", {})
     recipe, notes, done = compose([*SMALL, *overrides]), Notes(), 0
-    original, build = trainer_module.train_step, run_module.build_parts
+    original, build, add = trainer_module.train_step, run_module.build_parts, PieceFile.add
     built = []
 
     def step(*arguments):
@@ -112,7 +124,7 @@ def run_case(case):
     except UserError as error:
         notes.texts.append(f"refused: {error}")
     finally:
-        trainer_module.train_step, run_module.build_parts = original, build
+        trainer_module.train_step, run_module.build_parts, PieceFile.add = original, build, add
         disk_free(None)
     counter = built[-1].extra_states.get("counter") if built else None
     return notes.texts, counter and (counter.values.tolist(), counter.began)
@@ -132,7 +144,7 @@ def runs(tmp_path_factory):
         for (name, case), result in zip(some.items(), run_ranks(2, run_case, listed)):
             yield place / case.get("in", name).replace(" ", "_"), *result[0]
 
-    return InLanes(CASES, run, "plain", "asynchronous", "disk full", "kept")
+    return InLanes(CASES, run, "plain", "asynchronous", "disk full", "stopped", "kept")
 
 
 BOTH, SECOND = (0, 1), (1,)
@@ -143,6 +155,10 @@ CASES = {
     "vanished": {"after": {3: [(vanish, BOTH)], 5: [(come_back, BOTH)]}},
     "full to the end": {"after": {3: [(disk_full, (0,))]}},
     "kept": {"more": ("run.steps=7", "checkpoint.every_steps=1", "checkpoint.keep=2", "checkpoint.keep_every_steps=3")},
+    "stopped": {
+        "more": ("checkpoint.asynchronous=true", "checkpoint.every_steps=4"),
+        "after": {4: [(write_slowly, BOTH)], 5: [(ask_to_stop, (0,))]},
+    },
     "extra": {"counter": True, "more": ("run.steps=2",)},
     "extra resumed": {"counter": True, "more": ("run.steps=4",), "in": "extra"},
     "extra left out": {"more": ("run.steps=5",), "in": "extra"},
@@ -214,6 +230,15 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_refusal_and_the_last_good_ch
 def test_the_newest_and_every_so_many_steps_are_kept(runs):
     names = sorted(path.name for path in (runs["kept"][0] / "checkpoints").glob("*"))
     assert names == ["latest", "step_00000003", "step_00000006", "step_00000007"]
+
+
+def test_a_run_that_is_asked_to_stop_gives_up_an_older_save_for_that_of_its_last_step(runs):
+    directory, notes, _ = runs["stopped"]
+    (given_up,) = events(directory, "save_given_up")
+    assert (given_up["step"], given_up["for_step"]) == (4, 5)
+    assert any("of step 4 is given up for that of step 5" in note for note in notes)
+    assert [event["step"] for event in events(directory, "saved")] == [5] and not events(directory, "save_failed")
+    assert [path.name for path in (directory / "checkpoints").iterdir() if path.is_dir()] == ["step_00000005"]
 
 
 @pytest.mark.full
