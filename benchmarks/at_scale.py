@@ -21,8 +21,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from benchmarks import scale_page
-from benchmarks.scale_groups import groups_at_scale, starts
-from benchmarks.scale_lives import imports, layers_of_a_rank, lives_of
+from benchmarks.scale_groups import groups_at_scale, groups_of, starts
+from benchmarks.scale_lives import imports, layers_of_a_rank, lives_of, words_of
 from benchmarks.work import machine
 from launcher.command_line.arguments import parse_arguments
 from launcher.command_line.console import guarded
@@ -33,9 +33,8 @@ KEPT = ("start", "build", "load", "save", "beside", "end")
 class Arguments(BaseModel):
     """What the benchmark takes."""
 
-    ranks: str = Field(
-        "2,4,8,16,32", description="worlds to run, separated by commas; empty = only write the page anew"
-    )
+    ranks: str = Field("2,4,8,16,32", description="worlds to run, separated by commas")
+    measure: bool = Field(True, description="false = run nothing, only write the page's tables anew")
     column: str = Field("after", description="name of this measurement; another one of the same name is replaced")
     output: str = "benchmarks/results/at_scale.json"
     page: str = Field("docs/scale.md", description="page whose tables are written anew")
@@ -63,6 +62,7 @@ def measured(world: int) -> dict[str, Any]:
         "parameters": waits[0][0]["parameters"],
         "layers": layers_of_a_rank(world),
         "lives": lives,
+        "joined": groups_of(words_of(world), world)["joined"],
         "groups_used": sorted({(name, size) for rank in waits[0] for name, size, _ in rank["used"]}),
         "seconds": {
             phase: max(rank["costs"].get(phase, {"seconds": 0})["seconds"] for rank in waits[life])
@@ -100,16 +100,16 @@ def main(arguments: list[str]) -> int:
     given = parse_arguments(Arguments, arguments)
     output = Path(given.output)
     results = json.loads(output.read_text()) if output.exists() else {"columns": {}}
-    if worlds := [int(word) for word in given.ranks.split(",") if word]:
+    if given.measure:
         results["columns"][given.column] = column = {
             "machine": machine(),
             "command": f"python -m benchmarks.at_scale ranks={given.ranks} column={given.column}",
             "imports": imports(),
             "groups": groups_at_scale(),
-            "starts": starts(),
             "worlds": {},
         }
-        for world in worlds:
+        results["starts"] = starts()
+        for world in map(int, given.ranks.split(",")):
             column["worlds"][str(world)] = measured(world)
             print(f"{world} ranks: {json.dumps(column['worlds'][str(world)]['bounds'])}", flush=True)
             output.write_text(as_text(results))

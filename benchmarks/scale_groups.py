@@ -46,7 +46,7 @@ def _groups_of(case: tuple[tuple[str, ...], int]) -> dict[str, Any]:
         calls += 1
         members = list(range(world)) if ranks is None else ranks
         if 0 in members:
-            joined.append([others.get("group_desc") or "union of mirrored ranks", len(members)])
+            joined.append([others.get("group_desc") or "undefined", len(members)])
         return real(ranks, **others)  # gloo's too: in such a world no message could connect it
 
     with (

@@ -1,7 +1,8 @@
 """How a count grows with the ranks of a world, and what it comes to in a larger one: a part of benchmarks/at_scale.py.
 
-Of the forms below the slowest one is taken whose curve, by least squares, meets every count within a twentieth of the
-largest, or within one. Where none does, the count grows as a power of the ranks, by the slope between its last points.
+A count that is the same everywhere, within a twentieth of the largest or within one, is constant. Of the other forms
+below the one is taken whose curve, by least squares, comes nearest to all counts, if it comes as near as that to each.
+Where none does, the count grows as a power of the ranks, by the slope between its last points.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ FORMS: tuple[tuple[str, Callable[[float], float]], ...] = (
     ("n log n", lambda n: n * math.log2(n)),
     ("n^2", lambda n: n * n),
 )
-_TOLERANCE, _LAST = 0.05, 3
+_TOLERANCE, _LAST, _FLAT = 0.05, 3, 0.05
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,18 @@ def growth(ranks: Sequence[int], counts: Sequence[float]) -> Growth:
     if counts[-1] <= counts[0]:
         near = all(abs(count - counts[-1]) <= max(1.0, _TOLERANCE * max(counts)) for count in counts)
         return Growth("constant", sum(counts) / len(counts) if near else counts[-1], 0.0)
+    near = []
     for name, form in FORMS:
         constant, slope = _line([form(n) for n in ranks], counts)
         far = max(abs(constant + slope * form(n) - count) for n, count in zip(ranks, counts))
         if slope >= 0 and far <= max(1.0, _TOLERANCE * max(counts)):
-            return Growth(name, constant, slope)
+            near.append((far if name != "constant" else -1.0, Growth(name, constant, slope)))
+    if near:
+        return min(near, key=lambda found: found[0])[1]
     points = [(math.log(n), math.log(count)) for n, count in zip(ranks, counts) if count > 0][-_LAST:]
     constant, slope = _line([x for x, _ in points], [y for _, y in points])
+    if abs(slope) < _FLAT:
+        return Growth("constant", counts[-1], 0.0)
     return Growth(f"n^{slope:.1f}", slope, math.exp(constant))
 
 

@@ -41,13 +41,14 @@ ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("calls of `new_group`", ("groups/called",), "count"),
     ("groups joined", ("groups/joined",), "count"),
     ("collectives", ("calls/",), "count"),
+    ("bytes of `all_reduce`", ("bytes/all_reduce",), "bytes"),
     *(
         (f"bytes of `{name}`", (f"bytes/{name}",), "layers")
         for name in ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
     ),
     *(
         (f"bytes of `{name}`", (f"bytes/{name}",), "share")
-        for name in ("all_reduce", "broadcast", "all_gather", "gather", "scatter", "reduce_scatter", "all_to_all",
+        for name in ("broadcast", "all_gather", "gather", "scatter", "reduce_scatter", "all_to_all",
                      "send", "recv")
     ),
 )  # fmt: skip
@@ -139,25 +140,35 @@ def _per_rank(counts: dict[str, list[int]], names: Iterable[str], ranks: int) ->
     return found
 
 
-def growth_table(columns: dict[str, dict[str, Any]], target: Target) -> str:
-    """Return the table of all counts: how each grows, and what it comes to; three columns a measurement."""
+# What is known of the target without a curve: (phase, what) -> on one rank, in all.
+Exact = dict[tuple[str, str], tuple[float, float]]
+
+
+def growth_table(
+    columns: dict[str, dict[str, Any]], targets: dict[str, Target], exact: dict[str, Exact] | None = None
+) -> str:
+    """Return the table of all counts: how each grows, and what it comes to; three columns a measurement.
+
+    ``targets``: by measurement, the world that is reckoned; ``exact``, what is known of it without a curve.
+    """
+    known = exact or {}
     tables = [{(row.phase, row.what): row for row in rows_of(worlds)} for worlds in columns.values()]
     head = "| phase | what |"
     for name, worlds in columns.items():
-        head += f" {name}: on {max(map(int, worlds))} ranks | grows with | on {target.ranks:,} ranks |"
+        head += f" {name}: on {max(map(int, worlds))} ranks | grows with | on {targets[name].ranks:,} ranks |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for key in [(phase, what) for phase in PHASES for what, _, _ in ROWS]:
         if any(key in table for table in tables):
-            cells = [_cells(table.get(key), target) for table in tables]
+            cells = [_cells(table.get(key), targets[n], known.get(n, {}).get(key)) for n, table in zip(columns, tables)]
             lines.append(f"| {key[0]} | {key[1]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cells(row: Row | None, target: Target) -> str:
+def _cells(row: Row | None, target: Target, exact: tuple[float, float] | None) -> str:
     """Return the three cells of a row in one measurement."""
     if row is None:
         return "- | - | -"
-    one, every = row.at(target)
+    one, every = exact or row.at(target)
     plain = "count" if row.unit == "count" else "bytes"
     measured = f"{_show(row.busiest[-1], row.unit)}, {_show(row.total[-1], row.unit)}"
     grows = f"{_form(row.on_one, 0.25)}, {_form(row.in_all, 1.25)}"

@@ -133,7 +133,7 @@ def _union_group(layout: Layout, name: str) -> dist.ProcessGroup:
     unions = dict.fromkeys(layout.mirrored(members) for members in layout.groups(name))
     mine = None
     for members in unions:
-        group = dist.new_group(members)
+        group = dist.new_group(members, group_desc=f"{name} with its mirror")
         mine = group if dist.get_rank() in members else mine
     assert mine is not None, f"no group {name} holds rank {dist.get_rank()}"
     return mine

@@ -50,11 +50,12 @@ METHODS = {
     "recv": "recv",
     "recv_anysource": "recv",
 }
+PAIRS = ", pairs"  # follows the description of a group whose ranks send to each other
 OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
 
 
 class Used(Counter[tuple[str, int]]):
-    """Messages of each group: (its description, its size) -> how many."""
+    """Messages of each group: (its description, its size) -> how many. Those between two of its ranks are apart."""
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def counted_collectives(tally: Tally) -> Iterator[Used]:
             if of is None:
                 tally.add(f"calls/{kind}")
             tally.add(f"bytes/{of or kind}", max(map(tensor_bytes, (*arguments, *others.values())), default=0))
-            used[group.group_desc, group.size()] += 1
+            used[group.group_desc + (PAIRS if kind in ("send", "recv") else ""), group.size()] += 1
             return real(group, *arguments, **others)
 
         return call

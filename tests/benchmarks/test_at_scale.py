@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.scale_groups import groups_of, mesh_messages
 from benchmarks.scale_growth import growth
-from benchmarks.scale_lives import LAYOUTS, place_of, words_of
-from benchmarks.scale_page import BYTES_OF_A_PARAMETER, target, with_tables
+from benchmarks.scale_lives import place_of, words_of
+from benchmarks.scale_page import bytes_of_a_parameter, target, with_tables
 from benchmarks.scale_table import Target, bounds_table, growth_table, rows_of
 from testing.pages import ROOT
 
@@ -77,7 +77,11 @@ def test_a_row_has_the_busiest_rank_and_all_ranks_in_its_unit():
 
 def test_what_grows_too_fast_stands_out_in_the_table():
     columns = {"before": worlds(store_get=lambda n: 2 * n), "after": worlds(store_get=lambda n: 5)}
-    (row,) = (line for line in growth_table(columns, Target(2048, 1, 1)).splitlines() if "store" in line)
+    (row,) = (
+        line
+        for line in growth_table(columns, dict.fromkeys(columns, Target(2048, 1, 1))).splitlines()
+        if "store" in line
+    )
     assert row == (
         "| save | messages to the store | 64, 2.05k | **n**, **n^2** | 4.1k, 8.39M | 5, 160 | constant, n | 5, 10.2k |"
     )
@@ -108,21 +112,38 @@ def test_a_path_belongs_to_tensors_or_to_what_describes_them(path, place):
 
 
 def test_the_page_shows_what_was_measured():
-    """To renew: python -m benchmarks.at_scale ranks="""
+    """To renew: python -m benchmarks.at_scale measure=false"""
     page = (ROOT / "docs" / "scale.md").read_text()
     assert with_tables(page, RESULTS) == page
 
 
 def test_the_checkpoint_that_is_reckoned_has_the_bytes_of_those_measured():
-    for world, one in RESULTS["columns"]["before"]["worlds"].items():
-        measured = one["share_bytes"] * int(world)
-        assert measured == pytest.approx(one["parameters"] * BYTES_OF_A_PARAMETER, rel=0.05)
-    assert target().checkpoint_bytes == (671_026_404_352 + 11_610_067_968) * 14
+    for column in RESULTS["columns"].values():
+        worlds = column["worlds"]
+        each = bytes_of_a_parameter(worlds)
+        for world, one in worlds.items():  # a parameter takes the same in every world
+            assert one["share_bytes"] * int(world) == pytest.approx(one["parameters"] * each, rel=0.02)
+        assert target(worlds).checkpoint_bytes == pytest.approx((671_026_404_352 + 11_610_067_968) * each)
+        assert 14 <= each < 20  # BF16 weight, float32 master, two moments in BF16 or float32, float32 average
 
 
 def test_messages_of_full_meshes_are_those_counted():
     """The formula that is used for 2,048 ranks, at every world that was run with full meshes."""
-    for world in map(int, LAYOUTS):
-        sizes = [size for _, size in groups_of(words_of(world), world)["joined"]]
-        start = RESULTS["columns"]["before"]["worlds"][str(world)]["lives"][0]["start"]
-        assert mesh_messages(sizes) == sum(each[0] for name, each in start.items() if name.startswith("store/"))
+    for one in RESULTS["columns"]["before"]["worlds"].values():
+        sent = sum(ranks[0] for name, ranks in one["lives"][0]["start"].items() if name.startswith("store/"))
+        assert mesh_messages([size for _, size in one["joined"]]) == sent
+
+
+def test_groups_of_a_world_without_messages_are_those_of_real_ranks():
+    found = groups_of(words_of(4), 4)
+    start = RESULTS["columns"]["before"]["worlds"]["4"]["lives"][0]["start"]
+    gloo_twins = 2 + 2 + 4  # of both kinds of data-parallel groups and of those of experts, which "before" had
+    assert found["calls"] == start["groups/called"][0] - gloo_twins
+    assert len(found["joined"]) - 1 == start["groups/joined"][0] - 3
+
+
+def test_writing_tables_anew_leaves_the_words_between_them():
+    page = "a\n<!-- table sizes -->\n<!-- end -->\nb\n<!-- table imports -->\nold\n<!-- end -->\nc\n"
+    once = with_tables(page, RESULTS)
+    assert [line for line in once.splitlines() if not line.startswith(("|", "<"))] == ["a", "", "", "b", "", "", "c"]
+    assert "old" not in once and with_tables(once, RESULTS) == once

@@ -33,10 +33,20 @@ def make_groups(lazy):
         start_processes(world, torch.device("cpu"), timeout_seconds=60)
         groups = build_groups(Layout(tp=1, cp=1, dp=4, pp=2, ep=2, expert_tp=1, expert_dp=2), mirrored=True)
         found = {"started": tally.of("start"), "connections": connections() - before}
+        wait_for_all(world)
         dist.all_reduce(torch.zeros(1), group=groups.ep)
         found["after an exchange of two"] = connections() - before
+        wait_for_all(world)
         os.environ.pop("TORCH_GLOO_LAZY_INIT", None)
         return found
+
+
+def wait_for_all(world):
+    """Wait until all ranks are here, over the store: a barrier would connect them."""
+    store = dist.distributed_c10d._get_default_store()
+    key = f"here/{store.add(f'{world.rank}', 1)}"
+    store.set(f"{key}/{world.rank}", "")
+    store.wait([f"{key}/{rank}" for rank in range(world.size)])
 
 
 @pytest.fixture(scope="module")
