@@ -107,7 +107,7 @@ class RunSettings(BaseModel):
     )
     evaluate_every_steps: NonNegativeInt = Field(0, description="held-out loss every so many steps; 0 = start and end")
     collect_garbage_every_steps: NonNegativeInt = Field(
-        50, description="Python collects garbage so often, and at saves, on all ranks at once; 0 = whenever it likes"
+        50, description="Python collects garbage so often, on all ranks at once; 0 = whenever it likes"
     )
 
 

@@ -119,7 +119,7 @@ def callbacks_of(parts: Parts, data: Data, saver: Saver) -> list[Callback]:
         Saving(saver),
     ]
     if recipe.run.collect_garbage_every_steps:
-        callbacks.append(GarbageCollection(recipe.run.collect_garbage_every_steps, saver))
+        callbacks.append(GarbageCollection(recipe.run.collect_garbage_every_steps))
     return callbacks
 
 

@@ -1,4 +1,4 @@
-"""What a save and a resume cost on real ranks, counted: nothing is read twice, written unevenly or copied needlessly."""
+"""What a save and a resume cost on real ranks, counted: nothing is read twice, written unevenly or copied in vain."""
 
 import pytest
 

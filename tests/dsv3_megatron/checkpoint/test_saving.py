@@ -1,5 +1,6 @@
 """Saving beside training, refusing disks, what is kept, no flipped byte unnoticed. Real runs, real files."""
 
+import gc
 import json
 import os
 import random
@@ -17,15 +18,19 @@ import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
 from dsv3_megatron.checkpoint.piece_files import PieceFile
+from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.pipeline.saved import Entry
+from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.step import train_step
 from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
+from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.lanes import InLanes
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
-from testing.training.tiny import SMALL
+from testing.training.tiny import SMALL, VALUES, small_recipe, step_batches_of
 from testing.training.whole_runs import events
 
 SIX = ("run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
@@ -298,3 +303,30 @@ def test_a_checkpoint_that_the_user_named_is_started_from_or_refused(runs, tmp_p
     assert notes[-1].startswith(f"refused: checkpoint: {named}/__1_0.distcp is missing") and "begin anew" in notes[-1]
     with pytest.raises(CheckpointError, match="missing"):
         read_manifest(named)
+
+
+def tensors_left_by_saves(case):
+    """Save beside training three times; return the shapes of tensors that each save has left to the collector."""
+    recipe = small_recipe("checkpoint.asynchronous=true", "optim.ema_decay=0.5")
+    start_processes(World(0, 1, 0), torch.device("cpu"))
+    try:
+        parts = build_parts(recipe, recipe.layout(1), torch.device("cpu"))
+        saver = Saver(case, recipe.checkpoint, parts, resolved_yaml(recipe), lambda *told: None)
+        found = []
+        for step in (1, 2, 3):
+            train_step(parts, step_batches_of(parts, step), VALUES)
+            gc.collect()
+            saver.save({"step": step, "tokens": 0, "samples": 0, "skipped": 0})
+            saver.finish(step)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            gc.set_debug(0)
+            found.append([tuple(x.shape) for x in gc.garbage if isinstance(x, torch.Tensor)])
+            gc.garbage.clear()
+        return found
+    finally:
+        stop_processes()
+
+
+def test_a_save_leaves_no_tensor_to_the_collector(tmp_path):
+    assert run_ranks(1, tensors_left_by_saves, [tmp_path]) == [[[[], [], []]]]

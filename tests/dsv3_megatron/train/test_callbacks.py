@@ -119,7 +119,7 @@ def test_garbage_is_collected_at_the_same_steps_of_all_ranks_and_never_between(c
     for seen, _, _ in collected[0]:
         assert seen[: seen.index(6) + 1] == [3, 6], "the end of the run may collect again"
     for seen, _, _ in collected[3]:
-        assert seen[: seen.index(9) + 1] == [2, 4, 6, 8, 9], "after saves too"
+        assert seen[: seen.index(9) + 1] == [9], "nor at saves"
     for seen, _, _ in collected[1]:
         assert len(seen) > 2, "Python itself would have collected: the test can fail"
 
