@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -419,8 +421,11 @@ def manners() -> Iterator[None]:
         start(BACKEND if backend == "gloo" else backend, **how)
 
     dist.init_process_group = init_process_group
+    # Who waits for whom as ranks meet is told here (_meet); gloo beneath must not have an order of its own for it.
+    connected = patch.dict(os.environ, TORCH_GLOO_LAZY_INIT="0")
     try:
-        yield
+        with connected:
+            yield
     finally:
         dist.init_process_group = start
         while _groups:
