@@ -36,6 +36,7 @@ from parallel.agree import agreed
 from parallel.errors import CheckpointError, RankFault
 
 T = TypeVar("T")
+FileFacts = dict[str, dict[str, Any]]  # a manifest's: name -> {"bytes", "xxh3", "holds"}
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,16 @@ def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
 
 def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | None]:
     """Return the candidate of that number, or what is wrong with it; neither where there is none. All ranks alike."""
-    proposal: list[Any] = [None, None, None]  # path, content, what is wrong
-    with agreed(looked=dist.get_rank() == 0):
-        if dist.get_rank() == 0 and number < len(candidates):
-            proposal[0] = candidates[number]
+    is_first = dist.get_rank() == 0
+    proposal: list[Any] = [None, None, None]  # path, what its manifest says beside its files, what is wrong
+    files: FileFacts = {}
+    with agreed(looked=is_first):
+        if is_first and number < len(candidates):
+            proposal[0] = path = candidates[number]
             try:
-                proposal[1] = content = read_content(candidates[number])
-                for problem in problems(candidates[number], content["files"], needed(content["files"], ())):
+                proposal[1] = content = read_content(path)
+                files = content.pop("files")
+                for problem in problems(path, files, needed(files, ())):
                     raise DamageError(problem)  # in what every reader needs, of which this rank reads most
             except DamageError as error:
                 proposal[2] = str(error)
@@ -149,32 +153,41 @@ def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | N
     path, content, failure = proposal
     if path is None or failure is not None:
         return None, failure
-    damage = _damage(path, content)
+    damage = _damage(path, content["format"], files)
     return (None, damage) if damage else (Found.of(path, content), None)
 
 
-def _damage(path: Path, content: dict[str, Any]) -> str | None:
+def _damage(path: Path, format_number: int, files: FileFacts) -> str | None:
     """Return the first thing that is wrong with the files, the same on all ranks, each of which looks at its share.
 
-    Files without checksums of their pieces are read whole here; others when they are loaded. Raises: RankFault: what
-    one host misses another one sees.
+    ``files``: on rank 0. Those without checksums of their pieces are read whole here; others when they are loaded.
+    Raises: RankFault: what one host misses another one sees.
     """
-    files = content["files"]
-    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    look = size_problems if content["format"] >= 2 else problems
+    mine = _share_of(files)
+    look = size_problems if format_number >= 2 else problems
     rank, size = dist.get_rank(), dist.get_world_size()
-    mine = next(iter(look(path, files, by_size[rank::size])), None)
-    first = torch.tensor(size if mine is None else rank)
+    damage = next(iter(look(path, mine, mine)), None)
+    first = torch.tensor(size if damage is None else rank)
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if first == size:
         return None
-    said: list[Any] = [mine, socket.gethostname()]
+    said: list[Any] = [damage, socket.gethostname(), mine]
     dist.broadcast_object_list(said, src=int(first))
-    _ask_another(path, files, by_size, int(first), *said)
+    _ask_another(path, int(first), *said)
     return str(DamageError(said[0]))
 
 
-def _ask_another(path: Path, files: dict[str, Any], by_size: list[str], first: int, damage: str, host: str) -> None:
+def _share_of(files: FileFacts) -> FileFacts:
+    """Return the files that this rank looks at, of those that rank 0 knows: about as many bytes as every other."""
+    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    size = dist.get_world_size()
+    shares = [{name: files[name] for name in by_size[rank::size]} for rank in range(size)]
+    mine: list[FileFacts] = [{}]
+    dist.scatter_object_list(mine, shares if dist.get_rank() == 0 else None, src=0)
+    return mine[0]
+
+
+def _ask_another(path: Path, first: int, damage: str, host: str, files: FileFacts) -> None:
     """Let another host's rank look at the files that rank ``first`` finds damaged. Raises: RankFault: it sees them."""
     ranks, hosts = dist.get_world_size(), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     if hosts == 1:
@@ -182,7 +195,7 @@ def _ask_another(path: Path, files: dict[str, Any], by_size: list[str], first: i
     other = (first + ranks // hosts) % ranks
     sees: list[Any] = [None, None]
     if dist.get_rank() == other:
-        sees = [next(iter(size_problems(path, files, by_size[first::ranks])), None), socket.gethostname()]
+        sees = [next(iter(size_problems(path, files, files)), None), socket.gethostname()]
     dist.broadcast_object_list(sees, src=other)
     if sees[0] is None:
         raise RankFault(f"rank {first} on {host}: {damage}, but {sees[1]} sees it: look at the mount on {host}")
