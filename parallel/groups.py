@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from parallel.errors import RankFault
+from parallel.errors import LayoutError, RankFault
 from parallel.layout import GROUPS, Layout
 from parallel.world import World
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+OTHER_FILES = 512  # that a process has open beside its connections to other ranks: libraries, data, checkpoints
 # The group of each name of parallel.layout.GROUPS in megatron-core's collection.
 _FIELD = {"tp_cp": None, "tp_ep": None, "expert_tp": "expt_tp", "expert_dp": "expt_dp"}
 
@@ -38,8 +40,9 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     connects all members of a group as the group is made, for which each asks the store for the address of each: of
     2,048 ranks, 6,500 connections a rank and 27 million messages to one store (docs/scale.md).
     TORCH_GLOO_LAZY_INIT=0 in the environment brings that back.
-    Raises: RankFault: not all ranks have come in time, or one has left.
+    Raises: RankFault: not all ranks have come in time, or one has left. LayoutError: too few open files are allowed.
     """
+    allow_open_files(world.size + OTHER_FILES)
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # torch reads it as each group is made (2.13)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -58,6 +61,20 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
                 f"rank {world.rank} on {socket.gethostname()} could not meet all {world.size:,} ranks ({why}); "
                 f"run.start_seconds = {timeout_seconds:g}"
             ) from error
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have so many open files, connections among them: rank 0 speaks with every other rank, and the
+    usual limit is 1,024. Raises LayoutError: an administrator allows fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise LayoutError(
+            f"open files: {count:,} are needed, of which {OTHER_FILES:,} beside the connections of all ranks, but the "
+            f"hard limit is {hard:,} (ulimit -Hn); have it raised"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def set_timeouts(seconds: float) -> None:

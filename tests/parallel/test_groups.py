@@ -1,13 +1,15 @@
 """Making a process group is one message a rank, and a connection only to a rank that it exchanges something with."""
 
 import os
+import resource
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.groups import build_groups, start_processes
+from parallel.errors import LayoutError
+from parallel.groups import allow_open_files, build_groups, start_processes
 from parallel.layout import Layout
 from parallel.world import World
 from testing.counting.collectives import counted_collectives
@@ -75,3 +77,19 @@ def test_the_environment_brings_full_meshes_back(made):
 def test_no_group_has_a_twin_over_gloo(made):
     assert len({rank["started"]["groups/called"] for rank in made[0]}) == 1
     assert max(rank["started"]["groups/joined"] for rank in made[0]) <= 20
+
+
+@pytest.mark.parametrize(("limits", "size", "expected"), [((300, 9000), 2560, 2560), ((4000, 9000), 2560, 4000)])
+def test_a_process_may_have_a_connection_to_every_rank(monkeypatch, limits, size, expected):
+    held = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda what: held[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, to: held.append(to))
+    allow_open_files(size)
+    assert held[-1] == (expected, 9000)
+
+
+def test_too_few_open_files_are_told_before_ranks_meet(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (300, 1024))
+    monkeypatch.setattr(dist, "rendezvous", None)
+    with pytest.raises(LayoutError, match=r"open files: 2,560 are needed.*hard limit is 1,024 .ulimit -Hn."):
+        start_processes(World(0, 2048, 0), torch.device("cpu"))
