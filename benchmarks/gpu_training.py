@@ -20,7 +20,7 @@ def main(words: list[str]) -> int:
     from dsv3_megatron.checkpoint.save import Saver
     from launcher.pretrain import main as pretrain
 
-    Saver.save_finally = lambda self, progress: None
+    Saver.save_finally = lambda self, progress, **options: None
     return pretrain(words)
 
 

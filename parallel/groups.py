@@ -55,12 +55,20 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
             store = open_store(world, timeout_seconds)
             store.set(JOINED, str(world.rank))
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+            _wait_for_all(store, world, timeout)
         except RuntimeError as error:  # torch's for all that a store or gloo meets
             why = str(error).strip().partition("\n")[0]
             raise RankFault(
                 f"rank {world.rank} on {socket.gethostname()} could not meet all {world.size:,} ranks ({why}); "
                 f"run.start_seconds = {timeout_seconds:g}"
             ) from error
+
+
+def _wait_for_all(store: dist.Store, world: World, timeout: timedelta) -> None:
+    """Wait until every rank is here: making the group does not, where ranks connect at their first message."""
+    if store.add("arrived", 1) == world.size:
+        store.set("all have arrived", "")
+    store.wait(["all have arrived"], timeout)
 
 
 def allow_open_files(count: int) -> None:

@@ -54,13 +54,8 @@ class Index:
 
     def describe(self, boxes: dict[str, list[Described]]) -> None:
         """Take over which boxes the files hold, of all ranks. Raises AssertionError where tensors have gaps."""
+        check_whole(boxes)
         self._boxes, self._places, self._stored = boxes, {}, None
-        numbers: dict[str, int] = {}
-        wholes = {box.key: box.whole for each in boxes.values() for box in each}
-        for box in (box for each in boxes.values() for box in each):
-            numbers[box.key] = numbers.get(box.key, 0) + torch.Size(box.extent).numel()
-        torn = [key for key, whole in wholes.items() if numbers[key] != torch.Size(whole).numel()]
-        assert not torn, f"{len(torn)} tensors would not be saved whole, {torn[0]} for one"
 
     def place(self, places: Places) -> None:
         """Take over where pieces lie, of the files that say so."""
@@ -73,6 +68,16 @@ class Index:
         if self._stored is None:
             self._stored = pickle.dumps(describe_pieces(self._boxes, self._places))
         return self._stored
+
+
+def check_whole(boxes: dict[str, list[Described]]) -> None:
+    """Raise AssertionError where the boxes of all files do not make whole tensors."""
+    numbers: dict[str, int] = {}
+    wholes = {box.key: box.whole for each in boxes.values() for box in each}
+    for box in (box for each in boxes.values() for box in each):
+        numbers[box.key] = numbers.get(box.key, 0) + torch.Size(box.extent).numel()
+    torn = [key for key, whole in wholes.items() if numbers[key] != torch.Size(whole).numel()]
+    assert not torn, f"{len(torn)} tensors would not be saved whole, {torn[0]} for one"
 
 
 def describe_pieces(boxes: dict[str, list[Described]], places: Places) -> Metadata:

@@ -9,7 +9,7 @@ those (``boxes``), which any other layout can read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -157,40 +158,43 @@ def _runs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, tu
 
 
 def _share(described: Any, name: str, parameter: torch.nn.Parameter, start: int, end: int) -> Share:
-    """Return a run of a parameter as a share. A parameter may be several tensors: gate and up of SwiGLU."""
-    stand_in = torch.empty(parameter.shape, device="meta")
-    built: Iterable[Any]
-    if isinstance(described, ShardedTensorFactory):
-        built = list(nested_values([replace(described, data=stand_in).build()]))
-    else:
-        built = [replace(described, data=stand_in, dtype=stand_in.dtype)]
+    """Return a run of a parameter as a share."""
     strides = strides_of(parameter.shape)
     boxes = list(boxes_of_run(parameter.shape, start, end, PIECE))
     pieces = [
-        _piece(part, common, strides, start)
-        for part in built
+        _piece(part, place, common, strides, start)
+        for part, place in _parts_with_places(described, parameter, strides)
         for box in boxes
-        if (common := common_box(box, _place(part.data, strides))) is not None
+        if (common := common_box(box, place)) is not None
     ]
     assert sum(torch.Size(piece.extent).numel() for piece in pieces) == end - start, name
-    replica = described.replica_id
-    return Share(name, parameter, start, end, tuple(pieces), writes=not any(replica[:-1]))
+    return Share(name, parameter, start, end, tuple(pieces), writes=not any(described.replica_id[:-1]))
 
 
-def _place(part: Tensor, strides: tuple[int, ...]) -> Box:
-    """Return which box of a row-major tensor with these strides a view of it is."""
-    left, start = int(part.storage_offset()), []
-    for stride in strides:
-        start.append(left // stride)
-        left %= stride
-    assert part.stride() == strides or part.is_contiguous(), (part.stride(), strides)
-    return Box(tuple(start), tuple(part.shape))
+def _parts_with_places(
+    described: Any, parameter: torch.nn.Parameter, strides: tuple[int, ...]
+) -> list[tuple[ShardedTensor, Box]]:
+    """Return the tensors that a parameter is in checkpoints, and which box of it each is: gate and up of SwiGLU are one
+    parameter."""
+    if not isinstance(described, ShardedTensorFactory):
+        return [(described, Box((0,) * parameter.ndim, tuple(parameter.shape)))]
+    stand_in = parameter.detach()
+    if is_float8tensor(parameter):  # whose parts are no views
+        stand_in = torch.empty(parameter.shape, dtype=torch.uint8, device=parameter.device)
+    found = []
+    for part in nested_values([replace(described, data=stand_in).build()]):
+        assert part.data.stride() == strides or part.data.is_contiguous(), (part.data.stride(), strides)
+        left, corner = int(part.data.storage_offset()) - int(stand_in.storage_offset()), []
+        for stride in strides:
+            corner.append(left // stride)
+            left %= stride
+        found.append((part, Box(tuple(corner), tuple(part.data.shape))))
+    return found
 
 
-def _piece(part: ShardedTensor, box: Box, strides: tuple[int, ...], start: int) -> Piece:
+def _piece(part: ShardedTensor, place: Box, box: Box, strides: tuple[int, ...], start: int) -> Piece:
     """Return a box of a parameter, which lies in tensor ``part`` of it, as a piece of the run that begins at
-    ``start``."""
-    place = _place(part.data, strides)
+    ``start``. ``place``: the box that the part is."""
     axes = part.prepend_axis_num  # of the whole that the parameter itself does not have: the number of an expert
     inside = tuple(corner - first for corner, first in zip(box.start, place.start))
     corner = (*part.global_offset[:axes], *(a + b for a, b in zip(part.global_offset[axes:], inside)))

@@ -117,9 +117,9 @@ def write_share(files: Sequence[ShareFile], folder: Path, stop: threading.Event 
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = Written()
+    if files and files[0].ready is not None:
+        files[0].ready.synchronize()
     for file in files:
-        if file.ready is not None:
-            file.ready.synchronize()
         target = PieceFile(folder / file.name)
         try:
             written.places[file.name] = places = []

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import default_planner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.world import World
@@ -40,20 +37,24 @@ def straw_world(world: World, device: torch.device) -> Iterator[None]:
         if object_gather_list is not None:
             object_gather_list[:] = [obj] + [_of_others(obj)] * (len(object_gather_list) - 1)
 
-    import megatron.core.dist_checkpointing.state_dict_utils as states  # after the project has adapted it
+    def scatter_object_list(output: list, objects: list | None, *args: Any, **kwargs: Any) -> None:
+        output[0] = objects[0] if objects is not None else type(output[0])()
+
+    import dsv3_megatron.checkpoint.index as index  # after the project has adapted megatron-core
 
     with ExitStack() as stack:
+        of_torchrun = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+        stack.enter_context(patch.dict(os.environ, {name: str(value) for name, value in of_torchrun.items()}))
         # It puts the shares of all ranks together, of which there is one here.
-        stack.enter_context(patch.object(states, "validate_sharding_integrity", lambda *a, **k: None))
-        good = default_planner._validate_global_plan([], Metadata({}))  # True in torch 2.11, no errors in 2.13
-        stack.enter_context(patch.object(default_planner, "_validate_global_plan", lambda *a: good))
+        stack.enter_context(patch.object(index, "check_whole", lambda boxes: None))
         for name, stand_in in (
             ("init_process_group", init),
-            ("rendezvous", lambda *a, **k: iter([(dist.HashStore(), world.rank, world.size)])),
+            ("rendezvous", lambda *a, **k: iter([(_store_of_all(), world.rank, world.size)])),
             ("barrier", barrier),
             ("broadcast_object_list", lambda objects, *a, **k: None),
             ("all_gather_object", all_gather_object),
             ("gather_object", gather_object),
+            ("scatter_object_list", scatter_object_list),
         ):
             stack.enter_context(patch.object(dist, name, stand_in))
         yield
@@ -63,13 +64,21 @@ def _of_others(mine: Any) -> Any:
     """Return what the other ranks hand in where this one hands in ``mine``: nothing to write, else the same."""
     from dsv3_megatron.checkpoint.write import Written
 
-    if isinstance(mine, SavePlan):
-        return replace(mine, items=[])
-    if isinstance(mine, tuple) and isinstance(mine[0], Written):
-        return Written(), None
+    if isinstance(mine, dict):  # which boxes its files hold
+        return {}
+    if isinstance(mine, tuple) and any(isinstance(each, Written) for each in mine):
+        return {}, Written(), None
     return mine
 
 
 def _must_be_current(device: torch.device) -> None:
     if torch.cuda.current_device() != device.index:
         raise StrawError(f"the current device is cuda:{torch.cuda.current_device()}, not the rank's {device}")
+
+
+def _store_of_all() -> dist.Store:
+    """Return a store in which the other ranks have left word that they are here (parallel.groups)."""
+    store = dist.HashStore()
+    for prefix in ("", "start_0/"):
+        store.set(f"{prefix}all have arrived", "")
+    return store
