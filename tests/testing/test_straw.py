@@ -83,8 +83,8 @@ def ranks(request, tmp_path_factory):
 
 
 def waits(found, part):
-    """Return what was counted in a part, without copies of weights to the average, one a parameter, and without the wait
-    of the thread that writes a checkpoint, which comes while training is in any part."""
+    """Return what was counted in a part, without copies of weights to the average, one a parameter, and without the
+    wait of the thread that writes a checkpoint, which comes while training is in any part."""
     elsewhere = ("Ema._copy_to_host", "checkpoint/write.py write_share")
     return {k: v for k, v in found["counts"].get(part, {}).items() if not any(place in k for place in elsewhere)}
 
