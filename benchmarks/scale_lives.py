@@ -161,12 +161,11 @@ def state_bytes(parts: Any) -> int:
 
     Its weights, its shard of the optimizer (float32 masters, two moments each), and its average of the weights.
     """
+    from dsv3_megatron.optim.optimizer import parts_of  # megatron-core: as in marked
+
     weights = [p for chunk in parts.chunks.values() for p in chunk.parameters()]
     masters = [
-        p
-        for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
-        for group in part.optimizer.param_groups
-        for p in group["params"]
+        p for part in parts_of(parts.optimizer) for group in part.optimizer.param_groups for p in group["params"]
     ]
     each = 4 + 2 * (2 if parts.recipe.precision.moments == "bf16" else 4)
     average = parts.ema.average.values() if parts.ema is not None else ()

@@ -9,13 +9,16 @@ from __future__ import annotations
 import socket
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from parallel.errors import RankFault, UserError
+
+T = TypeVar("T")
 
 MOST_HOSTS = 4  # that a message names; more are counted
 MOST_CHARACTERS = 500  # of a message that others than this project have written
@@ -55,6 +58,18 @@ def agreed(*, looked: bool = True, any_counts: bool = False) -> Iterator[None]:
     except Exception as met:
         error = met
     agree(error, looked=looked, any_counts=any_counts)
+
+
+def from_first(find_out: Callable[[], T]) -> T:
+    """Return on all ranks what ``find_out`` returns on rank 0, which alone calls it. What it raises ends all ranks, as
+    :func:`agree` says of the only rank that has looked. The result can be pickled."""
+    is_first = dist.get_rank() == 0
+    found: list[Any] = [None]
+    with agreed(looked=is_first):
+        if is_first:
+            found = [find_out()]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _sum(*numbers: int) -> list[int]:

@@ -21,6 +21,7 @@ from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.manifest import (
     RECIPE,
     DamageError,
+    FileFacts,
     checkpoints,
     folder_name,
     needed,
@@ -32,11 +33,10 @@ from dsv3_megatron.checkpoint.manifest import (
 )
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from parallel.agree import agreed
+from parallel.agree import agreed, from_first
 from parallel.errors import CheckpointError, RankFault
 
 T = TypeVar("T")
-FileFacts = dict[str, dict[str, Any]]  # a manifest's: name -> {"bytes", "xxh3", "holds"}
 
 
 @dataclass(frozen=True)
@@ -128,30 +128,29 @@ def load_newest(
         number += 1
 
 
-def find_checkpoint(candidates: list[Path]) -> tuple[Found | None, list[str]]:
-    """Return the first candidate whose files are there, and what was wrong with those before it. All ranks together."""
-    found, _, wrong = load_newest(lambda: candidates, lambda found: None)
-    return found, wrong
-
-
 def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | None]:
     """Return the candidate of that number, or what is wrong with it; neither where there is none. All ranks alike."""
-    is_first = dist.get_rank() == 0
-    proposal: list[Any] = [None, None, None]  # path, what its manifest says beside its files, what is wrong
-    files: FileFacts = {}
-    with agreed(looked=is_first):
-        if is_first and number < len(candidates):
-            proposal[0] = path = candidates[number]
-            try:
-                proposal[1] = content = read_content(path)
-                files = content.pop("files")
-                for problem in problems(path, files, needed(files, ())):
-                    raise DamageError(problem)  # in what every reader needs, of which this rank reads most
-            except DamageError as error:
-                proposal[2] = str(error)
-    dist.broadcast_object_list(proposal, src=0)
+    files: FileFacts = {}  # on rank 0
+
+    def look() -> tuple[Path, dict[str, Any], str | None] | None:
+        """Return path, what its manifest says beside its files, and what is wrong."""
+        if number == len(candidates):
+            return None
+        path, content = candidates[number], dict[str, Any]()
+        try:
+            content = read_content(path)
+            files.update(content.pop("files"))
+            for problem in problems(path, files, needed(files, ())):
+                raise DamageError(problem)  # in what every reader needs, of which this rank reads most
+        except DamageError as error:
+            return path, content, str(error)
+        return path, content, None
+
+    proposal = from_first(look)
+    if proposal is None:
+        return None, None
     path, content, failure = proposal
-    if path is None or failure is not None:
+    if failure is not None:
         return None, failure
     damage = _damage(path, content["format"], files)
     return (None, damage) if damage else (Found.of(path, content), None)
@@ -252,16 +251,12 @@ def load_chosen(
 
 def _checked_changes(found: Found, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return what the recipe has changed since a checkpoint. Raises: CheckpointError: it may not, or not resume."""
-    changed: list[Any] = [None]
-    with agreed(looked=dist.get_rank() == 0):
-        if dist.get_rank() == 0:
-            changed = [changes(read_recipe(found.recipe), recipe.model_dump(mode="json"))]
-    dist.broadcast_object_list(changed, src=0)
-    if refused := refusal(changed[0]):
+    changed = from_first(lambda: changes(read_recipe(found.recipe), recipe.model_dump(mode="json")))
+    if refused := refusal(changed):
         raise CheckpointError(f"{found.path} was trained with {refused}; use that value, or name another run.name")
     if recipe.run.resume == "never":
         raise CheckpointError(
             f"run.resume = never, but {found.path} exists; name another run.name, or set run.resume=auto to go on "
             "from it"
         )
-    return changed[0]
+    return changed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from dsv3_megatron.checkpoint.write import COMMON
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.run.files import retried
-from parallel.agree import agreed
+from parallel.agree import agreed, from_first
 from parallel.errors import CheckpointError
 
 
@@ -95,8 +96,8 @@ def _masters(found: Found, parts: Parts, shares: Sequence[Share]) -> list[Entry]
 
 def _held_in_fp8(parts: Parts) -> dict[Share, Tensor]:
     """Return memory for the numbers of weights held in FP8, which cannot be filled run by run."""
-    shares = whole_shares(parts.chunks, parts.groups)
-    return {share: torch.empty(share.end, dtype=torch.bfloat16) for share in shares if is_float8tensor(share.parameter)}
+    shares = whole_shares(parts.chunks, parts.groups, is_float8tensor)
+    return {share: torch.empty(share.end, dtype=torch.bfloat16) for share in shares}
 
 
 def _weights(shares: Sequence[Share], held: dict[Share, Tensor]) -> list[Entry]:
@@ -108,14 +109,15 @@ def _weights(shares: Sequence[Share], held: dict[Share, Tensor]) -> list[Entry]:
 
 def _updates(found: Found) -> int:
     """Return how often the optimizer had updated the weights. Collective."""
-    updates: list[Any] = [found.updates]
-    if found.optimizer and found.updates is None:  # format 1 keeps it with what is no tensor
-        with agreed(any_counts=True):
-            if dist.get_rank() == 0:
-                data = io.BytesIO(retried((found.path / COMMON).read_bytes))
-                updates = [max(_steps(torch.load(data, weights_only=False)["optimizer"]), default=0)]
-        dist.broadcast_object_list(updates, src=0)
-    return updates[0] or 0
+    if found.updates is not None or not found.optimizer:
+        return found.updates or 0
+    return from_first(lambda: _updates_in_format_1(found.path / COMMON))
+
+
+def _updates_in_format_1(common: Path) -> int:
+    """Return them from the file of what is no tensor."""
+    data = io.BytesIO(retried(common.read_bytes))
+    return max(_steps(torch.load(data, weights_only=False)["optimizer"]), default=0)
 
 
 def _steps(state: Any) -> Iterable[int]:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,22 @@ _NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # CIFS, s
 USE_OLDER = "use an older checkpoint"
 
 
+FileFacts = dict[str, dict[str, Any]]  # name -> {"bytes": size, "xxh3": checksum, "holds": what}
+
+
 class DamageError(CheckpointError):
     """A checkpoint is not what was written: another one may be."""
+
+
+@contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file, after it was asked again, into a damaged checkpoint."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing; {USE_OLDER}") from None
+    except OSError as error:
+        raise DamageError(f"{path} cannot be read ({error.strerror}); {USE_OLDER}") from None
 
 
 def folder_name(step: int) -> str:
@@ -57,13 +72,12 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def manifest_text(progress: dict[str, Any], files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
+def manifest_text(progress: dict[str, Any], files: FileFacts, facts: dict[str, Any]) -> str:
     """Return the manifest as text.
 
     Args:
         progress: where the run stood; what :func:`read_manifest` returns.
-        files: name -> ``{"bytes": size, "xxh3": checksum, "holds": what}``, taken while the files were written; small
-            files that every reader needs hold nothing.
+        files: taken while the files were written; small files that every reader needs hold nothing.
         facts: what else a reader may ask: layout, extra states.
     """
     content = {"format": FORMAT, "progress": progress, "files": dict(sorted(files.items())), **facts}
@@ -106,12 +120,12 @@ def read_manifest(folder: Path, holding: Collection[str] | None = None) -> dict[
     return content["progress"]
 
 
-def needed(files: dict[str, dict[str, Any]], holding: Collection[str] | None) -> list[str]:
+def needed(files: FileFacts, holding: Collection[str] | None) -> list[str]:
     """Return the names of the files that a reader of these states reads; of all where ``holding`` is None."""
     return [name for name, facts in files.items() if holding is None or facts.get("holds", "") in ("", *holding)]
 
 
-def problems(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str] | None = None) -> Iterator[str]:
+def problems(folder: Path, files: FileFacts, names: Iterable[str] | None = None) -> Iterator[str]:
     """Yield what is wrong with the files (those of ``names`` only, where given), in a line each. Reads them whole,
     several at a time."""
     with ThreadPoolExecutor(_HASHERS) as pool:
@@ -122,7 +136,7 @@ def problems(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str
             pool.shutdown(cancel_futures=True)
 
 
-def size_problems(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> Iterator[str]:
+def size_problems(folder: Path, files: FileFacts, names: Iterable[str]) -> Iterator[str]:
     """Yield what is wrong with the files of ``names`` as far as their sizes tell, in a line each."""
     yield from (problem for name in names if (problem := _problem(folder / name, files[name], whole=False)))
 
@@ -130,15 +144,14 @@ def size_problems(folder: Path, files: dict[str, dict[str, Any]], names: Iterabl
 def _problem(path: Path, expected: dict[str, Any], *, whole: bool) -> str | None:
     """Return what is wrong with a file. One that is not as it was written is read twice before it is called damaged."""
     try:
-        size = retried(path.stat).st_size
-        if size != expected["bytes"]:
-            return f"{path} has {size} bytes, its manifest says {expected['bytes']}; {USE_OLDER}"
-        if whole and checksum(path) != expected["xxh3"] and (found := checksum(path)) != expected["xxh3"]:
-            return f"{path} has xxh3 {found[:8]}.., its manifest says {expected['xxh3'][:8]}..; {USE_OLDER}"
-    except FileNotFoundError:
-        return f"{path} is missing; {USE_OLDER}"
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror}); {USE_OLDER}"
+        with damage_of(path):
+            size = retried(path.stat).st_size
+            if size != expected["bytes"]:
+                return f"{path} has {size} bytes, its manifest says {expected['bytes']}; {USE_OLDER}"
+            if whole and checksum(path) != expected["xxh3"] and (found := checksum(path)) != expected["xxh3"]:
+                return f"{path} has xxh3 {found[:8]}.., its manifest says {expected['xxh3'][:8]}..; {USE_OLDER}"
+    except DamageError as damage:
+        return str(damage.args[0])
     return None
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from dsv3_megatron.optim.optimizer import parts_of
+
 MASTER = "param"  # megatron-core's name of it in checkpoints
 _HELD_AS_THEY_ARE = (torch.float32, torch.bfloat16)  # Transformer Engine scales the others
-
-
-def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
-    """Return the optimizers that megatron-core chains, one for experts and one for the rest, or the only one."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def prepare_moments(optimizer: MegatronOptimizer) -> None:

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError
+from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError, damage_of
 from dsv3_megatron.run.files import retried
 
 _ROW = struct.Struct("<QQ16s")  # place, length, xxh3
@@ -124,28 +124,25 @@ def open_pieces(path: Path, *, checked: bool) -> Iterator[Callable[[int, int], T
     What cannot be read is read again. ``checked``: the file has a table, and every piece is compared with it.
     Raises: DamageError: the file, or later a piece, is missing, cannot be read, or is not what was written.
     """
-    with _damage_of(path):
+    with damage_of(path):
         file = retried(lambda: path.open("rb", buffering=0))
     with file:
         rows = _read_table(path, file) if checked else None
 
         def read(start: int, length: int) -> Tensor:
-            with _damage_of(path):
-                data = retried(lambda: _read(file, start, length))
-                if rows is not None and rows.get((start, length)) != xxhash.xxh3_128_digest(data):
-                    data = _read(file, start, length)  # what came over a network may be right the second time
-                    if rows.get((start, length)) != xxhash.xxh3_128_digest(data):
-                        raise DamageError(
-                            f"{path} is not what was written, {length} bytes from byte {start} on; {USE_OLDER}"
-                        )
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            for _ in range(2):  # what came over a network may be right the second time
+                with damage_of(path):
+                    data = retried(lambda: _read(file, start, length))
+                if rows is None or rows.get((start, length)) == xxhash.xxh3_128_digest(data):
+                    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            raise DamageError(f"{path} is not what was written, {length} bytes from byte {start} on; {USE_OLDER}")
 
         yield read
 
 
 def _read_table(path: Path, file: BinaryIO) -> dict[tuple[int, int], bytes]:
     """Return (place, length) -> xxh3 of every piece."""
-    with _damage_of(path):
+    with damage_of(path):
         size = retried(lambda: os.fstat(file.fileno()).st_size)
         end = retried(lambda: _read(file, size - _END.size, _END.size)) if size >= _END.size else b""
         count, mark, digest = _END.unpack(end) if end else (0, b"", b"")
@@ -167,14 +164,3 @@ def _read(file: BinaryIO, start: int, length: int) -> bytearray:
             raise OSError(None, f"only {start + done} bytes long")
         done += more
     return found
-
-
-@contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
-    """Turn what the system says of a file, after it was asked again, into a damaged checkpoint."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing; {USE_OLDER}") from None
-    except OSError as error:
-        raise DamageError(f"{path} cannot be read ({error.strerror}); {USE_OLDER}") from None

@@ -29,6 +29,7 @@ from dsv3_megatron.checkpoint.index import Index, Places
 from dsv3_megatron.checkpoint.manifest import (
     MANIFEST,
     RECIPE,
+    FileFacts,
     checkpoints,
     folder_name,
     manifest_text,
@@ -40,7 +41,7 @@ from dsv3_megatron.checkpoint.piece_files import write_file
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
 from dsv3_megatron.checkpoint.shares import shares_of
 from dsv3_megatron.checkpoint.state import states_to_save
-from dsv3_megatron.checkpoint.write import FileFacts, Staging, Written, write_description, write_share
+from dsv3_megatron.checkpoint.write import Staging, Written, write_description, write_share
 from dsv3_megatron.pipeline.parts import Parts
 from parallel.errors import CheckpointError
 from parallel.units import show_bytes
@@ -209,7 +210,8 @@ class Saver:
             return
         if save.phase == "writing":
             start = time.perf_counter()
-            shares = self._gather((self._new_places(save), save.result, save.failure))
+            written: Written = save.result or Written()
+            shares = self._gather((self._new_places(written.places), written.files, save.failure))
             for places, _, _ in shares:
                 self._index.place(places)
             save.stall_seconds += time.perf_counter() - start
@@ -218,7 +220,7 @@ class Saver:
                 return
             save.phase, save.task = "committing", None
             if self._is_first:
-                save.task = _Task(lambda: self._commit(save, [written for _, written, _ in shares]))
+                save.task = _Task(lambda: self._commit(save, [files for _, files, _ in shares]))
             return
         if agreed.failed:
             self._fail(save, step, save.failure or "")
@@ -264,18 +266,15 @@ class Saver:
         dist.gather_object(mine, found if self._is_first else None)
         return found
 
-    def _new_places(self, save: _Save) -> Places:
-        """Take the places of this rank's pieces out of what it has written; return those that rank 0 does not know."""
-        places = save.result.places if save.result else Places()
+    def _new_places(self, places: Places) -> Places:
+        """Return where this rank's pieces lie, as far as rank 0 does not know it."""
         new = {name: place for name, place in places.items() if self._places.get(name) != place}
         self._places.update(new)
-        if save.result:
-            save.result.places = {}
         return new
 
-    def _commit(self, save: _Save, shares: list[Written]) -> FileFacts:
+    def _commit(self, save: _Save, shares: list[FileFacts]) -> FileFacts:
         """Make a checkpoint of what all ranks have written, on rank 0; return its files."""
-        files = {name: facts for share in shares for name, facts in share.files.items()}
+        files = {name: facts for share in shares for name, facts in share.items()}
         files |= write_description(self._index.stored(), save.partial)
         files[RECIPE] = write_file(save.partial / RECIPE, self._recipe.encode())
         facts = {

@@ -9,14 +9,14 @@ those (``boxes``), which any other layout can read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.boxes import Box, boxes_of_run, common_box, strides_of
-from dsv3_megatron.checkpoint.optimizer_states import parts_of
+from dsv3_megatron.optim.optimizer import parts_of
 from dsv3_megatron.pipeline.saved import Entry
 
 # Numbers of a piece at most: what is read, verified and converted at a time, and what a rank of another layout reads
@@ -70,6 +70,15 @@ class Share:
         """Return this run, as a view, of a tensor in the parameter's shape."""
         return whole.view(-1)[self.start : self.end]
 
+    def numbers(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return this run of the parameter, without autograd: a view, or of a weight that Transformer Engine holds in
+        FP8 a copy of the numbers that it stands for, in ``dtype`` (None: the one it computes in)."""
+        weight = self.parameter.detach()
+        if not is_float8tensor(weight):
+            return self.run_of(weight)
+        numbers = weight.dequantize(dtype=dtype)  # type: ignore[call-arg]  # Transformer Engine's
+        return self.run_of(numbers.contiguous()).clone()  # not the whole weight with it
+
     def entries(self, run: Tensor, prefix: str = "") -> Iterator[Entry]:
         """Yield the boxes of a state of this run [end - start], named as the parameter after ``prefix``."""
         for piece in self.pieces:
@@ -78,40 +87,38 @@ class Share:
 
 def shares_of(chunks: dict[int, GPTModel], optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> list[Share]:
     """Return this rank's share, which may be empty, of every parameter of its stages; over all ranks they are whole."""
+    return list(_shares(chunks, groups, dict(_runs(optimizer)).__getitem__))
+
+
+def whole_shares(
+    chunks: dict[int, GPTModel], groups: ProcessGroupCollection, wanted: Callable[[torch.nn.Parameter], bool]
+) -> list[Share]:
+    """Return the parameters of this rank's stages that are ``wanted``, each whole, as shares."""
+    return list(_shares(chunks, groups, lambda p: ((0, p.numel()), None) if wanted(p) else None))
+
+
+def _shares(
+    chunks: dict[int, GPTModel],
+    groups: ProcessGroupCollection,
+    run_of: Callable[[torch.nn.Parameter], tuple[tuple[int, int], dist.ProcessGroup | None] | None],
+) -> Iterator[Share]:
+    """Yield a share of every parameter of which ``run_of`` says the run and the group, in the order of the stages."""
     described = {id(value.data): value for value in model_state(chunks, groups)}
-    runs = dict(_runs(optimizer))
-    found = []
     for stage, chunk in chunks.items():
         for name, parameter in chunk.named_parameters():
-            run, group = runs[parameter]
-            share = _share(described[id(parameter)], f"stage{stage}.{name}", parameter, *run)
-            found.append(replace(share, group=group))
-    return found
-
-
-def whole_shares(chunks: dict[int, GPTModel], groups: ProcessGroupCollection) -> list[Share]:
-    """Return every parameter of this rank's stages, whole, as a share."""
-    names = {id(p): f"stage{stage}.{name}" for stage, chunk in chunks.items() for name, p in chunk.named_parameters()}
-    return [
-        _share(value, names[id(value.data)], value.data, 0, value.data.numel())
-        for value in model_state(chunks, groups)
-        if id(value.data) in names
-    ]
+            if (found := run_of(parameter)) is not None:
+                (start, end), group = found
+                share = _share(described[id(parameter)], f"stage{stage}.{name}", parameter, start, end)
+                yield replace(share, group=group)
 
 
 def buffer_entries(chunks: dict[int, GPTModel], groups: ProcessGroupCollection, prefix: str = "") -> list[Entry]:
     """Return what stages hold beside parameters, on every rank alike: the biases of routers."""
     return [
-        Entry(prefix + value.key, value.global_shape, value.global_offset, value.data, is_saver(value), groups.dp_cp)
-        for value in model_state(chunks, groups)
-        if not isinstance(value.data, torch.nn.Parameter)
+        Entry(prefix + v.key, v.global_shape, v.global_offset, v.data, is_main_replica(v.replica_id), groups.dp_cp)
+        for v in model_state(chunks, groups)
+        if not isinstance(v.data, torch.nn.Parameter)
     ]
-
-
-def is_saver(described: ShardedTensor) -> bool:
-    """Return whether this rank saves a tensor that several hold whole."""
-    replica = described.replica_id
-    return not any(replica) if isinstance(replica, tuple) else replica == 0
 
 
 def model_state(chunks: dict[int, GPTModel], groups: ProcessGroupCollection) -> list[Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.manifest import OPTIMIZER, WEIGHTS
@@ -26,11 +25,12 @@ from dsv3_megatron.pipeline.saved import Entry
 def states_to_save(parts: Parts, shares: Iterable[Share]) -> dict[str, list[Entry]]:
     """Return this rank's share of everything, by what the files that keep it hold.
 
-    Numbers of weights held in FP8 are copies, all else is the state itself.
+    Numbers of weights held in FP8 are copies, all else is the state itself. Those are exact where scales are powers of
+    two. Where they are not, a run that resumes loses nothing either: it quantises its float32 masters anew.
     """
     prepare_moments(parts.optimizer)
     return {
-        WEIGHTS: [*weight_entries(shares, _numbers_of), *buffer_entries(parts.chunks, parts.groups)],
+        WEIGHTS: [*weight_entries(shares, Share.numbers), *buffer_entries(parts.chunks, parts.groups)],
         OPTIMIZER: optimizer_entries(parts, shares),
         **{name: list(state.entries()) for name, state in sorted(parts.extra_states.items())},
     }
@@ -50,15 +50,3 @@ def optimizer_entries(parts: Parts, shares: Iterable[Share]) -> list[Entry]:
         for name, state in states.get(share.parameter, {}).items()
         for entry in share.entries(state, prefix=f"optimizer.state.{name}.")
     ]
-
-
-def _numbers_of(share: Share) -> Tensor:
-    """Return a run of a weight; of one held in FP8 the BF16 numbers that it stands for.
-
-    Those are exact where scales are powers of two. Where they are not, a run that resumes loses nothing either: it
-    quantises its float32 masters anew.
-    """
-    weight = share.parameter.detach()
-    if is_float8tensor(weight):
-        return share.run_of(weight.dequantize().contiguous()).clone()  # not the whole weight with it
-    return share.run_of(weight)

@@ -16,18 +16,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.index import INDEX, Described, Places
+from dsv3_megatron.checkpoint.manifest import FileFacts
 from dsv3_megatron.checkpoint.piece_files import PieceFile, write_file
 from dsv3_megatron.pipeline.saved import Entry
 
 COMMON = "common.pt"  # megatron-core's name for what is no tensor
-FileFacts = dict[str, dict[str, Any]]  # name -> {"bytes", "xxh3", "holds"}
 _BLOCK = 1 << 28  # bytes of host memory taken at a time: page-locked memory comes in powers of two
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import megatron.core.optimizer as optimizers
 import megatron.core.optimizer.distrib_optimizer as distributed
 import torch
@@ -92,6 +94,11 @@ def use_our_adamw() -> None:
     distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True
 
 
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers that megatron-core chains, one for experts and one for the rest, or the only one."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
     """Use ``learning_rate`` from the next step on."""
     for group in optimizer.param_groups:
@@ -104,7 +111,7 @@ def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> bool:
 
     The optimizer's own ``step`` prepares the gradients and reduces their norm once more. Call after ``prepare_grads``.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         coefficient = part.config.clip_grad / (grad_norm + 1e-6)  # as megatron-core's clip_grad_by_total_norm_fp32
         if part.config.clip_grad <= 0 or coefficient >= 1:
             continue

@@ -80,7 +80,7 @@ class Ema:
     @torch.no_grad()
     def _copy_to_host(self) -> None:
         for name, buffer in self._host.items():
-            buffer.copy_(_readable(self._shares[name]), non_blocking=True)
+            buffer.copy_(self._shares[name].numbers(torch.float32), non_blocking=True)
 
     def _update_or_fail(self) -> None:
         try:
@@ -93,7 +93,7 @@ class Ema:
         if self._copied is not None:
             self._copied.synchronize()
         for name, share in self._shares.items():
-            new = self._host[name] if name in self._host else _readable(share)
+            new = self._host[name] if name in self._host else share.numbers(torch.float32)
             self.average[name].lerp_(new.float(), 1.0 - self.decay)
 
     @torch.no_grad()
@@ -132,17 +132,9 @@ class Ema:
         """Start from the weights as they are."""
         self.wait()
         self.average = {
-            name: _readable(share).to("cpu", torch.float32, copy=True) for name, share in self._shares.items()
+            name: share.numbers(torch.float32).to("cpu", torch.float32, copy=True)
+            for name, share in self._shares.items()
         }
-
-
-def _readable(share: Share) -> Tensor:
-    """Return this rank's run of a weight without autograd; of one that Transformer Engine holds in FP8 the numbers it
-    stands for."""
-    weight = share.parameter.detach()
-    if is_float8tensor(weight):
-        weight = weight.dequantize(dtype=torch.float32)  # type: ignore[call-arg]  # Transformer Engine's
-    return share.run_of(weight)
 
 
 def _host_buffer(share: Share) -> Tensor:

@@ -62,13 +62,9 @@ def straw_world(world: World, device: torch.device) -> Iterator[None]:
 
 def _of_others(mine: Any) -> Any:
     """Return what the other ranks hand in where this one hands in ``mine``: nothing to write, else the same."""
-    from dsv3_megatron.checkpoint.write import Written
-
     if isinstance(mine, dict):  # which boxes its files hold
         return {}
-    if isinstance(mine, tuple) and any(isinstance(each, Written) for each in mine):
-        return {}, Written(), None
-    return mine
+    return ({}, {}, None) if isinstance(mine, tuple) else mine  # places, files, failure of a save
 
 
 def _must_be_current(device: torch.device) -> None:

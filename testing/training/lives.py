@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsv3_megatron.checkpoint.find import find_checkpoint
+from dsv3_megatron.checkpoint.find import load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.pipeline.parts import Parts
@@ -43,12 +43,15 @@ def live(life: Life) -> dict[str, Any]:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         found: dict[str, Any] = {"notes": [], "losses": [], "norms": []}
         if life.load is not None:
-            checkpoint, wrong = find_checkpoint([life.load])
-            assert checkpoint is not None, wrong
+            candidate, training = life.load, not life.weights_alone
             try:
-                found["notes"] = load_checkpoint(checkpoint, parts, training=not life.weights_alone)
+                checkpoint, notes, wrong = load_newest(
+                    lambda: [candidate], lambda found: load_checkpoint(found, parts, training=training)
+                )
             except CheckpointError as refusal:
                 return {"refused": str(refusal)}
+            assert checkpoint is not None, wrong
+            found["notes"] = notes
         if life.load is not None and life.save is not None:
             _save(parts, life.save, life.first)
         for number in range(life.first, life.first + life.steps):

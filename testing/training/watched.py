@@ -17,6 +17,7 @@ import torch.distributed as dist
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.health.stop_signals import StopSignals
+from dsv3_megatron.optim.optimizer import parts_of
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.run import prepare_trainer, watchdog_of
@@ -138,7 +139,7 @@ def _train(trainer: Trainer, run: Run) -> Outcome:
 
 
 def _flip_a_bit(parts: Parts) -> None:
-    (moments, *_) = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])[0].optimizer.state.values()
+    (moments, *_) = parts_of(parts.optimizer)[0].optimizer.state.values()
     moments["exp_avg"].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
 
@@ -190,7 +191,7 @@ def _checksums(parts: Parts) -> dict[str, str]:
             found[f"weight {stage}.{name}"] = parameter
             found[f"gradient {stage}.{name}"] = parameter.main_grad
         found |= {f"buffer {stage}.{name}": buffer for name, buffer in chunk.named_buffers()}
-    for number, part in enumerate(getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])):
+    for number, part in enumerate(parts_of(parts.optimizer)):
         for index, state in enumerate(part.optimizer.state.values()):
             found |= {f"optimizer {number}.{index}.{name}": x for name, x in state.items() if torch.is_tensor(x)}
     found["random generator"] = torch.get_rng_state()

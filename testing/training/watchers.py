@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 import dsv3_megatron.train.build as build_module
-from dsv3_megatron.checkpoint.find import find_checkpoint
+from dsv3_megatron.checkpoint.find import Found, load_newest
 from dsv3_megatron.checkpoint.hugging_face.export import export
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.data.source.samples import evaluation_batches
 from dsv3_megatron.megatron.replaced import replaced
+from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.evaluation import Evaluation
@@ -73,12 +74,10 @@ def _load_elsewhere(trainer: Trainer) -> None:
     megatron-core knows one set of process groups in a process: the other model shares the run's.
     """
     recipe = trainer.recipe.model_copy(update={"run": trainer.recipe.run.model_copy(update={"seed": 99})})
-    found, wrong = find_checkpoint([_newest(trainer)])
-    assert found is not None, wrong
     share_groups = replaced(build_module, "build_groups", lambda *unused, **options: trainer.parts.groups)
     with share_groups, torch.random.fork_rng(devices=[]):
         other = build_parts(recipe, trainer.parts.layout, trainer.parts.device)
-    load_checkpoint(found, other, training=True)
+    _load_newest(trainer, other)
     if other.ema is not None:
         other.ema.copy_into_weights()
     batches = evaluation_batches(
@@ -90,9 +89,15 @@ def _load_elsewhere(trainer: Trainer) -> None:
 def _load_back(trainer: Trainer) -> None:
     """Save, and fill the run itself from what was saved."""
     _save(trainer)
-    found, wrong = find_checkpoint([_newest(trainer)])
-    assert found is not None and found.progress["step"] == trainer.progress.step, wrong
-    load_checkpoint(found, trainer.parts, training=True)
+    assert _load_newest(trainer, trainer.parts).progress["step"] == trainer.progress.step
+
+
+def _load_newest(trainer: Trainer, parts: Parts) -> Found:
+    """Fill the parts from the run's newest checkpoint; return it."""
+    newest = _newest(trainer)
+    found, _, wrong = load_newest(lambda: [newest], lambda found: load_checkpoint(found, parts, training=True))
+    assert found is not None, wrong
+    return found
 
 
 def _export(trainer: Trainer) -> None:

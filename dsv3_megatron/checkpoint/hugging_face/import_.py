@@ -24,9 +24,18 @@ from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_mar
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, run_all
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
 from dsv3_megatron.checkpoint.index import Described, Places, describe_pieces
-from dsv3_megatron.checkpoint.manifest import FORMAT, MANIFEST, RECIPE, WEIGHTS, folder_name, manifest_text, sync_folder
+from dsv3_megatron.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    RECIPE,
+    WEIGHTS,
+    FileFacts,
+    folder_name,
+    manifest_text,
+    sync_folder,
+)
 from dsv3_megatron.checkpoint.piece_files import PieceFile, write_file
-from dsv3_megatron.checkpoint.write import FileFacts, write_description
+from dsv3_megatron.checkpoint.write import write_description
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import dequantise_weight
 from parallel.errors import CheckpointError

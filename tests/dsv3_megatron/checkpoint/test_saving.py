@@ -29,6 +29,7 @@ from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.lanes import InLanes
 from testing.ranks import run_ranks
+from testing.small_disk import small_disk
 from testing.training.checkpoints import assert_same_tensors
 from testing.training.tiny import SMALL, VALUES, small_recipe, step_batches_of
 from testing.training.whole_runs import events
@@ -196,24 +197,19 @@ def make_room(directory):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A file system of 9 MiB: one checkpoint fits, and half of the next."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk(tmp_path / "disk", "9m") as place:
+        yield place
 
 
-def test_a_disk_without_room_keeps_the_last_good_checkpoint_until_there_is_room(runs, small_disk):
-    words = (*SIX, "parallel.expert=2", "checkpoint.keep=1", f"run.directory={small_disk}")
+def test_a_disk_without_room_keeps_the_last_good_checkpoint_until_there_is_room(runs, disk):
+    words = (*SIX, "parallel.expert=2", "checkpoint.keep=1", f"run.directory={disk}")
     run_ranks(2, run_case, [{"overrides": words, "after": {5: [(make_room, (0,))]}}])
-    failed = events(small_disk, "save_failed")
+    failed = events(disk, "save_failed")
     assert [event["step"] for event in failed] == [4] and "No space left" in failed[0]["reason"]
-    assert [event["step"] for event in events(small_disk, "saved")] == [2, 5, 6]
-    assert_same_tensors(small_disk / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
+    assert [event["step"] for event in events(disk, "saved")] == [2, 5, 6]
+    assert_same_tensors(disk / "checkpoints/step_00000006", runs["plain"][0] / "checkpoints/step_00000006")
 
 
 @pytest.mark.full

@@ -1,6 +1,5 @@
 """Every file that a run writes beside its checkpoints may be refused, at any time, without an end of the training."""
 
-import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -22,6 +21,7 @@ from dsv3_megatron.train.progress import Progress
 from launcher.command_line.compose import resolved_yaml
 from parallel.layout import Layout
 from testing.ranks import run_ranks
+from testing.small_disk import small_disk
 from testing.training.tiny import small_recipe
 from testing.training.whole_runs import Notes, events, run_here, steps, train
 
@@ -188,15 +188,10 @@ def test_a_run_trains_to_its_end_while_every_file_is_refused(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A file system of 24 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)  # lazily: W&B's process may be about to leave
+    with small_disk(tmp_path / "disk", "24m") as place:
+        yield place
 
 
 def fill(ballast):
@@ -228,13 +223,13 @@ def run_on_a_disk_that_is_full_for_a_while(case):
 
 
 @pytest.mark.full
-def test_a_disk_that_is_full_for_a_while_costs_no_line(small_disk):
+def test_a_disk_that_is_full_for_a_while_costs_no_line(disk):
     """A real full disk, with W&B and its own process on it."""
     words = ["run.steps=24", "checkpoint.every_steps=1", "checkpoint.keep=1", "logging.wandb=offline",
-             "logging.tensorboard=true", "logging.expert_load_every_steps=1", f"run.directory={small_disk}/run",
+             "logging.tensorboard=true", "logging.expert_load_every_steps=1", f"run.directory={disk}/run",
              "model.hidden_size=32", REPORT]  # fmt: skip
-    notes = run_ranks(1, run_on_a_disk_that_is_full_for_a_while, [(words, str(small_disk / "ballast"))])[0][0]
-    directory = small_disk / "run"
+    notes = run_ranks(1, run_on_a_disk_that_is_full_for_a_while, [(words, str(disk / "ballast"))])[0][0]
+    directory = disk / "run"
     assert any("metrics.jsonl cannot be written (No space left on device)" in note for note in notes), notes
     assert [row["step"] for row in steps(directory)] == list(range(1, 25))
     assert [row["step"] for row in read_json_lines(directory / "expert_load.jsonl")] == list(range(1, 25))
