@@ -57,6 +57,7 @@ class Flags(NamedTuple):
     writing: int = 0
     committing: int = 0
     failed: int = 0
+    late: int = 0  # rank 0's clock says that a save is due (checkpoint.every_minutes)
 
 
 class _Task(threading.Thread):
@@ -114,6 +115,8 @@ class Saver:
         """
         self.folder, self.settings = folder, settings
         self.saved_step: int | None = None
+        self.is_late = False  # a save is due by time, as agreed between the steps
+        self._begun = time.monotonic()  # the last save, or the run
         self._parts, self._recipe, self._tell = parts, recipe, tell
         self._save: _Save | None = None
         self._is_first = dist.get_rank() == 0
@@ -193,7 +196,10 @@ class Saver:
 
     def flags(self) -> Flags:
         """Return what this rank has to say of its save."""
-        if self._save is None or self._save.task is None:
+        if self._save is None:
+            interval = 60 * self.settings.every_minutes
+            return Flags(late=int(self._is_first and 0 < interval <= time.monotonic() - self._begun))
+        if self._save.task is None:
             return Flags()
         alive, phase = self._save.task.is_alive(), self._save.phase
         return Flags(
@@ -205,6 +211,7 @@ class Saver:
     def advance(self, agreed: Flags, step: int) -> None:
         """Go to the next phase if all ranks are done with this one. ``agreed``: the largest of all ranks' flags.
         ``step``: the step just done."""
+        self.is_late = bool(agreed.late)
         save = self._save
         if save is None or agreed.writing or agreed.committing:
             return
@@ -246,6 +253,7 @@ class Saver:
 
     def _begin(self, progress: dict[str, Any], *, copy: bool) -> None:
         start, step = time.perf_counter(), progress["step"]
+        self._begun, self.is_late = time.monotonic(), False
         self._attempts += 1
         partial = self.folder / f".{folder_name(step)}.{self._token}-{self._attempts}.partial"
         states = states_to_save(self._parts, self._shares)

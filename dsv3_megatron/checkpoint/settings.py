@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 class CheckpointSettings(BaseModel):
@@ -10,7 +10,10 @@ class CheckpointSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    every_steps: NonNegativeInt = Field(0, description="save every so many steps; 0 = only at the end of the run")
+    every_steps: NonNegativeInt = Field(0, description="save every so many steps; 0 = not by steps; the end is always saved")
+    every_minutes: NonNegativeFloat = Field(
+        0.0, description="save also where the last save began so many minutes ago, by rank 0's clock; 0 = by steps alone"
+    )
     keep: PositiveInt = Field(2, description="newest checkpoints kept; older ones are removed after a save")
     keep_every_steps: NonNegativeInt = Field(0, description="also keep every checkpoint of a multiple of so many steps")
     asynchronous: bool = Field(False, description="write while training goes on (costs a copy of the state in RAM)")

@@ -1,4 +1,4 @@
-"""Checkpoints: every so many steps, beside training where the recipe says so, and at the end."""
+"""Checkpoints: every so many steps or minutes, beside training where the recipe says so, and at the end."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ class Saving(Callback):
         return self.saver.flags()
 
     def agreed(self, trainer: Trainer, flags: Sequence[int]) -> None:
-        """Begin the next phase of the save once all ranks are done with one."""
-        self.saver.advance(Flags(*flags), trainer.progress.step)
+        """Begin the next phase of the save once all ranks are done with one, or a save that is due by time."""
+        step = trainer.progress.step
+        self.saver.advance(Flags(*flags), step)
+        if self.saver.is_late and step > trainer.first_step and step != self.saver.saved_step:
+            with self._watched(trainer):
+                self.saver.save(asdict(trainer.progress))
 
     def end(self, trainer: Trainer) -> None:
         """Save the last step, unless it is saved, or nothing was done."""

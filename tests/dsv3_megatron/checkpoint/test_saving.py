@@ -10,10 +10,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dsv3_megatron.checkpoint.save as save_module
 import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.manifest import newest_valid, read_content, read_manifest
@@ -131,6 +133,7 @@ def run_case(case):
         notes.texts.append(f"refused: {error}")
     finally:
         trainer_module.train_step, run_module.build_parts, PieceFile.add = original, build, add
+        save_module.time = time
         disk_free(None)
     counter = built[-1].extra_states.get("counter") if built else None
     return notes.texts, counter and (counter.values.tolist(), counter.began)
@@ -150,7 +153,12 @@ def runs(tmp_path_factory):
         for (name, case), result in zip(some.items(), run_ranks(2, run_case, listed)):
             yield place / case.get("in", name).replace(" ", "_"), *result[0]
 
-    return InLanes(CASES, run, "plain", "asynchronous", "disk full", "stopped", "kept")
+    return InLanes(CASES, run, "plain", "asynchronous", "disk full", "stopped", "kept", "by time")
+
+
+def an_hour_passes(directory):
+    later = time.monotonic
+    save_module.time = SimpleNamespace(monotonic=lambda: later() + 3600, perf_counter=time.perf_counter, sleep=time.sleep)
 
 
 BOTH, SECOND = (0, 1), (1,)
@@ -164,6 +172,10 @@ CASES = {
     "stopped": {
         "more": ("checkpoint.asynchronous=true", "checkpoint.every_steps=4"),
         "after": {4: [(write_slowly, BOTH)], 5: [(ask_to_stop, (0,))]},
+    },
+    "by time": {
+        "more": ("checkpoint.every_steps=0", "checkpoint.every_minutes=60"),
+        "after": {1: [(an_hour_passes, SECOND)], 3: [(an_hour_passes, (0,))]},
     },
     "extra": {"counter": True, "more": ("run.steps=2",)},
     "extra resumed": {"counter": True, "more": ("run.steps=4",), "in": "extra"},
@@ -179,6 +191,13 @@ def test_an_asynchronous_save_holds_what_a_synchronous_one_holds(runs):
     told = events(runs["asynchronous"][0], "saved")
     assert [event["step"] for event in told] == [2, 4, 6]
     assert all(0 < event["stall_seconds"] <= event["seconds"] for event in told)
+
+
+def test_a_save_is_due_when_the_clock_of_rank_0_says_so(runs):
+    told = events(runs["by time"][0], "saved")
+    assert [event["step"] for event in told] == [3, 6], "the other rank's clock does not count"
+    name = "checkpoints/step_00000006"
+    assert_same_tensors(runs["by time"][0] / name, runs["plain"][0] / name)
 
 
 def test_a_full_disk_on_one_rank_fails_the_save_and_not_the_run(runs):
