@@ -52,7 +52,7 @@ def main(given: GenerateArguments) -> int:
     with trained_model(recipe, given.run, given.step, given.weights) as model:
         for note in model.notes:
             print(note, file=sys.stderr)
-        tokenizer = model.data.tokenizer
+        tokenizer = model.tokenizer
         if tokenizer is None:
             raise DataError(
                 f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"

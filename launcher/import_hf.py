@@ -104,7 +104,7 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
         base = compose([f"recipe={name}"]).model_dump(mode="json")
     base["model"] = model.model_dump(mode="json")
     base["precision"] = compose([f"precision={precision}"]).precision.model_dump(mode="json")
-    base["run"] |= {"name": output.name, "directory": str(output)}
+    base["run"] |= {"name": output.name, "directory": str(output), "start_from": None}
     try:
         return build(base)
     except RecipeError as error:

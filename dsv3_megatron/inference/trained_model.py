@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +36,29 @@ class TrainedModel:
     """What a run has learned."""
 
     parts: Parts
-    data: Data
+    recipe: Recipe
+    directory: Path
     checkpoint: Path
     progress: dict[str, Any]
     notes: tuple[str, ...] = ()  # what a person should know of how it was loaded
+
+    @cached_property
+    def data(self) -> Data:
+        """The run's data, with the tokenizer that was imported with the model where one was. Raises: DataError: it is
+        not where the recipe says."""
+        found = build_data(self.recipe.data, vocab_size=self.recipe.model.vocab_size, seed=self.recipe.run.seed)
+        return replace(found, tokenizer=self._imported_tokenizer or found.tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, None where it was trained on no text. Only where none was imported with the model is
+        the data read for it."""
+        return self._imported_tokenizer or self.data.tokenizer
+
+    @cached_property
+    def _imported_tokenizer(self) -> Tokenizer | None:
+        own = self.directory / "tokenizer.json"
+        return Tokenizer.load(own) if own.is_file() else None
 
 
 @contextmanager
@@ -48,17 +68,13 @@ def trained_model(
     """Load the newest valid checkpoint of a run, or the one of ``step``, for as long as the block lasts.
 
     ``weights``: those trained, or their average over the last steps (optim.ema_decay).
-    An imported run's own tokenizer takes the place of the data's. A run that was trained on Transformer Engine runs on
-    the torch backend where there is none, with a note. Raises: CheckpointError: there is none, it is
-    damaged, or it holds no average.
+    A run that was trained on Transformer Engine runs on the torch backend where there is none, with a note. Raises:
+    CheckpointError: there is no checkpoint, it is damaged, or it holds no average.
     """
     path = choose_checkpoint(directory, step, _read_for(weights)).path
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
-    data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    if (own := Path(directory) / "tokenizer.json").is_file():
-        data = replace(data, tokenizer=Tokenizer.load(own))
     with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)
         found = Found.of(path, read_content(path))
@@ -68,7 +84,7 @@ def trained_model(
         load_checkpoint(found, parts, training=False, extra=(*extra, "ema") if weights == "ema" else extra)
         if weights == "ema" and parts.ema is not None:
             parts.ema.copy_into_weights()
-        yield TrainedModel(parts, data, path, found.progress, tuple(notes))
+        yield TrainedModel(parts, recipe, Path(directory), path, found.progress, tuple(notes))
 
 
 def _read_for(weights: Weights) -> tuple[str, ...]:

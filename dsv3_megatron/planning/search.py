@@ -26,6 +26,7 @@ _RECOMPUTE = ((), ("norm",), ("norm", "moe_act"), ("norm", "mla_up", "moe_act"),
 _SCHEDULES = (("dualpipe", 1), ("dualpipev", 1), ("zb1p", 1), ("interleaved", 2), ("interleaved", 4), ("1f1b", 1))
 _REFINED = 16  # layouts of a round that go into the next
 _SPLIT, _SPLIT_TRIES = 6, 24  # layouts whose split is looked into, and plans made for each
+_ONE_NODE = 16  # ranks up to which the GPUs of a node may be divided between stages and experts in any way
 _LEAST_TOKENS = 1024  # of a sequence that a context-parallel rank keeps: below it products are too small to be worth it
 
 
@@ -55,7 +56,9 @@ def layouts(recipe: Recipe, world: int) -> Iterator[Task]:
     model = recipe.model
     contexts = (recipe.parallel.context,)
     tensors = [t for t in (1, 2, 4) if t <= max(recipe.cluster.gpus_per_node, 1)]
-    experts = [e for e in (1, 8, 16, 32, 64, 128, 256) if model.n_routed_experts % e == 0 and world % e == 0]
+    # Inside a node any degree is worth a try; over nodes a whole node at least.
+    few = (2, 4) if world <= _ONE_NODE else ()
+    experts = [e for e in (1, *few, 8, 16, 32, 64, 128, 256) if model.n_routed_experts % e == 0 and world % e == 0]
     pipelines = [p for p in (1, 2, 4, 8, 16, 32) if world % p == 0 and p <= model.num_hidden_layers]
     for pipeline, expert, tensor, context in product(pipelines, experts, tensors, contexts):
         if world % (pipeline * tensor * context) or world % (pipeline * expert):

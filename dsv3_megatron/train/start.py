@@ -24,7 +24,7 @@ from dsv3_megatron.train.progress import Progress
 from parallel.agree import agreed
 from parallel.errors import CheckpointError
 
-MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings")  # what context extension changes
+MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings", "model.initializer_range")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def search_run(recipe: Recipe, world: int | None, overrides: Sequence[str], *, t
             f"no layout of {world:,} GPUs fits cluster={recipe.cluster.name}; take more or larger GPUs"
         )
     if own is not None:
-        if found[0].seconds < own.seconds * 0.9995:
+        if not own.fits:
+            print(f"\nthe recipe's own does not fit: {own.largest_bytes / GIB:.1f} GiB")
+        elif found[0].seconds < own.seconds * 0.9995:
             print("\nthe first is " + why_it_wins(found[0], own, "the recipe's own"))
         else:
             print("\nnone beats the recipe's own")

@@ -111,8 +111,8 @@ def test_every_shipped_recipe_composes_and_survives_its_resolved_file(name, tmp_
 
 def test_the_shipped_recipes_are_those_of_the_design():
     assert set(options("recipe")) == {
-        "dsv3_671b", "dsv3_671b_32k", "dsv3_671b_128k", "dsv3_16b", "dsv3_one_gpu", "dsv3_tiny", "dsv3_article",
-        "dsv3_article_tiny", "dsv3_tiny_2k",
+        "dsv3_671b", "dsv3_671b_32k", "dsv3_671b_128k", "dsv3_16b", "dsv3_1b", "dsv3_150m", "dsv3_one_gpu",
+        "dsv3_tiny", "dsv3_article", "dsv3_article_tiny", "dsv3_tiny_2k", "moonlight_16b", "glm_4_7_flash", "kimi_k2",
     }  # fmt: skip
 
 

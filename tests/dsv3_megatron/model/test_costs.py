@@ -35,7 +35,7 @@ def test_parameters_of_the_671b_equal_the_published_checkpoint(part):
 
 
 def test_parameters_of_the_16b_equal_the_published_checkpoint():
-    assert count_parameters(compose(["recipe=dsv3_16b"]).model).main == 15_960_108_544
+    assert count_parameters(compose(["recipe=moonlight_16b"]).model).main == 15_960_108_544
 
 
 def modules_on_meta(model: ModelSettings, groups) -> torch.nn.Module:
@@ -49,7 +49,7 @@ def modules_on_meta(model: ModelSettings, groups) -> torch.nn.Module:
         )
 
 
-@pytest.mark.parametrize("recipe", ["dsv3_671b", "dsv3_16b", "dsv3_tiny", "dsv3_one_gpu"])
+@pytest.mark.parametrize("recipe", ["dsv3_671b", "moonlight_16b", "glm_4_7_flash", "dsv3_150m", "dsv3_tiny", "dsv3_one_gpu"])
 def test_the_modules_hold_as_many_parameters_as_the_formulae_say(recipe, one_process):
     model = compose([f"recipe={recipe}"]).model
     module = modules_on_meta(model, one_process)
