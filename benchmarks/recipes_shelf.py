@@ -33,8 +33,7 @@ class Row:
 PURPOSES = (
     Row("recipe=dsv3_150m precision=bf16 backend=te cluster=h100_1", "a first model from nothing"),
     Row(
-        "recipe=dsv3_150m optim=dsv3_150m_1b run.tokens=1B precision=bf16 backend=te "
-        "cluster=h100_1",
+        "recipe=dsv3_150m optim=dsv3_150m_1b run.tokens=1B precision=bf16 backend=te cluster=h100_1",
         "the same on twenty times the text",
     ),
     Row("recipe=dsv3_1b cluster=h200_1", "a small model from nothing, one GPU"),
@@ -55,8 +54,8 @@ def plan_of(words: str) -> Plan:
 def table(rows: tuple[Row, ...]) -> str:
     """Return the rows' plans as a Markdown table."""
     head = (
-        "| command: `plan.py` ... | what for | GPUs | parameters, activated | GiB of a GPU | tokens | time | GPU-hours | "
-        "dollars |\n|---|---|---|---|---|---|---|---|---|"
+        "| command: `plan.py` ... | what for | GPUs | parameters, activated | GiB of a GPU | tokens | time | "
+        "GPU-hours | dollars |\n|---|---|---|---|---|---|---|---|---|"
     )
     return "\n".join([head, *(_line(row, plan_of(row.words)) for row in rows)])
 

@@ -28,7 +28,7 @@ class EvaluateArguments(Arguments):
     """The keys of this command."""
 
     run: str = Field(description="run directory to load the model from")
-    data: str | None = Field(None, description="folder of token shards to take held-out text from; null = the run's own")
+    data: str | None = Field(None, description="token shards whose held-out text to take; null = the run's own")
     weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
     step: NonNegativeInt | None = Field(None, description="checkpoint to take; null = the newest valid one")
 

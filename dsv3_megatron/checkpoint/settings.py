@@ -10,9 +10,9 @@ class CheckpointSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    every_steps: NonNegativeInt = Field(0, description="save every so many steps; 0 = not by steps; the end is always saved")
+    every_steps: NonNegativeInt = Field(0, description="save every so many steps, and at the end; 0 = not by steps")
     every_minutes: NonNegativeFloat = Field(
-        0.0, description="save also where the last save began so many minutes ago, by rank 0's clock; 0 = by steps alone"
+        0.0, description="save also so many minutes after the last save began, by rank 0's clock; 0 = not by time"
     )
     keep: PositiveInt = Field(2, description="newest checkpoints kept; older ones are removed after a save")
     keep_every_steps: NonNegativeInt = Field(0, description="also keep every checkpoint of a multiple of so many steps")

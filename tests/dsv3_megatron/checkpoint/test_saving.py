@@ -158,7 +158,8 @@ def runs(tmp_path_factory):
 
 def an_hour_passes(directory):
     later = time.monotonic
-    save_module.time = SimpleNamespace(monotonic=lambda: later() + 3600, perf_counter=time.perf_counter, sleep=time.sleep)
+    others = {"perf_counter": time.perf_counter, "sleep": time.sleep}
+    save_module.time = SimpleNamespace(monotonic=lambda: later() + 3600, **others)
 
 
 BOTH, SECOND = (0, 1), (1,)

@@ -49,7 +49,10 @@ def modules_on_meta(model: ModelSettings, groups) -> torch.nn.Module:
         )
 
 
-@pytest.mark.parametrize("recipe", ["dsv3_671b", "moonlight_16b", "glm_4_7_flash", "dsv3_150m", "dsv3_tiny", "dsv3_one_gpu"])
+RECIPES = ("dsv3_671b", "moonlight_16b", "glm_4_7_flash", "dsv3_150m", "dsv3_tiny", "dsv3_one_gpu")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_modules_hold_as_many_parameters_as_the_formulae_say(recipe, one_process):
     model = compose([f"recipe={recipe}"]).model
     module = modules_on_meta(model, one_process)

@@ -41,7 +41,10 @@ def test_what_te_does_otherwise_is_told():
     assert len(lines) == 2 and "SwiGLU" in lines[0] and "one copy" in lines[1]
 
 
-@pytest.mark.parametrize("recipe", ["dsv3_671b", "kimi_k2", "moonlight_16b", "glm_4_7_flash", "dsv3_1b", "dsv3_one_gpu", "dsv3_article"])
+RECIPES = ("dsv3_671b", "kimi_k2", "moonlight_16b", "glm_4_7_flash", "dsv3_1b", "dsv3_one_gpu", "dsv3_article")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_shapes_of_recipes_for_gpus_divide(recipe):
     check_shapes(compose([f"recipe={recipe}"]))
 
