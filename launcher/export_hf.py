@@ -43,6 +43,7 @@ class ExportArguments(Arguments):
 def main(given: ExportArguments) -> int:
     """Write the folder; return the exit code."""
     recipe = load_resolved(Path(given.run) / RECIPE)
+    config_from_settings(recipe.model, given.dtype, begin=None, end=None)  # a model of no class is refused first
     output = writable_folder(Path(given.output))
     # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint

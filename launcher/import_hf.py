@@ -1,8 +1,8 @@
 """Weights from elsewhere: python launcher/import_hf.py input=FOLDER output=FOLDER [recipe=NAME] [dtype=fp32|bf16]
 
-Reads Hugging Face deepseek_v3 safetensors (FP32, BF16, or FP8 with 128x128 block scales) and writes a run directory:
-recipe.yaml and checkpoints/step_00000000, which evaluate.py, generate.py and pretrain.py take. A config.json alone
-gives the recipe alone. Memory is a tensor a process. The same command again goes on where it was stopped.
+Reads Hugging Face safetensors of the deepseek_v3 family (FP32, BF16, or FP8 with 128x128 block scales) and writes a run
+directory: recipe.yaml and checkpoints/step_00000000, which evaluate.py, generate.py and pretrain.py take. A config.json
+alone gives the recipe alone. Memory is a tensor a process. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
+from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config, text_model, told_by_config
 from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
@@ -50,6 +50,8 @@ def main(given: ImportArguments) -> int:
     has_weights = any(folder.glob("*.safetensors")) and Path(given.input).is_dir()
 
     model = settings_from_config(config)
+    for line in told_by_config(config):
+        print(line)
     if has_weights:
         model = without_absent_mtp(model, folder)
     directory = RunDirectory(writable_folder(Path(given.output)))
@@ -90,8 +92,11 @@ def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
 
 def precision_of(config: dict[str, Any], dtype: str | None) -> str:
     """Return the precision group that fits the weights."""
-    stored = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
-    return dtype or ("fp32" if stored == "float32" and "quantization_config" not in config else "bf16")
+    # under text_config one of the two may say it
+    places = (text_model(config), config)
+    stored = next((p[key] for p in places for key in ("torch_dtype", "dtype") if p.get(key)), "bfloat16")
+    quantised = any(p.get("quantization_config") for p in places)
+    return dtype or ("fp32" if stored == "float32" and not quantised else "bf16")
 
 
 def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precision: str) -> Recipe:

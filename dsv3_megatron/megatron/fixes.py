@@ -18,7 +18,6 @@ def apply_fixes() -> None:
     _exchange_nothing_in_groups_of_one()
     _leave_sorted_tokens_alone()
     _fix_without_transformer_engine()
-    _score_groups_by_their_two_best()
     _fix_recompute_without_fp8()
     _number_layers_by_stage()
     _fix_overlapped_plan()
@@ -81,25 +80,6 @@ def _fix_without_transformer_engine() -> None:
         import transformer_engine  # noqa: F401
     except ImportError:
         attention.HAVE_TE = False
-
-
-def _score_groups_by_their_two_best() -> None:
-    """Why: megatron scores a group by its topk/topk_group best experts; DeepSeek-V3's code by its two best, always
-    (arXiv 2412.19437's K_r/M = 2). The same for 8 experts of 4 groups, not for other sizes. Can go when
-    test_logits_equal_transformers passes for top-2 of 2 groups without it."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-
-    def group_limited_topk(
-        scores: torch.Tensor, topk: int, num_tokens: int, num_experts: int, num_groups: int, group_topk: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return values and indices [T, topk] of the best experts inside the best ``group_topk`` groups."""
-        grouped = scores.view(num_tokens, num_groups, -1)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(group_topk, dim=-1, sorted=False).indices
-        closed = torch.ones(num_tokens, num_groups, dtype=torch.bool, device=scores.device).scatter_(1, best, False)
-        open_scores = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts)
-        return torch.topk(open_scores, k=topk, dim=-1)
-
-    moe_utils.group_limited_topk = group_limited_topk
 
 
 def _fix_recompute_without_fp8() -> None:

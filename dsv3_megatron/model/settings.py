@@ -34,6 +34,9 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    model_type: Literal["deepseek_v3", "kimi_k2", "joyai_llm_flash", "glm4_moe_lite", "deepseek_v2"] = Field(
+        "deepseek_v3", description="published class that the weights came as, and that exports name"
+    )
     vocab_size: PositiveInt = Field(129280, description="rows of embedding and output head")
     hidden_size: PositiveInt = Field(7168, description="width of the residual stream")
     intermediate_size: PositiveInt = Field(18432, description="width of the dense feed-forward layers")
@@ -53,8 +56,10 @@ class ModelSettings(BaseModel):
     topk_group: PositiveInt = Field(4, description="groups a token may be sent to")
     routed_scaling_factor: PositiveFloat = Field(2.5, description="what the routed experts' output is multiplied by")
     scoring_func: Literal["sigmoid", "softmax"] = Field("sigmoid", description="affinity of a token to an expert")
-    topk_method: Literal["noaux_tc", "capacity"] = Field(
-        "noaux_tc", description="noaux_tc = top-k of affinity + bias; capacity = overflow to the next best with room"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy", "capacity"] = Field(
+        "noaux_tc",
+        description="noaux_tc = top-k of affinity + bias, groups by their two best; greedy = top-k of affinity; "
+        "group_limited_greedy = groups by their best; capacity = overflow to the next best with room",
     )
     capacity_factor: PositiveFloat = Field(
         1.25, description="topk_method=capacity: tokens an expert takes of a microbatch, in even shares"
@@ -93,7 +98,11 @@ class ModelSettings(BaseModel):
                 f"is above the {reachable} experts in model.topk_group = {self.topk_group} groups",
                 f"set it to {reachable} or less, or raise model.topk_group",
             )
-        if groups > 1 and experts // groups < 2:
+        if groups > 1 and self.topk_method in ("greedy", "capacity"):
+            refuse("n_group", f"has no effect with model.topk_method = {self.topk_method}", "set it to 1")
+        if self.topk_method == "capacity" and self.scoring_func != "softmax":
+            refuse("scoring_func", "cannot be had with model.topk_method = capacity", "set it to softmax")
+        if groups > 1 and experts // groups < 2 and self.topk_method == "noaux_tc":
             refuse("n_group", "leaves one expert a group, but a group is scored by its two best", "lower it")
         if self.first_k_dense_replace > self.num_hidden_layers:
             refuse(

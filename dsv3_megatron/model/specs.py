@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -57,7 +59,9 @@ def layer_spec(backend: BackendSpecProvider, model: ModelSettings, *, moe: bool)
     )
     if moe:
         mlp = get_moe_module_spec_for_backend(backend, num_experts=model.n_routed_experts, moe_grouped_gemm=True)
-        mlp.submodules.router = CapacityRouter if model.topk_method == "capacity" else SequenceBalancedRouter
+        router = CapacityRouter if model.topk_method == "capacity" else SequenceBalancedRouter
+        group_best = 1 if model.topk_method == "group_limited_greedy" else 2
+        mlp.submodules.router = partial(router, normalise=model.norm_topk_prob, group_best=group_best)
         mlp_norm = norm
     else:
         layers = MLPSubmodules(

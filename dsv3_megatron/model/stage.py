@@ -8,6 +8,8 @@ import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from dsv3_megatron.model.layers.embedding import VocabParallelEmbedding
 from dsv3_megatron.model.layers.linear import DuplicatedLinear, OutputHead
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
+
+LATENT_NORM_EPS = 1e-6
 
 
 def build_stage(
@@ -49,6 +53,7 @@ def build_stage(
         pg_collection=groups,
     )
     _use_our_ends(module)
+    _norm_latents_as_published(module)
     for name, parameter in module.named_parameters():
         if is_routed_expert(name):
             parameter.allreduce = False  # as in GroupedLinear; TE's layers need the same at EP 1
@@ -66,6 +71,20 @@ def _use_our_ends(module: GPTModel) -> None:
         if (part := dict(module.named_modules()).get(name)) is not None:
             assert issubclass(ours, type(part)), (name, type(part))
             part.__class__ = ours
+
+
+def _norm_latents_as_published(module: GPTModel) -> None:
+    """Let the norms of MLA's latents add 1e-6 to the mean square, whatever rms_norm_eps says: so do the published code
+    and transformers (DeepseekV3Attention); megatron-core gives them rms_norm_eps (0.16.1)."""
+    for part in module.modules():
+        if isinstance(part, MLASelfAttention):
+            for latent in ("q", "kv"):
+                norm = getattr(part, f"{latent}_layernorm", None)
+                if norm is not None:  # full-rank queries have none
+                    inside = isinstance(norm, IdentityOp)  # TE norms inside the linear after it
+                    holder = getattr(part, f"linear_{latent}_up_proj") if inside else norm
+                    assert hasattr(holder, "eps"), type(holder)
+                    holder.eps = LATENT_NORM_EPS
 
 
 def is_routed_expert(parameter_name: str) -> bool:

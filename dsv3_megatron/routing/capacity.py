@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_megatron.routing.gate import affinities
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 
 
@@ -78,17 +79,13 @@ def allocate(scores: Tensor, topk: int, capacity: int) -> Allocation:
 class CapacityRouter(SequenceBalancedRouter):
     """Top-k router with softmax over the selected experts and a capacity for each.
 
-    ``local_tokens_per_expert`` counts as the biased router's does; ``overflow`` adds up [rerouted, dropped, choices] of
-    the step's microbatches. The trainer reads and clears both.
+    ``overflow`` adds up [rerouted, dropped, choices] of the step's microbatches; the trainer reads and clears it.
     """
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
-        device = torch.cuda.current_device()
-        del self.local_tokens_per_expert
-        counts = torch.zeros(self.config.num_moe_experts, dtype=torch.float32, device=device)
-        self.register_buffer("local_tokens_per_expert", counts, persistent=False)
-        self.register_buffer("overflow", torch.zeros(3, dtype=torch.float64, device=device), persistent=False)
+        overflow = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+        self.register_buffer("overflow", overflow, persistent=False)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices of the experts, both [S * B, E], from logits [S, B, E]."""
@@ -106,7 +103,8 @@ class CapacityRouter(SequenceBalancedRouter):
         else:
             best = flat.topk(self.topk, dim=1).indices
             chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True)
-        weights = selected_softmax(flat, chosen) * (self.config.moe_router_topk_scaling_factor or 1.0)
+        share = selected_softmax(flat, chosen) if self.normalise else affinities(flat, "softmax") * chosen
+        weights = share * self.config.moe_router_topk_scaling_factor
         weight = self.config.moe_aux_loss_coeff
         if weight and self.training and torch.is_grad_enabled():
             weights = self._attach_balance_loss(weights, logits, chosen, weight)

@@ -1,8 +1,10 @@
 """DeepSeek-V3's router: group-limited top-k of sigmoid affinities, and the sequence-wise balance loss.
 
-megatron-core's TopKRouter does the gating and the selection. The balance loss is ours, because its own (0.16.1), with
-losses summed over tokens as we train, scales the gradient down by the sequences of a microbatch and by the TP x CP
-ranks, and counts a top-k of its own without bias and groups instead of the experts that tokens are sent to.
+megatron-core's TopKRouter holds the weights and the bias. The selection is ours (``gate.py``), because its own (0.16.1)
+always normalises sigmoid weights, but never those of a single expert, and scores groups by another number of experts
+than the published models. So is the balance loss, because its own, with losses summed over tokens as we train, scales
+the gradient down by the sequences of a microbatch and by the TP x CP ranks, and counts a top-k of its own without bias
+and groups instead of the experts that tokens are sent to.
 
 Legend: S sequence on this rank, B microbatch, E experts.
 """
@@ -11,29 +13,35 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    router_gating_linear,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from dsv3_megatron.precision.weight_gradients import gate
+from dsv3_megatron.routing.gate import affinities, best_experts, weights_of
 
 
 class SequenceBalancedRouter(TopKRouter):
     """Top-k router whose balance loss follows arXiv 2412.19437 Eq. 17 to 20.
 
     ``balance_sum`` adds up, microbatch by microbatch, this rank's share of the loss before its weight (mean over the
-    microbatch's sequences); the trainer reads and clears it once a step.
+    microbatch's sequences), and ``local_tokens_per_expert`` counts its tokens, with a bias or without; the trainer
+    reads and clears both once a step.
+
+    Args:
+        normalise: the weights of a token's experts add up to 1, before the scaling.
+        group_best: a group is scored by its so many best experts.
     """
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: object, normalise: bool = True, group_best: int = 2, **kwargs: object):
         super().__init__(*args, **kwargs)
-        self.register_buffer(
-            "balance_sum", torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device()), persistent=False
-        )
+        self.normalise, self.group_best = normalise, group_best
+        device = torch.cuda.current_device()
+        self.register_buffer("balance_sum", torch.zeros((), dtype=torch.float32, device=device), persistent=False)
+        if not self.enable_expert_bias:
+            del self.local_tokens_per_expert  # None, where megatron-core needs no counts
+            counts = torch.zeros(self.config.num_moe_experts, dtype=torch.float32, device=device)
+            self.register_buffer("local_tokens_per_expert", counts, persistent=False)
 
     def gating(self, input: Tensor) -> Tensor:
         """Return logits [S, B, E], float32, from the layer's input [S, B, D]."""
@@ -42,20 +50,23 @@ class SequenceBalancedRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices of the experts, both [S * B, E], from logits [S, B, E]."""
         assert padding_mask is None, "sequences are packed full: nothing is padded"
-        flat = logits.reshape(-1, logits.shape[-1])
-        weights, chosen = topk_routing_with_score_function(
-            flat,
+        config, flat = self.config, logits.reshape(-1, logits.shape[-1])
+        affinity = affinities(flat, self.score_function)
+        experts = best_experts(
+            affinity.detach() if self.expert_bias is None else affinity.detach() + self.expert_bias,
             self.topk,
-            num_groups=self.config.moe_router_num_groups,
-            group_topk=self.config.moe_router_group_topk,
-            scaling_factor=self.config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
-            expert_bias=self.expert_bias,
+            groups=config.moe_router_num_groups or 1,
+            open_groups=config.moe_router_group_topk or 1,
+            group_best=self.group_best,
         )
+        found = weights_of(affinity, experts, normalise=self.normalise) * config.moe_router_topk_scaling_factor
+        weights = torch.zeros_like(affinity).scatter(1, experts, found)
+        chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(1, experts, True)
         weight = self.config.moe_aux_loss_coeff
         if weight and self.training and torch.is_grad_enabled():
             weights = self._attach_balance_loss(weights, logits, chosen, weight)
-        self._apply_expert_bias(chosen)  # counts the tokens of each expert
+        if torch.is_grad_enabled():  # once a microbatch, recomputation or not; never in evaluation
+            self.local_tokens_per_expert += chosen.sum(0)
         return weights, chosen
 
     def _attach_balance_loss(self, weights: Tensor, logits: Tensor, chosen: Tensor, weight: float) -> Tensor:
@@ -75,10 +86,8 @@ class SequenceBalancedRouter(TopKRouter):
 
 def balance_affinity(logits: Tensor, score_function: str) -> Tensor:
     """Return the affinities [..., E] normalised to a sum of 1 over all experts (Eq. 19)."""
-    if score_function == "softmax":
-        return logits.float().softmax(-1)
-    affinity = logits.float().sigmoid()
-    return affinity / (affinity.sum(-1, keepdim=True) + 1e-20)
+    affinity = affinities(logits, score_function)
+    return affinity if score_function == "softmax" else affinity / (affinity.sum(-1, keepdim=True) + 1e-20)
 
 
 def sequence_balance(counts: Tensor, affinity_sum: Tensor, tokens: int, topk: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""A published ``config.json`` <-> the ``model`` section of a recipe."""
+"""A published ``config.json`` <-> the ``model`` section of a recipe.
+
+What decides is the mathematics, not the name: a key that changes it and is not built is refused, whatever
+``model_type`` says; a key that nobody here knows is told.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +10,185 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsv3_megatron.checkpoint.hugging_face.config_keys import ALIASES, AROUND, OURS, is_known, refusal
+from dsv3_megatron.checkpoint.hugging_face.config_rope import rope_from_config, rope_to_config
+from dsv3_megatron.checkpoint.hugging_face.families import FAMILIES, OUTSIDE, Family
 from dsv3_megatron.model.settings import ModelSettings
 from parallel.errors import CheckpointError
 
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-# What our model cannot be; key -> the values it stands for.
-_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "moe_layer_freq": (1,), "model_type": ("deepseek_v3",)}
 
 
 def settings_from_config(config: dict[str, Any]) -> ModelSettings:
-    """Return the model that a published configuration describes.
+    """Return the model that a published configuration describes; of one with a ``text_config``, the text model.
 
     Raises: CheckpointError: it describes another kind of model, naming the key.
     """
-    for key, allowed in _FIXED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"config.json: {key} = {config[key]!r}, but only {allowed[0]!r} can be built here")
-    heads = config.get("num_attention_heads")
-    if config.get("num_key_value_heads", heads) not in (heads, None):
+    text = text_model(config)
+    if text is not config and config.get("tie_word_embeddings"):
+        raise CheckpointError(_refused("tie_word_embeddings", True, "embedding and head are two matrices here"))
+    for key, value in text.items():
+        rule = refusal(key)
+        if rule is not None and value is not None and not _is_one_of(value, rule[0]):
+            raise CheckpointError(_refused(key, value, rule[1]))
+    model_type = _model_type(text)
+    family = FAMILIES[model_type]
+    values = _merged(text, family)
+    for key, allowed in family.gate.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise CheckpointError(
+                f"config.json: {key} = {values[key]!r}, but {model_type} computes {' or '.join(map(repr, allowed))}"
+            )
+    if (architectures := text.get("architectures") or []) not in ([], [family.architecture]):
         raise CheckpointError(
-            f"config.json: num_key_value_heads = {config['num_key_value_heads']} is not num_attention_heads = {heads}; "
-            "latent attention has a key and value for every head"
+            f"config.json: architectures = {architectures} contradicts model_type = {model_type!r}, which is "
+            f"{family.architecture}; a model of another class does not become one by a changed model_type"
         )
-    values = {key: config[key] for key in ModelSettings.model_fields if key in config}
-    values.setdefault("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
-    values |= _rope(config)
+    values |= rope_from_config(text, values.get("max_position_embeddings", _default("max_position_embeddings")))
+    if values.get("topk_method") == "greedy":
+        values |= {"n_group": 1, "topk_group": 1}  # the class does not look at them
     try:
-        model = ModelSettings.model_validate(values)
+        model = ModelSettings.model_validate({**values, "model_type": model_type})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"config.json: {key} = {first['input']}: {first['msg']}") from None
+        raise CheckpointError(f"config.json: {key} = {first['input']!r}: {first['msg']}") from None
     model.check()
+    _check_derived(text, model)
     return model
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return RoPE's keys: ``rope_theta`` and ``rope_scaling`` as published, or transformers 5's ``rope_parameters``."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = given.pop("type", None) or given.pop("rope_type", None) or "default"
-    given.pop("rope_type", None)
-    theta = given.pop("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    return {"rope_theta": theta, "rope_scaling": {"type": kind, **given}}
+def text_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the text model: all of it, or what stands under ``text_config``."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def told_by_config(config: dict[str, Any]) -> list[str]:
+    """Return what somebody who imports a configuration should know: one line for each key that was not used."""
+    text = text_model(config)
+    lines = []
+    if text is not config:
+        lines.append("config.json: only the text model under text_config is taken")
+    if text.get("model_type") is None:
+        lines.append("config.json: model_type is absent; taken as deepseek_v3")
+    unknown = {key: value for key, value in text.items() if not is_known(key)}
+    if text is not config:
+        unknown |= {key: value for key, value in config.items() if not is_known(key) and key not in AROUND}
+    return lines + [
+        f"config.json: {key} = {_shown(value)} is not known here and was not used" for key, value in unknown.items()
+    ]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _refused(key: str, value: object, why: str) -> str:
+    return f"config.json: {key} = {_shown(value)} is refused: {why}"
+
+
+def _is_one_of(value: object, allowed: tuple[Any, ...]) -> bool:
+    """Whether a value is one of those; True is not 1 here."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)
+
+
+def _default(field: str) -> Any:
+    return ModelSettings.model_fields[field].default
+
+
+def _model_type(config: dict[str, Any]) -> str:
+    """Return the name of the family. Raises CheckpointError where name or architecture is another's."""
+    name, architectures = config.get("model_type") or "deepseek_v3", config.get("architectures") or []
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        mend = f"this family has {', '.join(FAMILIES)}"
+        if architectures == [FAMILIES["deepseek_v3"].architecture]:
+            mend = (
+                f"if it is deepseek_v3 under another name, as architectures = {architectures} says, write deepseek_v3"
+            )
+        raise CheckpointError(_refused("model_type", name, f"it {OUTSIDE.get(str(name), 'is not known here')}; {mend}"))
+    return name
+
+
+def _merged(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return the fields of ModelSettings that the file gives under any name, null as absent, over its defaults."""
+    given: dict[str, Any] = {}
+    for key, value in config.items():
+        field = ALIASES.get(key, key)
+        if value is None or field in OURS or field not in ModelSettings.model_fields:
+            continue
+        if field in given and given[field] != value:
+            raise CheckpointError(
+                f"config.json: {key} = {value!r} contradicts another name of {field}, = {given[field]!r}; leave one"
+            )
+        given[field] = value
+    if "q_lora_rank" in config:
+        given["q_lora_rank"] = config["q_lora_rank"]  # here null is a value: full-rank queries
+    for key in ("n_shared_experts", "n_group", "topk_group"):
+        if key in config and config[key] is None:
+            given[key] = 0 if key == "n_shared_experts" else 1  # null: none of them; no groups
+    kinds = config.get("mlp_layer_types")
+    if kinds and "first_k_dense_replace" not in given:
+        given["first_k_dense_replace"] = kinds.index("sparse") if "sparse" in kinds else len(kinds)
+    if "qk_rope_head_dim" not in given and config.get("head_dim") and family.new_places:
+        given["qk_rope_head_dim"] = config["head_dim"]  # another name of it in this class
+    return {**family.defaults, **given}
+
+
+def _check_derived(config: dict[str, Any], model: ModelSettings) -> None:
+    """Raise CheckpointError where a key that follows from others contradicts them."""
+    dense = min(model.first_k_dense_replace, model.num_hidden_layers)
+    expected = {
+        "num_key_value_heads": (model.num_attention_heads, "num_attention_heads; latent attention has a key a head"),
+        "head_dim": (model.qk_rope_head_dim, "qk_rope_head_dim"),
+        "qk_head_dim": (model.qk_nope_head_dim + model.qk_rope_head_dim, "qk_nope_head_dim + qk_rope_head_dim"),
+        "mlp_layer_types": (
+            ["dense"] * dense + ["sparse"] * (model.num_hidden_layers - dense),
+            "what first_k_dense_replace and num_hidden_layers say",
+        ),
+    }
+    for key, (value, what) in expected.items():
+        if config.get(key) not in (None, value):
+            raise CheckpointError(f"config.json: {key} = {config[key]} is not {value}, which is {what}")
 
 
 def config_from_settings(model: ModelSettings, dtype: str, *, begin: int | None, end: int | None) -> dict[str, Any]:
-    """Return the configuration that transformers, vLLM and SGLang read.
+    """Return the configuration that transformers, vLLM and SGLang read: the keys of the model's class, in its places.
 
     Args:
         dtype: of the files: fp32, bf16, or fp8.
         begin, end: ids of the tokens that begin and end a text, where there is a tokenizer.
+    Raises: CheckpointError: no published class computes this model.
     """
-    values = model.model_dump(mode="json")
+    family = FAMILIES[model.model_type]
+    for key, allowed in family.gate.items():
+        if getattr(model, key) not in allowed:
+            raise CheckpointError(
+                f"model.{key} = {getattr(model, key)} cannot be exported: {model.model_type} computes "
+                f"{' or '.join(map(str, allowed))}, and other programs would run another model"
+            )
+    if model.num_nextn_predict_layers and not family.has_mtp:
+        raise CheckpointError(
+            f"model.num_nextn_predict_layers = {model.num_nextn_predict_layers} cannot be exported: "
+            f"{model.model_type} has no MTP modules; set model.num_nextn_predict_layers=0"
+        )
+    left_out = OURS | {"rope_theta", "rope_scaling"} | (set() if family.has_mtp else {"num_nextn_predict_layers"})
+    values = {key: value for key, value in model.model_dump(mode="json").items() if key not in left_out}
+    dense, experts = model.first_k_dense_replace, model.num_moe_layers
+    layers = (
+        {"mlp_layer_types": ["dense"] * dense + ["sparse"] * experts} if family.new_places else {"moe_layer_freq": 1}
+    )
     return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [family.architecture],
         **values,
+        **rope_to_config(model.rope_theta, model.rope_scaling, new_places=family.new_places),
+        **layers,
         "num_key_value_heads": model.num_attention_heads,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
-        "moe_layer_freq": 1,
         "bos_token_id": begin,
         "eos_token_id": end,
         "use_cache": True,
