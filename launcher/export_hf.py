@@ -11,18 +11,24 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
+from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
 from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.files import write_atomically
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.compose import load_resolved
 from launcher.command_line.console import ProgressLine, guarded
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, UserError
 from parallel.units import parse_bytes, show_bytes
+
+if TYPE_CHECKING:
+    from dsv3_megatron.checkpoint.hugging_face.export import Scales
 
 RECIPE = "recipe.yaml"
 
@@ -33,6 +39,9 @@ class ExportArguments(Arguments):
     run: str = Field(description="run directory to take the weights from")
     output: str = Field(description="folder to write")
     dtype: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="fp8 = 128x128 blocks with weight_scale_inv")
+    scales: Literal["float", "power_of_two"] | None = Field(
+        None, description="of fp8; power_of_two = scale_fmt ue8m0; null = as the weights came, else float"
+    )
     weights: Literal["trained", "ema"] = Field("trained", description="ema: their average (optim.ema_decay)")
     step: int | None = Field(None, description="checkpoint to take; null = the newest valid one")
     shard: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = Field(5 * 2**30, description="bytes of a file")
@@ -42,8 +51,11 @@ class ExportArguments(Arguments):
 @takes(ExportArguments, __doc__)
 def main(given: ExportArguments) -> int:
     """Write the folder; return the exit code."""
+    if given.scales and given.dtype != "fp8":
+        raise CheckpointError(f"scales = {given.scales} has no effect with dtype = {given.dtype}; leave one out")
     recipe = load_resolved(Path(given.run) / RECIPE)
     config_from_settings(recipe.model, given.dtype, begin=None, end=None)  # a model of no class is refused first
+    refuse_other_files(Path(given.output), recipe)
     output = writable_folder(Path(given.output))
     # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint
@@ -53,6 +65,9 @@ def main(given: ExportArguments) -> int:
     checkpoint = choose_checkpoint(given.run, given.step, holding=("ema",) if given.weights == "ema" else (WEIGHTS,))
     for wrong in checkpoint.wrong:
         print(f"warning: {wrong}", file=sys.stderr)
+    scales = scales_of(given)
+    (output / INDEX).unlink(missing_ok=True)  # what is there is incomplete from here on
+    write_atomically(output / RECIPE, (Path(given.run) / RECIPE).read_text())  # says whose files these are
     shown = ProgressLine("exporting")
     size = export(
         recipe.model,
@@ -62,16 +77,57 @@ def main(given: ExportArguments) -> int:
         shard_bytes=given.shard,
         processes=given.processes or min(8, os.cpu_count() or 1),
         prefix=EMA if given.weights == "ema" else "",
+        scales=scales,
         progress=shown.files,
     )
     shown.close()
     tokens = write_tokenizer(recipe, Path(given.run), output)
-    write_config(recipe, output, given.dtype, tokens)
-    (output / RECIPE).write_text((Path(given.run) / RECIPE).read_text())
+    write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     print(f"{checkpoint.path} -> {output}: {show_bytes(size)} of {given.dtype} weights, verified")
     if not tokens:
         print(f"no tokenizer: the run was trained on {recipe.data.source} data, which is no text")
     return 0
+
+
+def refuse_other_files(output: Path, recipe: Recipe) -> None:
+    """Raise CheckpointError where a folder holds a model that is no earlier export of this run.
+
+    An export's recipe.yaml, which is written before anything else, says whose files they are.
+    """
+    if not output.is_dir():
+        return
+    written = (INDEX, RECIPE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [name for name in written if (output / name).exists()]
+    files += sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in output.glob(pattern))
+    if not files:
+        return
+    if not is_of_run(output / RECIPE, recipe):
+        raise CheckpointError(
+            f"output = {output} holds {files[0]} of another model; name a new folder, or remove what is in it"
+        )
+
+
+def is_of_run(path: Path, recipe: Recipe) -> bool:
+    """Return whether a stored recipe is of the same run and shapes, whatever else of it has changed."""
+    from dsv3_megatron.checkpoint.hugging_face.names import our_shapes  # torch, as above
+
+    try:
+        earlier = load_resolved(path)
+    except UserError:
+        return False
+    same_run = (earlier.run.directory, earlier.run.name) == (recipe.run.directory, recipe.run.name)
+    return same_run and our_shapes(earlier.model) == our_shapes(recipe.model)
+
+
+def scales_of(given: ExportArguments) -> Scales:
+    """Return how scales are chosen: as asked for, as the weights came, else all of the format's range."""
+    from dsv3_megatron.checkpoint.hugging_face.export import Scales  # torch, as above
+    from dsv3_megatron.checkpoint.hugging_face.published_scales import has_power_of_two_scales
+
+    path = RunDirectory(given.run).published_scales
+    came = has_power_of_two_scales(path) if given.dtype == "fp8" else None
+    power_of_two = bool(came) if given.scales is None else given.scales == "power_of_two"
+    return Scales(power_of_two, path if came == power_of_two else None)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -111,10 +167,12 @@ def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
     return {name: number for name, (_, number) in special.items()}
 
 
-def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, Any]) -> None:
-    """Write config.json and generation_config.json."""
+def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, Any], *, power_of_two: bool) -> None:
+    """Write config.json and generation_config.json. ``power_of_two``: what the scales of fp8 are."""
     begin, end = tokens.get("bos_token"), tokens.get("eos_token")
     config = config_from_settings(recipe.model, dtype, begin=begin, end=end)
+    if power_of_two:
+        config["quantization_config"] = {**config["quantization_config"], "scale_fmt": "ue8m0"}
     (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {"do_sample": False, "bos_token_id": begin, "eos_token_id": end}
     (output / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")

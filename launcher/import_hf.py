@@ -1,6 +1,6 @@
 """Weights from elsewhere: python launcher/import_hf.py input=FOLDER output=FOLDER [recipe=NAME] [dtype=fp32|bf16]
 
-Reads Hugging Face safetensors of the deepseek_v3 family (FP32, BF16, or FP8 with 128x128 block scales) and writes a run
+Reads Hugging Face safetensors of the DeepSeek-V3 family (FP32, BF16, FP16, or FP8 with scales) and writes a run
 directory: recipe.yaml and checkpoints/step_00000000, which evaluate.py, generate.py and pretrain.py take. A config.json
 alone gives the recipe alone. Memory is a tensor a process. The same command again goes on where it was stopped.
 """
@@ -12,11 +12,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config, text_model, told_by_config
+from dsv3_megatron.checkpoint.hugging_face.headers import holds_weights
 from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
@@ -29,6 +30,9 @@ from launcher.command_line.typed import command
 from launcher.export_hf import writable_folder
 from parallel.errors import CheckpointError, RecipeError
 from parallel.units import show_bytes
+
+if TYPE_CHECKING:
+    from dsv3_megatron.checkpoint.hugging_face.sources import Sources
 
 
 class ImportArguments(Arguments):
@@ -47,17 +51,15 @@ class ImportArguments(Arguments):
 def main(given: ImportArguments) -> int:
     """Write the run directory; return the exit code."""
     folder, config = read_config(Path(given.input))
-    has_weights = any(folder.glob("*.safetensors")) and Path(given.input).is_dir()
-
     model = settings_from_config(config)
     for line in told_by_config(config):
         print(line)
-    if has_weights:
-        model = without_absent_mtp(model, folder)
+    weights = sources_of(model, Path(given.input), config)
+    model = weights.model if weights else model
     directory = RunDirectory(writable_folder(Path(given.output)))
-    recipe = recipe_of(model, folder, given, precision_of(config, given.dtype))
-    if has_weights:
-        size = import_weights(model, folder, directory, recipe, given)
+    recipe = recipe_of(model, folder, given, precision_of(config, given.dtype, weights))
+    if weights:
+        size = import_weights(weights, directory, recipe, given)
         print(f"{folder} -> {directory.path}: {show_bytes(size)} of weights, checksummed")
     directory.recipe.write_text(resolved_yaml(recipe))
     if (folder / "tokenizer.json").is_file():
@@ -78,25 +80,32 @@ def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
     return path.parent, config
 
 
-def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
-    """Return the model with as many MTP depths as there are weights for."""
-    # torch and megatron-core: seconds, which a refused command need not wait for
-    from dsv3_megatron.checkpoint.hugging_face.import_ import depths_present, read_index
+def sources_of(model: ModelSettings, given: Path, config: dict[str, Any]) -> Sources | None:
+    """Return where the weights lie, after telling what is to be told of them; None, and that told, where none are."""
+    if not (given.is_dir() and holds_weights(given)):
+        print(f"no weights in {given}: the recipe alone is written, and training from it begins at random")
+        return None
+    # torch: seconds, which a refused command need not wait for
+    from dsv3_megatron.checkpoint.hugging_face.published_scales import check_scales
+    from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
 
-    depths = depths_present(model, read_index(folder))
-    if depths < model.num_nextn_predict_layers:
-        print(f"model.num_nextn_predict_layers = {depths}: {folder} holds no weights of more MTP modules")
-        return model.model_copy(update={"num_nextn_predict_layers": depths})
-    return model
+    found = find_sources(model, given, config)
+    for line in (*found.told, check_scales(found)):
+        if line:
+            print(line)
+    return found
 
 
-def precision_of(config: dict[str, Any], dtype: str | None) -> str:
-    """Return the precision group that fits the weights."""
-    # under text_config one of the two may say it
-    places = (text_model(config), config)
+def precision_of(config: dict[str, Any], dtype: str | None, weights: Sources | None) -> str:
+    """Return the precision group that fits the weights; a configuration alone says what they would be."""
+    if dtype:
+        return dtype
+    if weights:
+        return "fp32" if weights.is_float32 else "bf16"
+    places = (text_model(config), config)  # under text_config one of the two may say it
     stored = next((p[key] for p in places for key in ("torch_dtype", "dtype") if p.get(key)), "bfloat16")
     quantised = any(p.get("quantization_config") for p in places)
-    return dtype or ("fp32" if stored == "float32" and not quantised else "bf16")
+    return "fp32" if stored == "float32" and not quantised else "bf16"
 
 
 def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precision: str) -> Recipe:
@@ -126,18 +135,16 @@ def shipped_recipe(model: ModelSettings) -> str:
     return DEFAULT_RECIPE
 
 
-def import_weights(
-    model: ModelSettings, folder: Path, directory: RunDirectory, recipe: Recipe, given: ImportArguments
-) -> int:
+def import_weights(weights: Sources, directory: RunDirectory, recipe: Recipe, given: ImportArguments) -> int:
     """Write checkpoints/step_00000000; return its bytes."""
     from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights  # as above
+    from dsv3_megatron.checkpoint.hugging_face.published_scales import keep_scales
 
     if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
         raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")
     shown = ProgressLine("importing")
     path = import_weights(
-        model,
-        folder,
+        weights,
         directory.checkpoints,
         recipe=resolved_yaml(recipe),
         dtype=given.dtype,
@@ -145,6 +152,7 @@ def import_weights(
         progress=shown.files,
     )
     shown.close()
+    keep_scales(weights, directory.published_scales)
     return sum(facts["bytes"] for facts in read_content(path)["files"].values())
 
 

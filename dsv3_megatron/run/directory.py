@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def published_scales(self) -> Path:
+        """The scales of the FP8 weights that the run was imported from, if it was."""
+        return self.path / "published_scales.safetensors"
+
+    @property
     def events(self) -> Path:
         """One JSON object for each thing that is no step: started, resumed, saved, save_failed."""
         return self.path / "events.jsonl"

@@ -23,17 +23,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
+from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
+from dsv3_megatron.checkpoint.hugging_face.published_scales import kept_scales
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import checksum, read_content
 from dsv3_megatron.model.settings import ModelSettings
-from dsv3_megatron.precision.weights import quantise_weight
+from dsv3_megatron.precision.weights import quantise_weight, requantise_weight
 from dsv3_megatron.run.files import write_json
 from parallel.errors import CheckpointError
 
 EMA = "ema."  # begins the keys of the average of the weights (train/ema.py)
-INDEX = "model.safetensors.index.json"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Scales:
+    """How the scales of an export in FP8 are chosen."""
+
+    power_of_two: bool = False
+    kept: Path | None = None  # those that the weights came with, for blocks that are still as published
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Shard:
     dtype: str
     tensors: tuple[Published, ...]
     prefix: str = ""  # of the keys in the checkpoint: "" for the weights trained, "ema." for their average
+    scales: Scales = Scales()
 
     @property
     def path(self) -> Path:
@@ -54,7 +64,14 @@ class Shard:
 
 
 def plan_shards(
-    model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: str, shard_bytes: int, prefix: str = ""
+    model: ModelSettings,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    prefix: str = "",
+    scales: Scales = Scales(),
 ) -> list[Shard]:
     """Return the files to write, each of at most ``shard_bytes`` (one tensor at least), in the published order."""
     groups: list[list[Published]] = [[]]
@@ -68,7 +85,7 @@ def plan_shards(
         size += needed
     count = len(groups)
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-    return [Shard(checkpoint, folder, name, dtype, tuple(group), prefix) for name, group in zip(names, groups)]
+    return [Shard(checkpoint, folder, name, dtype, tuple(group), prefix, scales) for name, group in zip(names, groups)]
 
 
 def file_bytes(tensor: Published, dtype: str) -> int:
@@ -83,14 +100,19 @@ def file_bytes(tensor: Published, dtype: str) -> int:
     return count * TORCH_DTYPES[dtype].itemsize
 
 
-def as_stored(tensor: Published, values: Tensor, dtype: str) -> dict[str, Tensor]:
+def as_stored(tensor: Published, values: Tensor, dtype: str, scales: Scales = Scales()) -> dict[str, Tensor]:
     """Return the entries of a file for a tensor's values: one, or data and block scales."""
     values = values.reshape(tensor.shape)
     if tensor.is_float32:
         return {tensor.name: values.float()}
     if dtype == "fp8" and tensor.is_quantised:
-        data, scales = quantise_weight(values.float())
-        return {tensor.name: data, f"{tensor.name}_scale_inv": scales}
+        kept = kept_scales(scales.kept, tensor.name) if scales.kept else None
+        if kept is None:
+            data, scale_inv = quantise_weight(values.float(), power_of_two=scales.power_of_two)
+        else:
+            data, scale_inv = requantise_weight(values, kept.float(), power_of_two=scales.power_of_two)
+            scale_inv = scale_inv.to(kept.dtype)
+        return {tensor.name: data, f"{tensor.name}_scale_inv": scale_inv}
     return {tensor.name: values.to(TORCH_DTYPES[dtype])}
 
 
@@ -106,7 +128,8 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     regions = _regions(shard.checkpoint)
     entries: dict[str, Tensor] = {}
     for tensor in shard.tensors:
-        entries |= as_stored(tensor, regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent), shard.dtype)
+        values = regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent)
+        entries |= as_stored(tensor, values, shard.dtype, shard.scales)
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(entries, partial, metadata={"format": "pt"})
@@ -135,7 +158,8 @@ def _source(shard: Shard) -> str:
     """Return what a shard was made of: another checkpoint or dtype makes it anew."""
     files = sorted((name, facts["xxh3"]) for name, facts in read_content(shard.checkpoint)["files"].items())
     content = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
-    return f"{content} {shard.prefix}{shard.dtype} {len(shard.tensors)}"
+    kept = checksum(shard.scales.kept) if shard.scales.kept else None
+    return f"{content} {shard.prefix}{shard.dtype} {len(shard.tensors)} {shard.scales.power_of_two} {kept}"
 
 
 def _sync(path: Path) -> None:
@@ -166,6 +190,7 @@ def export(
     shard_bytes: int,
     processes: int,
     prefix: str = "",
+    scales: Scales = Scales(),
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
 ) -> int:
     """Write the weights of a checkpoint, whose manifest was checked, and their index; return the bytes of tensors.
@@ -174,10 +199,11 @@ def export(
         dtype: fp32, bf16 or fp8 (128x128 blocks).
         processes: workers; each holds one shard in memory.
         prefix: "" for the weights trained, EMA for their average.
+        scales: of fp8.
         progress: told (shards done, shards, bytes done) after each shard.
     """
     check_shapes(model, checkpoint, prefix)
-    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix)
+    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix, scales=scales)
     (folder / INDEX).unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     size = 0

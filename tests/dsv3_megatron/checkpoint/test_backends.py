@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from dsv3_megatron.checkpoint.hugging_face.export import export
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
+from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
 from launcher import evaluate
 from launcher.command_line.compose import load_resolved, resolved_yaml
 from testing.lanes import names_in_lanes
@@ -191,7 +192,8 @@ def test_an_export_is_the_same_from_both_backends(lives, exports):
 def test_imported_weights_train_on_te(lives, exports):
     recipe = small_recipe(*WORDS)
     options = {"recipe": resolved_yaml(recipe), "dtype": None, "processes": 1}
-    path = import_weights(recipe.model, exports["te"], lives["place"] / "imported/checkpoints", **options)
+    sources = find_sources(recipe.model, exports["te"], {})
+    path = import_weights(sources, lives["place"] / "imported/checkpoints", **options)
     words = {"fp32": WORDS, "fp8": FP8, "held": HELD}
     on_te = run_ranks(1, live, [Life(w, load=path) for w in words.values()], preload=TE)
     ((on_torch,),) = run_ranks(1, live, [Life((*WORDS, "backend=torch"), load=path)])

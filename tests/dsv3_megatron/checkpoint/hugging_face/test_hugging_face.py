@@ -226,7 +226,7 @@ def test_what_is_wrong_with_an_input_is_named(exported, tmp_path):
 
     refused(lambda p: rewrite(p, lambda t: t.update({n: v[:-1].contiguous() for n, v in t.items()})), "has shape")
     refused(truncate, "cannot be read")
-    refused(forget, "lacks model.layers.1.mlp.experts.3.up_proj.weight")
+    refused(forget, "mlp.experts.3.up_proj.weight, which")
     refused(lambda p: sorted(p.glob("model-*"))[1].unlink(), "safetensors is missing")
     refused(other_head, "shared_head.head.weight differs from lm_head.weight")
     refused(lambda p: [(p / INDEX).unlink()], "holds neither")
