@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
-from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
+from dsv3_megatron.data.tokenizer_files.names import BEGIN, END, PAD
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.compose import load_resolved
