@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
 from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
-from dsv3_megatron.data.tokenizer import BEGIN, END, PAD
+from dsv3_megatron.data.tokenizer_files.names import BEGIN, END, PAD
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically

@@ -1,8 +1,9 @@
-"""Byte-level BPE in DeepSeek's manner: trained here, or loaded from any tokenizer.json.
+"""Byte-level BPE in DeepSeek's manner: trained here, or loaded from a published tokenizer.
 
 Special tokens and the split before merging follow the published tokenizer of DeepSeek-V3: digits in runs of at most
 three, punctuation joined with the line breaks that follow it, everything else by words. Any text survives a round
-trip, because what no merge covers is spelled in bytes, and text that happens to spell a special token is text.
+trip, because what no merge covers is spelled in bytes, and text that happens to spell a special token is text. What is
+loaded keeps its own split and the names that its own files give the tokens that begin and end a document.
 """
 
 from __future__ import annotations
@@ -13,29 +14,39 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
+from dsv3_megatron.data.tokenizer_files.names import (
+    ALSO_CALLED,
+    CONFIG,
+    END,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    SPECIAL,
+    Names,
+    known_names,
+    known_token,
+    names_beside,
+)
+from dsv3_megatron.data.tokenizer_files.read import (
+    TOKENIZER,
+    check_size,
+    check_text,
+    has_files_beside,
+    read_engine,
+    tokenizer_file,
+)
+from dsv3_megatron.data.tokenizer_files.spelling import Spelling
+from dsv3_megatron.run.files import write_json
 from parallel.errors import DataError
-
-BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
-SPECIAL = (BEGIN, END, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
-# What other published tokenizers call the same: SentencePiece's, Llama 3's, GPT-2's, StarCoder's and Qwen's names.
-ALSO_CALLED = {
-    BEGIN: ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
-    END: ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
-    PAD: ("<pad>", "<|pad|>", "[PAD]"),
-    FIM_BEGIN: ("<fim_prefix>", "<|fim_prefix|>"),
-    FIM_HOLE: ("<fim_suffix>", "<|fim_suffix|>"),
-    FIM_END: ("<fim_middle>", "<|fim_middle|>"),
-}
 
 _JOINED = re.compile(r"( ?[^\w\s]+)([\r\n]+)")  # marks with the line breaks after them: one token, or two
 _LONE = re.compile("[\udc80-\udcff]")  # how surrogateescape shows a byte that is no UTF-8
-_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # a byte in SentencePiece's vocabularies
 _NUMBERS = r"\p{N}{1,3}"
 _WORDS = "|".join(
     (
@@ -52,27 +63,48 @@ _WORDS = "|".join(
 class Tokenizer:
     """Text to token ids and back, with the byte length of every token."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, names: Names | None = None, notes: tuple[str, ...] = ()):
+        """Take the library's tokenizer.
+
+        Args:
+            names: its tokens that begin, end and fill up; None = by the names that published tokenizers use.
+            notes: what a person should know of it, in a line each.
+        """
         self._engine = engine
         engine.encode_special_tokens = True  # a document that spells <｜end▁of▁sentence｜> must not end there
-        self.vocab_size = engine.get_vocab_size()
-        self.begin, self.end, self.pad = (self._special(name) for name in (BEGIN, END, PAD))
-        self.fim_begin, self.fim_hole, self.fim_end = (self._special(n) for n in (FIM_BEGIN, FIM_HOLE, FIM_END))
+        self.names, self.notes = names or known_names(engine), notes
+        self.vocab_size = 1 + max(engine.get_vocab().values(), default=-1)  # ids may have holes: the largest counts
+        self.begin, self.end, self.pad = map(self._id, (self.names.begin, self.names.end, self.names.pad))
+        found = (known_token(engine, name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
+        self.fim_begin, self.fim_hole, self.fim_end = map(self._id, found)
 
-    def _special(self, name: str) -> int | None:
-        found = (self._engine.token_to_id(n) for n in (name, *ALSO_CALLED[name]))
-        return next((number for number in found if number is not None), None)
+    def _id(self, name: str | None) -> int | None:
+        return None if name is None else self._engine.token_to_id(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._engine.to_str(), self.names, self.notes)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Return the tokenizer of a tokenizer.json. Raises DataError when it cannot be read or knows no end of text."""
-        try:
-            engine = Engine.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"tokenizer {path} cannot be read ({error}); name a Hugging Face tokenizer.json") from None
-        if (tokenizer := cls(engine)).end is None:
-            names = ", ".join((END, *ALSO_CALLED[END]))
-            raise DataError(f"tokenizer {path} has no token that ends a document; add one of {names} to its vocabulary")
+    def load(cls, given: str | Path) -> Tokenizer:
+        """Return the tokenizer of a file or of a folder: tokenizer.json, a tiktoken or a SentencePiece file.
+
+        Files with the names of published ones are read with those beside them (tokenizer_config.json, ...), which name
+        the tokens that begin and end a document.
+        Raises: DataError: it cannot be read, loses text, or knows no end of text. PackageError: a package is missing
+        that converts it.
+        """
+        path = tokenizer_file(given)
+        engine, notes = read_engine(path)
+        names = names_beside(path, engine) if has_files_beside(path) else known_names(engine)
+        tokenizer = cls(engine, names, notes)
+        if tokenizer.end is None:
+            known = ", ".join((END, *ALSO_CALLED[END]))
+            raise DataError(
+                f"tokenizer {path} has no token that ends a document; name it as eos_token in a {CONFIG} beside a "
+                f"{TOKENIZER}, or add one of {known} to its vocabulary"
+            )
+        check_size(path, engine, tokenizer.vocab_size)
+        tokenizer.notes += check_text(path, engine, tokenizer._spelling, tokenizer._bytes_of_tokens)
         return tokenizer
 
     @classmethod
@@ -106,13 +138,31 @@ class Tokenizer:
         return cls(engine)
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json."""
+        """Write tokenizer.json, and beside it the names of its tokens where the file alone does not tell them.
+
+        Raises: Exception: what the library raises when the file cannot be written.
+        """
         self._engine.save(str(path))
+        beside = Path(path).with_name(CONFIG)
+        said = self.names != known_names(self._engine) or self.names.chat_template is not None
+        if Path(path).name != TOKENIZER:
+            assert not said, f"names are read beside {TOKENIZER} alone"
+        elif said or beside.exists():  # one of another tokenizer must not stay
+            write_json(beside, self.names.as_config())
 
     @cached_property
     def sha256(self) -> str:
-        """A digest of all that decides which ids a text becomes."""
-        return hashlib.sha256(json.dumps(json.loads(self._engine.to_str()), sort_keys=True).encode()).hexdigest()
+        """A digest of all that decides which ids a document becomes: the tokenizer, and the names of its tokens where
+        they are not those that the file alone tells."""
+        content: Any = json.loads(self._engine.to_str())
+        if self.names != known_names(self._engine):
+            content = [content, [self.names.begin, self.names.end, self.names.pad]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """What a message calls it: the beginning of its digest, its size, and how its documents end."""
+        return f"{self.sha256[:8]} ({self.vocab_size:,} ids, documents end with {self.names.end})"
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids [T] int32 of a text, without special tokens."""
@@ -124,15 +174,17 @@ class Tokenizer:
         return [np.asarray([*encoding.ids, self.end], dtype=np.int32) for encoding in found]
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Return the ids [T] int32 of any bytes: UTF-8 as text, a byte that is none as the token of that byte."""
+        """Return the ids [T] int32 of any bytes: UTF-8 as text, a byte that is none as the token of that byte.
+
+        Raises: DataError: the tokenizer has no token for a byte.
+        """
         text = data.decode("utf-8", errors="surrogateescape")
         ids, start = [], 0
         for lone in _LONE.finditer(text):
             ids += self._engine.encode(text[start : lone.start()], add_special_tokens=False).ids
             byte = ord(lone[0]) - 0xDC00
-            mark = _BYTE_TO_MARK[byte] if self._is_byte_level else f"<0x{byte:02X}>"
-            token = self._engine.token_to_id(mark)
-            assert token is not None, f"the tokenizer has no token {mark}"  # checked when it was loaded
+            if (token := self._spelling.token_of_byte(byte)) is None:
+                raise DataError(f"the tokenizer has no token for byte 0x{byte:02X}, which is no part of any text")
             ids.append(token)
             start = lone.end()
         ids += self._engine.encode(text[start:], add_special_tokens=False).ids
@@ -169,27 +221,12 @@ class Tokenizer:
         return np.asarray([len(text) for text in self._bytes_of_tokens], dtype=np.int32)
 
     @cached_property
-    def _bytes_of_tokens(self) -> list[bytes]:
-        added = self._engine.get_added_tokens_decoder()
-        found = [b""] * (1 + max(self._engine.get_vocab().values()))
-        for token, number in self._engine.get_vocab().items():
-            if number not in added:
-                found[number] = self._bytes_of_token(token)
-            elif not added[number].special:
-                found[number] = added[number].content.encode()
-        return found
-
-    def _bytes_of_token(self, token: str) -> bytes:
-        """Return what a token spells: in the marks of byte-level BPE, or as SentencePiece writes it."""
-        if self._is_byte_level:
-            return bytes(_MARK_TO_BYTE[mark] for mark in token)
-        if byte := _BYTE_FALLBACK.fullmatch(token):
-            return bytes([int(byte[1], 16)])
-        return token.replace("\u2581", " ").encode()
+    def _spelling(self) -> Spelling:
+        return Spelling(self._engine)
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        return "ByteLevel" in json.dumps(json.loads(self._engine.to_str())["decoder"])
+    def _bytes_of_tokens(self) -> list[bytes]:
+        return self._spelling.bytes_of_tokens()
 
     @cached_property
     def _halves(self) -> dict[int, list[int]]:
@@ -210,12 +247,6 @@ class Tokenizer:
         return joined
 
 
-def _byte_marks() -> dict[int, str]:
-    """Return the character by which byte-level BPE writes each byte: printable ones as they are (GPT-2's table)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-_BYTE_TO_MARK = _byte_marks()
-_MARK_TO_BYTE = {mark: byte for byte, mark in _BYTE_TO_MARK.items()}
+def _rebuilt(content: str, names: Names, notes: tuple[str, ...]) -> Tokenizer:
+    """Return a tokenizer that was sent to another process."""
+    return Tokenizer(Engine.from_str(content), names, notes)

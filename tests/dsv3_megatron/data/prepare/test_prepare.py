@@ -21,7 +21,8 @@ from dsv3_megatron.data.prepare import documents as reading
 from dsv3_megatron.data.prepare.documents import blocks, files_of, texts
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.shards import open_shard, read_manifest, verify_checksums
-from dsv3_megatron.data.tokenizer import BEGIN, END, FIM_HOLE, Tokenizer
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_files.names import BEGIN, END, FIM_HOLE
 from parallel.errors import DataError
 from testing.lanes import examples
 

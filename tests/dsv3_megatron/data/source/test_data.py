@@ -24,7 +24,8 @@ from dsv3_megatron.data.source.samples import (
     permuted,
     step_batches,
 )
-from dsv3_megatron.data.tokenizer import SPECIAL, Tokenizer
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_files.names import SPECIAL
 from parallel.errors import DataError
 from testing.lanes import examples
 

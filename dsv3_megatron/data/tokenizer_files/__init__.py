@@ -1,0 +1,1 @@
+"""What a published tokenizer's files say, made safe for training text."""

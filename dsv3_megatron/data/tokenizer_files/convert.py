@@ -1,0 +1,171 @@
+"""Tokenizer files that are no tokenizer.json: converted by transformers, and compared with the library they are of.
+
+No code that comes with a model is run. A tiktoken file does not say how text is split before merging; for Kimi and
+Moonlight, whose Python files say it, that pattern is here, and other files are refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Engine
+
+from dsv3_megatron.data.tokenizer_files.names import CONFIG, read_configuration
+from parallel.errors import DataError, PackageError
+
+_RANK = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?")
+_UPPER, _LOWER = (
+    rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}")
+)  # what a word begins and goes on with, Chinese apart
+_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI_PARTS = (
+    r"[\p{Han}]+",
+    f"{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}",
+    f"{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+KIMI_SPLIT = "|".join(KIMI_PARTS)
+_KIMI_MODULES = ("tokenization_kimi.", "tokenization_moonshot.")  # as auto_map names the Python file
+
+
+def convert(path: Path, probe: str) -> Engine:
+    """Return the tokenizer of a tiktoken or SentencePiece file, whose ids of ``probe`` are those of its own library.
+
+    Raises: DataError: it cannot be read, or converted exactly. PackageError: a package is missing.
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.readline(1 << 16)
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read ({error.strerror}); name another") from None
+    converter = _from_tiktoken if _RANK.fullmatch(first) else _from_sentencepiece
+    engine, reference = converter(path, probe)
+    ours = engine.encode(probe, add_special_tokens=False).ids
+    if ours != reference:
+        place = next((n for n, pair in enumerate(zip(ours, reference)) if pair[0] != pair[1]), len(reference))
+        raise DataError(
+            f"tokenizer {path} cannot be converted exactly: token {place} of a test text is another one in the library "
+            f"it is of; convert it to {path.with_name('tokenizer.json')} by the model's own means"
+        )
+    return engine
+
+
+def _needing(path: Path, kind: str, packages: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except ImportError as error:
+        raise PackageError(
+            f"tokenizer {path} is a {kind} file, and converting it needs packages ({error}); pip install {packages}"
+        ) from None
+
+
+def _from_tiktoken(path: Path, probe: str) -> tuple[Engine, list[int]]:
+    def load() -> tuple[Any, Any]:
+        import tiktoken  # optional packages, seconds to import: for such files alone
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        return tiktoken, TikTokenConverter
+
+    configuration = read_configuration(path)
+    _check_split(path, configuration)
+    tiktoken, converter = _needing(path, "tiktoken", "tiktoken transformers", load)
+    ranks = _read_ranks(path)
+
+    class Converter(converter):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def load_tiktoken_bpe(_: str) -> dict[bytes, int]:
+            # tiktoken's own reader keeps files by their path, and gives the old one when another takes its place
+            return ranks
+
+    engine = Converter(vocab_file=str(path), pattern=KIMI_SPLIT).converted()
+    tokens = _added_tokens(path, configuration, len(ranks))
+    for token in tokens.values():
+        (engine.add_special_tokens if token.special else engine.add_tokens)([token])
+    for number, token in tokens.items():
+        if engine.token_to_id(token.content) != number:
+            raise DataError(f"{path.with_name(CONFIG)}: token {number} = {token.content} is in {path.name} already")
+    engine.encode_special_tokens = True
+    special = {token.content: number for number, token in tokens.items()}
+    original = tiktoken.Encoding(path.name, pat_str=KIMI_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+    return engine, original.encode_ordinary(probe)
+
+
+def _check_split(path: Path, configuration: dict[str, Any]) -> None:
+    """Raise DataError unless a tiktoken file splits text as Kimi's do."""
+    named = configuration.get("auto_map")
+    modules = str(named.get("AutoTokenizer") if isinstance(named, dict) else named)
+    refused = DataError(
+        f"tokenizer {path} does not say how text is split, and only Kimi's and Moonlight's way is known here "
+        f"({CONFIG} beside it does not name theirs); convert it to tokenizer.json by the model's own means"
+    )
+    if not any(module in modules for module in _KIMI_MODULES):
+        raise refused
+    for source in path.parent.glob("tokenization_*.py"):  # read, never run
+        text = source.read_text(encoding="utf-8", errors="replace")
+        if "pat_str" in text and not all(part in text for part in KIMI_PARTS):
+            raise refused
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Return the merge rank of every token of a tiktoken file, which is its id."""
+    try:
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer {path} cannot be read ({error}); fetch it again") from None
+    if sorted(ranks.values()) != list(range(len(pairs))):
+        raise DataError(f"tokenizer {path} has ranks that are missing or given twice; fetch it again")
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise DataError(f"tokenizer {path} has no token for byte 0x{lacking[0]:02X}; fetch it again")
+    return ranks
+
+
+def _added_tokens(path: Path, configuration: dict[str, Any], first: int) -> dict[int, AddedToken]:
+    """Return the tokens after the ranks, without a hole: Kimi's Python names the ids that are not listed like this."""
+    listed = configuration.get("added_tokens_decoder")
+    if not isinstance(listed, dict) or not listed:
+        raise DataError(f"{path.with_name(CONFIG)} lists no added_tokens_decoder, and without it no document can end")
+    given = {int(number): token for number, token in listed.items()}
+    if before := [number for number in given if number < first]:
+        raise DataError(
+            f"{path.with_name(CONFIG)}: token {before[0]} of added_tokens_decoder is one of the {first} tokens of "
+            f"{path.name}; they do not belong together"
+        )
+    found = {}
+    for number in range(first, max(given) + 1):
+        token = given.get(number, {"content": f"<|reserved_token_{number}|>", "special": True})
+        found[number] = AddedToken(token["content"], special=token.get("special", True), normalized=False)
+    return found
+
+
+def _from_sentencepiece(path: Path, probe: str) -> tuple[Engine, list[int]]:
+    def load() -> tuple[Any, Any]:
+        import sentencepiece  # optional packages, seconds to import: for such files alone
+        from google.protobuf import message  # noqa: F401  transformers reads the file with it
+        from transformers.convert_slow_tokenizer import LlamaConverter
+
+        return sentencepiece, LlamaConverter
+
+    sentencepiece, converter = _needing(path, "SentencePiece", "sentencepiece protobuf transformers", load)
+    try:
+        original = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        described = SimpleNamespace(
+            vocab_file=str(path), add_prefix_space=True, legacy=True, convert_ids_to_tokens=original.id_to_piece
+        )
+        engine = converter(described).converted()
+    except Exception as error:  # both libraries raise what they like
+        raise DataError(
+            f"tokenizer {path} cannot be read ({' '.join(str(error).split())[:200]}); fetch it again"
+        ) from None
+    engine.encode_special_tokens = True
+    return engine, original.encode(probe)
