@@ -118,6 +118,9 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
         base = compose([f"recipe={name}"]).model_dump(mode="json")
     base["model"] = model.model_dump(mode="json")
     base["precision"] = compose([f"precision={precision}"]).precision.model_dump(mode="json")
+    if base["data"]["sequence_length"] > (most := model.max_position_embeddings):
+        print(f"data.sequence_length = {most}: the positions that the model is made for")
+        base["data"]["sequence_length"] = most
     base["run"] |= {"name": output.name, "directory": str(output), "start_from": None}
     try:
         return build(base)

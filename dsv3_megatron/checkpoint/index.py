@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
@@ -26,8 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError
+from dsv3_megatron.megatron.host import adapt_host
 from dsv3_megatron.run.files import retried
 from parallel.agree import agreed
+
+adapt_host()
+
+from megatron.core import parallel_state
 
 INDEX = ".metadata"  # torch's name for it
 Places = dict[str, list[tuple[int, int]]]  # file -> place and length of every piece

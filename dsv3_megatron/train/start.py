@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
 from dsv3_megatron.checkpoint.find import Found, load_chosen, load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
@@ -79,9 +83,28 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
     found, notes, wrong = load_newest(lambda: starting_candidates(start_from), check_and_load)
     if found is None:
         raise nothing_to_start_from(start_from, wrong)
-    journal.event("started_from", {"path": str(found.path)}, f"started from {found.path}, counting anew")
+    bias, rate = _largest_bias(parts), Regime(parts.recipe.optim, parts.recipe.data.sequence_length).learning_rate(0)
+    facts = {"path": str(found.path), "moments": found.optimizer, "largest_bias": bias, "learning_rate": rate}
+    kept = [] if bias is None else [f"router biases as they are there (largest {bias:.2g})"]
+    kept += [
+        "moments too" if found.optimizer else "moments fresh",
+        f"learning rate from its curve's start ({rate:.2g})",
+    ]
+    line = f"started from {found.path}, steps and tokens counted anew: {', '.join(kept)}"
+    journal.event("started_from", facts, line)
     for note in notes or ():
         journal.note(note)
+
+
+def _largest_bias(parts: Parts) -> float | None:
+    """Return the largest router bias of all ranks by its size; None where no router has one. Collective."""
+    buffers = [
+        buffer for chunk in parts.chunks for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")
+    ]
+    largest = torch.stack([buffer.abs().max() for buffer in buffers]).max() if buffers else torch.tensor(-1.0)
+    largest = largest.float().to(parts.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return None if largest < 0 else largest.item()
 
 
 def starting_candidates(start_from: str) -> list[Path]:
