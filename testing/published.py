@@ -33,7 +33,7 @@ SHAPE = {
     "topk_group": 1,
     "routed_scaling_factor": 2.446,
     "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 128,
     "num_nextn_predict_layers": 0,
 }
 TOKENS = 512

@@ -86,10 +86,8 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
     bias, rate = _largest_bias(parts), Regime(parts.recipe.optim, parts.recipe.data.sequence_length).learning_rate(0)
     facts = {"path": str(found.path), "moments": found.optimizer, "largest_bias": bias, "learning_rate": rate}
     kept = [] if bias is None else [f"router biases as they are there (largest {bias:.2g})"]
-    kept += [
-        "moments too" if found.optimizer else "moments fresh",
-        f"learning rate from its curve's start ({rate:.2g})",
-    ]
+    kept.append("moments too" if found.optimizer else "moments fresh")
+    kept.append(f"learning rate from the start of its curve ({rate:.2g})")
     line = f"started from {found.path}, steps and tokens counted anew: {', '.join(kept)}"
     journal.event("started_from", facts, line)
     for note in notes or ():
@@ -98,10 +96,9 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
 
 def _largest_bias(parts: Parts) -> float | None:
     """Return the largest router bias of all ranks by its size; None where no router has one. Collective."""
-    buffers = [
-        buffer for chunk in parts.chunks for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")
-    ]
-    largest = torch.stack([buffer.abs().max() for buffer in buffers]).max() if buffers else torch.tensor(-1.0)
+    named = [pair for chunk in parts.chunks.values() for pair in chunk.named_buffers()]
+    sizes = [bias.abs().max() for name, bias in named if name.endswith("expert_bias")]
+    largest = torch.stack(sizes).max() if sizes else torch.tensor(-1.0)  # a stage of dense layers has none
     largest = largest.float().to(parts.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return None if largest < 0 else largest.item()
