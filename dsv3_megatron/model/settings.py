@@ -69,7 +69,7 @@ class ModelSettings(BaseModel):
     rms_norm_eps: PositiveFloat = Field(1e-6, description="what RMSNorm adds to the mean square")
     rope_theta: PositiveFloat = Field(10000.0, description="base of RoPE's wavelengths")
     rope_scaling: RopeScaling | None = Field(None, description="YaRN context extension; null = plain RoPE, as in 4K")
-    max_position_embeddings: PositiveInt = Field(4096, description="positions the model is made for")
+    max_position_embeddings: PositiveInt = Field(4096, description="positions the model is made for, as exports say")
     initializer_range: NonNegativeFloat = Field(0.006, description="standard deviation at initialisation (4.2)")
     tie_word_embeddings: Literal[False] = Field(False, description="one matrix for embedding and head; not offered")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class CapacityRouter(SequenceBalancedRouter):
     ``overflow`` adds up [rerouted, dropped, choices] of the step's microbatches; the trainer reads and clears it.
     """
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         overflow = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
         self.register_buffer("overflow", overflow, persistent=False)

@@ -164,10 +164,11 @@ def config_from_settings(model: ModelSettings, dtype: str, *, begin: int | None,
     """
     family = FAMILIES[model.model_type]
     for key, allowed in family.gate.items():
-        if getattr(model, key) not in allowed:
+        if (value := getattr(model, key)) not in allowed:
+            built = " or ".join(map(str, allowed))
             raise CheckpointError(
-                f"model.{key} = {getattr(model, key)} cannot be exported: {model.model_type} computes "
-                f"{' or '.join(map(str, allowed))}, and other programs would run another model"
+                f"model.{key} = {value} cannot be exported: {model.model_type} computes {built}, "
+                "and other programs would run another model"
             )
     if model.num_nextn_predict_layers and not family.has_mtp:
         raise CheckpointError(

@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.routing.capacity import allocate, expert_capacity, selected_softmax
+from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.routing.capacity import CapacityRouter, allocate, expert_capacity, selected_softmax
+from parallel.layout import Layout
+from parallel.settings import ParallelSettings
 from testing.lanes import examples
 from testing.ranks import run_ranks
-from testing.training.tiny import Case, train_rank
+from testing.training.tiny import Case, small_recipe, train_rank
 
 
 def slow_allocation(scores, topk, capacity):
@@ -71,6 +74,18 @@ def test_softmax_is_over_the_selected_only():
     torch.testing.assert_close(weights, torch.stack([torch.tensor([0.0, *expected]), torch.zeros(3)]))
     weights.square().sum().backward()
     assert logits.grad.isfinite().all() and (logits.grad[1] == 0).all()
+
+
+def test_weights_that_are_not_normalised_are_shares_of_all_experts(one_process):
+    words = ("model.topk_method=capacity", "model.scoring_func=softmax", "model.n_group=1", "model.topk_group=1")
+    model = small_recipe(*words, "model.norm_topk_prob=false").model
+    config = transformer_config(model, ParallelSettings(), Layout())
+    router = CapacityRouter(config, pg_collection=one_process, normalise=model.norm_topk_prob)
+    logits = torch.randn(6, 2, model.n_routed_experts)
+    weights, chosen = router.eval().routing(logits)
+    expected = logits.view(12, -1).softmax(-1) * model.routed_scaling_factor
+    torch.testing.assert_close(weights, expected * chosen)
+    assert (chosen.sum(-1) == model.num_experts_per_tok).all()
 
 
 ARTICLE = (
