@@ -19,6 +19,7 @@ from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from dsv3_megatron.model.settings import ModelSettings
 
+E4M3 = torch.float8_e4m3fn
 TINY = ModelSettings(
     vocab_size=40,
     hidden_size=24,
@@ -90,6 +91,45 @@ def published(model: ModelSettings = TINY, dtype: torch.dtype = torch.bfloat16, 
             found[tensor.name] = found[tensor.copy_of]
     stored = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}[dtype]
     return Published(model, found, config_from_settings(model, stored, begin=None, end=None))
+
+
+def fp8(
+    made: Published,
+    block: tuple[int, int] = (128, 128),
+    kind: str = "block",
+    name: str = "weight_scale_inv",
+    scale_dtype: torch.dtype = torch.float32,
+    *,
+    power_of_two: bool = True,
+) -> dict[str, Tensor]:
+    """Make the matrices that are published in FP8 so, with random numbers of every size; return what all stand for.
+
+    Args:
+        kind: what shares a scale: block, row or matrix.
+        name: of the scales.
+        scale_dtype: they are stored in; uint8 = the exponents as bytes.
+    """
+    torch.manual_seed(1)
+    expected = dict(made.tensors)
+    for tensor in published_tensors(made.model):
+        if not tensor.is_quantised or tensor.name not in made.tensors:
+            continue
+        rows, columns = tensor.shape
+        tile = {"block": block, "row": (1, columns), "matrix": (rows, columns)}[kind]
+        grid = (-(-rows // tile[0]), -(-columns // tile[1]))
+        scales = 2.0 ** torch.randint(-8, 2, grid) * (1 if power_of_two else torch.rand(grid) + 1)
+        scales = scales.to(torch.float8_e8m0fnu if scale_dtype is torch.uint8 else scale_dtype)
+        bits = torch.randint(0, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
+        data = bits.to(torch.uint8).view(E4M3)
+        each = scales.float().repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[:rows, :columns]
+        expected[tensor.name] = data.float() * each
+        stored = scales.view(torch.uint8) if scale_dtype is torch.uint8 else scales
+        made.tensors[tensor.name] = data
+        made.tensors[f"{tensor.name.removesuffix('.weight')}.{name}"] = stored if kind == "block" else stored.squeeze()
+    made.config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    if kind == "block":
+        made.config["quantization_config"]["weight_block_size"] = list(block)
+    return expected
 
 
 def imported(directory: Path, model: ModelSettings) -> dict[str, Tensor]:

@@ -15,13 +15,12 @@ from dsv3_megatron.checkpoint.manifest import newest_valid
 from launcher import import_hf
 from launcher.command_line.compose import load_resolved
 from parallel.errors import CheckpointError
-from testing.published import imported, published
+from testing.published import E4M3, fp8, imported, published
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 MATRIX = "model.layers.0.self_attn.o_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
-E4M3 = torch.float8_e4m3fn
 
 
 def read(made, tmp_path, *words, **options):
@@ -122,30 +121,6 @@ def test_plain_dtypes_are_read(stored, dtype, tmp_path):
         expected = torch.float32 if name.endswith("correction_bias") else kept
         assert values.dtype == expected and torch.equal(values, made.tensors[name].to(expected)), name
     assert recipe.precision.name == (dtype or ("fp32" if stored == torch.float32 else "bf16"))
-
-
-def fp8(made, block=(128, 128), kind="block", name="weight_scale_inv", scale_dtype=torch.float32, power_of_two=True):
-    """Make matrices FP8 with random scales; return what they stand for."""
-    torch.manual_seed(1)
-    expected = dict(made.tensors)
-    for weight in [n for n, t in made.tensors.items() if t.dim() == 2 and (".self_attn." in n or "_proj" in n)]:
-        if "eh_proj" in weight:
-            continue
-        rows, columns = made.tensors[weight].shape
-        tile = {"block": block, "row": (1, columns), "matrix": (rows, columns)}[kind]
-        grid = (-(-rows // tile[0]), -(-columns // tile[1]))
-        scales = 2.0 ** torch.randint(-8, 2, grid) * (1 if power_of_two else torch.rand(grid) + 1)
-        scales = scales.to(torch.float8_e8m0fnu if scale_dtype is torch.uint8 else scale_dtype)
-        data = (torch.randn(rows, columns) * 50).to(E4M3)
-        each = scales.float().repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[:rows, :columns]
-        expected[weight] = data.float() * each
-        made.tensors[weight] = data
-        scales = scales.view(torch.uint8) if scale_dtype is torch.uint8 else scales
-        made.tensors[f"{weight.removesuffix('.weight')}.{name}"] = scales if kind == "block" else scales.squeeze()
-    made.config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3"}
-    if kind == "block":
-        made.config["quantization_config"]["weight_block_size"] = list(block)
-    return expected
 
 
 FP8 = {
