@@ -59,15 +59,19 @@ def main(given: ExportArguments) -> int:
     output = writable_folder(Path(given.output))
     # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint
-    from dsv3_megatron.checkpoint.hugging_face.export import EMA, export
+    from dsv3_megatron.checkpoint.hugging_face.export import EMA, check_shapes, export
     from dsv3_megatron.checkpoint.manifest import WEIGHTS
 
     checkpoint = choose_checkpoint(given.run, given.step, holding=("ema",) if given.weights == "ema" else (WEIGHTS,))
     for wrong in checkpoint.wrong:
         print(f"warning: {wrong}", file=sys.stderr)
+    prefix = EMA if given.weights == "ema" else ""
+    check_shapes(recipe.model, checkpoint.path, prefix)  # before an earlier export is touched
     scales = scales_of(given)
     (output / INDEX).unlink(missing_ok=True)  # what is there is incomplete from here on
     write_atomically(output / RECIPE, (Path(given.run) / RECIPE).read_text())  # says whose files these are
+    tokens = write_tokenizer(recipe, Path(given.run), output)
+    write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     shown = ProgressLine("exporting")
     size = export(
         recipe.model,
@@ -76,13 +80,11 @@ def main(given: ExportArguments) -> int:
         dtype=given.dtype,
         shard_bytes=given.shard,
         processes=given.processes or min(8, os.cpu_count() or 1),
-        prefix=EMA if given.weights == "ema" else "",
+        prefix=prefix,
         scales=scales,
         progress=shown.files,
     )
     shown.close()
-    tokens = write_tokenizer(recipe, Path(given.run), output)
-    write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     print(f"{checkpoint.path} -> {output}: {show_bytes(size)} of {given.dtype} weights, verified")
     if not tokens:
         print(f"no tokenizer: the run was trained on {recipe.data.source} data, which is no text")

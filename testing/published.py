@@ -1,83 +1,141 @@
-"""A small model as others publish one: made, trained and saved by transformers, with a tokenizer of its own.
-
-Moonlight-16B-A3B's shape cut down (full-rank queries, one group, two shared experts, a dense layer first) and its names
-of tokens; trained for a minute on prose, so that there is something to lose.
-"""
+"""Folders of published weights, made of one tiny random model: what a test of reading them starts from and changes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import save_file
+from torch import Tensor
 
-SHAPE = {
-    "vocab_size": 520,  # eight rows that no token uses, as published models have
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": None,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 2.446,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128,
-    "num_nextn_predict_layers": 0,
-}
-TOKENS = 512
-BEGIN, END, PAD = "[BOS]", "[EOS]", "[PAD]"
+from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
+from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
+from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
+from dsv3_megatron.checkpoint.hugging_face.regions import Regions
+from dsv3_megatron.checkpoint.manifest import newest_valid
+from dsv3_megatron.model.settings import ModelSettings
 
-
-def publish(folder: Path, texts: list[str], *, steps: int, length: int = 128, seed: int = 5) -> None:
-    """Train a model and a tokenizer on texts and save both, with what tells their begin and end."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # seconds, which collecting tests need not take
-
-    folder.mkdir(parents=True)
-    tokenizer = _tokenizer(texts)
-    begin, end, pad = (tokenizer.token_to_id(name) for name in (BEGIN, END, PAD))
-    torch.manual_seed(seed)
-    rope = {"rope_type": "default", "rope_theta": 50000.0}
-    model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(**SHAPE, rope_parameters=rope, bos_token_id=begin, eos_token_id=end, pad_token_id=pad)
-    )
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if "e_score" in name:
-                buffer.uniform_(-0.01, 0.01)
-    ids = torch.tensor([i for text in texts for i in (*tokenizer.encode(text).ids, end)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    for _ in range(steps):
-        rows = torch.stack([ids[at : at + length] for at in torch.randint(0, len(ids) - length, (16,)).tolist()])
-        model(rows, labels=rows).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+E4M3 = torch.float8_e4m3fn
+TINY = ModelSettings(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=40,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=10,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=2,
+    num_nextn_predict_layers=1,
+)
 
 
-def _tokenizer(texts: list[str]) -> Tokenizer:
-    engine = Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = [BEGIN, END, PAD]
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    engine.train_from_iterator(texts, trainer)
-    return engine
+@dataclass
+class Published:
+    """A folder to be: its tensors, the file of each, its configuration, and what its index says if not that."""
+
+    model: ModelSettings
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)  # those of others are by their turn
+    index: Callable[[dict[str, str]], object] = lambda weight_map: {"weight_map": weight_map}
+
+    def write(self, folder: Path, *, shards: int = 3) -> Path:
+        """Write it, in so many files; return the folder."""
+        folder.mkdir(parents=True)
+        names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+        where = {
+            name: self.files.get(name, names[n * shards // len(self.tensors)]) for n, name in enumerate(self.tensors)
+        }
+        for file in set(where.values()):
+            held = {n: t.clone().contiguous() for n, t in self.tensors.items() if where[n] == file}
+            save_file(held, folder / file)
+        if shards > 1:
+            (folder / INDEX).write_text(json.dumps(self.index(where)))
+        else:
+            (folder / names[0]).rename(folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.config))
+        return folder
+
+    def rename(self, change: Callable[[str], str]) -> None:
+        """Give tensors other names."""
+        self.tensors = {change(name): values for name, values in self.tensors.items()}
+
+    def drop(self, *ends: str) -> None:
+        """Leave out tensors whose names end so."""
+        self.tensors = {name: values for name, values in self.tensors.items() if not name.endswith(ends)}
+
+
+def published(model: ModelSettings = TINY, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Published:
+    """Return a random model's tensors under their published names; router biases float32."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    for tensor in published_tensors(model):
+        if tensor.copy_of:
+            continue
+        values = torch.randn(tensor.shape, generator=generator)
+        found[tensor.name] = values if tensor.is_float32 else values.to(dtype)
+    for tensor in published_tensors(model):
+        if tensor.copy_of:
+            found[tensor.name] = found[tensor.copy_of]
+    stored = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}[dtype]
+    return Published(model, found, config_from_settings(model, stored, begin=None, end=None))
+
+
+def fp8(
+    made: Published,
+    block: tuple[int, int] = (128, 128),
+    kind: str = "block",
+    name: str = "weight_scale_inv",
+    scale_dtype: torch.dtype = torch.float32,
+    *,
+    power_of_two: bool = True,
+) -> dict[str, Tensor]:
+    """Make the matrices that are published in FP8 so, with random numbers of every size; return what all stand for.
+
+    Args:
+        kind: what shares a scale: block, row or matrix.
+        name: of the scales.
+        scale_dtype: they are stored in; uint8 = the exponents as bytes.
+    """
+    torch.manual_seed(1)
+    expected = dict(made.tensors)
+    for tensor in published_tensors(made.model):
+        if not tensor.is_quantised or tensor.name not in made.tensors:
+            continue
+        rows, columns = tensor.shape
+        tile = {"block": block, "row": (1, columns), "matrix": (rows, columns)}[kind]
+        grid = (-(-rows // tile[0]), -(-columns // tile[1]))
+        scales = 2.0 ** torch.randint(-8, 2, grid) * (1 if power_of_two else torch.rand(grid) + 1)
+        scales = scales.to(torch.float8_e8m0fnu if scale_dtype is torch.uint8 else scale_dtype)
+        bits = torch.randint(0, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
+        data = bits.to(torch.uint8).view(E4M3)
+        each = scales.float().repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[:rows, :columns]
+        expected[tensor.name] = data.float() * each
+        stored = scales.view(torch.uint8) if scale_dtype is torch.uint8 else scales
+        made.tensors[tensor.name] = data
+        made.tensors[f"{tensor.name.removesuffix('.weight')}.{name}"] = stored if kind == "block" else stored.squeeze()
+    made.config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    if kind == "block":
+        made.config["quantization_config"]["weight_block_size"] = list(block)
+    return expected
+
+
+def imported(directory: Path, model: ModelSettings) -> dict[str, Tensor]:
+    """Return what an import holds, under the published names; without the copies that MTP layers have."""
+    checkpoint, _ = newest_valid(directory / "checkpoints")
+    assert checkpoint is not None
+    regions = Regions(checkpoint)
+    tensors = [tensor for tensor in published_tensors(model) if not tensor.copy_of]
+    return {t.name: regions.read(t.key, t.start, t.extent).reshape(t.shape) for t in tensors}

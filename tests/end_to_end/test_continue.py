@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher import evaluate, export_hf, generate, import_hf, prepare_data
-from testing.published import BEGIN, END, PAD, SHAPE, publish
+from testing.trained_elsewhere import BEGIN, END, PAD, SHAPE, publish
 from testing.torchrun import torchrun
 from testing.training.whole_runs import events, steps
 

@@ -1,0 +1,206 @@
+"""There and back: published FP8 comes out as it went in; transformers' own folders; what an export may overwrite."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsv3_megatron.checkpoint.hugging_face.export import INDEX, export
+from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
+from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
+from launcher import export_hf, import_hf
+from launcher.command_line.compose import compose, resolved_yaml
+from parallel.errors import CheckpointError
+from testing.published import TINY, fp8, imported, published
+from testing.training.tiny import SMALL
+
+# Several blocks of 128 a matrix, the last of them partial, as of the 576 rows of the published models.
+WIDE = TINY.model_copy(
+    update={"hidden_size": 136, "intermediate_size": 264, "moe_intermediate_size": 136, "kv_lora_rank": 130}
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe without text: an import's rest."""
+    path = tmp_path_factory.mktemp("recipe") / "synthetic.yaml"
+    path.write_text(resolved_yaml(compose([*SMALL])))
+    return path
+
+
+def bring(folder, run, recipe, *words):
+    return import_hf.main([f"input={folder}", f"output={run}", f"recipe={recipe}", "processes=1", *words])
+
+
+def take(run, output, *words):
+    """Return (tensors, configuration) of an export."""
+    assert export_hf.main([f"run={run}", f"output={output}", "processes=1", *words]) == 0
+    tensors = {name: values for file in output.glob("*.safetensors") for name, values in load_file(file).items()}
+    return tensors, json.loads((output / "config.json").read_text())
+
+
+def bits(values):
+    return values.contiguous().view(torch.uint8)
+
+
+SCALES = {
+    "float": {"power_of_two": False},
+    "powers of two": {"power_of_two": True},
+    "exponents": {"power_of_two": True, "scale_dtype": torch.float8_e8m0fnu},
+}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", SCALES)
+def test_fp8_that_nobody_trained_comes_out_to_the_bit(kind, dtype, recipe, tmp_path):
+    made = published(WIDE)
+    fp8(made, **SCALES[kind])
+    said = made.config["quantization_config"]
+    if SCALES[kind]["power_of_two"]:
+        said["scale_fmt"] = "ue8m0"
+    bring(made.write(tmp_path / "published"), tmp_path / "run", recipe, f"dtype={dtype}")
+    tensors, config = take(tmp_path / "run", tmp_path / "exported", "dtype=fp8")
+    assert config["quantization_config"] == said
+    assert tensors.keys() == made.tensors.keys()
+    for name, values in made.tensors.items():
+        assert tensors[name].dtype == values.dtype and torch.equal(bits(tensors[name]), bits(values)), name
+
+
+def test_scales_are_chosen_anew_where_they_are_asked_for(recipe, tmp_path):
+    made = published(WIDE)
+    expected = fp8(made)
+    made.config["quantization_config"]["scale_fmt"] = "ue8m0"
+    bring(made.write(tmp_path / "published"), tmp_path / "run", recipe)
+    tensors, config = take(tmp_path / "run", tmp_path / "float", "dtype=fp8", "scales=float")
+    assert "scale_fmt" not in config["quantization_config"]
+    name = "model.layers.0.self_attn.o_proj.weight"
+    for i, j in ((0, 0), (1, 0)):
+        block = expected[name][128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+        scale = tensors[f"{name}_scale_inv"][i, j]
+        assert scale.item() == pytest.approx(block.abs().max().item() / 448, rel=1e-6)
+
+
+def test_powers_of_two_can_be_asked_for(recipe, tmp_path):
+    made = published(WIDE)
+    bring(made.write(tmp_path / "published"), tmp_path / "run", recipe)
+    tensors, config = take(tmp_path / "run", tmp_path / "exported", "dtype=fp8", "scales=power_of_two")
+    assert config["quantization_config"]["scale_fmt"] == "ue8m0"
+    scales = [values for name, values in tensors.items() if name.endswith("_scale_inv")]
+    assert scales and all((values.frexp().mantissa == 0.5).all() for values in scales)
+    with pytest.raises(CheckpointError, match="scales = float has no effect with dtype = bf16"):
+        take(tmp_path / "run", tmp_path / "exported", "dtype=bf16", "scales=float")
+
+
+def test_another_import_forgets_the_scales_of_the_first(recipe, tmp_path):
+    first, second = published(WIDE), published(WIDE)
+    fp8(first)
+    bring(first.write(tmp_path / "first"), tmp_path / "run", recipe)
+    assert (tmp_path / "run/published_scales.safetensors").exists()
+    bring(second.write(tmp_path / "second"), tmp_path / "run", recipe)
+    assert not (tmp_path / "run/published_scales.safetensors").exists()
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def theirs(name, model=TINY):
+    """Return a random model of a class of transformers with the shape of ours."""
+    import transformers
+
+    values = {key: value for key, value in model.model_dump().items() if key not in ("rope_scaling", "rms_norm_eps")}
+    config = {**values, "num_key_value_heads": model.num_attention_heads, "pad_token_id": None, "eos_token_id": 1}
+    torch.manual_seed(0)
+    found = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config))
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.normal_(0, 0.1)
+        for key, buffer in found.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.1)
+    return found
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["an expert a tensor", "stacked experts"])
+@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4MoeLite"])
+def test_what_transformers_saves_is_read_and_what_is_written_it_reads(name, stacked, tmp_path):
+    model = theirs(name)
+    model.save_pretrained(tmp_path / "saved", save_original_format=not stacked)
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    sources = find_sources(TINY, tmp_path / "saved", config)
+    assert sources.model.num_nextn_predict_layers == 0 and "no weights of more MTP" in sources.told[0]
+    import_weights(sources, tmp_path / "run/checkpoints", recipe="", dtype=None, processes=1)
+    found, state = imported(tmp_path / "run", sources.model), model.state_dict()
+    for key, values in found.items():
+        place, _, rest = key.partition(".experts.")
+        if rest:
+            expert, part = rest.removesuffix("_proj.weight").split(".")
+            stack = state[f"{place}.experts.{'down' if part == 'down' else 'gate_up'}_proj"][int(expert)]
+            half = {"gate": stack[:16], "up": stack[16:], "down": stack}[part]
+            assert torch.equal(values, half), key
+        else:
+            assert torch.equal(values, state[key]), key
+    options = {"dtype": "fp32", "shard_bytes": 50_000, "processes": 1}
+    (tmp_path / "saved again").mkdir()
+    export(sources.model, tmp_path / "run/checkpoints/step_00000000", tmp_path / "saved again", **options)
+    (tmp_path / "saved again/config.json").write_text(json.dumps(config))
+    again = type(model).from_pretrained(tmp_path / "saved again", dtype=torch.float32).state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+
+
+# -- the folder of an export -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    bring(published().write(place / "published"), place / "run", recipe)
+    return place / "run"
+
+
+def another_model(folder, run, recipe):
+    published(seed=1).write(folder)
+
+
+def another_configuration(folder, run, recipe):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+
+def a_pickle(folder, run, recipe):
+    folder.mkdir()
+    (folder / "pytorch_model.bin").touch()
+
+
+def another_run(folder, run, recipe):
+    bring(published(seed=1).write(folder.with_name("published")), folder.with_name("other run"), recipe)
+    take(folder.with_name("other run"), folder)
+
+
+@pytest.mark.parametrize("there", [another_model, another_configuration, a_pickle, another_run])
+def test_files_of_another_model_are_not_touched(there, run, recipe, tmp_path):
+    folder = tmp_path / "exported"
+    there(folder, run, recipe)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match=r"output = .* holds .* of another model; name a new folder") as error:
+        take(run, folder)
+    assert "\n" not in error.value.args[0]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_export_of_the_same_run_is_replaced(run, tmp_path):
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / "README.md").write_text("of a repository that is new")
+    take(run, folder, "shard=20KiB")
+    tensors, _ = take(run, folder, "dtype=fp32")
+    assert all(values.dtype == torch.float32 for values in tensors.values())
+    assert (folder / INDEX).exists() and (folder / "README.md").exists()
+
+
+def test_an_export_that_is_refused_leaves_the_earlier_one_alone(run, tmp_path):
+    take(run, tmp_path / "exported")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
+    with pytest.raises(CheckpointError, match="ema"):
+        take(run, tmp_path / "exported", "weights=ema", "dtype=fp32")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()} == before
