@@ -49,10 +49,10 @@ def main(given: GenerateArguments) -> int:
     from dsv3_megatron.inference.speculate import Speculation, speculate_tokens
     from dsv3_megatron.inference.trained_model import trained_model
 
-    with trained_model(recipe, given.run, given.step, given.weights) as model:
+    with trained_model(recipe, given.run, given.step, given.weights, with_data=False) as model:
         for note in model.notes:
             print(note, file=sys.stderr)
-        tokenizer = model.data.tokenizer
+        tokenizer = model.tokenizer
         if tokenizer is None:
             raise DataError(
                 f"run = {given.run} was trained on {recipe.data.source} data, which is no text; use data=stdlib"

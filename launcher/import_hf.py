@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,9 @@ from pydantic import Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config
 from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_files.read import FILES, TOKENIZER
+from dsv3_megatron.data.tokenizer_identity import check_rows, described
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
@@ -54,12 +56,13 @@ def main(given: ImportArguments) -> int:
         model = without_absent_mtp(model, folder)
     directory = RunDirectory(writable_folder(Path(given.output)))
     recipe = recipe_of(model, folder, given, precision_of(config, given.dtype))
+    tokenizer = tokenizer_of(folder, model)
     if has_weights:
-        size = import_weights(model, folder, directory, recipe, given)
+        size = import_weights(model, folder, directory, recipe, given, tokenizer)
         print(f"{folder} -> {directory.path}: {show_bytes(size)} of weights, checksummed")
     directory.recipe.write_text(resolved_yaml(recipe))
-    if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", directory.path / "tokenizer.json")
+    if tokenizer is not None:
+        tokenizer.save(directory.path / TOKENIZER)
     print(f"recipe: {directory.recipe}; train from it: {command('train')} recipe={directory.recipe}")
     return 0
 
@@ -74,6 +77,23 @@ def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
     if not isinstance(config, dict):
         raise CheckpointError(f"input = {given}: {path} is no configuration; name a Hugging Face folder")
     return path.parent, config
+
+
+def tokenizer_of(folder: Path, model: ModelSettings) -> Tokenizer | None:
+    """Return the tokenizer of a Hugging Face folder, and say what a person should know of it; None if there is none.
+
+    Raises: DataError: it cannot be used, or has ids that the model does not.
+    """
+    if not any((folder / name).is_file() for name in FILES):
+        print(f"no tokenizer: {folder} holds none of {', '.join(FILES)}")
+        return None
+    tokenizer = Tokenizer.load(folder)
+    check_rows(tokenizer, model.vocab_size, folder)
+    unused = model.vocab_size - tokenizer.vocab_size
+    rows = f"; {unused:,} of the model's {model.vocab_size:,} rows have no token" if unused else ""
+    for line in (*tokenizer.notes, f"tokenizer {tokenizer.name}: {tokenizer.names.told()}{rows}"):
+        print(line)
+    return tokenizer
 
 
 def without_absent_mtp(model: ModelSettings, folder: Path) -> ModelSettings:
@@ -122,7 +142,12 @@ def shipped_recipe(model: ModelSettings) -> str:
 
 
 def import_weights(
-    model: ModelSettings, folder: Path, directory: RunDirectory, recipe: Recipe, given: ImportArguments
+    model: ModelSettings,
+    folder: Path,
+    directory: RunDirectory,
+    recipe: Recipe,
+    given: ImportArguments,
+    tokenizer: Tokenizer | None,
 ) -> int:
     """Write checkpoints/step_00000000; return its bytes."""
     from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights  # as above
@@ -138,6 +163,7 @@ def import_weights(
         dtype=given.dtype,
         processes=given.processes or min(8, os.cpu_count() or 1),
         progress=shown.files,
+        tokenizer=described(tokenizer),
     )
     shown.close()
     return sum(facts["bytes"] for facts in read_content(path)["files"].values())

@@ -150,6 +150,11 @@ class Tokenizer:
         elif said or beside.exists():  # one of another tokenizer must not stay
             write_json(beside, self.names.as_config())
 
+    def files(self) -> dict[str, str]:
+        """Return what a folder keeps of it: file name -> text."""
+        names = json.dumps(self.names.as_config(), indent=1, ensure_ascii=False) + "\n"
+        return {TOKENIZER: self._engine.to_str(pretty=True), CONFIG: names}
+
     @cached_property
     def sha256(self) -> str:
         """A digest of all that decides which ids a document becomes: the tokenizer, and the names of its tokens where

@@ -109,6 +109,7 @@ def import_weights(
     dtype: str | None,
     processes: int,
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
+    tokenizer: dict[str, str] | None = None,
 ) -> Path:
     """Write ``checkpoints/step_00000000`` from the safetensors in ``source``; return it.
 
@@ -117,6 +118,7 @@ def import_weights(
         dtype: fp32 or bf16; None takes each tensor as it is, FP8 as BF16.
         processes: workers; each holds one tensor in memory.
         progress: told (files done, files, bytes done) after each file.
+        tokenizer: of the model, as a manifest describes it; None where it came without one.
     Raises: CheckpointError: names or shapes do not fit, or a file is damaged.
     """
     files = read_index(source)
@@ -129,7 +131,7 @@ def import_weights(
         records.append(record)
         size += record["bytes"]
         progress(number + 1, len(jobs), size)
-    return _finish(model, partial, checkpoints / folder_name(0), records, recipe)
+    return _finish(model, partial, checkpoints / folder_name(0), records, recipe, tokenizer)
 
 
 def _jobs(model: ModelSettings, source: Path, partial: Path, files: dict[str, str], dtype: str | None) -> list[_Job]:
@@ -208,7 +210,14 @@ def _check_copy(job: _Job, tensor: Published, copy_of: str, values: Tensor) -> N
         )
 
 
-def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dict[str, Any]], recipe: str) -> Path:
+def _finish(
+    model: ModelSettings,
+    partial: Path,
+    target: Path,
+    records: list[dict[str, Any]],
+    recipe: str,
+    tokenizer: dict[str, str] | None,
+) -> Path:
     """Describe what the workers have written as one checkpoint, and put it in its place."""
     boxes: dict[str, list[Described]] = {}
     places: Places = {}
@@ -225,7 +234,7 @@ def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dic
     files |= write_description(pickle.dumps(describe_pieces(boxes, places)), partial)
     files[RECIPE] = write_file(partial / RECIPE, recipe.encode())
     progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
-    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False}
+    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False, "tokenizer": tokenizer}
     write_file(partial / MANIFEST, manifest_text(progress, files, facts).encode())
     forget_marks(partial)
     sync_folder(partial)

@@ -62,9 +62,9 @@ def read_engine(path: Path) -> tuple[Engine, tuple[str, ...]]:
     if path.suffix == ".model":
         return convert(path, PROBE), ()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text := path.read_text(encoding="utf-8"))
         off = _switch_off(content)
-        engine = Engine.from_str(json.dumps(content))
+        engine = Engine.from_str(json.dumps(content) if off else text)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"tokenizer {path} cannot be read ({error}); name a Hugging Face tokenizer.json") from None
     for token in content.get("added_tokens") or ():
