@@ -103,7 +103,7 @@ class Tokenizer:
                 f"tokenizer {path} has no token that ends a document; name it as eos_token in a {CONFIG} beside a "
                 f"{TOKENIZER}, or add one of {known} to its vocabulary"
             )
-        check_size(path, engine, tokenizer.vocab_size)
+        tokenizer.notes += check_size(path, engine, tokenizer.vocab_size)
         tokenizer.notes += check_text(path, engine, tokenizer._spelling, tokenizer._bytes_of_tokens)
         return tokenizer
 
