@@ -11,13 +11,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
 from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
-from dsv3_megatron.data.tokenizer_files.names import BEGIN, END, PAD
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_files.names import CONFIG
+from dsv3_megatron.data.tokenizer_identity import check_trained_with, tokenizer_of_run
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically
@@ -60,7 +62,7 @@ def main(given: ExportArguments) -> int:
     # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint
     from dsv3_megatron.checkpoint.hugging_face.export import EMA, check_shapes, export
-    from dsv3_megatron.checkpoint.manifest import WEIGHTS
+    from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
 
     checkpoint = choose_checkpoint(given.run, given.step, holding=("ema",) if given.weights == "ema" else (WEIGHTS,))
     for wrong in checkpoint.wrong:
@@ -68,9 +70,12 @@ def main(given: ExportArguments) -> int:
     prefix = EMA if given.weights == "ema" else ""
     check_shapes(recipe.model, checkpoint.path, prefix)  # before an earlier export is touched
     scales = scales_of(given)
+    tokenizer = tokenizer_to_export(recipe, Path(given.run))
+    trained_with = read_content(checkpoint.path).get("tokenizer")
+    check_trained_with(checkpoint.path, trained_with, tokenizer, allowed=False)
     (output / INDEX).unlink(missing_ok=True)  # what is there is incomplete from here on
     write_atomically(output / RECIPE, (Path(given.run) / RECIPE).read_text())  # says whose files these are
-    tokens = write_tokenizer(recipe, Path(given.run), output)
+    tokens = {} if tokenizer is None else write_tokenizer(tokenizer, recipe, output)
     write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     shown = ProgressLine("exporting")
     size = export(
@@ -144,32 +149,33 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
-def write_tokenizer(recipe: Recipe, run: Path, output: Path) -> dict[str, Any]:
-    """Write tokenizer.json and what transformers needs beside it; return its special tokens, {} if there is none."""
+def tokenizer_to_export(recipe: Recipe, run: Path) -> Tokenizer | None:
+    """Return the tokenizer that the run directory keeps, else that of its data; None if it was trained on no text."""
+    if (own := tokenizer_of_run(run, recipe.model.vocab_size)) is not None:
+        return own
     from dsv3_megatron.data.source.build import build  # torch, as above
 
-    tokenizer = build(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed).tokenizer
-    if tokenizer is None:
-        return {}
-    tokenizer.save(output / "tokenizer.json")
-    special = {
-        "bos_token": (BEGIN, tokenizer.begin),
-        "eos_token": (END, tokenizer.end),
-        "pad_token": (PAD, tokenizer.pad),
-    }
-    special = {name: pair for name, pair in special.items() if pair[1] is not None}
+    return build(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed).tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, recipe: Recipe, output: Path) -> dict[str, int]:
+    """Write tokenizer.json and what transformers needs beside it; return the ids of its special tokens by key."""
+    files = tokenizer.files()
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": recipe.data.sequence_length,
-        **{name: token for name, (token, _) in special.items()},
+        **{key: value for key, value in tokenizer.names.as_config().items() if value is not None},
     }
-    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-    return {name: number for name, (_, number) in special.items()}
+    files[CONFIG] = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    for name, text in files.items():
+        (output / name).write_text(text, encoding="utf-8")
+    ids = {"bos_token": tokenizer.begin, "eos_token": tokenizer.end, "pad_token": tokenizer.pad}
+    return {key: number for key, number in ids.items() if number is not None}
 
 
-def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, Any], *, power_of_two: bool) -> None:
+def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, int], *, power_of_two: bool) -> None:
     """Write config.json and generation_config.json. ``power_of_two``: what the scales of fp8 are."""
     begin, end = tokens.get("bos_token"), tokens.get("eos_token")
     config = config_from_settings(recipe.model, dtype, begin=begin, end=end)

@@ -49,7 +49,7 @@ def main(given: GenerateArguments) -> int:
     from dsv3_megatron.inference.speculate import Speculation, speculate_tokens
     from dsv3_megatron.inference.trained_model import trained_model
 
-    with trained_model(recipe, given.run, given.step, given.weights) as model:
+    with trained_model(recipe, given.run, given.step, given.weights, with_data=False) as model:
         for note in model.notes:
             print(note, file=sys.stderr)
         tokenizer = model.tokenizer

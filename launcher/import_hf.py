@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,9 @@ from pydantic import Field, PositiveInt
 from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config, text_model, told_by_config
 from dsv3_megatron.checkpoint.hugging_face.headers import holds_weights
 from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_files.read import FILES, TOKENIZER
+from dsv3_megatron.data.tokenizer_identity import check_rows, described
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
@@ -58,12 +60,13 @@ def main(given: ImportArguments) -> int:
     model = weights.model if weights else model
     directory = RunDirectory(writable_folder(Path(given.output)))
     recipe = recipe_of(model, folder, given, precision_of(config, given.dtype, weights))
+    tokenizer = tokenizer_of(folder, model)
     if weights:
-        size = import_weights(weights, directory, recipe, given)
+        size = import_weights(weights, directory, recipe, given, tokenizer)
         print(f"{folder} -> {directory.path}: {show_bytes(size)} of weights, checksummed")
     directory.recipe.write_text(resolved_yaml(recipe))
-    if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", directory.path / "tokenizer.json")
+    if tokenizer is not None:
+        tokenizer.save(directory.path / TOKENIZER)
     print(f"recipe: {directory.recipe}; train from it: {command('train')} recipe={directory.recipe}")
     return 0
 
@@ -78,6 +81,23 @@ def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
     if not isinstance(config, dict):
         raise CheckpointError(f"input = {given}: {path} is no configuration; name a Hugging Face folder")
     return path.parent, config
+
+
+def tokenizer_of(folder: Path, model: ModelSettings) -> Tokenizer | None:
+    """Return the tokenizer of a Hugging Face folder, and say what a person should know of it; None if there is none.
+
+    Raises: DataError: it cannot be used, or has ids that the model does not.
+    """
+    if not any((folder / name).is_file() for name in FILES):
+        print(f"no tokenizer: {folder} holds none of {', '.join(FILES)}")
+        return None
+    tokenizer = Tokenizer.load(folder)
+    check_rows(tokenizer, model.vocab_size, folder)
+    unused = model.vocab_size - tokenizer.vocab_size
+    rows = f"; {unused:,} of the model's {model.vocab_size:,} rows have no token" if unused else ""
+    for line in (*tokenizer.notes, f"tokenizer {tokenizer.name}: {tokenizer.names.told()}{rows}"):
+        print(line)
+    return tokenizer
 
 
 def sources_of(model: ModelSettings, given: Path, config: dict[str, Any]) -> Sources | None:
@@ -138,7 +158,9 @@ def shipped_recipe(model: ModelSettings) -> str:
     return DEFAULT_RECIPE
 
 
-def import_weights(weights: Sources, directory: RunDirectory, recipe: Recipe, given: ImportArguments) -> int:
+def import_weights(
+    weights: Sources, directory: RunDirectory, recipe: Recipe, given: ImportArguments, tokenizer: Tokenizer | None
+) -> int:
     """Write checkpoints/step_00000000; return its bytes."""
     from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights  # as above
     from dsv3_megatron.checkpoint.hugging_face.published_scales import keep_scales
@@ -153,6 +175,7 @@ def import_weights(weights: Sources, directory: RunDirectory, recipe: Recipe, gi
         dtype=given.dtype,
         processes=given.processes or min(8, os.cpu_count() or 1),
         progress=shown.files,
+        tokenizer=described(tokenizer),
     )
     shown.close()
     keep_scales(weights, directory.published_scales)

@@ -27,7 +27,9 @@ class PrepareArguments(Arguments):
 
     input: str = Field(description="files and folders, separated by commas")
     output: str = Field(description="folder for the shards")
-    tokenizer: str = Field(description="a tokenizer.json (launcher/train_tokenizer.py makes one)")
+    tokenizer: str = Field(
+        description="a tokenizer.json (launcher/train_tokenizer.py makes one), or a published model's folder"
+    )
     weights: str | None = Field(None, description="share of samples of each input; default: by their tokens")
     field: str = Field("text", description="the field of a row that holds its document")
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(0.005, description="share of documents never trained on")
@@ -61,7 +63,7 @@ def main(given: PrepareArguments) -> int:
     def progress(done: int, total: int, tokens: int) -> None:
         line.update(done, total, f"{show_count(tokens)} tokens")
 
-    manifest = prepare(options, workers=given.workers, progress=progress)
+    manifest = prepare(options, workers=given.workers, progress=progress, tell=_tell)
     line.close()
     _report(manifest, given.output)
     return 0
@@ -69,6 +71,10 @@ def main(given: PrepareArguments) -> int:
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _report(manifest: Any, output: str) -> None:

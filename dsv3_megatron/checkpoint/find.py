@@ -77,6 +77,7 @@ class Found:
         optimizer: whether it holds the state of a run, or (imported) weights alone.
         updates: how often the optimizer has updated the weights; None where format 1 keeps it elsewhere.
         checked: whether its files carry checksums of their pieces; else they were read whole before they are trusted.
+        tokenizer: of the text it was trained on: its sha256 and name; None where there was none, or it does not say.
     """
 
     path: Path
@@ -85,12 +86,14 @@ class Found:
     optimizer: bool = True
     updates: int | None = None
     checked: bool = True
+    tokenizer: dict[str, str] | None = None
 
     @classmethod
     def of(cls, path: Path, content: dict[str, Any]) -> Found:
         """Return the checkpoint at ``path``, of whose manifest this is the content."""
-        extra, updates = tuple(content["extra"]), content.get("updates")
-        return cls(path, content["progress"], extra, content["optimizer"], updates, content["format"] >= 2)
+        extra, updates, tokenizer = tuple(content["extra"]), content.get("updates"), content.get("tokenizer")
+        checked = content["format"] >= 2
+        return cls(path, content["progress"], extra, content["optimizer"], updates, checked, tokenizer)
 
     @property
     def recipe(self) -> Path:

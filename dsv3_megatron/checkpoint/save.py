@@ -106,18 +106,28 @@ class _Save:
 class Saver:
     """Saves a run's checkpoints. Every method but the properties is called by all ranks together."""
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, parts: Parts, recipe: str, tell: Tell):
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointSettings,
+        parts: Parts,
+        recipe: str,
+        tell: Tell,
+        *,
+        tokenizer: dict[str, str] | None = None,
+    ):
         """Save into ``folder``.
 
         Args:
             recipe: the resolved recipe, stored with every checkpoint.
             tell: gets an event's name and values, on rank 0: ``saved``, ``save_failed``, ``save_given_up``.
+            tokenizer: of the text, as the manifest describes it; None where there is none.
         """
         self.folder, self.settings = folder, settings
         self.saved_step: int | None = None
         self.is_late = False  # a save is due by time, as agreed between the steps
         self._begun = time.monotonic()  # the last save, or the run
-        self._parts, self._recipe, self._tell = parts, recipe, tell
+        self._parts, self._recipe, self._tell, self._tokenizer = parts, recipe, tell, tokenizer
         self._save: _Save | None = None
         self._is_first = dist.get_rank() == 0
         token = [uuid.uuid4().hex[:8]]
@@ -290,6 +300,7 @@ class Saver:
             "extra": sorted(self._parts.extra_states),
             "optimizer": True,
             "updates": save.updates,
+            "tokenizer": self._tokenizer,
         }
         write_file(save.partial / MANIFEST, manifest_text(save.progress, files, facts).encode())
         sync_folder(save.partial)

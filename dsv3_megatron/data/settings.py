@@ -23,7 +23,10 @@ class DataSettings(BaseModel):
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.02, description="share of documents never trained on (shards: decided by prepare_data's held_out)"
     )
-    tokenizer: str | None = Field(None, description="a tokenizer.json; null = the source's own")
+    tokenizer: str | None = Field(None, description="a tokenizer.json, or its folder; null = the source's own")
+    allow_other_tokenizer: bool = Field(
+        False, description="go on from weights that were trained with another tokenizer, which is refused otherwise"
+    )
     weights: dict[str, PositiveFloat] | None = Field(
         None, description="share of samples of each source of the shards by name; null = as the manifest says"
     )

@@ -103,7 +103,7 @@ class Tokenizer:
                 f"tokenizer {path} has no token that ends a document; name it as eos_token in a {CONFIG} beside a "
                 f"{TOKENIZER}, or add one of {known} to its vocabulary"
             )
-        check_size(path, engine, tokenizer.vocab_size)
+        tokenizer.notes += check_size(path, engine, tokenizer.vocab_size)
         tokenizer.notes += check_text(path, engine, tokenizer._spelling, tokenizer._bytes_of_tokens)
         return tokenizer
 
@@ -149,6 +149,11 @@ class Tokenizer:
             assert not said, f"names are read beside {TOKENIZER} alone"
         elif said or beside.exists():  # one of another tokenizer must not stay
             write_json(beside, self.names.as_config())
+
+    def files(self) -> dict[str, str]:
+        """Return what a folder keeps of it: file name -> text."""
+        names = json.dumps(self.names.as_config(), indent=1, ensure_ascii=False) + "\n"
+        return {TOKENIZER: self._engine.to_str(pretty=True), CONFIG: names}
 
     @cached_property
     def sha256(self) -> str:

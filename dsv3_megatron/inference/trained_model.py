@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_identity import check_trained_with, described, tokenizer_of_run
 from dsv3_megatron.megatron.host import choose_device
 from dsv3_megatron.model.backend import backend_name
 from dsv3_megatron.pipeline.parts import Parts
@@ -36,55 +36,61 @@ class TrainedModel:
     """What a run has learned."""
 
     parts: Parts
-    recipe: Recipe
-    directory: Path
+    tokenizer: Tokenizer | None
     checkpoint: Path
     progress: dict[str, Any]
     notes: tuple[str, ...] = ()  # what a person should know of how it was loaded
-
-    @cached_property
-    def data(self) -> Data:
-        """The run's data, with the tokenizer that was imported with the model where one was. Raises: DataError: it is
-        not where the recipe says."""
-        found = build_data(self.recipe.data, vocab_size=self.recipe.model.vocab_size, seed=self.recipe.run.seed)
-        return replace(found, tokenizer=self._imported_tokenizer or found.tokenizer)
+    held: Data | None = None  # None where only text was wanted, and the run keeps its own tokenizer
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, None where it was trained on no text. Only where none was imported with the model is
-        the data read for it."""
-        return self._imported_tokenizer or self.data.tokenizer
-
-    @cached_property
-    def _imported_tokenizer(self) -> Tokenizer | None:
-        own = self.directory / "tokenizer.json"
-        return Tokenizer.load(own) if own.is_file() else None
+    def data(self) -> Data:
+        """What the run reads."""
+        assert self.held is not None, "it was loaded without data"
+        return self.held
 
 
 @contextmanager
 def trained_model(
-    recipe: Recipe, directory: str | Path, step: int | None = None, weights: Weights = "trained"
+    recipe: Recipe,
+    directory: str | Path,
+    step: int | None = None,
+    weights: Weights = "trained",
+    *,
+    with_data: bool = True,
 ) -> Iterator[TrainedModel]:
     """Load the newest valid checkpoint of a run, or the one of ``step``, for as long as the block lasts.
 
     ``weights``: those trained, or their average over the last steps (optim.ema_decay).
-    A run that was trained on Transformer Engine runs on the torch backend where there is none, with a note. Raises:
-    CheckpointError: there is no checkpoint, it is damaged, or it holds no average.
+    Text is read and written by the tokenizer that the run directory keeps, else by the data's; ``with_data=False`` asks
+    for data only where the run keeps none. A run that was trained on Transformer Engine runs on the torch backend where
+    there is none, with a note.
+    Raises: CheckpointError: there is none, it is damaged, it holds no average, or data and run have different
+    tokenizers. DataError: the run's tokenizer does not fit the model.
     """
     path = choose_checkpoint(directory, step, _read_for(weights)).path
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
+    own = tokenizer_of_run(directory, recipe.model.vocab_size)
+    content = read_content(path)
+    data, allowed = None, recipe.data.allow_other_tokenizer
+    check_trained_with(path, content.get("tokenizer"), own, allowed=False)
+    if with_data or own is None:
+        data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
+        trained_with = content.get("tokenizer") or described(own)
+        if told := check_trained_with(path, trained_with, data.tokenizer, allowed=allowed):
+            notes.append(told)
+    tokenizer = own if own is not None or data is None else data.tokenizer
     with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)
-        found = Found.of(path, read_content(path))
+        found = Found.of(path, content)
         extra = tuple(name for name in found.extra if name == te_amaxes.NAME and name in parts.extra_states)
         if weights == "ema" and (parts.ema is None or "ema" not in found.extra):
             raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")
         load_checkpoint(found, parts, training=False, extra=(*extra, "ema") if weights == "ema" else extra)
         if weights == "ema" and parts.ema is not None:
             parts.ema.copy_into_weights()
-        yield TrainedModel(parts, recipe, Path(directory), path, found.progress, tuple(notes))
+        yield TrainedModel(parts, tokenizer, path, found.progress, tuple(notes), data)
 
 
 def _read_for(weights: Weights) -> tuple[str, ...]:

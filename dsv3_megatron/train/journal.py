@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.metrics.step_metrics import JsonLines, MetricsWriter, StepMetrics, append_event
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.run.directory import RunDirectory, environment
@@ -61,6 +62,12 @@ class Journal:
             *open_writers(parts.recipe, layout, progress.step, progress.tokens, files, self._reporter.note),
         ]
         self._reporter.start(run_facts(parts))
+
+    def keep_tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        """Keep the tokenizer of the text beside the recipe, for whoever generates from the run or exports it."""
+        if self.speaks and tokenizer is not None:
+            for name, text in tokenizer.files().items():
+                self.files.replace(self.directory.path / name, text)
 
     def note(self, text: str) -> None:
         """Tell a person."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dsv3_megatron.checkpoint.save import Saver, describe_save
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
+from dsv3_megatron.data.tokenizer_identity import described
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.megatron.host import choose_device
@@ -70,7 +71,7 @@ def run(
             set_timeouts(longest_wait_seconds(recipe.run))
             parts.watchdog = watchdog
             trainer = prepare_trainer(parts, data, reporter, resolved_recipe)
-            for line in remarks:
+            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ())):
                 trainer.journal.note(line)
             return trainer.train(signals)
         finally:
@@ -90,13 +91,15 @@ def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recip
         parts,
         resolved_recipe,
         lambda name, values: journal.event(name, values, describe_save(name, values)),
+        tokenizer=described(data.tokenizer),
     )
     with watchdog.phase("loading a checkpoint", recipe.run.checkpoint_seconds):
-        start = load_start(parts, directory, journal)
+        start = load_start(parts, directory, journal, data.tokenizer)
     saver.saved_step = start.saved_step
     trainer = Trainer(parts, data, callbacks_of(parts, data, saver), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
         journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished)
+        journal.keep_tokenizer(data.tokenizer)
     return trainer
 
 

@@ -18,6 +18,8 @@ from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
 from dsv3_megatron.checkpoint.find import Found, load_chosen, load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_identity import check_trained_with
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
@@ -43,21 +45,26 @@ class Start:
     saved_step: int | None = None
 
 
-def load_start(parts: Parts, directory: RunDirectory, journal: Journal) -> Start:
+def load_start(parts: Parts, directory: RunDirectory, journal: Journal, tokenizer: Tokenizer | None) -> Start:
     """Fill this rank from the newest valid checkpoint, if there is one. All ranks together.
 
-    Raises: CheckpointError: all are damaged, or of another model, or ``run.resume`` says otherwise.
+    ``tokenizer``: of the data.
+    Raises: CheckpointError: all are damaged, or of another model or tokenizer, or ``run.resume`` says otherwise.
     """
     recipe = parts.recipe
+
+    def check_and_load(found: Found) -> list[str]:
+        return [*_check_tokenizer(found.path, found, parts, tokenizer), *load_checkpoint(found, parts, training=True)]
+
     start, notes = load_chosen(
         recipe,
         directory.checkpoints,
         lambda message: journal.event("damaged", {"reason": message}, f"warning: {message}"),
-        lambda found: load_checkpoint(found, parts, training=True),
+        check_and_load,
     )
     if (found := start.found) is None:
         if recipe.run.start_from:
-            _load_other_run(recipe.run.start_from, parts, journal)
+            _load_other_run(recipe.run.start_from, parts, journal, tokenizer)
         return Start(Progress())
     progress = Progress.of(found.progress)
     where = f"{found.path} (step {progress.step}, {progress.tokens:,} tokens)"
@@ -71,14 +78,22 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal) -> Start
     return Start(progress, progress.step if own else None)
 
 
-def _load_other_run(start_from: str, parts: Parts, journal: Journal) -> None:
+def _check_tokenizer(place: str | Path, found: Found, parts: Parts, tokenizer: Tokenizer | None) -> list[str]:
+    """Return a line where the data's tokenizer is another one, and may be. Raises CheckpointError: it may not."""
+    allowed = parts.recipe.data.allow_other_tokenizer
+    line = check_trained_with(place, found.tokenizer, tokenizer, allowed=allowed)
+    return [line] if line else []
+
+
+def _load_other_run(start_from: str, parts: Parts, journal: Journal, tokenizer: Tokenizer | None) -> None:
     """Begin with the weights of another run, counting anew."""
 
     def check_and_load(found: Found) -> list[str]:
         with agreed(looked=journal.speaks):
             if journal.speaks:
                 refuse_other_model(start_from, other_model(found.recipe, parts.recipe.model_dump(mode="json")))
-        return load_checkpoint(found, parts, training=True)
+        told = _check_tokenizer(f"run.start_from = {start_from}", found, parts, tokenizer)
+        return [*told, *load_checkpoint(found, parts, training=True)]
 
     found, notes, wrong = load_newest(lambda: starting_candidates(start_from), check_and_load)
     if found is None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launcher import evaluate, export_hf, generate, import_hf, prepare_data
-from testing.trained_elsewhere import BEGIN, END, PAD, SHAPE, publish
 from testing.torchrun import torchrun
+from testing.trained_elsewhere import BEGIN, END, PAD, SHAPE, publish
 from testing.training.whole_runs import events, steps
 
 PUBLISHED = "runs/moonlight_16b_published"

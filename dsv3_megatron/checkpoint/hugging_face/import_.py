@@ -60,6 +60,7 @@ def import_weights(
     dtype: str | None,
     processes: int,
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
+    tokenizer: dict[str, str] | None = None,
 ) -> Path:
     """Write ``checkpoints/step_00000000`` from safetensors; return it.
 
@@ -68,6 +69,7 @@ def import_weights(
         dtype: fp32 or bf16; None takes each tensor as it is, FP8 as BF16.
         processes: workers; each holds one tensor in memory.
         progress: told (files done, files, bytes done) after each file.
+        tokenizer: of the model, as a manifest describes it; None where it came without one.
     Raises: CheckpointError: a file is damaged or holds what is no finite number.
     """
     partial = checkpoints / f".{folder_name(0)}.import"
@@ -80,7 +82,7 @@ def import_weights(
         records.append(record)
         size += record["bytes"]
         progress(number + 1, len(jobs), size)
-    return _finish(sources.model, partial, checkpoints / folder_name(0), records, recipe)
+    return _finish(sources.model, partial, checkpoints / folder_name(0), records, recipe, tokenizer)
 
 
 def _jobs(sources: Sources, partial: Path, dtype: str | None) -> list[_Job]:
@@ -133,7 +135,14 @@ def _made_of(job: _Job) -> list[Any]:
     return [[[name, s.st_size, s.st_mtime_ns] for name, s in zip(files, stats)], job.dtype, reading, FORMAT]
 
 
-def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dict[str, Any]], recipe: str) -> Path:
+def _finish(
+    model: ModelSettings,
+    partial: Path,
+    target: Path,
+    records: list[dict[str, Any]],
+    recipe: str,
+    tokenizer: dict[str, str] | None,
+) -> Path:
     """Describe what the workers have written as one checkpoint, and put it in its place."""
     boxes: dict[str, list[Described]] = {}
     places: Places = {}
@@ -150,7 +159,7 @@ def _finish(model: ModelSettings, partial: Path, target: Path, records: list[dic
     files |= write_description(pickle.dumps(describe_pieces(boxes, places)), partial)
     files[RECIPE] = write_file(partial / RECIPE, recipe.encode())
     progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
-    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False}
+    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False, "tokenizer": tokenizer}
     write_file(partial / MANIFEST, manifest_text(progress, files, facts).encode())
     forget_marks(partial)
     sync_folder(partial)

@@ -75,12 +75,22 @@ class _State:
 Progress = Callable[[int, int, int], None]  # bytes of input done, of how many, tokens so far
 
 
-def prepare(options: PrepareOptions, *, workers: int, progress: Progress = lambda *_: None) -> Any:
+def prepare(
+    options: PrepareOptions,
+    *,
+    workers: int,
+    progress: Progress = lambda *_: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Any:
     """Write the shards of ``options`` and return their manifest; goes on where an earlier call was stopped.
 
+    ``tell``: gets what a person should know of the tokenizer, line by line, before the work begins.
     Raises: DataError: an input is missing, the output holds something else, or too much could not be read.
     """
-    return _Preparation(options, workers, progress).run()
+    preparation = _Preparation(options, workers, progress)
+    for line in (*preparation.tokenizer.notes, preparation.tokenizer.names.told()):
+        tell(line)
+    return preparation.run()
 
 
 class _Preparation:
@@ -195,7 +205,7 @@ class _Preparation:
         # Spawned, not forked: the tokenizer's library must not be forked once it has run threads.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(
-            self.workers, context, _start_worker, (options.tokenizer, options.field, options.split_share, options.seed)
+            self.workers, context, _start_worker, (self.tokenizer, options.field, options.split_share, options.seed)
         )
         waiting: deque[tuple[int, int, Future[Encoded]]] = deque()
         last_source = None
@@ -291,9 +301,9 @@ def _source_names(inputs: tuple[str, ...]) -> list[str]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: str, text_field: str, split_share: float, seed: int) -> None:
+def _start_worker(tokenizer: Tokenizer, text_field: str, split_share: float, seed: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
-    _worker.update(tokenizer=Tokenizer.load(tokenizer), field=text_field, share=split_share, seed=seed)
+    _worker.update(tokenizer=tokenizer, field=text_field, share=split_share, seed=seed)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_identity import check_rows
 from parallel.errors import DataError
 
 HELD_OUT_SEQUENCES = 64  # evaluated at most, so that an evaluation costs about as much as a few steps
@@ -72,13 +73,18 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     from dsv3_megatron.data.source.blend import Blend  # shards need megatron-core, seconds to import
     from dsv3_megatron.data.source.fim import Middle
     from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
-    from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest
+    from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest, stored_alike
 
     folder = settings.path
     assert folder is not None, "check_source lets no shards without a folder through"
     manifest = read_manifest(folder)
     tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
     _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)
+    if not stored_alike(manifest.vocab_size, tokenizer.vocab_size):
+        raise DataError(
+            f"data.path = {folder} was prepared for {manifest.vocab_size} ids, and its tokenizer has ids up to "
+            f"{tokenizer.vocab_size - 1}, which do not fit what its files hold; prepare the shards anew"
+        )
     fim = None
     if settings.fim_rate:
         begin, hole, end = tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end
@@ -123,11 +129,8 @@ def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, 
             f"data.tokenizer = {settings.tokenizer or f'{settings.path}/tokenizer.json'} is not the tokenizer that "
             f"{settings.path} was made with; set data.tokenizer=null, or prepare the shards anew"
         )
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"model.vocab_size = {vocab_size}, but the tokenizer of {settings.path} has {tokenizer.vocab_size} tokens; "
-            f"set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}"
-        )
+    assert settings.path is not None, "check_source lets no shards without a folder through"
+    check_rows(tokenizer, vocab_size, settings.path)
 
 
 def _weights(settings: DataSettings, sources: dict[str, tuple[float | None, int]]) -> dict[str, float]:

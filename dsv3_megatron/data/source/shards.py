@@ -127,11 +127,17 @@ def open_shard(folder: str | Path, shard: Shard) -> IndexedDataset:
     return IndexedDataset(str(Path(folder) / shard.name), mmap=True)
 
 
+def stored_alike(one: int, other: int) -> bool:
+    """Return whether the ids of two vocabularies, by their sizes, are written with the same number of bytes."""
+    return DType.optimal_dtype(one) == DType.optimal_dtype(other)
+
+
 class ShardWriter:
     """One shard while it is written: beside its place, under a name that no reader looks for."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int):
-        self._folder, self._name = folder, name
+        """Write ids below ``vocab_size``, in two bytes each where they fit, else in four."""
+        self._folder, self._name, self._vocab_size = folder, name, vocab_size
         self._dtype = DType.optimal_dtype(vocab_size)
         self._partial = folder / f"{name}.partial"
         self._partial.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +145,14 @@ class ShardWriter:
         self.documents = self.tokens = 0
 
     def add(self, documents: Iterable[np.ndarray]) -> None:
-        """Append documents, each [tokens] with its end token."""
+        """Append documents, each [tokens] with its end token. Raises DataError for an id that the file cannot hold."""
         for document in documents:
+            # megatron-core's builder would wrap it, and the shard would hold another token
+            if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self._vocab_size:
+                raise DataError(
+                    f"{self._name}: token {int(document.max())} is none of the tokenizer's {self._vocab_size} ids; "
+                    "name another tokenizer"
+                )
             self._builder.add_document(document, [len(document)])
             self.documents += 1
             self.tokens += len(document)

@@ -10,10 +10,9 @@ import base64
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as Engine
 
 from dsv3_megatron.data.tokenizer_files.names import CONFIG, read_configuration
@@ -149,23 +148,25 @@ def _added_tokens(path: Path, configuration: dict[str, Any], first: int) -> dict
 
 
 def _from_sentencepiece(path: Path, probe: str) -> tuple[Engine, list[int]]:
-    def load() -> tuple[Any, Any]:
+    def load() -> tuple[Any, Any, Any]:
         import sentencepiece  # optional packages, seconds to import: for such files alone
         from google.protobuf import message  # noqa: F401  transformers reads the file with it
-        from transformers.convert_slow_tokenizer import LlamaConverter
+        from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
-        return sentencepiece, LlamaConverter
+        return sentencepiece, SentencePieceExtractor, SpmConverter
 
-    sentencepiece, converter = _needing(path, "SentencePiece", "sentencepiece protobuf transformers", load)
+    packages = "sentencepiece protobuf transformers"
+    sentencepiece, extractor_of, converter = _needing(path, "SentencePiece", packages, load)
     try:
         original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        described = SimpleNamespace(
-            vocab_file=str(path), add_prefix_space=True, legacy=True, convert_ids_to_tokens=original.id_to_piece
-        )
-        engine = converter(described).converted()
-    except Exception as error:  # both libraries raise what they like
-        raise DataError(
-            f"tokenizer {path} cannot be read ({' '.join(str(error).split())[:200]}); fetch it again"
-        ) from None
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"tokenizer {path} cannot be read ({' '.join(str(error).split())}); fetch it again") from None
+    extractor = extractor_of(str(path))
+    found = extractor.extract(None)
+    engine = converter.build_tokenizer_from_spm_proto(extractor.proto, found["vocab"], found.get("merges"))
+    engine.add_tokens(found["additional_special_tokens"])
+    if extractor.proto.normalizer_spec.add_dummy_prefix:  # the converter leaves it to each model's own class
+        engine.normalizer = normalizers.Sequence([engine.normalizer, normalizers.Prepend("\u2581")])
+        engine.decoder = decoders.Sequence([engine.decoder, decoders.Strip(" ", 1, 0)])
     engine.encode_special_tokens = True
     return engine, original.encode(probe)

@@ -54,6 +54,15 @@ class Names:
     origin: dict[Role, str] = field(default_factory=dict, compare=False)
     chat_template: Any = field(default=None, compare=False)
 
+    def told(self) -> str:
+        """Return which tokens begin and end documents, and who says so."""
+
+        def of(role: Role) -> str:
+            name = getattr(self, role)
+            return "none" if name is None else f"{name} ({self.origin.get(role, 'a known name')})"
+
+        return f"documents begin with {of('begin')}, end with {of('end')}, and are filled up with {of('pad')}"
+
     def as_config(self) -> dict[str, Any]:
         """Return what ``tokenizer_config.json`` says of them."""
         found: dict[str, Any] = {key: getattr(self, role) for role, (key, _) in ROLES.items()}
@@ -67,7 +76,8 @@ def known_token(engine: Engine, name: str) -> str | None:
 
 def known_names(engine: Engine) -> Names:
     """Return the names of a tokenizer that has no other files."""
-    return Names(*(known_token(engine, name) for _, name in ROLES.values()))
+    begin, end, pad = (known_token(engine, name) for _, name in ROLES.values())
+    return Names(begin, end, pad)
 
 
 def names_beside(path: Path, engine: Engine) -> Names:
@@ -112,7 +122,8 @@ def names_beside(path: Path, engine: Engine) -> Names:
     template = configuration.get("chat_template")
     if template is None and (separate := path.with_name("chat_template.jinja")).is_file():
         template = separate.read_text(encoding="utf-8")
-    return Names(*(found.get(role, getattr(known, role)) for role in ROLES), origin, template)
+    begin, end, pad = (found.get(role, getattr(known, role)) for role in ROLES)
+    return Names(begin, end, pad, origin, template)
 
 
 def vocabulary_beside(path: Path) -> int | None:

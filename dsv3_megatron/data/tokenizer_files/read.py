@@ -62,9 +62,9 @@ def read_engine(path: Path) -> tuple[Engine, tuple[str, ...]]:
     if path.suffix == ".model":
         return convert(path, PROBE), ()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text := path.read_text(encoding="utf-8"))
         off = _switch_off(content)
-        engine = Engine.from_str(json.dumps(content))
+        engine = Engine.from_str(json.dumps(content) if off else text)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"tokenizer {path} cannot be read ({error}); name a Hugging Face tokenizer.json") from None
     for token in content.get("added_tokens") or ():
@@ -93,8 +93,11 @@ def _switch_off(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_size(path: Path, engine: Engine, size: int) -> None:
-    """Raise DataError where there are more ids (``size``: the largest and one) than a model can have rows."""
+def check_size(path: Path, engine: Engine, size: int) -> tuple[str, ...]:
+    """Return a line where ids have holes. ``size``: the largest id and one, which a model must have rows for.
+
+    Raises: DataError: it has more than a model can have, or than the config.json beside it says.
+    """
     if not size:
         raise DataError(f"tokenizer {path} has no tokens; name another")
     if size > MOST_TOKENS:
@@ -108,10 +111,12 @@ def check_size(path: Path, engine: Engine, size: int) -> None:
             f"{path.with_name('config.json')}: vocab_size = {rows}, but {path.name} has ids up to {size - 1}; "
             "they do not belong together"
         )
+    count = engine.get_vocab_size()
+    return (f"tokenizer {path}: {count:,} tokens have ids up to {size - 1:,}; that many rows count",) * (count < size)
 
 
 def check_text(path: Path, engine: Engine, spelling: Spelling, spelled: list[bytes]) -> tuple[str, ...]:
-    """Return a line where text comes back changed from a tokenizer.
+    """Return lines where text comes back changed from a tokenizer.
 
     ``spelled``: the bytes of every token.
     Raises: DataError: characters are lost, or a text can spell a special token.
@@ -120,7 +125,7 @@ def check_text(path: Path, engine: Engine, spelling: Spelling, spelled: list[byt
         count = "no tokens for bytes"
         if len(lacking) < len(UTF8_BYTES):
             count = f"no token for {len(lacking)} of the {len(UTF8_BYTES)} bytes of text, such as 0x{lacking[0]:02X}"
-        unknown = f"becomes {spelling.unknown}" if spelling.unknown else "is left out"
+        unknown = f"becomes {spelling.unknown}" if spelling.unknown else "is lost"
         raise DataError(
             f"tokenizer {path} ({spelling.model}) has {count}: what it does not know {unknown}; use byte-level BPE, or "
             "SentencePiece with byte fallback"
@@ -128,7 +133,7 @@ def check_text(path: Path, engine: Engine, spelling: Spelling, spelled: list[byt
     _check_special_text(path, engine)
     found = b"".join(spelled[number] for number in engine.encode(PROBE, add_special_tokens=False).ids)
     if _same(found, PROBE):
-        return ()
+        return _blanks_lost(path, engine, spelled)
     normalised = PROBE
     if engine.normalizer is not None:
         normalised = spelling.text_of_normalised(engine.normalizer.normalize_str(PROBE))
@@ -137,7 +142,7 @@ def check_text(path: Path, engine: Engine, spelling: Spelling, spelled: list[byt
             f"tokenizer {path} ({spelling.model}) loses text: of {len(PROBE.encode())} bytes of a test text come back "
             f"{len(found)}; use byte-level BPE, or SentencePiece with byte fallback"
         )
-    kind = type(engine.normalizer).__name__
+    kind = ", ".join(_kinds(json.loads(engine.normalizer.__getstate__())))
     return (
         f"tokenizer {path}: its normalizer ({kind}) changes text before it is encoded; what is trained on is the "
         "changed text, and decoding does not give the original back",
@@ -149,6 +154,25 @@ def _same(found: bytes, text: str) -> bool:
     return found in (text.encode(), b" " + text.encode())
 
 
+def _kinds(normalizer: dict[str, Any]) -> list[str]:
+    inner = normalizer.get("normalizers")
+    return [kind for part in inner for kind in _kinds(part)] if inner else [normalizer["type"]]
+
+
+def _blanks_lost(path: Path, engine: Engine, spelled: list[bytes]) -> tuple[str, ...]:
+    """Return a line where a token that text may spell takes the blanks beside it away."""
+    tokens = [t.content for t in engine.get_added_tokens_decoder().values() if not t.special]
+    texts = [f"a {token} b" for token in tokens]
+    found = engine.encode_batch_fast(texts, add_special_tokens=False)
+    lossy = [
+        token
+        for token, text, encoding in zip(tokens, texts, found)
+        if not _same(b"".join(spelled[number] for number in encoding.ids), text)
+    ]
+    more = f" and {len(lossy) - 1} more" if len(lossy) > 1 else ""
+    return (f"tokenizer {path}: blanks beside {lossy[0]}{more} are lost",) if lossy else ()
+
+
 def _check_special_text(path: Path, engine: Engine) -> None:
     """Refuse a tokenizer to which text is a special token: a document that spells it would end there."""
     special = {number: token for number, token in engine.get_added_tokens_decoder().items() if token.special}
@@ -157,5 +181,5 @@ def _check_special_text(path: Path, engine: Engine) -> None:
         if number in encoding.ids:
             raise DataError(
                 f"tokenizer {path} encodes the text {token.content} as the special token of that name: what a document "
-                "says could end it; take the token out of the model's own vocabulary"
+                "says could end it; use a tokenizer whose special tokens no text can spell"
             )
