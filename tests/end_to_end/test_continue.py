@@ -3,54 +3,18 @@ trained on under DualPipe x EP on text of one's own with some of the old, and go
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 from launcher import evaluate, export_hf, generate, import_hf, prepare_data
 from testing.torchrun import torchrun
-from testing.trained_elsewhere import BEGIN, END, PAD, SHAPE, publish
+from testing.trained_elsewhere import BEGIN, END, PAD, SHAPE, as_recipe, old_text, own_text, publish
 from testing.training.whole_runs import events, steps
 
 PUBLISHED = "runs/moonlight_16b_published"
-LENGTH = 128
-# The shipped recipe at the size of the model published here, and a rate for a model this narrow.
-CUT = [
-    *(f"model.{key}={value}" for key, value in SHAPE.items() if key not in ("num_key_value_heads", "q_lora_rank")),
-    "precision=fp32",
-    "backend=torch",
-    f"data.sequence_length={LENGTH}",
-    "optim.learning_rate=[{until: 10 steps, shape: linear, to: 1.5e-3},{until: 60 steps, shape: cosine, to: 1.5e-4}]",
-    "optim.global_batch=16",
-    "run.tokens=null",
-    "run.steps=60",
-    "run.evaluate_every_steps=0",
-    "logging.wandb=disabled",
-    "logging.report_every_seconds=0",
-]
-
-
-def old_text(folder):
-    """Prose: the topics of Python's own help."""
-    from pydoc_data.topics import topics  # half a megabyte
-
-    folder.mkdir()
-    for name, text in topics.items():
-        (folder / f"{name.replace('/', '_')}.txt").write_text(text)
-    return list(topics.values())
-
-
-def own_text(folder):
-    """Source code."""
-    folder.mkdir()
-    library = Path(sysconfig.get_path("stdlib"))
-    for package in ("asyncio", "email", "http", "json"):
-        for file in sorted((library / package).glob("*.py")):
-            shutil.copy(file, folder / f"{package}_{file.name}")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +23,7 @@ def road(tmp_path_factory):
     place, before = tmp_path_factory.mktemp("road"), Path.cwd()
     os.chdir(place)
     try:
-        publish(place / "published", old_text(place / "old"), steps=60, length=LENGTH)
+        publish(place / "published", old_text(place / "old"), steps=60)
         own_text(place / "own")
         import_hf.main(["input=published", f"output={PUBLISHED}", "recipe=moonlight_16b", "processes=1"])
         shared = ["tokenizer=published", "held_out=0.1", "workers=1"]
@@ -67,7 +31,7 @@ def road(tmp_path_factory):
         for text in ("own", "old"):
             prepare_data.main([f"input={text}", f"output={text}_shards", *shared])
         root = Path(__file__).resolve().parents[2]
-        words = ["recipe=moonlight_16b", "parallel=pp2_ep2", "data.path=shards", *CUT]
+        words = ["recipe=moonlight_16b", "parallel=pp2_ep2", "data.path=shards", *as_recipe(60)]
         shown, code = torchrun(4, root / "launcher" / "pretrain.py", *words, folder=place)
         assert code == 0, "\n".join(shown[-20:])
         export_hf.main(["run=runs/moonlight_16b", "output=exported", "dtype=fp32", "processes=1"])
