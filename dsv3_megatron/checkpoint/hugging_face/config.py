@@ -131,7 +131,7 @@ def _merged(config: dict[str, Any], family: Family) -> dict[str, Any]:
         if key in config and config[key] is None:
             given[key] = 0 if key == "n_shared_experts" else 1  # null: none of them; no groups
     kinds = config.get("mlp_layer_types")
-    if kinds and "first_k_dense_replace" not in given:
+    if isinstance(kinds, list) and "first_k_dense_replace" not in given:
         given["first_k_dense_replace"] = kinds.index("sparse") if "sparse" in kinds else len(kinds)
     if "qk_rope_head_dim" not in given and config.get("head_dim") and family.new_places:
         given["qk_rope_head_dim"] = config["head_dim"]  # another name of it in this class

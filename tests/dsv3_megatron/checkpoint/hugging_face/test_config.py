@@ -124,6 +124,8 @@ REFUSALS = [
     (V3 | {"architectures": ["DeepseekV3ForSequenceClassification"]}, "architectures"),
     (V2 | {"model_type": "deepseek_v3", "architectures": V3["architectures"]}, "scoring_func"),
     (V2 | {"norm_topk_prob": True}, "norm_topk_prob"),
+    (V2 | {"num_experts_per_tok": None}, "num_experts_per_tok"),
+    (GLM | {"mlp_layer_types": 3, "first_k_dense_replace": None}, "mlp_layer_types"),
     (V3 | {"scoring_func": "softmax"}, "scoring_func"),
     (V3 | {"topk_method": "greedy"}, "topk_method"),
     (KIMI_25 | {"text_config": KIMI | {"index_topk": 1}}, "index_topk"),
