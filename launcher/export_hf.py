@@ -1,8 +1,8 @@
 """Weights for everybody: python launcher/export_hf.py run=RUN_DIRECTORY output=FOLDER [dtype=fp32|bf16|fp8]
 
-Writes the newest valid checkpoint as Hugging Face deepseek_v3: sharded safetensors with their index, config.json,
-tokenizer and recipe, which transformers, vLLM and SGLang load. The MTP module is the layer after the last. Memory is a
-shard a process. The same command again goes on where it was stopped.
+Writes the newest valid checkpoint as Hugging Face files of its class (model.model_type): sharded safetensors, index,
+config.json, tokenizer and recipe, which transformers, vLLM and SGLang load. The MTP module is the layer after the last.
+Memory is a shard a process. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations

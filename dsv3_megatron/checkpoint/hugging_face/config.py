@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsv3_megatron.checkpoint.hugging_face.config_keys import ALIASES, AROUND, OURS, is_known, refusal
+from dsv3_megatron.checkpoint.hugging_face.config_keys import ALIASES, AROUND, HARMLESS, OURS, is_known, refusal
 from dsv3_megatron.checkpoint.hugging_face.config_rope import rope_from_config, rope_to_config
 from dsv3_megatron.checkpoint.hugging_face.families import FAMILIES, OUTSIDE, Family
 from dsv3_megatron.model.settings import ModelSettings
@@ -25,9 +25,7 @@ def settings_from_config(config: dict[str, Any]) -> ModelSettings:
     Raises: CheckpointError: it describes another kind of model, naming the key.
     """
     text = text_model(config)
-    if text is not config and config.get("tie_word_embeddings"):
-        raise CheckpointError(_refused("tie_word_embeddings", True, "embedding and head are two matrices here"))
-    for key, value in text.items():
+    for key, value in [*text.items(), *config.items()]:
         rule = refusal(key)
         if rule is not None and value is not None and not _is_one_of(value, rule[0]):
             raise CheckpointError(_refused(key, value, rule[1]))
@@ -74,7 +72,10 @@ def told_by_config(config: dict[str, Any]) -> list[str]:
         lines.append("config.json: model_type is absent; taken as deepseek_v3")
     unknown = {key: value for key, value in text.items() if not is_known(key)}
     if text is not config:
-        unknown |= {key: value for key, value in config.items() if not is_known(key) and key not in AROUND}
+        beside = {
+            key: value for key, value in config.items() if key not in AROUND and value not in (None, text.get(key))
+        }
+        unknown |= {key: value for key, value in beside.items() if key not in HARMLESS}
     return lines + [
         f"config.json: {key} = {_shown(value)} is not known here and was not used" for key, value in unknown.items()
     ]
@@ -130,7 +131,7 @@ def _merged(config: dict[str, Any], family: Family) -> dict[str, Any]:
         if key in config and config[key] is None:
             given[key] = 0 if key == "n_shared_experts" else 1  # null: none of them; no groups
     kinds = config.get("mlp_layer_types")
-    if kinds and "first_k_dense_replace" not in given:
+    if isinstance(kinds, list) and "first_k_dense_replace" not in given:
         given["first_k_dense_replace"] = kinds.index("sparse") if "sparse" in kinds else len(kinds)
     if "qk_rope_head_dim" not in given and config.get("head_dim") and family.new_places:
         given["qk_rope_head_dim"] = config["head_dim"]  # another name of it in this class

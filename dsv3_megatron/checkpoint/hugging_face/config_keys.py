@@ -15,7 +15,7 @@ ALIASES = {
     "num_local_experts": "n_routed_experts",
     "num_experts": "n_routed_experts",
 }
-# Widths of a head that follow from others, and must agree with them.
+# What follows from other keys, and must agree with them.
 DERIVED = ("head_dim", "qk_head_dim", "num_key_value_heads", "mlp_layer_types")
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 # Fields of ModelSettings that no config.json has: ours alone.
@@ -81,7 +81,6 @@ _SAMPLING = "how text is sampled"
 _TRAINED = "a weight of a training loss; the recipe has its own"
 _OUTPUTS = "what a call returns"
 _OLD = "transformers wrote it into every file"
-_VISION = "of the images around the text model, which are not taken"
 HARMLESS: dict[str, str] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"), _TEXT),
     **dict.fromkeys(("tokenizer_class", "prefix", "decoder_start_token_id"), _TEXT),
@@ -108,12 +107,12 @@ HARMLESS: dict[str, str] = {
     **dict.fromkeys(("ep_size", "pretraining_tp"), "how its training was spread over ranks"),
     **dict.fromkeys(("_attn_implementation", "attn_implementation", "experts_implementation"), "which kernels compute"),
 }  # fmt: skip
-# Beside ``text_config``.
-AROUND: dict[str, str] = dict.fromkeys(
-    ("vision_config", "ignore_index", "media_placeholder_token_id", "image_token_id", "video_token_id",
+# Beside ``text_config``: of its other models, or read at both places.
+AROUND = frozenset(
+    {"text_config", "architectures", "model_type", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings",
+     "vision_config", "audio_config", "ignore_index", "media_placeholder_token_id", "image_token_id", "video_token_id",
      "image_token_index", "vision_start_token_id", "vision_end_token_id", "projection_hidden_size",
-     "projection_layer_norm_eps", "use_unified_vision_chunk", "video_placeholder", "projector_hidden_act"),
-    _VISION,
+     "projection_layer_norm_eps", "use_unified_vision_chunk", "video_placeholder", "projector_hidden_act"}
 )  # fmt: skip
 
 

@@ -56,6 +56,27 @@ def forwards(overrides):
     return {name: dict(counts) for name, counts in found.items()} | {"dispatchers": dispatchers}
 
 
+def norm_epsilons(overrides):
+    """Return what the norms of a te model add to the mean square: {name inside its layer: values}."""
+    recipe = small_recipe(*overrides)
+    start_processes(World.from_environment(), torch.device("cpu"))
+    try:
+        parts = build_parts(recipe, recipe.layout(1), torch.device("cpu"))
+        found = collections.defaultdict(set)
+        for name, module in parts.whole_model.named_modules():
+            if isinstance(getattr(module, "eps", None), float):
+                found[name.rpartition(".")[2]].add(module.eps)
+        return dict(found)
+    finally:
+        stop_processes()
+
+
+def test_latents_are_normed_with_the_published_epsilon():
+    ((found,),) = run_ranks(1, norm_epsilons, [(*WORDS, "model.rms_norm_eps=0.01")], preload=TE)
+    assert found["linear_q_up_proj"] == found["linear_kv_up_proj"] == {1e-6}
+    assert found["input_layernorm"] == found["pre_mlp_layernorm"] == {0.01}
+
+
 EXEMPT = "precision.fp8.high_precision_layers=[1,1]"
 MODULES = {
     "fp8": FP8,

@@ -124,6 +124,8 @@ REFUSALS = [
     (V3 | {"architectures": ["DeepseekV3ForSequenceClassification"]}, "architectures"),
     (V2 | {"model_type": "deepseek_v3", "architectures": V3["architectures"]}, "scoring_func"),
     (V2 | {"norm_topk_prob": True}, "norm_topk_prob"),
+    (V2 | {"num_experts_per_tok": None}, "num_experts_per_tok"),
+    (GLM | {"mlp_layer_types": 3, "first_k_dense_replace": None}, "mlp_layer_types"),
     (V3 | {"scoring_func": "softmax"}, "scoring_func"),
     (V3 | {"topk_method": "greedy"}, "topk_method"),
     (KIMI_25 | {"text_config": KIMI | {"index_topk": 1}}, "index_topk"),
@@ -200,6 +202,10 @@ def test_an_unknown_key_is_told_on_import(tmp_path, capsys):
     assert "config.json: other = 2 is not known here and was not used" in printed
     assert any(line.startswith("config.json: new_thing = {'a'") and len(line) < 150 for line in printed)
     assert not told_by_config(V3)
+    wrapped = told_by_config(KIMI_25 | {"audio_thing": 3, "hidden_size": 65, "vocab_size": 128})
+    assert [line.split(" = ")[0] for line in wrapped[1:]] == ["config.json: audio_thing", "config.json: hidden_size"]
+    with pytest.raises(CheckpointError, match="sliding_window"):
+        read(KIMI_25 | {"sliding_window": 8})
 
 
 def test_every_key_of_transformers_classes_is_known():
