@@ -148,6 +148,31 @@ def test_what_transformers_saves_is_read_and_what_is_written_it_reads(name, stac
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["as published", "as transformers names them"])
+def test_the_text_model_of_a_larger_one_that_transformers_saves_is_read(stacked, tmp_path):
+    from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+    from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
+
+    text = theirs("DeepseekV3")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "pos_emb_height": 4, "pos_emb_width": 4}
+    vision = {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Kimi_K25Config(
+        text_config=text.config.to_dict(), vision_config=vision, projection_hidden_size=128, tie_word_embeddings=False
+    )
+    larger = Kimi_K25ForConditionalGeneration(config)
+    larger.model.language_model.load_state_dict(text.model.state_dict())
+    larger.lm_head.load_state_dict(text.lm_head.state_dict())
+    larger.save_pretrained(tmp_path / "saved", save_original_format=not stacked)
+    sources = find_sources(TINY, tmp_path / "saved", json.loads((tmp_path / "saved/config.json").read_text()))
+    assert any("tensors of vision_tower are left out" in line for line in sources.told)
+    import_weights(sources, tmp_path / "run/checkpoints", recipe="", dtype=None, processes=1)
+    found = imported(tmp_path / "run", sources.model)
+    text.save_pretrained(tmp_path / "text")
+    expected = load_file(tmp_path / "text/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 # -- the folder of an export -------------------------------------------------------------------------------------------
 
 
