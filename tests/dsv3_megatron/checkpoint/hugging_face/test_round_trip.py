@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dsv3_megatron.checkpoint.hugging_face.export import INDEX, export
+from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
+from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
 from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
+from dsv3_megatron.precision.weights import dequantise_weight
 from launcher import export_hf, import_hf
 from launcher.command_line.compose import compose, resolved_yaml
 from parallel.errors import CheckpointError
@@ -79,6 +81,20 @@ def test_scales_are_chosen_anew_where_they_are_asked_for(recipe, tmp_path):
         block = expected[name][128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
         scale = tensors[f"{name}_scale_inv"][i, j]
         assert scale.item() == pytest.approx(block.abs().max().item() / 448, rel=1e-6)
+
+
+def test_a_block_that_was_trained_stays_within_what_its_scales_can_hold(tmp_path):
+    """Exponents alone: another scale than a power of two would be rounded, and its numbers be others."""
+    tensor = next(t for t in published_tensors(WIDE) if t.name.endswith("0.self_attn.o_proj.weight"))
+    kept = tmp_path / "kept.safetensors"
+    grid = tuple(-(-size // 128) for size in tensor.shape)
+    save_file({tensor.name: torch.ones(grid).to(torch.float8_e8m0fnu)}, kept)
+    weight = torch.randn(tensor.shape) * 0.02
+    found = as_stored(tensor, weight, "fp8", Scales(power_of_two=False, kept=kept))
+    data, scales = found[tensor.name], found[f"{tensor.name}_scale_inv"]
+    assert scales.dtype == torch.float8_e8m0fnu
+    difference = dequantise_weight(data, scales, torch.float32) - weight
+    assert difference.abs().max() <= weight.abs().max() * 2**-4
 
 
 def test_powers_of_two_can_be_asked_for(recipe, tmp_path):
@@ -211,6 +227,15 @@ def test_files_of_another_model_are_not_touched(there, run, recipe, tmp_path):
         take(run, folder)
     assert "\n" not in error.value.args[0]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_and_its_published_weights_need_folders_of_their_own(run, recipe, tmp_path):
+    with pytest.raises(CheckpointError, match="is the directory of a run; name a new folder"):
+        take(run, run)
+    folder = published().write(tmp_path / "published")
+    with pytest.raises(CheckpointError, match="holds a published model, and no run; name a new folder"):
+        bring(folder, folder, recipe)
+    assert not (folder / "recipe.yaml").exists()
 
 
 def test_an_export_of_the_same_run_is_replaced(run, tmp_path):
