@@ -103,6 +103,8 @@ def refuse_other_files(output: Path, recipe: Recipe) -> None:
     """
     if not output.is_dir():
         return
+    if (output / "checkpoints").exists():
+        raise CheckpointError(f"output = {output} is the directory of a run; name a new folder")
     written = (INDEX, RECIPE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     files = [name for name in written if (output / name).exists()]
     files += sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in output.glob(pattern))

@@ -58,6 +58,8 @@ def main(given: ImportArguments) -> int:
         print(line)
     weights = sources_of(model, Path(given.input), config)
     model = weights.model if weights else model
+    if (Path(given.output) / "config.json").exists():
+        raise CheckpointError(f"output = {given.output} holds a published model, and no run; name a new folder")
     directory = RunDirectory(writable_folder(Path(given.output)))
     recipe = recipe_of(model, folder, given, precision_of(config, given.dtype, weights))
     tokenizer = tokenizer_of(folder, model)

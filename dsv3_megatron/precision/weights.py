@@ -24,6 +24,7 @@ from dsv3_megatron.precision.tiles import (
 )
 
 BLOCK = (128, 128)
+_STRIP = 8  # rows of blocks that are requantised at a time, which takes several copies of them
 
 
 def quantise_weight(weight: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -49,8 +50,13 @@ def requantise_weight(weight: Tensor, published: Tensor, *, power_of_two: bool =
         weight: [N, K].
         published: float32 scale_inv [ceil(N/128), ceil(K/128)] that the weight was made with.
     """
+    strips = zip(weight.split(_STRIP * BLOCK[0]), published.split(_STRIP))
+    found = [_requantise(rows.float(), scales, power_of_two=power_of_two) for rows, scales in strips]
+    return torch.cat([data for data, _ in found]), torch.cat([scales for _, scales in found])
+
+
+def _requantise(weight: Tensor, published: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     data, scale_inv = quantise_weight(weight, power_of_two=power_of_two)
-    weight = weight.float()
     scales = scaled_by_tile(torch.ones_like(weight), published, BLOCK)
     before = encode(weight / scales, E4M3)
     products = decode(before, E4M3, finite=True) * scales

@@ -110,7 +110,8 @@ def as_stored(tensor: Published, values: Tensor, dtype: str, scales: Scales = Sc
         if kept is None:
             data, scale_inv = quantise_weight(values.float(), power_of_two=scales.power_of_two)
         else:
-            data, scale_inv = requantise_weight(values, kept.float(), power_of_two=scales.power_of_two)
+            powers = scales.power_of_two or kept.dtype == torch.float8_e8m0fnu  # which holds nothing else
+            data, scale_inv = requantise_weight(values, kept.float(), power_of_two=powers)
             scale_inv = scale_inv.to(kept.dtype)
         return {tensor.name: data, f"{tensor.name}_scale_inv": scale_inv}
     return {tensor.name: values.to(TORCH_DTYPES[dtype])}
@@ -158,7 +159,7 @@ def _source(shard: Shard) -> str:
     """Return what a shard was made of: another checkpoint or dtype makes it anew."""
     files = sorted((name, facts["xxh3"]) for name, facts in read_content(shard.checkpoint)["files"].items())
     content = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
-    kept = checksum(shard.scales.kept) if shard.scales.kept else None
+    kept = shard.scales.kept.stat().st_mtime_ns if shard.scales.kept else None
     return f"{content} {shard.prefix}{shard.dtype} {len(shard.tensors)} {shard.scales.power_of_two} {kept}"
 
 

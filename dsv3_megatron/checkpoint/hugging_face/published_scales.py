@@ -85,13 +85,13 @@ def has_power_of_two_scales(path: Path) -> bool | None:
 
 def kept_scales(path: Path, name: str) -> Tensor | None:
     """Return the scales that a weight came with, as they were stored; None where none were kept of it."""
-    file, names = _opened(path)
+    file, names = _opened(path, path.stat().st_mtime_ns)
     return file.get_tensor(name) if name in names else None
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: Path) -> tuple[safe_open, frozenset[str]]:
-    """Return the file and the names in it: opened once a worker."""
+def _opened(path: Path, written: int) -> tuple[safe_open, frozenset[str]]:
+    """Return the file, as it was ``written`` last, and the names in it: opened once a worker."""
     file = safe_open(path, "pt")
     return file, frozenset(file.keys())
 

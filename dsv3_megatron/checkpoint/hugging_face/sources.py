@@ -27,7 +27,8 @@ from dsv3_megatron.checkpoint.hugging_face.quantisation import (
 from dsv3_megatron.model.settings import ModelSettings
 from parallel.errors import CheckpointError
 
-_BODY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?((?:embed_tokens|layers|norm)\..*)")
+# transformers 5.23 saves the layers of kimi_k25's text model as "blocks", its word for those of the vision tower.
+_BODY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?(embed_tokens|layers|blocks|norm)(\..*)")
 _HEAD = re.compile(r"(?:model\.)?(?:language_model\.)?(lm_head\..*)")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 # Beside the text model in files of a larger one.
@@ -100,8 +101,11 @@ def _our_names(headers: dict[str, Header]) -> tuple[dict[str, Header], list[str]
         if tower := _TOWERS.fullmatch(name):
             towers[tower[1]] += 1
             continue
-        ours = f"model.{body[1]}" if (body := _BODY.fullmatch(name)) else name
-        ours = head[1] if (head := _HEAD.fullmatch(name)) else ours
+        ours = name
+        if body := _BODY.fullmatch(name):
+            ours = f"model.{body[1].replace('blocks', 'layers')}{body[2]}"
+        elif head := _HEAD.fullmatch(name):
+            ours = head[1]
         if ours in names:
             raise CheckpointError(f"{names[ours].name} and {name} stand for one tensor; keep one of them")
         names[ours] = header
@@ -124,7 +128,7 @@ def _without_absent_mtp(
         place = f"model.layers.{first + depth}.mlp."
         if (f"{place}gate_proj.weight" in names) != is_dense and any(name.startswith(place) for name in names):
             layers = tuple(f"model.layers.{first + behind}." for behind in range(depth, depths))
-            dropped = [name for name in names if name.startswith(layers)]
+            dropped = {name for name in names if name.startswith(layers)}
             names = {name: header for name, header in names.items() if name not in dropped}
             kind, built = ("MoE", "dense") if is_dense else ("dense", "MoE")
             told.append(

@@ -23,7 +23,7 @@ class OpenFiles:
     """The safetensors of a folder, each opened when something of it is asked for."""
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
         self._opened: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -37,7 +37,7 @@ class OpenFiles:
 
     def read(self, header: Header, expert: int | None = None) -> Tensor:
         """Return a tensor, or one expert of a stack, as stored. Raises: CheckpointError: the file cannot be read."""
-        path = self._folder / header.file
+        path = self.folder / header.file
         try:
             if header.file not in self._opened:
                 self._opened[header.file] = self._stack.enter_context(safe_open(path, "pt"))
@@ -60,7 +60,7 @@ class OpenFiles:
         else:
             values = found if dtype is None else found.to(DTYPES[dtype])
         if not bool(values.isfinite().all()):
-            place = f"{self._folder / stored.tensor.file}: {stored.tensor.name}"
+            place = f"{self.folder / stored.tensor.file}: {stored.tensor.name}"
             place += "" if stored.expert is None else f" (expert {stored.expert})"
             if bool(found.float().isfinite().all()):
                 raise CheckpointError(f"{place} holds numbers that {dtype or 'bf16'} cannot; use dtype=fp32")
@@ -79,7 +79,8 @@ def check_copy(files: OpenFiles, source: Source, values: Tensor, dtype: str | No
         return
     original = files.values(source.copy_of, dtype)
     if not torch.equal(values, original.to(values.dtype)):
+        tensor = source.stored.tensor
         raise CheckpointError(
-            f"{source.stored.tensor.file}: {source.stored.tensor.name} differs from {source.copy_of.tensor.name}; an "
-            "MTP module that does not share them with the model cannot be built here"
+            f"{files.folder / tensor.file}: {tensor.name} differs from {source.copy_of.tensor.name}; an MTP module "
+            "that does not share them with the model cannot be built here"
         )

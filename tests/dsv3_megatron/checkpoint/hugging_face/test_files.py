@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
+from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
+from dsv3_megatron.checkpoint.hugging_face.published_scales import check_scales
+from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
 from dsv3_megatron.checkpoint.manifest import newest_valid
 from launcher import import_hf
-from launcher.command_line.compose import load_resolved
 from parallel.errors import CheckpointError
 from testing.published import E4M3, fp8, imported, published
 
@@ -23,12 +25,12 @@ NORM = "model.layers.0.input_layernorm.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
-def read(made, tmp_path, *words, **options):
-    """Return (what an import holds, its recipe)."""
-    folder = made.write(tmp_path / "published", **options)
-    assert import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}", "processes=1", *words]) == 0
-    recipe = load_resolved(tmp_path / "run" / "recipe.yaml")
-    return imported(tmp_path / "run", recipe.model), recipe
+def read(made, tmp_path, dtype=None, **options):
+    """Return (what an import holds, what was found of it, what there is to tell)."""
+    sources = find_sources(made.model, made.write(tmp_path / "published", **options), made.config)
+    told = [*sources.told, check_scales(sources) or ""]
+    import_weights(sources, tmp_path / "run/checkpoints", recipe="", dtype=dtype, processes=1)
+    return imported(tmp_path / "run", sources.model), sources, "\n".join(told)
 
 
 def refused(folder, *words):
@@ -84,7 +86,7 @@ NAMES = {
 def test_other_names_of_the_same_tensors_are_read(change, tmp_path):
     made, expected = published(), published().tensors
     change(made)
-    found, _ = read(made, tmp_path)
+    found, _, _ = read(made, tmp_path)
     for name, values in found.items():
         assert torch.equal(values, expected[name]), name
 
@@ -92,20 +94,21 @@ def test_other_names_of_the_same_tensors_are_read(change, tmp_path):
 def test_what_is_left_out_is_told(tmp_path, capsys):
     made = published()
     inside_a_larger_model(made)
-    read(made, tmp_path)
+    folder = made.write(tmp_path / "published")
+    assert import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}", "processes=1"]) == 0
     told = capsys.readouterr().out
     assert "1 tensors of vision_tower are left out" in told and "1 tensors of mm_projector are left out" in told
 
 
-def test_an_mtp_module_of_another_kind_is_left_out_and_told(tmp_path, capsys):
+def test_an_mtp_module_of_another_kind_is_left_out_and_told(tmp_path):
     made = published()
     dense = {name: values for name, values in made.tensors.items() if not name.startswith("model.layers.2.mlp.")}
     for part in ("gate", "up", "down"):
         shape = (24, 40) if part == "down" else (40, 24)
         dense[f"model.layers.2.mlp.{part}_proj.weight"] = torch.ones(shape, dtype=torch.bfloat16)
-    found, recipe = read(replace(made, tensors=dense), tmp_path)
-    assert recipe.model.num_nextn_predict_layers == 0 and torch.equal(found[MATRIX], made.tensors[MATRIX])
-    assert "the MTP module in layer 2 is dense" in capsys.readouterr().out
+    found, sources, told = read(replace(made, tensors=dense), tmp_path)
+    assert sources.model.num_nextn_predict_layers == 0 and torch.equal(found[MATRIX], made.tensors[MATRIX])
+    assert "the MTP module in layer 2 is dense" in told
 
 
 # -- dtypes ------------------------------------------------------------------------------------------------------------
@@ -115,12 +118,12 @@ def test_an_mtp_module_of_another_kind_is_left_out_and_told(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
 def test_plain_dtypes_are_read(stored, dtype, tmp_path):
     made = published(dtype=stored)
-    found, recipe = read(made, tmp_path, *([f"dtype={dtype}"] if dtype else []), shards=1)
+    found, sources, _ = read(made, tmp_path, dtype, shards=1)
     kept = {"fp32": torch.float32, "bf16": torch.bfloat16, None: stored}[dtype]
     for name, values in found.items():
         expected = torch.float32 if name.endswith("correction_bias") else kept
         assert values.dtype == expected and torch.equal(values, made.tensors[name].to(expected)), name
-    assert recipe.precision.name == (dtype or ("fp32" if stored == torch.float32 else "bf16"))
+    assert sources.is_float32 == (stored == torch.float32)
 
 
 FP8 = {
@@ -144,7 +147,7 @@ def test_fp8_is_multiplied_by_its_scales(options, tmp_path):
     expected = fp8(made, **options)
     if options.get("scale_dtype") is torch.uint8:
         made.config["quantization_config"]["scale_fmt"] = "ue8m0"
-    found, _ = read(made, tmp_path, "dtype=fp32")
+    found, _, _ = read(made, tmp_path, "fp32")
     for name, values in found.items():
         assert torch.equal(values, expected[name].float()), name
 
@@ -162,7 +165,7 @@ def test_stacks_of_experts_in_fp8_are_read(width, tmp_path):
         expected[name] = data.float() * each
         made.tensors |= {name: data, f"{name}_scale_inv": scales}
     made.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [width, width]}
-    found, _ = read(made, tmp_path, "dtype=fp32")
+    found, _, _ = read(made, tmp_path, "fp32")
     for layer in (1, 2):
         place = f"model.layers.{layer}.mlp.experts"
         for expert in range(4):
@@ -171,12 +174,11 @@ def test_stacks_of_experts_in_fp8_are_read(width, tmp_path):
             assert torch.equal(parts[2], expected[f"{place}.down_proj"][expert])
 
 
-def test_scales_that_are_no_powers_of_two_are_told(tmp_path, capsys):
+def test_scales_that_are_no_powers_of_two_are_told(tmp_path):
     made = published()
     fp8(made, power_of_two=False)
     made.config["quantization_config"]["scale_fmt"] = "ue8m0"
-    read(made, tmp_path)
-    assert "scale_fmt = ue8m0, but" in capsys.readouterr().out
+    assert "scale_fmt = ue8m0, but" in read(made, tmp_path)[2]
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

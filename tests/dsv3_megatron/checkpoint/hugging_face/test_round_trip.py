@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dsv3_megatron.checkpoint.hugging_face.export import INDEX, export
+from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
+from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
 from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
+from dsv3_megatron.precision.weights import dequantise_weight
 from launcher import export_hf, import_hf
 from launcher.command_line.compose import compose, resolved_yaml
 from parallel.errors import CheckpointError
@@ -81,6 +83,20 @@ def test_scales_are_chosen_anew_where_they_are_asked_for(recipe, tmp_path):
         assert scale.item() == pytest.approx(block.abs().max().item() / 448, rel=1e-6)
 
 
+def test_a_block_that_was_trained_stays_within_what_its_scales_can_hold(tmp_path):
+    """Exponents alone: another scale than a power of two would be rounded, and its numbers be others."""
+    tensor = next(t for t in published_tensors(WIDE) if t.name.endswith("0.self_attn.o_proj.weight"))
+    kept = tmp_path / "kept.safetensors"
+    grid = tuple(-(-size // 128) for size in tensor.shape)
+    save_file({tensor.name: torch.ones(grid).to(torch.float8_e8m0fnu)}, kept)
+    weight = torch.randn(tensor.shape) * 0.02
+    found = as_stored(tensor, weight, "fp8", Scales(power_of_two=False, kept=kept))
+    data, scales = found[tensor.name], found[f"{tensor.name}_scale_inv"]
+    assert scales.dtype == torch.float8_e8m0fnu
+    difference = dequantise_weight(data, scales, torch.float32) - weight
+    assert difference.abs().max() <= weight.abs().max() * 2**-4
+
+
 def test_powers_of_two_can_be_asked_for(recipe, tmp_path):
     made = published(WIDE)
     bring(made.write(tmp_path / "published"), tmp_path / "run", recipe)
@@ -148,6 +164,31 @@ def test_what_transformers_saves_is_read_and_what_is_written_it_reads(name, stac
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["as published", "as transformers names them"])
+def test_the_text_model_of_a_larger_one_that_transformers_saves_is_read(stacked, tmp_path):
+    from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+    from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
+
+    text = theirs("DeepseekV3")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "pos_emb_height": 4, "pos_emb_width": 4}
+    vision = {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Kimi_K25Config(
+        text_config=text.config.to_dict(), vision_config=vision, projection_hidden_size=128, tie_word_embeddings=False
+    )
+    larger = Kimi_K25ForConditionalGeneration(config)
+    larger.model.language_model.load_state_dict(text.model.state_dict())
+    larger.lm_head.load_state_dict(text.lm_head.state_dict())
+    larger.save_pretrained(tmp_path / "saved", save_original_format=not stacked)
+    sources = find_sources(TINY, tmp_path / "saved", json.loads((tmp_path / "saved/config.json").read_text()))
+    assert any("tensors of vision_tower are left out" in line for line in sources.told)
+    import_weights(sources, tmp_path / "run/checkpoints", recipe="", dtype=None, processes=1)
+    found = imported(tmp_path / "run", sources.model)
+    text.save_pretrained(tmp_path / "text")
+    expected = load_file(tmp_path / "text/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 # -- the folder of an export -------------------------------------------------------------------------------------------
 
 
@@ -186,6 +227,15 @@ def test_files_of_another_model_are_not_touched(there, run, recipe, tmp_path):
         take(run, folder)
     assert "\n" not in error.value.args[0]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_and_its_published_weights_need_folders_of_their_own(run, recipe, tmp_path):
+    with pytest.raises(CheckpointError, match="is the directory of a run; name a new folder"):
+        take(run, run)
+    folder = published().write(tmp_path / "published")
+    with pytest.raises(CheckpointError, match="holds a published model, and no run; name a new folder"):
+        bring(folder, folder, recipe)
+    assert not (folder / "recipe.yaml").exists()
 
 
 def test_an_export_of_the_same_run_is_replaced(run, tmp_path):
