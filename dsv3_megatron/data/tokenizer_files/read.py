@@ -93,11 +93,17 @@ def _switch_off(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_size(path: Path, engine: Engine, size: int) -> tuple[str, ...]:
-    """Return a line where ids have holes. ``size``: the largest id and one, which a model must have rows for.
+def rows_of(engine: Engine) -> int:
+    """Return the largest id and one: the rows that a model needs. There may be fewer tokens, for ids may have holes."""
+    return 1 + max(engine.get_vocab().values(), default=-1)
 
-    Raises: DataError: it has more than a model can have, or than the config.json beside it says.
+
+def check_size(path: Path, engine: Engine) -> tuple[str, ...]:
+    """Return a line where ids have holes.
+
+    Raises: DataError: there are more than a model can have, or than the config.json beside the file says.
     """
+    size = rows_of(engine)
     if not size:
         raise DataError(f"tokenizer {path} has no tokens; name another")
     if size > MOST_TOKENS:
