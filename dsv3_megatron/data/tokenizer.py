@@ -38,6 +38,7 @@ from dsv3_megatron.data.tokenizer_files.read import (
     check_size,
     check_text,
     has_files_beside,
+    mark_special,
     read_engine,
     rows_of,
     tokenizer_file,
@@ -98,6 +99,7 @@ class Tokenizer:
         engine, notes = read_engine(path)
         notes += check_size(path, engine)
         names = names_beside(path, engine) if has_files_beside(path) else known_names(engine)
+        mark_special(engine, (names.begin, names.end, names.pad))
         tokenizer = cls(engine, names, notes)
         if tokenizer.end is None:
             known = ", ".join((END, *ALSO_CALLED[END]))
