@@ -38,7 +38,9 @@ from dsv3_megatron.data.tokenizer_files.read import (
     check_size,
     check_text,
     has_files_beside,
+    mark_special,
     read_engine,
+    rows_of,
     tokenizer_file,
 )
 from dsv3_megatron.data.tokenizer_files.spelling import Spelling
@@ -73,7 +75,7 @@ class Tokenizer:
         self._engine = engine
         engine.encode_special_tokens = True  # a document that spells <｜end▁of▁sentence｜> must not end there
         self.names, self.notes = names or known_names(engine), notes
-        self.vocab_size = 1 + max(engine.get_vocab().values(), default=-1)  # ids may have holes: the largest counts
+        self.vocab_size = rows_of(engine)
         self.begin, self.end, self.pad = map(self._id, (self.names.begin, self.names.end, self.names.pad))
         found = (known_token(engine, name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
         self.fim_begin, self.fim_hole, self.fim_end = map(self._id, found)
@@ -95,7 +97,9 @@ class Tokenizer:
         """
         path = tokenizer_file(given)
         engine, notes = read_engine(path)
+        notes += check_size(path, engine)
         names = names_beside(path, engine) if has_files_beside(path) else known_names(engine)
+        mark_special(engine, (names.begin, names.end, names.pad))
         tokenizer = cls(engine, names, notes)
         if tokenizer.end is None:
             known = ", ".join((END, *ALSO_CALLED[END]))
@@ -103,7 +107,6 @@ class Tokenizer:
                 f"tokenizer {path} has no token that ends a document; name it as eos_token in a {CONFIG} beside a "
                 f"{TOKENIZER}, or add one of {known} to its vocabulary"
             )
-        tokenizer.notes += check_size(path, engine, tokenizer.vocab_size)
         tokenizer.notes += check_text(path, engine, tokenizer._spelling, tokenizer._bytes_of_tokens)
         return tokenizer
 

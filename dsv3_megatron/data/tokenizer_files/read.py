@@ -7,9 +7,11 @@ lose text in silence is refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from dsv3_megatron.data.tokenizer_files.convert import convert
@@ -93,11 +95,17 @@ def _switch_off(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_size(path: Path, engine: Engine, size: int) -> tuple[str, ...]:
-    """Return a line where ids have holes. ``size``: the largest id and one, which a model must have rows for.
+def rows_of(engine: Engine) -> int:
+    """Return the largest id and one: the rows that a model needs. There may be fewer tokens, for ids may have holes."""
+    return 1 + max(engine.get_vocab().values(), default=-1)
 
-    Raises: DataError: it has more than a model can have, or than the config.json beside it says.
+
+def check_size(path: Path, engine: Engine) -> tuple[str, ...]:
+    """Return a line where ids have holes.
+
+    Raises: DataError: there are more than a model can have, or than the config.json beside the file says.
     """
+    size = rows_of(engine)
     if not size:
         raise DataError(f"tokenizer {path} has no tokens; name another")
     if size > MOST_TOKENS:
@@ -113,6 +121,14 @@ def check_size(path: Path, engine: Engine, size: int) -> tuple[str, ...]:
         )
     count = engine.get_vocab_size()
     return (f"tokenizer {path}: {count:,} tokens have ids up to {size - 1:,}; that many rows count",) * (count < size)
+
+
+def mark_special(engine: Engine, names: Iterable[str | None]) -> None:
+    """Make tokens special that have a role but are kept as text: a document that spells one must not end there."""
+    special = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
+    for name in names:
+        if name is not None and name not in special:
+            engine.add_special_tokens([AddedToken(name, special=True, normalized=False)])
 
 
 def check_text(path: Path, engine: Engine, spelling: Spelling, spelled: list[bytes]) -> tuple[str, ...]:

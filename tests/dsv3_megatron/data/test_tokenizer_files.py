@@ -186,6 +186,29 @@ def test_tokens_that_take_blanks_away_are_told(tmp_path, content):
     assert line.endswith("blanks beside <mask> are lost")
 
 
+def kept_as_text(content):
+    content["added_tokens"][1]["special"] = False
+
+
+def made_by_merges(content):
+    """The end is a token of the vocabulary that merges lead to, and no added one."""
+    del content["added_tokens"][1]
+    content["model"]["merges"] = [["<", "/"], ["</", "s"], ["</s", ">"]]
+    content["pre_tokenizer"]["pretokenizers"][0]["use_regex"] = False
+    content["model"]["vocab"] |= {"</": 1000, "</s": 1001}
+
+
+def test_a_text_that_spells_the_end_is_text_whatever_the_file_calls_it(tmp_path, content):
+    path, text = saved(tmp_path, content, kept_as_text), "a </s> b</s>"
+    assert 1 in Engine.from_file(str(path)).encode(text).ids
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.end == 1 and 1 not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    path = saved(tmp_path, content, made_by_merges)
+    assert 1 in Engine.from_file(str(path)).encode(text).ids
+    with pytest.raises(DataError, match="encodes the text </s> as the special token"):
+        Tokenizer.load(path)
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 NAMES = ["[BOS]", "[EOS]", "<|im_end|>", "[gMASK]", "<pad>", "<|user|>"]
