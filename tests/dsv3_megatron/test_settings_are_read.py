@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("parallel", "dsv3_megatron", "launcher")
 # Read by another way than as an attribute of its name, and how.
 READ_OTHERWISE = {
-    "ModelSettings.max_position_embeddings": "config.json hands it on to programs that serve; RoPE has no end",
     "ModelSettings.tie_word_embeddings": "false is its only value; config.json repeats it",
 }
 
