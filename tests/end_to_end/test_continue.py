@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from launcher import evaluate, export_hf, generate, import_hf, prepare_data
 from testing.torchrun import torchrun
@@ -50,10 +51,13 @@ def held_out(capsys, run, text):
 def test_the_start_says_what_comes_along_and_balance_is_kept(road):
     place, shown = road
     (started,) = events(place / "runs/moonlight_16b", "started_from")
-    assert started["moments"] is False and 0.005 < started["largest_bias"] < 0.0101 and started["learning_rate"] == 0
-    assert any("router biases as they are there (largest 0.0" in line and "moments fresh" in line for line in shown)
-    lines = steps(place / "runs/moonlight_16b")
-    assert lines[-1]["max_violation"] < lines[0]["max_violation"] * 1.1
+    tensors = load_file(place / "published" / "model.safetensors")
+    largest = max(t.abs().max().item() for name, t in tensors.items() if name.endswith("e_score_correction_bias"))
+    assert started["moments"] is False and started["learning_rate"] == 0
+    assert started["largest_bias"] == pytest.approx(largest) and largest > 0.05
+    assert any(f"router biases as they are there (largest {largest:.2g})" in line for line in shown)
+    first = [line["max_violation"] for line in steps(place / "runs/moonlight_16b")[:10]]
+    assert sum(first) / 10 < 0.7, "with biases of zero it is above 1 (benchmarks/continuing.py)"
 
 
 def test_its_own_text_gets_better_and_the_old_no_worse(road, capsys):
