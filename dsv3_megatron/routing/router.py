@@ -26,8 +26,10 @@ class SequenceBalancedRouter(TopKRouter):
     """Top-k router whose balance loss follows arXiv 2412.19437 Eq. 17 to 20.
 
     ``balance_sum`` adds up, microbatch by microbatch, this rank's share of the loss before its weight (mean over the
-    microbatch's sequences); the trainer reads and clears it once a step.
+    microbatch's sequences); the trainer reads and clears it once a step. ``bias_is_frozen``: no step moves the bias.
     """
+
+    bias_is_frozen = False
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)

@@ -12,6 +12,7 @@ from parallel.errors import CheckpointError
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 # What our model cannot be; key -> the values it stands for.
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "moe_layer_freq": (1,), "model_type": ("deepseek_v3",)}
+_OURS = {"freeze"}  # of a training, not of the model
 
 
 def settings_from_config(config: dict[str, Any]) -> ModelSettings:
@@ -28,7 +29,7 @@ def settings_from_config(config: dict[str, Any]) -> ModelSettings:
             f"config.json: num_key_value_heads = {config['num_key_value_heads']} is not num_attention_heads = {heads}; "
             "latent attention has a key and value for every head"
         )
-    values = {key: config[key] for key in ModelSettings.model_fields if key in config}
+    values = {key: config[key] for key in ModelSettings.model_fields if key in config and key not in _OURS}
     values.setdefault("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
     values |= _rope(config)
     try:
@@ -59,7 +60,7 @@ def config_from_settings(model: ModelSettings, dtype: str, *, begin: int | None,
         dtype: of the files: fp32, bf16, or fp8.
         begin, end: ids of the tokens that begin and end a text, where there is a tokenizer.
     """
-    values = model.model_dump(mode="json")
+    values = model.model_dump(mode="json", exclude=_OURS)
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
