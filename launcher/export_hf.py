@@ -49,7 +49,9 @@ def main(given: ExportArguments) -> int:
     from dsv3_megatron.checkpoint.hugging_face.export import EMA, export
     from dsv3_megatron.checkpoint.manifest import WEIGHTS
 
-    checkpoint = choose_checkpoint(given.run, given.step, holding=("ema",) if given.weights == "ema" else (WEIGHTS,))
+    checkpoint = choose_checkpoint(
+        given.run, given.step, holding=(WEIGHTS, "ema") if given.weights == "ema" else (WEIGHTS,)
+    )
     for wrong in checkpoint.wrong:
         print(f"warning: {wrong}", file=sys.stderr)
     shown = ProgressLine("exporting")

@@ -76,6 +76,7 @@ class Found:
     Attributes:
         optimizer: whether it holds the state of a run, or (imported) weights alone.
         updates: how often the optimizer has updated the weights; None where format 1 keeps it elsewhere.
+        freeze: what was not trained (``model.freeze``): it holds no optimizer state and no average of that.
         checked: whether its files carry checksums of their pieces; else they were read whole before they are trusted.
     """
 
@@ -85,12 +86,13 @@ class Found:
     optimizer: bool = True
     updates: int | None = None
     checked: bool = True
+    freeze: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path, content: dict[str, Any]) -> Found:
         """Return the checkpoint at ``path``, of whose manifest this is the content."""
-        extra, updates = tuple(content["extra"]), content.get("updates")
-        return cls(path, content["progress"], extra, content["optimizer"], updates, content["format"] >= 2)
+        extra, updates, freeze = tuple(content["extra"]), content.get("updates"), tuple(content.get("freeze", ()))
+        return cls(path, content["progress"], extra, content["optimizer"], updates, content["format"] >= 2, freeze)
 
     @property
     def recipe(self) -> Path:

@@ -281,6 +281,7 @@ class Saver:
             "layout": asdict(self._parts.layout),
             "extra": sorted(self._parts.extra_states),
             "optimizer": True,
+            "freeze": list(self._parts.recipe.model.freeze),
             "updates": save.updates,
         }
         write_file(save.partial / MANIFEST, manifest_text(save.progress, files, facts).encode())

@@ -53,6 +53,9 @@ def trained_model(
     damaged, or it holds no average.
     """
     path = choose_checkpoint(directory, step, _read_for(weights)).path
+    found = Found.of(path, read_content(path))
+    # What the checkpoint holds an average of is what was trained then.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"freeze": found.freeze})})
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
@@ -61,7 +64,6 @@ def trained_model(
         data = replace(data, tokenizer=Tokenizer.load(own))
     with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)
-        found = Found.of(path, read_content(path))
         extra = tuple(name for name in found.extra if name == te_amaxes.NAME and name in parts.extra_states)
         if weights == "ema" and (parts.ema is None or "ema" not in found.extra):
             raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")
