@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         if self.model.freeze and self.precision.fp8 is not None and self.precision.fp8.hold_weights:
             raise RecipeError(
                 f"model.freeze = {list(self.model.freeze)} cannot go with precision.fp8.hold_weights = true, which "
-                "leaves of a weight without a float32 master what FP8 holds; set hold_weights=false"
+                "leaves no more of a frozen weight than FP8 holds; set hold_weights=false"
             )
 
     def _check_model_against_layout(self) -> None:

@@ -63,25 +63,26 @@ def _range(found: re.Match[str]) -> range:
 def check_freeze(model: ModelSettings) -> None:
     """Raise RecipeError where ``model.freeze`` names what there is not, or leaves nothing to train."""
     for name in model.freeze:
-        if why := _wrong(name, model):
-            raise RecipeError(f"model.freeze names {name!r}, {why}")
+        if wrong := _wrong(name, model):
+            raise RecipeError(wrong)
     if not any(_trained(model)):
         raise RecipeError(f"model.freeze = {list(model.freeze)} freezes every parameter; leave something to train")
 
 
 def _wrong(name: str, model: ModelSettings) -> str | None:
-    """Return what is wrong with a name, and what to do; None where nothing is."""
+    """Return what is wrong with a name of ``model.freeze``, as a line; None where nothing is."""
     last = model.num_hidden_layers - 1
     if found := _RANGE.match(name):
         layers = _range(found)
         if not layers or layers[-1] > last:
-            return f"but the model's layers are 0 to {last}; write layers.N or layers.N-M within them"
+            return f"model.freeze names {name!r}, but the model's layers are 0 to {last}; write layers.N or layers.N-M"
         return None
     if name not in (*PARTS, MTP):
-        return f"which is no part of the model; use some of {', '.join((*PARTS, MTP))}, layers.N and layers.N-M"
+        known = ", ".join((*PARTS, MTP))
+        return f"model.freeze names {name!r}, which is no part of the model; use some of {known}, layers.N, layers.N-M"
     there = {part for part, _ in _everything(model)}
     if name not in there and not (name == MTP and model.num_nextn_predict_layers):
-        return "of which this model has none; leave it out"
+        return f"model.freeze names {name!r}, of which this model has none; leave it out"
     return None
 
 

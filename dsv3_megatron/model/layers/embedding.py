@@ -29,5 +29,17 @@ class VocabParallelEmbedding(layers.VocabParallelEmbedding):
         with replaced(layers, "F", _FUNCTIONS):
             found = super().forward(input_)
         if self.training and torch.is_grad_enabled() and not found.requires_grad:
-            found.requires_grad_()
+            return _WithGradient.apply(found, torch.empty(0, device=found.device, requires_grad=True))
         return found
+
+
+class _WithGradient(torch.autograd.Function):
+    """Makes a tensor ask for a gradient without keeping it (a leaf would, for as long as it lives)."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, asks: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[None, None]:
+        return None, None

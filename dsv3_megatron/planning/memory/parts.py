@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_megatron.model.freeze import PARTS
+from dsv3_megatron.model.freeze import MTP, PARTS
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 
@@ -235,8 +235,9 @@ class Parts:
 
     def joint(self) -> Part:
         """What precedes the layer of an MTP module: lookup, two norms, projection of both to one, gathered over TP."""
-        x, gathered = 2 * self.g * self.d * self.linear, self.g * self.d * self.size
-        deferred = x + self.t * self.d * self.linear
+        trains, gathered = MTP not in self.model.freeze, self.g * self.d * self.size
+        x = 2 * self.g * self.d * self.linear * trains
+        deferred = x + self.t * self.d * self.linear * trains
         # Run again as a whole, the module keeps lookup and hidden states, and its layer nothing.
         kept = self.message if "full" in self.recompute else x + 2 * self.message + gathered
         return Part(kept, deferred, deferred - x, backward=self.embedding().backward)
@@ -245,5 +246,5 @@ class Parts:
         """Final norm, output head and loss of all predictions, which keep float32 probabilities and normed states."""
         model, tp = self.model, self.layout.tp
         logits = self.g * model.vocab_size / tp
-        kept = predictions * (logits * 4 + self.message)
+        kept = predictions * (logits * 4 + (0 if "head" in self.model.freeze else self.message))
         return Part(kept, forward=min(predictions, 2) * logits * self.size, backward=logits * self.size)

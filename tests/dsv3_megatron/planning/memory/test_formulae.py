@@ -32,7 +32,7 @@ PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
             pytest.param(words, marks=pytest.mark.full)
             for words in (
                 ("parallel.schedule=1f1b", "parallel.recompute=[]", "precision=bf16", "model.freeze=[experts]"),
-                ("parallel.schedule=zb1p", "model.freeze=[attention,head,norms,router]"),
+                ("parallel.schedule=zb1p", "precision=fp8", "model.freeze=[attention,head,norms,router]"),
                 ("parallel.schedule=zb1p", *RECOMPUTE, "parallel.tensor=2", "precision=bf16"),
                 ("parallel.schedule=1f1b", "parallel.recompute=[attention]", "optim.micro_batch=2"),
                 ("parallel.schedule=dualpipe", *RECOMPUTE, "parallel.context=8", "data.sequence_length=32768"),
