@@ -44,6 +44,28 @@ PURPOSES = (
     Row("recipe=kimi_k2", "Kimi-K2's shape on 2,048 GPUs"),
 )
 
+_ONE = "parallel=single"
+FITS = (
+    Row(f"recipe=moonlight_16b cluster=h200_1 {_ONE}", "Moonlight on one GPU of 141 GB"),
+    Row(f"recipe=moonlight_16b cluster=h200_1 {_ONE} model.freeze=[experts]", "all but its routed experts"),
+    Row(
+        f"recipe=moonlight_16b cluster=h100_1 {_ONE} model.freeze=[experts] optim.micro_batch=1",
+        "the same on one of 80 GB",
+    ),
+    Row("recipe=moonlight_16b cluster.gpus_per_node=4 parallel.expert=4", "the whole of it on four of 80 GB"),
+    Row(
+        "recipe=moonlight_16b cluster.gpus_per_node=4 parallel.expert=4 parallel.tensor=2 optim.micro_batch=1",
+        "the same with tensor parallelism",
+    ),
+    Row("recipe=glm_4_7_flash parallel.tensor=1", "GLM-4.7-Flash on eight without tensor parallelism"),
+    Row("recipe=glm_4_7_flash parallel.tensor=1 parallel.recompute=[full]", "the same, whole layers computed again"),
+    Row(
+        f"recipe=glm_4_7_flash cluster=h200_1 {_ONE} parallel.tensor=1 model.freeze=[experts]",
+        "GLM-4.7-Flash on one GPU of 141 GB, its experts frozen",
+    ),
+    Row("recipe=moonlight_16b precision.moments=fp32", "AdamW's moments in float32 instead of BF16"),
+)
+
 
 def plan_of(words: str) -> Plan:
     """Return the plan of a command's words."""
@@ -80,7 +102,7 @@ def _gpu(cluster: str) -> str:
 
 def with_tables(page: str) -> str:
     """Return the page with its tables written anew."""
-    tables = {"purposes": table(PURPOSES)}
+    tables = {"purposes": table(PURPOSES), "fits": table(FITS)}
     return re.sub(
         r"(<!-- table (\w+) -->\n)(?:(?!<!-- end -->).*\n)*(<!-- end -->)",
         lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.health.settings import HealthSettings
+from dsv3_megatron.model.freeze import check_freeze
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import OptimSettings
@@ -53,8 +54,17 @@ class Recipe(BaseModel):
             )
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
+        self._check_freeze()
         self._check_model_against_layout()
         self._check_curves()
+
+    def _check_freeze(self) -> None:
+        check_freeze(self.model)
+        if self.model.freeze and self.precision.fp8 is not None and self.precision.fp8.hold_weights:
+            raise RecipeError(
+                f"model.freeze = {list(self.model.freeze)} cannot go with precision.fp8.hold_weights = true, which "
+                "leaves no more of a frozen weight than FP8 holds; set hold_weights=false"
+            )
 
     def _check_model_against_layout(self) -> None:
         model, parallel = self.model, self.parallel

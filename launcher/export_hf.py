@@ -64,7 +64,9 @@ def main(given: ExportArguments) -> int:
     from dsv3_megatron.checkpoint.hugging_face.export import EMA, check_shapes, export
     from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
 
-    checkpoint = choose_checkpoint(given.run, given.step, holding=("ema",) if given.weights == "ema" else (WEIGHTS,))
+    checkpoint = choose_checkpoint(
+        given.run, given.step, holding=(WEIGHTS, "ema") if given.weights == "ema" else (WEIGHTS,)
+    )
     for wrong in checkpoint.wrong:
         print(f"warning: {wrong}", file=sys.stderr)
     prefix = EMA if given.weights == "ema" else ""

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 # Where and how a run is started and watched: no number that is trained depends on it.
 NOT_TOLD = ("recipe", "run.name", "run.directory", "run.resume", "cluster", "logging", "checkpoint.load")
 FIXED = "model"  # the shape of the tensors that were saved
+NOT_FIXED = ("model.freeze",)  # whose moments are kept: what a checkpoint lacks begins anew (load.py)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any,
 def refusal(found: dict[str, tuple[Any, Any]]) -> str | None:
     """Return the first change that a checkpoint cannot follow, as "key = old, not new"; None if there is none."""
     for key, (old, new) in found.items():
-        if _within(key, (FIXED,)):
+        if _within(key, (FIXED,)) and not _within(key, NOT_FIXED):
             return f"{key} = {show(old)}, not {show(new)}"
     return None
 

@@ -76,6 +76,7 @@ class Found:
     Attributes:
         optimizer: whether it holds the state of a run, or (imported) weights alone.
         updates: how often the optimizer has updated the weights; None where format 1 keeps it elsewhere.
+        freeze: what was not trained (``model.freeze``): it holds no optimizer state and no average of that.
         checked: whether its files carry checksums of their pieces; else they were read whole before they are trusted.
         tokenizer: of the text it was trained on: its sha256 and name; None where there was none, or it does not say.
     """
@@ -87,13 +88,21 @@ class Found:
     updates: int | None = None
     checked: bool = True
     tokenizer: dict[str, str] | None = None
+    freeze: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path, content: dict[str, Any]) -> Found:
         """Return the checkpoint at ``path``, of whose manifest this is the content."""
-        extra, updates, tokenizer = tuple(content["extra"]), content.get("updates"), content.get("tokenizer")
-        checked = content["format"] >= 2
-        return cls(path, content["progress"], extra, content["optimizer"], updates, checked, tokenizer)
+        return cls(
+            path,
+            content["progress"],
+            tuple(content["extra"]),
+            content["optimizer"],
+            content.get("updates"),
+            checked=content["format"] >= 2,
+            tokenizer=content.get("tokenizer"),
+            freeze=tuple(content.get("freeze", ())),
+        )
 
     @property
     def recipe(self) -> Path:

@@ -8,7 +8,8 @@ damaged piece, a fault of a host.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dsv3_megatron.checkpoint.find import Found
+from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from dsv3_megatron.checkpoint.index import index_of
 from dsv3_megatron.checkpoint.optimizer_states import (
     MASTER,
@@ -29,9 +31,12 @@ from dsv3_megatron.checkpoint.optimizer_states import (
     weights_from_masters,
 )
 from dsv3_megatron.checkpoint.read import misfit, read_entries
-from dsv3_megatron.checkpoint.shares import Share, buffer_entries, shares_of, whole_shares
+from dsv3_megatron.checkpoint.shares import Share, buffer_entries, gather_frozen, shares_of, whole_shares
 from dsv3_megatron.checkpoint.state import optimizer_entries, weight_entries
 from dsv3_megatron.checkpoint.write import COMMON
+from dsv3_megatron.model.freeze import is_frozen
+from dsv3_megatron.model.initialise import global_name
+from dsv3_megatron.optim.adamw import longest_late_step
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.run.files import retried
@@ -54,9 +59,10 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
     with agreed():
         shares = shares_of(parts.chunks, parts.optimizer, parts.groups)
         held = {} if training else _held_in_fp8(parts)
-        entries = _masters(found, parts, shares) if training else _weights(shares, held)
+        thawed = set(_thawed(found, parts))
+        entries = _masters(found, parts, shares, thawed) if training else _weights(shares, held)
         entries += buffer_entries(parts.chunks, parts.groups)
-        entries += [entry for name in extra for entry in parts.extra_states[name].entries()]
+        entries += [entry for name in extra for entry in _entries_of(parts, name, but=thawed)]
     index = index_of(found.path, {entry.key for entry in entries})
     with agreed(any_counts=True):
         if reason := misfit(index, entries):
@@ -72,26 +78,52 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
         with torch.no_grad():
             for share, numbers in held.items():
                 share.parameter.copy_(numbers.view(share.parameter.shape))
+    gather_frozen(parts.chunks, parts.groups)
     for name in extra:
         parts.extra_states[name].loaded()
-    return _begin_others(found, parts, extra) if training else []
+    if parts.ema is not None and thawed:
+        parts.ema.begin_anew(thawed)
+    return [*_changed_freeze(found, parts), *_begin_others(found, parts, extra)] if training else []
 
 
-def _masters(found: Found, parts: Parts, shares: Sequence[Share]) -> list[Entry]:
-    """Return what fills the optimizer; weights follow from its masters.
+def _thawed(found: Found, parts: Parts) -> Iterator[torch.nn.Parameter]:
+    """Yield the parameters that are trained, and were frozen in the checkpoint."""
+    for stage, chunk in parts.chunks.items():
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad and is_frozen(found.freeze, global_name(name, parts.first_layer(stage))):
+                yield parameter
 
-    A checkpoint without its states has weights with which masters begin: not with what FP8 has left of them.
+
+def _entries_of(parts: Parts, name: str, *, but: Collection[Tensor]) -> Iterable[Entry]:
+    """Return what fills an extra state; an average of parameters that were frozen is not there."""
+    if parts.ema is not None and parts.extra_states[name] is parts.ema:
+        return parts.ema.entries(but=but)
+    return parts.extra_states[name].entries()
+
+
+def _masters(found: Found, parts: Parts, shares: Sequence[Share], thawed: Collection[Tensor]) -> list[Entry]:
+    """Return what fills the optimizer, from whose masters weights follow, and the weights that are frozen.
+
+    Of what a checkpoint holds no states of - all, if it has weights alone; what was frozen in it - masters begin with
+    its weights (not with what FP8 has left of them), and moments with zeros.
     """
     prepare_moments(parts.optimizer)
-    if found.optimizer:
-        return optimizer_entries(parts, shares)
     states = states_of(parts.optimizer)
-    for each in states.values():
-        for name, state in each.items():
+    kept, anew, frozen = list[Share](), list[Share](), list[Share]()
+    for share in shares:
+        if not share.parameter.requires_grad:
+            frozen.append(share)
+        elif share.parameter in states:
+            (kept if found.optimizer and share.parameter not in thawed else anew).append(share)
+    for share in anew:
+        for name, state in states[share.parameter].items():
             if name != MASTER:
                 state.zero_()
-    mine = [share for share in shares if share.parameter in states]
-    return weight_entries(mine, lambda share: states[share.parameter][MASTER])
+    return [
+        *optimizer_entries(parts, kept),
+        *weight_entries(anew, lambda share: states[share.parameter][MASTER]),
+        *weight_entries(frozen, lambda share: share.run_of(share.parameter.data)),
+    ]
 
 
 def _held_in_fp8(parts: Parts) -> dict[Share, Tensor]:
@@ -139,6 +171,28 @@ def _fill(found: Found, index: Metadata, entries: Sequence[Entry]) -> None:
             numbers = entry.tensor.contiguous()
             dist.broadcast(numbers, group=entry.group, group_src=0)
             entry.tensor.copy_(numbers)
+
+
+def _changed_freeze(found: Found, parts: Parts) -> list[str]:
+    """Return what a person should know of a run that trains other parts than the checkpoint's."""
+    model, then = parts.recipe.model, found.freeze
+    sizes = {key: prod(shape) for key, shape in our_shapes(model).items() if not key.endswith("expert_bias")}
+    before = {key for key in sizes if is_frozen(then, key)}
+    after = {key for key in sizes if is_frozen(model.freeze, key)}
+    notes = []
+    if count := sum(sizes[key] for key in before - after):
+        stretch = longest_late_step(parts.recipe.optim.betas, found.updates or 0)
+        steps = f", and their first steps are up to {stretch:.1f} times as long as Adam's" if stretch > 1.5 else ""
+        notes.append(
+            f"{count:,} parameters that were frozen in {found.path} (model.freeze = {list(then)}) are trained from "
+            f"here on: their moments begin with zeros{steps}"
+        )
+    if found.optimizer and (count := sum(sizes[key] for key in after - before)):
+        notes.append(
+            f"{count:,} parameters that were trained in {found.path} are frozen from here on (model.freeze = "
+            f"{list(model.freeze)}): their moments are not loaded, nor an average of them"
+        )
+    return notes
 
 
 def _begin_others(found: Found, parts: Parts, extra: tuple[str, ...]) -> list[str]:

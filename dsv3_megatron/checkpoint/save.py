@@ -299,6 +299,7 @@ class Saver:
             "layout": asdict(self._parts.layout),
             "extra": sorted(self._parts.extra_states),
             "optimizer": True,
+            "freeze": list(self._parts.recipe.model.freeze),
             "updates": save.updates,
             "tokenizer": self._tokenizer,
         }

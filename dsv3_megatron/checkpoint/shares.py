@@ -3,14 +3,16 @@
 The distributed optimizer (ZeRO-1) divides the parameters of a stage evenly among the ranks that hold it. A checkpoint
 is divided the same way: of weights, masters, moments and average alike, each rank writes its own run of every
 parameter and reads no other, so that nothing is gathered for a save, and weights are gathered over the fabric after a
-load. Names, whole shapes and places of parameters are megatron-core's (``sharded_state_dict``); runs become boxes of
-those (``boxes``), which any other layout can read.
+load. What is frozen has no optimizer states: its numbers are cut as evenly, one parameter of a stage after the other.
+Names, whole shapes and places of parameters are megatron-core's (``sharded_state_dict``); runs become boxes of those
+(``boxes``), which any other layout can read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +89,7 @@ class Share:
 
 def shares_of(chunks: dict[int, GPTModel], optimizer: MegatronOptimizer, groups: ProcessGroupCollection) -> list[Share]:
     """Return this rank's share, which may be empty, of every parameter of its stages; over all ranks they are whole."""
-    return list(_shares(chunks, groups, dict(_runs(optimizer)).__getitem__))
+    return list(_shares(chunks, groups, dict([*_runs(optimizer), *_frozen_runs(chunks, groups)]).__getitem__))
 
 
 def whole_shares(
@@ -162,6 +164,52 @@ def _runs(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, tu
         }
         for parameter in (parameter for buffer in part.buffers for parameter in buffer.params):
             yield parameter, (mine.get(parameter, (0, 0)), part.data_parallel_group)
+
+
+def _frozen_runs(
+    chunks: dict[int, GPTModel], groups: ProcessGroupCollection
+) -> Iterator[tuple[torch.nn.Parameter, tuple[tuple[int, int], dist.ProcessGroup]]]:
+    """Yield every frozen parameter with the run of it that this rank saves and reads, and the group it is cut among."""
+    for parameters, group in _frozen(chunks, groups):
+        for parameter, runs in zip(parameters, even_runs([p.numel() for p in parameters], group.size())):
+            yield parameter, (runs[group.rank()], group)
+
+
+def _frozen(
+    chunks: dict[int, GPTModel], groups: ProcessGroupCollection
+) -> Iterator[tuple[list[torch.nn.Parameter], dist.ProcessGroup]]:
+    """Yield the frozen parameters of every stage that the ranks of a group hold alike, and the group."""
+    for chunk in chunks.values():
+        frozen = [parameter for parameter in chunk.parameters() if not parameter.requires_grad]
+        yield [p for p in frozen if getattr(p, "allreduce", True)], groups.dp_cp
+        yield (
+            [p for p in frozen if not getattr(p, "allreduce", True)],
+            groups.expt_dp,
+        )  # megatron-core's mark of experts
+
+
+def even_runs(sizes: Sequence[int], ranks: int) -> list[list[tuple[int, int]]]:
+    """Return, of every parameter of so many numbers, the run that each rank has where all of them, one after the other,
+    are cut evenly: [parameter][rank] -> (start, end)."""
+    total, first, found = sum(sizes), 0, []
+    cuts = [total * rank // ranks for rank in range(ranks + 1)]
+    for size in sizes:
+        ends = [min(max(cut - first, 0), size) for cut in cuts]
+        found.append(list(pairwise(ends)))
+        first += size
+    return found
+
+
+@torch.no_grad()
+def gather_frozen(chunks: dict[int, GPTModel], groups: ProcessGroupCollection) -> None:
+    """Give all ranks the frozen parameters whole, of which each has read its run. Collective."""
+    for parameters, group in _frozen(chunks, groups):
+        if group.size() == 1:
+            continue
+        for parameter, runs in zip(parameters, even_runs([p.numel() for p in parameters], group.size())):
+            for owner, (start, end) in enumerate(runs):
+                if start < end:
+                    dist.broadcast(parameter.data.view(-1)[start:end], group=group, group_src=owner)
 
 
 def _share(described: Any, name: str, parameter: torch.nn.Parameter, start: int, end: int) -> Share:

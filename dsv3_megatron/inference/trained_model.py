@@ -68,11 +68,14 @@ def trained_model(
     tokenizers. DataError: the run's tokenizer does not fit the model.
     """
     path = choose_checkpoint(directory, step, _read_for(weights)).path
+    content = read_content(path)
+    found = Found.of(path, content)
+    # What the checkpoint holds an average of is what was trained then.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"freeze": found.freeze})})
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
     own = tokenizer_of_run(directory, recipe.model.vocab_size)
-    content = read_content(path)
     data, allowed = None, recipe.data.allow_other_tokenizer
     check_trained_with(path, content.get("tokenizer"), own, allowed=False)
     if with_data or own is None:
@@ -83,7 +86,6 @@ def trained_model(
     tokenizer = own if own is not None or data is None else data.tokenizer
     with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)
-        found = Found.of(path, content)
         extra = tuple(name for name in found.extra if name == te_amaxes.NAME and name in parts.extra_states)
         if weights == "ema" and (parts.ema is None or "ema" not in found.extra):
             raise CheckpointError(f"weights = ema, but {path} holds no average; train with optim.ema_decay=0.999")

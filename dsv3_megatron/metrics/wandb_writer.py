@@ -14,6 +14,7 @@ import numpy as np
 from dsv3_megatron.metrics.names import NAMES, grouped
 from dsv3_megatron.metrics.row_numbers import RowNumbers
 from dsv3_megatron.metrics.step_metrics import StepMetrics
+from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.resilient import ResilientFiles
@@ -38,7 +39,7 @@ class WandbRun:
                 "logging.wandb needs the wandb package; pip install wandb, or set logging.wandb=disabled"
             ) from None
         self._wandb, self._directory, self._name = wandb, RunDirectory(recipe.run.directory), recipe.run.name
-        logging = recipe.logging
+        logging, counted = recipe.logging, count_parameters(recipe.model)
         options: dict[str, Any] = {
             "id": run_id(self._directory.path, files),
             "resume": "allow",  # a requeued job goes on with the same curves
@@ -46,7 +47,10 @@ class WandbRun:
             "name": recipe.run.name,
             "group": logging.wandb_group or recipe.recipe,
             "job_type": "pretrain",
-            "config": recipe.model_dump(mode="json"),
+            "config": {
+                **recipe.model_dump(mode="json"),
+                "parameters": {"trained": counted.trained, "frozen": counted.frozen},
+            },
             "dir": str(self._directory.path),
             "settings": wandb.Settings(
                 silent=True, console="off", x_disable_stats=True, init_timeout=_PATIENCE_SECONDS

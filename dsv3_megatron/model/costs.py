@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv3_megatron.model.freeze import MTP, frozen_layers, layer_parts
 from dsv3_megatron.model.settings import ModelSettings
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters by kind. Router biases are buffers, not parameters."""
+    """Parameters by kind. Router biases are buffers, not parameters. ``frozen``: of main and MTP, those not trained."""
 
     embedding: int
     head: int
@@ -26,6 +27,12 @@ class Parameters:
     main: int
     mtp: int
     activated_per_token: int
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Of main and MTP, those that are trained."""
+        return self.main + self.mtp - self.frozen
 
 
 def attention_parameters(model: ModelSettings) -> int:
@@ -61,7 +68,79 @@ def count_parameters(model: ModelSettings) -> Parameters:
     mtp = model.num_nextn_predict_layers * (block + 2 * d * d + 3 * d)
     idle = model.n_routed_experts - model.num_experts_per_tok
     activated = main - embedding - model.num_moe_layers * idle * expert
-    return Parameters(embedding, embedding, attention, dense_layer, moe_layer, expert, gate, main, mtp, activated)
+    frozen = sum(frozen_by_part(model, part_sizes(model)).values())
+    return Parameters(
+        embedding, embedding, attention, dense_layer, moe_layer, expert, gate, main, mtp, activated, frozen
+    )
+
+
+def part_sizes(model: ModelSettings, *, tp: int = 1, ep: int = 1, expert_tp: int = 1) -> dict[str, int]:
+    """Return the parameters that one rank holds of every part: of those inside layers in one layer, "final norm" and
+    "joint norms" (of an MTP module) apart from the gains inside layers, which are "norms"."""
+    d, latents = model.hidden_size, (model.q_lora_rank or 0) + model.kv_lora_rank
+    down = d * (latents + model.qk_rope_head_dim)  # on every TP rank whole
+    expert = 3 * d * model.moe_intermediate_size
+    return {
+        "embedding": model.vocab_size * d // tp,
+        "head": model.vocab_size * d // tp,
+        "attention": down + (attention_parameters(model) - down - latents) // tp,
+        "norms": 2 * d + latents,
+        "dense": 3 * d * model.intermediate_size // tp,
+        "router": model.n_routed_experts * d,
+        "experts": model.n_routed_experts // ep * expert // expert_tp,
+        "shared_experts": model.n_shared_experts * expert // tp,
+        "final norm": d,
+        "joint norms": 3 * d,
+        MTP: 2 * d * d // tp,
+    }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """How many of each part there are: in the whole model or in a stage of it. Layers of MTP modules are counted among
+    the others; ``frozen_dense`` and ``frozen_moe`` of them are frozen as a whole."""
+
+    dense: int
+    moe: int
+    frozen_dense: int
+    frozen_moe: int
+    mtp: int
+    embeddings: int
+    heads: int
+
+
+def frozen_by_part(model: ModelSettings, sizes: dict[str, int], contents: Contents | None = None) -> dict[str, int]:
+    """Return how many parameters of each part are not trained.
+
+    Args:
+        sizes: of every part (:func:`part_sizes`, or what of it counts).
+        contents: of what is asked about; None = the whole model.
+    """
+    freeze, has = model.freeze, contents or _contents(model)
+    found = dict.fromkeys(sizes, 0)
+    for moe, count, whole in ((False, has.dense, has.frozen_dense), (True, has.moe, has.frozen_moe)):
+        for part in layer_parts(model, moe=moe):
+            found[part] += sizes[part] * (count if part in freeze else whole)
+    ends = {"embedding": has.embeddings, "head": has.heads}
+    found |= {part: sizes[part] * count for part, count in ends.items() if part in freeze}
+    if "norms" in freeze:
+        found["final norm"] = sizes["final norm"] * min(has.heads, 1)
+    if MTP in freeze:
+        found[MTP] = sizes[MTP] * has.mtp
+    if MTP in freeze or "norms" in freeze:
+        found["joint norms"] = sizes["joint norms"] * has.mtp
+    return found
+
+
+def _contents(model: ModelSettings) -> Contents:
+    """Return what the whole model consists of."""
+    dense, depths, moe = model.first_k_dense_replace, model.num_nextn_predict_layers, model.num_moe_layers
+    numbers = frozen_layers(model.freeze)
+    frozen_dense = sum(number < dense for number in numbers)
+    frozen_moe, joint = len(numbers) - frozen_dense, depths if MTP in model.freeze else 0
+    if moe:
+        return Contents(dense, moe + depths, frozen_dense, frozen_moe + joint, depths, 1, 1)
+    return Contents(dense + depths, 0, frozen_dense + joint, 0, depths, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -111,9 +190,9 @@ def stage_costs(model: ModelSettings, layers_of_stages: Sequence[int], sequence_
 def training_flops_per_token(model: ModelSettings, sequence_length: int, *, causal: bool = True) -> float:
     """Return floating-point operations of forward and backward per token, MTP included.
 
-    Six per parameter a token is multiplied with, plus attention's two products over the sequence; ``causal`` counts
-    only the pairs at or below the diagonal (half of them), the convention of the 385 TFLOP/s in arXiv 2505.09343.
-    Recomputed operations are not counted.
+    Six per parameter a token is multiplied with, four where that is frozen and has no gradient, plus attention's two
+    products over the sequence; ``causal`` counts only the pairs at or below the diagonal (half of them), the convention
+    of the 385 TFLOP/s in arXiv 2505.09343. Recomputed operations are not counted.
     """
     counted = count_parameters(model)
     depths = model.num_nextn_predict_layers
@@ -122,4 +201,14 @@ def training_flops_per_token(model: ModelSettings, sequence_length: int, *, caus
     head_width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     pairs = sequence_length / 2 if causal else sequence_length
     attention = 2 * (model.num_hidden_layers + depths) * model.num_attention_heads * head_width * pairs
-    return 6 * multiplied + 3 * attention
+    return 6 * multiplied - 2 * _frozen_multiplied(model) + 3 * attention
+
+
+def _frozen_multiplied(model: ModelSettings) -> float:
+    """Return the frozen parameters, of matrices, that one token is multiplied with, MTP included."""
+    if not model.freeze:
+        return 0
+    active = part_sizes(model) | {"embedding": 0, "norms": 0, "final norm": 0, "joint norms": 0}
+    active["experts"] = active["experts"] * model.num_experts_per_tok // model.n_routed_experts
+    active["head"] *= 1 + model.num_nextn_predict_layers
+    return sum(frozen_by_part(model, active).values())

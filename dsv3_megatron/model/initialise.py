@@ -17,9 +17,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from dsv3_megatron.model.stage import is_routed_expert
+from dsv3_megatron.model.stage import global_name, is_routed_expert
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _GATE_UP = re.compile(r"(mlp|shared_experts|experts)\.linear_fc1\.weight\d*$")
 _ONE_OF_EXPERTS = re.compile(r"\.weight(\d+)$")
 
@@ -37,11 +36,6 @@ def initialise(
         local = experts // groups.ep.size() if experts else 0
         for key, share, group, dim in _matrices(global_name(name, first_layer), parameter, groups, local):
             _draw(share, key, std=std, seed=seed, group=group, dim=dim, gated=bool(_GATE_UP.search(name)))
-
-
-def global_name(name: str, first_layer: int) -> str:
-    """Return a parameter's name in the whole model: decoder layers are numbered from the first stage on."""
-    return _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
 
 
 def _matrices(

@@ -71,6 +71,11 @@ class ModelSettings(BaseModel):
     rope_scaling: RopeScaling | None = Field(None, description="YaRN context extension; null = plain RoPE, as in 4K")
     max_position_embeddings: PositiveInt = Field(4096, description="positions the model is made for, as exports say")
     initializer_range: NonNegativeFloat = Field(0.006, description="standard deviation at initialisation (4.2)")
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="what is not trained: some of embedding, head, attention, dense, experts, shared_experts, router, "
+        "norms, mtp, and layers by number, such as layers.0-12",
+    )
     tie_word_embeddings: Literal[False] = Field(False, description="one matrix for embedding and head; not offered")
 
     @property

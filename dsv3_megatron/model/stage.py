@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
@@ -13,10 +14,14 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+from dsv3_megatron.model.freeze import is_frozen
 from dsv3_megatron.model.layers.embedding import VocabParallelEmbedding
 from dsv3_megatron.model.layers.linear import DuplicatedLinear, OutputHead
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
+from dsv3_megatron.routing.router import SequenceBalancedRouter
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 LATENT_NORM_EPS = 1e-6
 
@@ -32,7 +37,7 @@ def build_stage(
     groups: ProcessGroupCollection | None = None,
 ) -> GPTModel:
     """Return stage ``stage`` of the model: its decoder layers, on the first stage the embedding, on the last the MTP
-    modules and the output head."""
+    modules and the output head. What ``model.freeze`` names asks for no gradient."""
     first, last = stage == 0, stage == len(layers_of_stages) - 1
     start = sum(layers_of_stages[:stage])
     config = copy.copy(config)
@@ -61,7 +66,23 @@ def build_stage(
         if isinstance(part, DuplicatedLinear) and groups is not None:
             part.tp_group = groups.tp  # which of the TP ranks' copies a checkpoint takes
     keep_bias_in_float32(module)
+    _freeze(module, model, first_layer=start)
     return module
+
+
+def global_name(name: str, first_layer: int) -> str:
+    """Return a parameter's name in the whole model: decoder layers are numbered from the first stage on."""
+    return _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
+
+
+def _freeze(module: GPTModel, model: ModelSettings, *, first_layer: int) -> None:
+    """Ask for no gradient of what is frozen, and for no update of the biases of frozen routers."""
+    for name, parameter in module.named_parameters():
+        if is_frozen(model.freeze, global_name(name, first_layer)):
+            parameter.requires_grad_(False)
+    for name, part in module.named_modules():
+        if isinstance(part, SequenceBalancedRouter):
+            part.bias_is_frozen = is_frozen(model.freeze, global_name(f"{name}.expert_bias", first_layer))
 
 
 def _use_our_ends(module: GPTModel) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from dsv3_megatron.model.stage import is_routed_expert
 
 
 def settle_te_layers(chunk: torch.nn.Module) -> None:
-    """Let a stage's TE layers add weight gradients in float32, and every shard of a gradient count once in its norm."""
+    """Let a stage's TE layers add weight gradients in float32, none where weights are frozen, and every shard of a
+    gradient count once in its norm."""
     for layer in chunk.modules():
+        if hasattr(layer, "need_backward_dw") and not any(_weights_train(layer)):
+            # Asked for the weight gradient that it has queued, a layer without one raises "Pop empty queue" (2.20.2).
+            layer.need_backward_dw = lambda: False  # type: ignore[assignment]  # TE's own method
         if hasattr(layer, "fuse_wgrad_accumulation"):
             # A product adds its float32 sum to ``main_grad``. Otherwise every microbatch's gradient is rounded to BF16
             # first, and a grouped layer that owes weight gradients keeps a BF16 buffer of all its weights for each
@@ -23,3 +29,8 @@ def settle_te_layers(chunk: torch.nn.Module) -> None:
             weight.tensor_model_parallel = True
         elif getattr(weight, "sequence_parallel", False):
             weight.tensor_model_parallel = False
+
+
+def _weights_train(layer: torch.nn.Module) -> Iterator[bool]:
+    """Yield of every matrix of a TE layer whether it is trained: a gain that is fused into it has no product."""
+    return (p.requires_grad for name, p in layer.named_parameters(recurse=False) if name.startswith("weight"))

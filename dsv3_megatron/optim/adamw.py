@@ -146,6 +146,17 @@ class FusedAdam(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, first, denominators, -group["lr"] / (1 - beta1 ** group["step"]))
 
 
+def longest_late_step(betas: tuple[float, float], updates: int) -> float:
+    """Return how many times as long as Adam's a step can be of a weight whose moments begin with zeros when the
+    optimizer has made ``updates`` updates already: its correction of young moments goes by that count."""
+    beta1, beta2 = betas
+
+    def young(beta: float, steps: int) -> float:
+        return (1 - beta**steps) / (1 - beta ** (updates + steps))
+
+    return max(young(beta1, steps) / young(beta2, steps) ** 0.5 for steps in range(1, 1000))
+
+
 def _portions(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the parameters in their order, ``_TOGETHER`` numbers at a time; a larger one alone."""
     portion: list[Tensor] = []

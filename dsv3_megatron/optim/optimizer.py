@@ -95,8 +95,12 @@ def use_our_adamw() -> None:
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
-    """Return the optimizers that megatron-core chains, one for experts and one for the rest, or the only one."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """Return the optimizers that megatron-core chains, one for experts and one for the rest, or the only one.
+
+    Without one for what is frozen on all ranks: megatron-core has a stub in its place, or nothing.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

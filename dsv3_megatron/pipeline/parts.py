@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,9 +55,16 @@ class WeightAverage(ExtraState, Protocol):
 
     Attributes:
         average: float32, by ``stageN.`` and the parameter's name in it: of each the run that this rank has a share of.
+            What is frozen is its own average, and not in it.
     """
 
     average: dict[str, Tensor]
+
+    def entries(self, *, but: Collection[Tensor] = ()) -> Iterable[Entry]:
+        """Return the average's boxes, but for those of some parameters, which a checkpoint does not hold."""
+
+    def begin_anew(self, parameters: Collection[Tensor] | None = None) -> None:
+        """Start from the weights as they are, all of them or those of some parameters."""
 
     def start(self) -> None:
         """Begin to average in the weights as they are."""

@@ -46,6 +46,11 @@ def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield changed(f"parallel.tensor={parallel.tensor * 2}", "parallel", tensor=parallel.tensor * 2)
     if recipe.optim.micro_batch > 1:
         yield changed("optim.micro_batch=1", "optim", micro_batch=1)
+    if recipe.run.start_from:  # what begins at random must be trained
+        for frozen in (("experts",), ("experts", "embedding", "head")):
+            if more := tuple(name for name in frozen if name not in recipe.model.freeze):
+                both = (*recipe.model.freeze, *more)
+                yield changed(f"model.freeze=[{','.join(both)}]", "model", freeze=both)
     if recipe.precision.parameters == "bf16" and recipe.precision.moments != "bf16":
         yield changed("precision.moments=bf16", "precision", moments="bf16")
     fp8 = recipe.precision.fp8
@@ -85,6 +90,8 @@ def advice(plan: Plan, most: int = 6) -> list[str]:
     # What the formulae miss of this plan they miss of its neighbours too.
     room = None if limit is None else limit - (plan.tightest.total_bytes - base.bytes)
     priced = list(_priced(plan.recipe, world))
+    if plan.fits:  # to train less is no way to be faster
+        priced = [other for other in priced if other.recipe.model.freeze == plan.recipe.model.freeze]
     found: list[tuple[float, str]] = []
     for other in priced:
         saved = base.bytes - other.bytes

@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from dsv3_megatron.model.costs import Parameters, count_parameters, training_flops_per_token
+from dsv3_megatron.model.costs import (
+    Parameters,
+    count_parameters,
+    frozen_by_part,
+    part_sizes,
+    training_flops_per_token,
+)
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.pipeline.split import layers_of_stages
@@ -99,7 +105,9 @@ class Plan:
         recomputation not counted."""
         model = self.recipe.model.model_copy(update={"num_nextn_predict_layers": 0})
         per_token = training_flops_per_token(model, self.recipe.data.sequence_length, causal=causal)
-        per_token -= 6 * self.recipe.model.num_moe_layers * self.recipe.model.n_routed_experts * model.hidden_size
+        gate = self.recipe.model.num_moe_layers * self.recipe.model.n_routed_experts * model.hidden_size
+        frozen_gate = frozen_by_part(model, part_sizes(model))["router"]
+        per_token -= 6 * gate - 2 * frozen_gate
         return per_token * self.tokens_per_second / self.layout.world_size / 1e12
 
     def mfu(self, *, causal: bool = True) -> float | None:
@@ -130,7 +138,7 @@ class Plan:
         contents = max(by_rank, key=lambda stages: sum(c.get("moe", 0) for c in stages))
         moe = share * many * sum(c.get("moe", 0) for c in contents)
         dense = share * many * sum(c.get("dense", 0) for c in contents)
-        fullest = max(self.held, key=lambda h: h.all)
+        fullest = max(self.held, key=lambda h: h.trained)
         messages = 0 if place.ranks == 1 else 2 * share * many * len(contents)
         return {
             "expert dispatch": traffic.dispatch() * (2 * moe),
@@ -156,6 +164,8 @@ class Plan:
                 "main": parameters.main,
                 "mtp": parameters.mtp,
                 "activated_per_token": parameters.activated_per_token,
+                "trained": parameters.trained,
+                "frozen": parameters.frozen,
             },
             "layout": {
                 **asdict(self.layout),

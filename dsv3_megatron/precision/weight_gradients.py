@@ -9,7 +9,8 @@ before DDP adds it to its float32 buffer. What is here adds to that buffer itsel
 | embedding | rows added to the buffer: no gradient of the whole vocabulary exists |
 | router gate, norm gains (torch backend) | computed in float32, added to the buffer |
 
-Without such a buffer (no DDP) the gradient is rounded once, into ``grad``.
+Without such a buffer (no DDP) the gradient is rounded once, into ``grad``. A frozen weight has neither, and nothing is
+computed for it.
 """
 
 from __future__ import annotations
@@ -129,5 +130,6 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        accumulate(ctx.weight, lambda total: add_product(total, rows.t(), x.flatten(0, -2)))
+        if ctx.needs_input_grad[1]:
+            accumulate(ctx.weight, lambda total: add_product(total, rows.t(), x.flatten(0, -2)))
         return (rows @ weight.to(grad.dtype)).to(x.dtype).view_as(x), None, None

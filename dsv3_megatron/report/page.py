@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
+from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.report.facts import RunFacts, read_run
 from dsv3_megatron.report.panels import PANELS, WIDE
 from dsv3_megatron.run.files import write_atomically
@@ -59,6 +60,9 @@ def _numbers(facts: RunFacts) -> str:
     if world.get("size"):
         shown["ranks"] = f"{world['size']:,}"
     shown["precision"] = facts.recipe.precision.name
+    if facts.recipe.model.freeze:
+        counted = count_parameters(facts.recipe.model)
+        shown["trained"] = f"{show_count(counted.trained)} of {show_count(counted.trained + counted.frozen)} parameters"
     commit = facts.environment.get("git_commit")
     if commit:
         shown["commit"] = commit[:9] + (" + changes" if facts.environment.get("git_changed") else "")

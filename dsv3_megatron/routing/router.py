@@ -26,12 +26,14 @@ class SequenceBalancedRouter(TopKRouter):
 
     ``balance_sum`` adds up, microbatch by microbatch, this rank's share of the loss before its weight (mean over the
     microbatch's sequences), and ``local_tokens_per_expert`` counts its tokens, with a bias or without; the trainer
-    reads and clears both once a step.
+    reads and clears both once a step. ``bias_is_frozen``: no step moves the bias.
 
     Args:
         normalise: the weights of a token's experts add up to 1, before the scaling.
         group_best: a group is scored by its so many best experts.
     """
+
+    bias_is_frozen = False
 
     def __init__(self, *args: object, normalise: bool = True, group_best: int = 2, **kwargs: object):
         super().__init__(*args, **kwargs)

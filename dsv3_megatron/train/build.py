@@ -156,7 +156,7 @@ def _join_embeddings(
     """Make the MTP modules' embedding the model's. Return (physically shared here, this rank's copy to be summed).
 
     Where the first and the last stage meet on a rank there is one parameter, and it belongs to the first; elsewhere
-    each holds a copy, and the two gradients are added.
+    each holds a copy, and the two gradients are added, unless it is frozen.
     """
     first, last = chunks.get(0), chunks.get(placement.stages - 1)
     if placement.stages == 1:
@@ -170,6 +170,8 @@ def _join_embeddings(
     if end is None or end.config.mtp_num_layers is None:
         return False, None
     weight = end.embedding.word_embeddings.weight
+    if not weight.requires_grad:
+        return False, None
     weight.shared_embedding = True  # a bucket of its own: both copies are sharded alike
     weight.shared = end is last  # counted once in the gradient norm
     return False, weight

@@ -5,13 +5,13 @@ step the new weights are averaged in by a thread, while the next step's passes r
 it changes the weights (arXiv 2412.19437 section 3.2.3; the decay is not published). Averaged are the weights that
 forward reads, in float32. Of a parameter that several ranks hold, each averages the run that its optimizer updates
 (checkpoint/shares.py): 0.33 billion numbers a rank for DeepSeek-V3 on 2,048. Router biases are no weights: an
-evaluation of the average uses the current ones.
+evaluation of the average uses the current ones. Frozen weights are their own average, and are kept no second time.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,16 +39,17 @@ class Ema:
         """Start from the weights as they are.
 
         Args:
-            shares: what of the weights this rank averages.
+            shares: this rank's, of which it averages those that are trained.
             decay: share of the old average that a step keeps, 0 to 1.
             ddps: the stages, which gather their weights from all ranks' shares.
             buffers: router biases, named as parts of the average: checkpoints hold them with it.
         """
         self.decay = decay
-        self._shares = {share.name: share for share in shares}
+        self._shares = {share.name: share for share in shares if share.parameter.requires_grad}
         self._ddps, self._buffers = list(ddps), buffers
-        self._stream = torch.cuda.Stream() if any(share.parameter.is_cuda for share in shares) else None
-        self._host = {s.name: _host_buffer(s) for s in shares if s.parameter.is_cuda or is_float8tensor(s.parameter)}
+        mine = list(self._shares.values())
+        self._stream = torch.cuda.Stream() if any(share.parameter.is_cuda for share in mine) else None
+        self._host = {s.name: _host_buffer(s) for s in mine if s.parameter.is_cuda or is_float8tensor(s.parameter)}
         self.average: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -118,22 +119,24 @@ class Ema:
 
     # -- a state of checkpoints (pipeline.parts.ExtraState) ----------------------------------------------------------
 
-    def entries(self) -> list[Entry]:
-        """Return the average's boxes: those of the weights, under keys of its own."""
+    def entries(self, *, but: Collection[Tensor] = ()) -> list[Entry]:
+        """Return the average's boxes: those of the weights, under keys of its own. ``but``: not of these parameters."""
         self.wait()
-        runs = [entry for name, share in self._shares.items() for entry in share.entries(self.average[name], PREFIX)]
+        wanted = {name: share for name, share in self._shares.items() if share.parameter not in set(but)}
+        runs = [entry for name, share in wanted.items() for entry in share.entries(self.average[name], PREFIX)]
         return [*runs, *self._buffers]
 
     def loaded(self) -> None:
         """An average was filled in."""
 
     @torch.no_grad()
-    def begin_anew(self) -> None:
-        """Start from the weights as they are."""
+    def begin_anew(self, parameters: Collection[Tensor] | None = None) -> None:
+        """Start from the weights as they are: all of them, or those of ``parameters``."""
         self.wait()
-        self.average = {
+        self.average |= {
             name: share.numbers(torch.float32).to("cpu", torch.float32, copy=True)
             for name, share in self._shares.items()
+            if parameters is None or share.parameter in set(parameters)
         }
 
 

@@ -52,9 +52,9 @@ def step_loads(parts: Parts) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def update_biases(parts: Parts, loads: dict[int, Tensor], speed: float) -> None:
-    """Make overloaded experts less attractive, underloaded ones more."""
+    """Make overloaded experts less attractive, underloaded ones more; frozen routers stay as they are."""
     for number, router in routers(parts).items():
-        if router.expert_bias is not None:
+        if router.expert_bias is not None and not router.bias_is_frozen:
             router.expert_bias.copy_(update_expert_bias(router.expert_bias, loads[number], speed=speed))
 
 

@@ -40,7 +40,7 @@ def finish_gradients(
     Args:
         ddps: this rank's stages, reductions started.
         tokens: [] tokens of the whole step that count.
-        embedding_copy: the embedding, where the first and the last stage each hold a copy (groups.embd).
+        embedding_copy: the embedding, where the first and the last stage each train a copy (groups.embd).
     """
     for ddp in ddps:
         ddp.finish_grad_sync()
@@ -55,7 +55,8 @@ def finish_gradients(
 
 def _sum_sequence_parallel(ddps: list[DistributedDataParallel], group: dist.ProcessGroup) -> None:
     """Sum the gradients of parameters that every TP rank holds whole while each saw its share of the sequence."""
-    grads = [p.main_grad for ddp in ddps for p in ddp.module.parameters() if getattr(p, "sequence_parallel", False)]
+    held = (p for ddp in ddps for p in ddp.module.parameters() if p.requires_grad)
+    grads = [p.main_grad for p in held if getattr(p, "sequence_parallel", False)]
     if not grads:
         return
     flat = torch.cat([g.flatten() for g in grads])

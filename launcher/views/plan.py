@@ -24,6 +24,8 @@ def _head(plan: Plan) -> list[str]:
         f"parameters      {counts.main:>19,}  main",
         f"                {counts.mtp:>19,}  MTP",
         f"                {counts.activated_per_token:>19,}  activated per token",
+        *([f"                {counts.trained:>19,}  trained"] if recipe.model.freeze else []),
+        *([f"                {counts.frozen:>19,}  frozen: {', '.join(recipe.model.freeze)}"] if counts.frozen else []),
         f"                {counts.attention:>19,}  attention, a layer",
         f"                {counts.dense_layer:>19,}  dense layer",
         f"                {counts.moe_layer:>19,}  MoE layer, {recipe.model.n_routed_experts} experts of "

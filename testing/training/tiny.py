@@ -131,19 +131,22 @@ def named_parameters(parts: Parts) -> dict[str, torch.nn.Parameter]:
 
 
 def whole_gradients(parts: Parts) -> dict[str, Tensor]:
-    """Return this rank's reduced gradients by name: ZeRO-1 leaves each rank a shard, so shards are gathered."""
+    """Return this rank's reduced gradients by name: ZeRO-1 leaves each rank a shard, so shards are gathered. What is
+    frozen has none."""
     for buffer in (b for ddp in parts.ddps.values() for b in ddp.buffers + ddp.expert_parallel_buffers):
         for bucket in buffer.buckets:
             group = buffer.data_parallel_group
             shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
-    return {key: p.main_grad.clone() for key, p in named_parameters(parts).items()}
+    return {key: p.main_grad.clone() for key, p in named_parameters(parts).items() if p.requires_grad}
 
 
 def errors(parts: Parts, mine: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, float]:
     """Return, by name, the norm of the difference from this rank's share of the whole, relative to the share's."""
     found = {}
-    for key, parameter in named_parameters(parts).items():
+    parameters = named_parameters(parts)
+    for key in mine:
+        parameter = parameters[key]
         expected = share_of(parts, key, parameter, whole[key])
         found[key] = ((mine[key] - expected).norm() / expected.norm().clamp(min=1e-12)).item()
     return found

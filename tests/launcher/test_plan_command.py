@@ -30,6 +30,8 @@ def test_plan_of_the_paper_keeps_its_contract(tmp_path, capsys):
         "main": 671026404352,
         "mtp": 11610067968,
         "activated_per_token": 36625603584,
+        "trained": 682636472320,
+        "frozen": 0,
     }
     assert len(plan["ranks"]) == 16
     for rank in plan["ranks"]:

@@ -28,6 +28,7 @@ from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, p
 from dsv3_megatron.checkpoint.hugging_face.published_scales import kept_scales
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.manifest import checksum, read_content
+from dsv3_megatron.model.freeze import is_frozen
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight, requantise_weight
 from dsv3_megatron.run.files import write_json
@@ -56,11 +57,25 @@ class Shard:
     tensors: tuple[Published, ...]
     prefix: str = ""  # of the keys in the checkpoint: "" for the weights trained, "ema." for their average
     scales: Scales = Scales()
+    freeze: tuple[str, ...] = ()  # what was not trained, and is its own average
+
+    def key_of(self, tensor: Published) -> str:
+        """Return the key in the checkpoint that holds a tensor."""
+        return _key(tensor.key, self.prefix, self.freeze)
 
     @property
     def path(self) -> Path:
         """Where it is written."""
         return self.folder / self.name
+
+
+def _key(name: str, prefix: str, freeze: tuple[str, ...]) -> str:
+    """Return the key of a tensor of ours in a checkpoint: an average of what was frozen is not kept."""
+    return name if is_frozen(freeze, name) else prefix + name
+
+
+def _freeze_of(checkpoint: Path) -> tuple[str, ...]:
+    return tuple(read_content(checkpoint).get("freeze", ()))
 
 
 def plan_shards(
@@ -85,7 +100,11 @@ def plan_shards(
         size += needed
     count = len(groups)
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-    return [Shard(checkpoint, folder, name, dtype, tuple(group), prefix, scales) for name, group in zip(names, groups)]
+    freeze = _freeze_of(checkpoint)
+    return [
+        Shard(checkpoint, folder, name, dtype, tuple(group), prefix, scales, freeze)
+        for name, group in zip(names, groups)
+    ]
 
 
 def file_bytes(tensor: Published, dtype: str) -> int:
@@ -129,7 +148,7 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     regions = _regions(shard.checkpoint)
     entries: dict[str, Tensor] = {}
     for tensor in shard.tensors:
-        values = regions.read(shard.prefix + tensor.key, tensor.start, tensor.extent)
+        values = regions.read(shard.key_of(tensor), tensor.start, tensor.extent)
         entries |= as_stored(tensor, values, shard.dtype, shard.scales)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -170,11 +189,11 @@ def _sync(path: Path) -> None:
 
 def check_shapes(model: ModelSettings, checkpoint: Path, prefix: str = "") -> None:
     """Raise CheckpointError where a checkpoint's tensors are not those of the model."""
-    stored = Regions(checkpoint).shapes
+    stored, freeze = Regions(checkpoint).shapes, _freeze_of(checkpoint)
     if prefix == EMA and not any(key.startswith(EMA) for key in stored):
         raise CheckpointError(f"weights = ema, but {checkpoint} holds no average; train with optim.ema_decay=0.999")
     for name, shape in our_shapes(model).items():
-        key = prefix + name
+        key = _key(name, prefix, freeze)
         if stored.get(key) != shape:
             raise CheckpointError(
                 f"{checkpoint}: {key} has shape {stored.get(key)}, the recipe's model needs {shape}; "

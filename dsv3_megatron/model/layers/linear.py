@@ -64,7 +64,8 @@ class Wiring:
 
 
 class SeparableProduct(torch.autograd.Function):
-    """X W^T whose backward returns the input gradient and computes or queues the weight gradient."""
+    """X W^T whose backward returns the input gradient and computes or queues the weight gradient, unless the weight is
+    frozen."""
 
     @staticmethod
     def forward(
@@ -80,7 +81,9 @@ class SeparableProduct(torch.autograd.Function):
         y, ctx.saved = products.forward(whole, weight, ends, None if wiring.gather else kept, training=wiring.training)
         # What is gathered is not kept where it can be gathered again: a rank's share is.
         ctx.gathers_again = wiring.gather and not wiring.later and products is HIGH_PRECISION
-        if ctx.gathers_again:
+        if not ctx.needs_input_grad[1]:
+            ctx.saved = None
+        elif ctx.gathers_again:
             ctx.saved = x
         ctx.weight, ctx.products, ctx.wiring, ctx.ends = weight, products, wiring, ends
         return y
@@ -91,14 +94,15 @@ class SeparableProduct(torch.autograd.Function):
         ctx.saved = None  # freed when the weight gradient is paid, not when the graph goes
         grad = grad.contiguous()  # grouped products refuse the zero strides of an expanded gradient
         grad_x, dy = products.input_gradient(grad, weight, ends)
-        x = products.operand_for_weight_gradient(
-            _gather_sequence(saved, wiring.group) if ctx.gathers_again else saved, ends
-        )
-        wiring.weight_gradients.defer(
-            weight, lambda total: products.add_weight_gradient(total, dy, x, ends, wiring.rows)
-        )
-        if not wiring.later:
-            wiring.weight_gradients.run_oldest()
+        if ctx.needs_input_grad[1]:
+            x = products.operand_for_weight_gradient(
+                _gather_sequence(saved, wiring.group) if ctx.gathers_again else saved, ends
+            )
+            wiring.weight_gradients.defer(
+                weight, lambda total: products.add_weight_gradient(total, dy, x, ends, wiring.rows)
+            )
+            if not wiring.later:
+                wiring.weight_gradients.run_oldest()
         if wiring.gather:
             share = grad_x.new_empty((grad_x.shape[0] // wiring.group.size(), *grad_x.shape[1:]))
             dist.reduce_scatter_tensor(share, grad_x.contiguous(), group=wiring.group)
@@ -128,7 +132,7 @@ class _Separable:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         later = self.can_wait and self.config.delay_wgrad_compute
-        if not (torch.is_grad_enabled() and weight.requires_grad) and self.products is HIGH_PRECISION:
+        if not torch.is_grad_enabled() and self.products is HIGH_PRECISION:
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]  # of the layer mixed in
         if not hasattr(self, "weight_gradients"):
             self.weight_gradients = WeightGradients()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
 from dsv3_megatron.model.stage import is_routed_expert
 from dsv3_megatron.planning.memory.fake_stage import FakeStage, fake_stage
-from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition
+from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition, frozen_as_a_whole
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
@@ -22,10 +23,11 @@ _MICROBATCHES = 5
 def measure_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], schedule: Schedule) -> list[StageMemory]:
     """Return what every stage holds under the schedule; stages with the same layers are measured once."""
     planned, splits = "FB" in schedule.kinds, bool(schedule.kinds & {"I", "W"})
-    known: dict[tuple[bool, object], StageMemory] = {}
+    known: dict[tuple[bool, object, tuple[bool, ...]], StageMemory] = {}
     found = []
     for stage in range(len(layers)):
-        key = (stage == 0, composition(recipe.model, layers, stage))
+        layers_frozen = frozen_as_a_whole(recipe.model, layers, stage)
+        key = (stage == 0, composition(recipe.model, layers, stage), layers_frozen)
         if key not in known:
             known[key] = measure_stage(recipe, layout, layers, stage, planned=planned, splits=splits)
         found.append(known[key])
@@ -47,11 +49,18 @@ def measure_stage(
         measured = _whole_pass(fake, stage, planned=planned)
         if splits:
             measured |= _split_pass(fake, stage, measured["kept"])
-        parameters = sum(p.numel() for p in fake.module.parameters())
-        experts = sum(p.numel() for name, p in fake.module.named_parameters() if is_routed_expert(name))
+        parameters, experts = _counted(fake.module.named_parameters())
+        frozen = _counted((name, p) for name, p in fake.module.named_parameters() if not p.requires_grad)
         in_fp8_layers = [m for m in fake.module.modules() if isinstance(getattr(m, "products", None), Fp8Products)]
         in_fp8 = sum(layer.get_parameter("weight").numel() for layer in in_fp8_layers)
-        return StageMemory(parameters, experts, in_fp8, message=fake.message_bytes, **measured)
+        counted = {"frozen": frozen[0], "frozen_experts": frozen[1], "message": fake.message_bytes}
+        return StageMemory(parameters, experts, in_fp8, **counted, **measured)
+
+
+def _counted(parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, int]:
+    """Return (all, those of routed experts) numbers of named parameters."""
+    sizes = [(p.numel(), is_routed_expert(name)) for name, p in parameters]
+    return sum(size for size, _ in sizes), sum(size for size, expert in sizes if expert)
 
 
 def _begin(fake: FakeStage, *, planned: bool, splits: bool) -> None:

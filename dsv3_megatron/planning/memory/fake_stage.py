@@ -124,7 +124,7 @@ def _prepared(
         "labels": tokens.clone(),
         "loss_mask": torch.ones(rows, length),
     }
-    for parameter in chunk.parameters():
+    for parameter in (parameter for parameter in chunk.parameters() if parameter.requires_grad):
         parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
         parameter.register_post_accumulate_grad_hook(_into_the_buffer)
     nbytes = runner.empty_message().nbytes

@@ -6,9 +6,9 @@ them to it. What the parts of a stage hold is in parts.py; here a pass goes thro
 
 from __future__ import annotations
 
-from dsv3_megatron.model.costs import attention_parameters
+from dsv3_megatron.model.costs import Contents, attention_parameters, frozen_by_part, part_sizes
 from dsv3_megatron.planning.memory.parts import Part, Parts
-from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition
+from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition, frozen_as_a_whole
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Schedule
@@ -22,6 +22,7 @@ def estimate_stages(recipe: Recipe, layout: Layout, layers: tuple[int, ...], sch
 
 def _stage(parts: Parts, layers: tuple[int, ...], stage: int) -> StageMemory:
     parameters, experts, in_fp8 = stage_parameters(parts.recipe, parts.layout, layers, stage)
+    frozen, frozen_experts = frozen_parameters(parts.recipe, parts.layout, layers, stage)
     before, inner, after = _parts_of_stage(parts, layers, stage)
     everything = [before, *inner, after]
     kept = sum(part.kept for part in everything)
@@ -38,14 +39,17 @@ def _stage(parts: Parts, layers: tuple[int, ...], stage: int) -> StageMemory:
         peak_backward=round(backward),
         peak_weight_grad=round(deferred) if parts.splits else 0,
         message=round(parts.message),
+        frozen=frozen,
+        frozen_experts=frozen_experts,
     )
 
 
 def _parts_of_stage(parts: Parts, layers: tuple[int, ...], stage: int) -> tuple[Part, list[Part], Part]:
     """Return what precedes the layers of a stage, attention and block of each in turn, and what follows them."""
     has = composition(parts.model, layers, stage)
-    dense, moe = parts.layer(moe=False), parts.layer(moe=True)
-    kinds = [dense] * has.dense + [moe] * has.moe
+    whole = frozen_as_a_whole(parts.model, layers, stage)
+    moe = [False] * has.dense + [True] * has.moe
+    kinds = [parts.layer(moe=is_moe, frozen=frozen) for is_moe, frozen in zip(moe, whole)]
     for number in range(len(kinds) - has.mtp, len(kinds)):
         attention, block = kinds[number]
         kinds[number] = [_joined(parts.joint(), attention), block]
@@ -132,3 +136,13 @@ def stage_parameters(recipe: Recipe, layout: Layout, layers: tuple[int, ...], st
         other += model.vocab_size * d // tp + d
     fp8 = recipe.precision.fp8
     return linear + other, experts, linear if fp8 is not None else 0
+
+
+def frozen_parameters(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: int) -> tuple[int, int]:
+    """Return (all, those of routed experts) parameters of a stage on one rank that are not trained, exactly."""
+    model, has = recipe.model, composition(recipe.model, layers, stage)
+    sizes = part_sizes(model, tp=layout.tp, ep=layout.ep, expert_tp=layout.expert_tp)
+    heads = min(has.predictions, 1)
+    contents = Contents(has.dense, has.moe, has.frozen_dense, has.frozen_moe, has.mtp, has.embeddings, heads)
+    found = frozen_by_part(model, sizes, contents)
+    return sum(found.values()), found["experts"]

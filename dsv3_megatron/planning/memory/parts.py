@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv3_megatron.model.freeze import MTP, PARTS
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 
@@ -65,24 +66,30 @@ class Parts:
         self.gathers = splits and not self.fp8 and layout.tp > 1
         self.copied = self.linear if self.fp8 else 0  # of dY, which in high precision is kept itself
 
-    def layer(self, *, moe: bool) -> list[Part]:
-        """Return a decoder layer: attention, with the layer's norms and residual sums, and what follows it."""
-        attention, block = self._attention(moe=moe), self._experts() if moe else self._dense()
+    def layer(self, *, moe: bool, frozen: bool = False) -> list[Part]:
+        """Return a decoder layer: attention, with the layer's norms and residual sums, and what follows it.
+
+        ``frozen``: as a whole. A frozen matrix keeps no X, and defers nothing.
+        """
+        trains = {part: not frozen and part not in self.model.freeze for part in PARTS}
+        attention = self._attention(moe=moe, trains=trains["attention"], waits=moe and trains["shared_experts"])
+        block = self._experts(trains) if moe else self._dense(trains["dense"])
         if "full" not in self.recompute:
             return [attention, block]
         return [Part(), self._again(attention, block)]
 
-    def _attention(self, *, moe: bool) -> Part:
+    def _attention(self, *, moe: bool, trains: bool, waits: bool) -> Part:
+        """``waits``: the shared experts, which a plan runs with attention, defer weight gradients."""
         model, g, t, d, message = self.model, self.g, self.t, self.d, self.message
         heads = model.num_attention_heads / self.layout.tp
         qk, v, rank = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim, model.q_lora_rank or 0
         latents, down = rank + model.kv_lora_rank, rank + model.kv_lora_rank + model.qk_rope_head_dim
         ups = (qk if rank else 0) + model.qk_nope_head_dim + v  # what the up-projections give a head
         out, operands = g * heads * v * self.size, g * heads * (2 * qk + v) * self.size
-        kept = self._output(heads) + t * down * self.size + self._residuals(moe=moe)
-        if "norm" not in self.recompute:  # in FP8 each of the two down-projections keeps a copy of its own
+        kept = self._output(heads, trains=trains) + t * down * self.size + self._residuals(moe=moe)
+        if "norm" not in self.recompute and trains:  # in FP8 each of the two down-projections keeps a copy of its own
             kept += t * d * (2 * self.linear if self.fp8 else self.size)
-        kept += t * latents * self.size if "mla_up" in self.recompute else operands + g * latents * self.linear
+        kept += t * latents * self.size if "mla_up" in self.recompute else operands + g * latents * self.linear * trains
         inputs = (2 if self.fp8 else 1) * t * d + g * latents
         gradients = (g * heads * ups + g * d + t * down) * self.linear
         # Queries, keys and values are joined from what the up-projections gave.
@@ -97,19 +104,21 @@ class Parts:
         backward += 2 * message if "norm" in self.recompute else 0
         backward += out if "attention" in self.recompute else 0
         backward = max(backward, out + message)
-        deferred = inputs * self.linear + self._output(heads) + gradients
-        if self.planned and not self.fp8:  # a plan lets go of what its nodes handed on with what they defer
+        deferred = inputs * self.linear + self._output(heads, trains=True) + gradients if trains else 0.0
+        if (
+            self.planned and not self.fp8 and (trains or waits)
+        ):  # a plan lets go of what its nodes handed on with what they defer
             deferred += 2 * message
-        return Part(kept, deferred, gradients, forward, backward)
+        return Part(kept, deferred, gradients * trains, forward, backward)
 
-    def _output(self, heads: float) -> float:
+    def _output(self, heads: float, *, trains: bool) -> float:
         """Return what attention and the layer after it keep of the output, and attention of its rows' sums."""
         numbers = self.g * heads * self.model.v_head_dim
         cache = self.fp8.attention_output_cache if self.fp8 else None
         if "attention" in self.recompute:
-            return numbers * self.linear
+            return numbers * self.linear * trains
         kept = numbers * (1.5 + 4 / 128 if cache == "e5m6" else self.size) + self.g * heads * 4
-        return kept + (numbers * _WITH_SCALES if cache == "high" else 0)  # the layer's own copy
+        return kept + (numbers * _WITH_SCALES * trains if cache == "high" else 0)  # the layer's own copy
 
     def _residuals(self, *, moe: bool) -> float:
         """Return what is kept of the residual stream, and of the norm before what follows attention."""
@@ -119,39 +128,43 @@ class Parts:
             copies += 1
         return copies * self.message
 
-    def _dense(self) -> Part:
+    def _dense(self, trains: bool) -> Part:
         width = self.model.intermediate_size / self.layout.tp
-        return self._feed_forward(width, recomputed="mlp" in self.recompute)
+        return self._feed_forward(width, recomputed="mlp" in self.recompute, trains=trains)
 
-    def _feed_forward(self, width: float, *, recomputed: bool) -> Part:
+    def _feed_forward(self, width: float, *, recomputed: bool, trains: bool) -> Part:
         """SwiGLU with its two layers, outside the routed experts."""
         g, d, numbers = self.g, self.d, self.g * width
         # SwiGLU keeps its input, the second layer its own unless it can take it from SwiGLU's cache.
-        inner = 2 * numbers * _WITH_SCALES if self.cached else numbers * (2 * self.size + self.linear)
+        inner = 2 * numbers * _WITH_SCALES if self.cached else numbers * (2 * self.size + self.linear * trains)
         x = g * d * self.linear
         comes_again = "norm" in self.recompute and self.layout.tp == 1
-        kept = inner + (x if (self.fp8 and not comes_again) or self.gathers else 0)
+        kept = inner + (x if trains and ((self.fp8 and not comes_again) or self.gathers) else 0)
         gradients = (2 * numbers + g * d) * self.linear
-        deferred = x + gradients + (inner if self.cached else numbers * self.linear)
+        deferred = x + gradients + (inner if self.cached else numbers * self.linear) if trains else 0.0
         forward = numbers * (3 if self.cached else 1) * self.size
         backward = 2 * numbers * (self.size + self.copied) + 2 * self.message
-        part = Part(kept, deferred, gradients, forward, backward)
+        part = Part(kept, deferred, gradients * trains, forward, backward)
         return self._again(part) if recomputed else part
 
-    def _experts(self) -> Part:
+    def _experts(self, trains: dict[str, bool]) -> Part:
         """A MoE layer behind its norm: routed experts with their exchanges, router and shared experts."""
         model, r, d = self.model, self.r, self.d
         width, rows = model.moe_intermediate_size / self.layout.expert_tp, self.r * self.d * self.size
         inner = 2 * r * width * (_WITH_SCALES if self.cached else self.size)
-        activated = 0.0 if self.cached else r * width * self.linear
+        mine = trains["experts"]
+        activated = 0.0 if self.cached else r * width * self.linear * mine
         shared_width = model.n_shared_experts * model.moe_intermediate_size / self.layout.tp
-        shared = self._feed_forward(shared_width, recomputed="shared_experts" in self.recompute)
+        shared = self._feed_forward(
+            shared_width, recomputed="shared_experts" in self.recompute, trains=trains["shared_experts"]
+        )
         made_again = activated if "moe_act" in self.recompute else 0.0
-        kept = r * d * self.linear + inner + activated - made_again + shared.kept
+        kept = r * d * self.linear * mine + inner + activated - made_again + shared.kept
         kept += self.t * model.n_routed_experts * 13  # three float32 and a mask by token and expert
         gradients = (r * d + 2 * r * width) * self.linear
-        deferred = r * d * self.linear + (inner if self.cached else activated) + gradients + shared.deferred
-        if self.planned and not self.fp8:
+        deferred = r * d * self.linear + (inner if self.cached else activated) + gradients if mine else 0.0
+        deferred += shared.deferred
+        if self.planned and not self.fp8 and mine:
             deferred += rows
         if self.planned:  # on both sides of the exchange and of the products; SwiGLU's input is let go or deferred
             beside = gradients + made_again - (0.0 if self.cached else inner)
@@ -159,19 +172,19 @@ class Parts:
         else:
             products = rows + 2 * r * width * (self.size + self.copied)  # dX and dY of the first layer
             backward = max(self._sorting(rows, gradients), products + self._normed_again())
-        part = Part(kept, deferred, gradients, self._exchanged(rows), backward, rows)
+        part = Part(kept, deferred, gradients * mine, self._exchanged(rows, x_is_kept=mine), backward, rows)
         return self._again(part) if "moe" in self.recompute else part
 
     @property
     def _exchanges(self) -> bool:
         return self.layout.ep * self.layout.expert_tp > 1
 
-    def _exchanged(self, rows: float) -> float:
+    def _exchanged(self, rows: float, *, x_is_kept: bool) -> float:
         """Return what a forward holds of rows: as they are sent, received, sorted, given by the experts, sorted back.
 
-        In high precision the experts' input is kept anyway; a plan frees what it sent.
+        In high precision the experts' input is kept anyway, unless they are frozen; a plan frees what it sent.
         """
-        copies = (5 if self._exchanges else 2) - (1 if self.planned else 0) - (0 if self.fp8 else 1)
+        copies = (5 if self._exchanges else 2) - (1 if self.planned else 0) - (1 if x_is_kept and not self.fp8 else 0)
         normed = self.message if "norm" in self.recompute else 0.0
         return copies * rows + normed - (self.message if self.planned else 0)
 
@@ -222,8 +235,9 @@ class Parts:
 
     def joint(self) -> Part:
         """What precedes the layer of an MTP module: lookup, two norms, projection of both to one, gathered over TP."""
-        x, gathered = 2 * self.g * self.d * self.linear, self.g * self.d * self.size
-        deferred = x + self.t * self.d * self.linear
+        trains, gathered = MTP not in self.model.freeze, self.g * self.d * self.size
+        x = 2 * self.g * self.d * self.linear * trains
+        deferred = x + self.t * self.d * self.linear * trains
         # Run again as a whole, the module keeps lookup and hidden states, and its layer nothing.
         kept = self.message if "full" in self.recompute else x + 2 * self.message + gathered
         return Part(kept, deferred, deferred - x, backward=self.embedding().backward)
@@ -232,5 +246,5 @@ class Parts:
         """Final norm, output head and loss of all predictions, which keep float32 probabilities and normed states."""
         model, tp = self.model, self.layout.tp
         logits = self.g * model.vocab_size / tp
-        kept = predictions * (logits * 4 + self.message)
+        kept = predictions * (logits * 4 + (0 if "head" in self.model.freeze else self.message))
         return Part(kept, forward=min(predictions, 2) * logits * self.size, backward=logits * self.size)

@@ -50,16 +50,33 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Held:
-    """Parameters a rank holds, by how they are sharded in the optimizer."""
+    """Parameters a rank holds, by how they are sharded in the optimizer, and how many of either are frozen."""
 
     dense: int
     experts: int
     in_fp8: int
+    frozen_dense: int = 0
+    frozen_experts: int = 0
 
     @property
     def all(self) -> int:
         """Dense and experts."""
         return self.dense + self.experts
+
+    @property
+    def trained_dense(self) -> int:
+        """Of ``dense``, those that have gradients and optimizer states."""
+        return self.dense - self.frozen_dense
+
+    @property
+    def trained_experts(self) -> int:
+        """Likewise of ``experts``."""
+        return self.experts - self.frozen_experts
+
+    @property
+    def trained(self) -> int:
+        """All that have gradients."""
+        return self.trained_dense + self.trained_experts
 
     def shard(self, layout: Layout, copies: int) -> float:
         """Return how many of them one rank updates (ZeRO-1).
@@ -67,7 +84,8 @@ class Held:
         Args:
             copies: ranks of the pipeline that hold the same stages (2 under DualPipe): they share the shards.
         """
-        return self.dense / (layout.dp * layout.cp * copies) + self.experts / (layout.expert_dp * copies)
+        dense, experts = layout.dp * layout.cp * copies, layout.expert_dp * copies
+        return self.trained_dense / dense + self.trained_experts / experts
 
 
 def held_parameters(
@@ -79,7 +97,10 @@ def held_parameters(
         shared = recipe.model.vocab_size * recipe.model.hidden_size // layout.tp
     experts = sum(memory[s].expert_parameters for s in stages)
     dense = sum(memory[s].parameters for s in stages) - experts - shared
-    return Held(dense, experts, sum(memory[s].fp8_parameters for s in stages))
+    frozen_experts = sum(memory[s].frozen_experts for s in stages)
+    frozen = sum(memory[s].frozen for s in stages) - frozen_experts
+    frozen -= shared if "embedding" in recipe.model.freeze else 0
+    return Held(dense, experts, sum(memory[s].fp8_parameters for s in stages), frozen, frozen_experts)
 
 
 def optimizer_bytes(recipe: Recipe, layout: Layout, held: Held, *, copies: int) -> int:
@@ -125,7 +146,7 @@ def rank_memory(
         # Transformer Engine keeps an FP8 weight by rows and by columns (blockwise scaling on Hopper); the emulation
         # keeps what survives FP8 in float32.
         fp8_weights_bytes=held.in_fp8 * (4 if on_cpu else 2),
-        gradients_bytes=held.all * _GRADIENT_BYTES + placeholder_bytes(recipe, layout, stages),
+        gradients_bytes=held.trained * _GRADIENT_BYTES + placeholder_bytes(recipe, layout, stages),
         optimizer_bytes=optimizer_bytes(recipe, layout, held, copies=copies),
         activations_bytes=activations,
         messages_bytes=messages * memory[0].message,

@@ -1,7 +1,8 @@
 """The kernels of every part of the model, pass by pass: what runs, on which sizes, and how long it takes on a device.
 
 A part is a dense layer, a MoE layer, the embedding, the head with its loss, or what joins an MTP module. Passes are
-those of the schedule: F forward, I input gradient (recomputation included), W weight gradient.
+those of the schedule: F forward, I input gradient (recomputation included), W weight gradient, of which a frozen
+matrix has none.
 
 Legend: T tokens of a microbatch on this rank, R rows that the experts of this rank get, D hidden size.
 """
@@ -9,8 +10,9 @@ Legend: T tokens of a microbatch on this rank, R rows that the experts of this r
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from dsv3_megatron.model.freeze import MTP, PARTS
 from dsv3_megatron.planning.time.expert_exchange import ranks_reached
 from dsv3_megatron.planning.time.roofline import Device, Format
 from dsv3_megatron.planning.time.traffic import widths_over_context
@@ -51,6 +53,7 @@ class _Linear:
     width_in: int
     width_out: int
     groups: int = 1
+    trains: bool = True
 
 
 class Kernels:
@@ -71,14 +74,15 @@ class Kernels:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def layer(self, *, moe: bool) -> PartTimes:
-        """Return a decoder layer without its exchanges."""
+    def layer(self, *, moe: bool, frozen: bool = False) -> PartTimes:
+        """Return a decoder layer without its exchanges; ``frozen``: as a whole."""
         times = PartTimes()
-        self._attention(times)
+        trains = {part: not frozen and part not in self.model.freeze for part in PARTS}
+        self._attention(times, trains=trains["attention"])
         if moe:
-            self._experts(times)
+            self._experts(times, trains)
         else:
-            self._feed_forward(times, self.model.intermediate_size, "mlp")
+            self._feed_forward(times, self.model.intermediate_size, "mlp", trains=trains["dense"])
         # Two norms and two residual sums, each of which reads two and writes one.
         self._norms(times, 2 * self.tokens * self.model.hidden_size)
         residual = self.device.memory(6 * self.tokens * self.model.hidden_size * self.size)
@@ -93,7 +97,8 @@ class Kernels:
         times = PartTimes()
         nbytes = self.gathered * self.model.hidden_size * self.size
         times.add("F", "embedding", self.device.memory(2 * nbytes))
-        times.add("I", "embedding", self.device.memory(3 * nbytes))
+        if "embedding" not in self.model.freeze:
+            times.add("I", "embedding", self.device.memory(3 * nbytes))
         return times
 
     def head(self) -> PartTimes:
@@ -103,7 +108,7 @@ class Kernels:
         product = self.device.product(self.gathered, words, model.hidden_size, self.high)
         times.add("F", "head", product)
         # The head is no splittable layer: both gradients belong to the backward of the last stage.
-        times.add("I", "head", 2 * product)
+        times.add("I", "head", product if "head" in model.freeze else 2 * product)
         logits = self.gathered * words
         # Forward: read BF16, write and read float32 twice (maximum, exponentials). Backward: read float32, write BF16.
         times.add("F", "loss", self.device.memory(logits * (2 + 4 * 4)))
@@ -114,13 +119,14 @@ class Kernels:
     def mtp_joint(self) -> PartTimes:
         """Return what an MTP module has besides its layer and its head: two norms and the projection."""
         times, model = PartTimes(), self.model
-        self._linear(times, _Linear("mtp", self.gathered, 2 * model.hidden_size, model.hidden_size // self.layout.tp))
+        width, trains = model.hidden_size, MTP not in model.freeze
+        self._linear(times, _Linear("mtp", self.gathered, 2 * width, width // self.layout.tp, trains=trains))
         self._norms(times, 2 * self.tokens * model.hidden_size)
         return times
 
     # -- inside a layer ------------------------------------------------------------------------------------------------
 
-    def _attention(self, times: PartTimes) -> None:
+    def _attention(self, times: PartTimes, *, trains: bool) -> None:
         model, device, tp = self.model, self.device, self.layout.tp
         heads = model.num_attention_heads // tp
         qk, v = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
@@ -134,7 +140,7 @@ class Kernels:
         up.append(_Linear("attention", self.gathered, model.kv_lora_rank, heads * (model.qk_nope_head_dim + v)))
         out = _Linear("attention", self.gathered, heads * v, model.hidden_size)
         for linear in (*down, *up, out):
-            self._linear(times, linear)
+            self._linear(times, replace(linear, trains=trains))
         # RoPE and joining: read and write every query and key once.
         rope = device.memory(self.gathered * heads * (2 * qk) * 2 * self.size)
         times.add("F", "rope", rope)
@@ -156,11 +162,11 @@ class Kernels:
         if "attention" in self.recompute:
             times.add("I", "attention core", core)
 
-    def _feed_forward(self, times: PartTimes, width: int, recomputed_by: str) -> None:
+    def _feed_forward(self, times: PartTimes, width: int, recomputed_by: str, *, trains: bool) -> None:
         """SwiGLU with its two layers, for a dense layer or the shared experts."""
         width //= self.layout.tp
-        first = _Linear("feed-forward", self.gathered, self.model.hidden_size, 2 * width)
-        second = _Linear("feed-forward", self.gathered, width, self.model.hidden_size)
+        first = _Linear("feed-forward", self.gathered, self.model.hidden_size, 2 * width, trains=trains)
+        second = _Linear("feed-forward", self.gathered, width, self.model.hidden_size, trains=trains)
         self._linear(times, first)
         self._linear(times, second)
         activation = self._swiglu(times, self.gathered * width)
@@ -169,16 +175,17 @@ class Kernels:
             self._forward(times, second, "I")
             times.add("I", "swiglu", activation)
 
-    def _experts(self, times: PartTimes) -> None:
+    def _experts(self, times: PartTimes, trains: dict[str, bool]) -> None:
         model, layout = self.model, self.layout
         if model.n_shared_experts:
-            self._feed_forward(times, model.n_shared_experts * model.moe_intermediate_size, "shared_experts")
+            shared = model.n_shared_experts * model.moe_intermediate_size
+            self._feed_forward(times, shared, "shared_experts", trains=trains["shared_experts"])
         gate = self.device.product(self.tokens, model.n_routed_experts, model.hidden_size, self.high)
         times.add("F", "gate", gate)
-        times.add("I", "gate", 2 * gate)
+        times.add("I", "gate", 2 * gate if trains["router"] else gate)
         local, width = model.n_routed_experts // layout.ep, model.moe_intermediate_size // layout.expert_tp
-        first = _Linear("experts", self.rows / local, model.hidden_size, 2 * width, local)
-        second = _Linear("experts", self.rows / local, width, model.hidden_size, local)
+        first = _Linear("experts", self.rows / local, model.hidden_size, 2 * width, local, trains["experts"])
+        second = _Linear("experts", self.rows / local, width, model.hidden_size, local, trains["experts"])
         self._linear(times, first)
         self._linear(times, second)
         activation = self._swiglu(times, self.rows * width)
@@ -234,11 +241,13 @@ class Kernels:
         self._forward(times, linear, "F")
         rows, k, n, groups = linear.rows, linear.width_in, linear.width_out, linear.groups
         times.add("I", f"{linear.name} products", self.device.product(rows, k, n, self.form, groups=groups))
+        if self.fp8:  # the output's gradient, cut by rows
+            times.add("I", "casts", self._cast(groups * rows * n))
+        if not linear.trains:
+            return
         weight_gradient = self.device.weight_gradient(n, k, rows, self.form, groups=groups)
         times.add("W", f"{linear.name} products", weight_gradient)
-        if self.fp8:
-            # The output's gradient, cut by rows for one product and by columns for the other.
-            times.add("I", "casts", self._cast(groups * rows * n))
+        if self.fp8:  # the same by columns
             times.add("I", "casts", self._cast(groups * rows * n))
 
     def _forward(self, times: PartTimes, linear: _Linear, which: Pass) -> None:
@@ -246,7 +255,7 @@ class Kernels:
         times.add(which, f"{linear.name} products", self.device.product(rows, n, k, self.form, groups=groups))
         if self.fp8:
             times.add(which, "casts", self._cast(groups * rows * k))
-            if which == "F":
+            if which == "F" and linear.trains:
                 times.add(which, "casts", self._cast(groups * rows * k))  # again by columns, for the weight gradient
 
     def _cast(self, numbers: float) -> float:

@@ -78,8 +78,9 @@ class StepModel:
 
     @staticmethod
     def _part(kernels: Kernels, name: str) -> PartTimes:
-        if name in ("dense", "moe"):
-            return kernels.layer(moe=name == "moe")
+        if name in _LAYERS:
+            moe, frozen = _LAYERS[name]
+            return kernels.layer(moe=moe, frozen=frozen)
         return getattr(kernels, name)()
 
     def contents(self, stage: int) -> dict[str, int]:
@@ -94,14 +95,23 @@ class StepModel:
         }
         return {name: count for name, count in found.items() if count}
 
+    def _priced(self, stage: int) -> dict[str, int]:
+        """Return how many of each part a stage has, layers that are frozen as a whole apart."""
+        parts, contents = composition(self.recipe.model, self.layers, stage), self.contents(stage)
+        frozen = {"dense": parts.frozen_dense, "moe": parts.frozen_moe}
+        return {
+            **{name: count - frozen.get(name, 0) for name, count in contents.items()},
+            **{f"{name}, frozen": count for name, count in frozen.items()},
+        }
+
     def stage(self, stage: int) -> StageWork:
         """Return the passes of a stage."""
-        contents = self.contents(stage)
+        contents, priced = self.contents(stage), self._priced(stage)
         exchanges, gathers = self._exchanges(contents), self._gathers(contents)
 
         def work(which: str) -> Work:
             whole, beside = (
-                sum(count * self.parts[name][i].total(which) for name, count in contents.items()) for i in (0, 1)
+                sum(count * self.parts[name][i].total(which) for name, count in priced.items()) for i in (0, 1)
             )
             gathered, exchanged = gathers[which], exchanges[which]
             slower = self.traffic.slower_beside_kernels
@@ -141,7 +151,9 @@ class StepModel:
         )
 
 
-_PARTS = ("dense", "moe", "embedding", "head", "mtp_joint")
+# A layer's name -> whether it is MoE, and frozen as a whole.
+_LAYERS = {"dense": (False, False), "moe": (True, False), "dense, frozen": (False, True), "moe, frozen": (True, True)}
+_PARTS = (*_LAYERS, "embedding", "head", "mtp_joint")
 
 
 def overlapped(forward: StageWork, backward: StageWork) -> float:
@@ -163,7 +175,7 @@ def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times:
     done = _last_gradients(schedule, timeline)
     end = max(_reduced(model, schedule, done, rank, held[rank], mirrored) for rank in range(len(held)))
     tail = max(end, timeline.makespan) - timeline.makespan
-    update = _update_seconds(model, schedule, max(held, key=lambda h: h.all), mirrored)
+    update = _update_seconds(model, schedule, max(held, key=lambda h: h.trained), mirrored)
     bubble = sum(timeline.bubble) / len(timeline.bubble)
     return StepTime(timeline, timeline.makespan, tail, update, bubble)
 
@@ -196,6 +208,6 @@ def _update_seconds(model: StepModel, schedule: Schedule, held: Held, mirrored: 
     shard = held.shard(model.layout, copies=2 if mirrored else 1)
     # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most. All
     # gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by columns.
-    touched = 34 * shard + (8 + 4) * held.all + (2 + 2) * held.in_fp8
+    touched = 34 * shard + (8 + 4) * held.trained + (2 + 2) * held.in_fp8
     moved = model.traffic.weights(held, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
     return Device(model.recipe.cluster).memory(touched) + moved.seconds

@@ -123,7 +123,7 @@ class Traffic:
         """Return the all-reduce of the embedding's float32 gradient, where MTP gives the last stage a copy of it on
         another rank than the first."""
         model, last = self.recipe.model, place.stages - 1
-        if not model.num_nextn_predict_layers or last in place.stages_of(0):
+        if "embedding" in model.freeze or not model.num_nextn_predict_layers or last in place.stages_of(0):
             return Moved()
         members = (0, self.layout.world_size - self.layout.world_size // self.layout.pp)
         return self.fabric.ring(members, model.vocab_size * model.hidden_size / self.layout.tp * 4) * 2
@@ -132,7 +132,7 @@ class Traffic:
         dense, experts = self.layout.group("dp_cp", 0), self.layout.group("expert_dp", 0)
         if mirrored:
             dense, experts = self.layout.mirrored(dense), self.layout.mirrored(experts)
-        return self._ring(dense, held.dense * size) + self._ring(experts, held.experts * size)
+        return self._ring(dense, held.trained_dense * size) + self._ring(experts, held.trained_experts * size)
 
     def _ring(self, members: Sequence[int], nbytes: float) -> Moved:
         return self.fabric.ring(members, nbytes)

@@ -96,6 +96,7 @@ def test_the_config_is_the_resolved_recipe(offline):
     [run] = [r["run"] for r in offline[1] if r["type"] == "run"][:1]
     text = json.dumps(run)
     assert "n_routed_experts" in text and '"schedule"' in text
+    assert '"frozen"' in text.replace("\\", "")
     assert run["run_group"] == "dsv3_tiny"
 
 

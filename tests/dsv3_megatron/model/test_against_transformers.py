@@ -51,7 +51,8 @@ def transformers_model(model: ModelSettings) -> torch.nn.Module:
     """Return transformers' model of the same shape, all weights (norms and biases too) drawn anew."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # seconds, which collecting tests need not take
 
-    shape = model.model_dump(exclude={"rope_scaling", "rope_theta", "topk_method", "scoring_func", "initializer_range"})
+    ours = {"topk_method", "scoring_func", "initializer_range", "freeze"}
+    shape = model.model_dump(exclude={"rope_scaling", "rope_theta", *ours})
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
         rope |= model.rope_scaling.model_dump(exclude={"type"}) | {"rope_type": "yarn"}

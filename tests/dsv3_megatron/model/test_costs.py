@@ -98,3 +98,41 @@ def test_balanced_stages_hold_every_layer_once_and_none_is_empty(stages):
 def test_the_last_stage_gets_fewer_layers_for_its_head_and_mtp():
     layers = balanced_stages(compose(["recipe=dsv3_671b"]).model, placement("1f1b", 16, 1))
     assert layers == (*[4] * 15, 1)
+
+
+FREEZES = (
+    "[embedding,layers.0-1]",
+    "[head,experts,mtp]",
+    "[norms]",
+    "[attention,dense,router,shared_experts,layers.3]",
+)
+
+
+@pytest.mark.parametrize("more", [(), ("model.num_nextn_predict_layers=2", "model.first_k_dense_replace=4")])
+@pytest.mark.parametrize("freeze", FREEZES)
+def test_what_is_frozen_is_counted_as_the_modules_have_it(freeze, more, one_process):
+    absent = {"experts,", "router,shared_experts,"} if more else set()  # of a model without MoE layers
+    for words in absent:
+        freeze = freeze.replace(words, "")
+    model = compose(["recipe=dsv3_tiny", f"model.freeze={freeze}", *more]).model
+    module, counted = modules_on_meta(model, one_process), count_parameters(model)
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    assert counted.frozen == frozen > 0
+    assert counted.trained == sum(p.numel() for p in module.parameters()) - frozen
+
+
+def test_a_frozen_matrix_costs_four_operations_a_token():
+    def flops(*words):
+        return training_flops_per_token(compose(["recipe=dsv3_tiny", *words]).model, 256)
+
+    model = compose(["recipe=dsv3_tiny"]).model
+    d, layers = model.hidden_size, model.num_moe_layers + model.num_nextn_predict_layers
+    active = layers * model.num_experts_per_tok * 3 * d * model.moe_intermediate_size
+    assert flops() - flops("model.freeze=[experts]") == 2 * active
+    assert flops() - flops("model.freeze=[head]") == 2 * 2 * model.vocab_size * d  # the MTP module's prediction too
+    assert flops() == flops("model.freeze=[embedding]") == flops("model.freeze=[norms]")
+    parts = ("attention", "dense", "experts", "shared_experts", "router")
+    layerwise = f"model.freeze=[layers.0-{model.num_hidden_layers - 1},mtp]"
+    apart = sum(flops() - flops(f"model.freeze=[{part}]") for part in parts)
+    joint = 2 * 2 * d * d
+    assert flops() - flops(layerwise) == apart + joint

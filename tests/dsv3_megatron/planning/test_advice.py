@@ -13,7 +13,8 @@ from launcher.command_line.compose import compose
 CASES = {
     "one is enough": "recipe=dsv3_16b optim.micro_batch=4",
     "two together": "recipe=dsv3_16b cluster.memory=36GiB",
-    "spare": "recipe=dsv3_16b",
+    "frozen": "recipe=moonlight_16b cluster=h200_1 parallel=single",
+    "spare": "recipe=moonlight_16b",
 }
 
 
@@ -39,10 +40,11 @@ def test_the_advice_holds(case):
             assert (plan.tightest.total_bytes - there.tightest.total_bytes) / 2**30 == pytest.approx(
                 float(saved[1]), abs=0.06
             )
-    assert any("and it fits" in line for line in lines) == (case == "one is enough")
+    assert any("and it fits" in line for line in lines) == (case in ("one is enough", "frozen"))
+    assert any("model.freeze=[experts] " in line for line in lines) == (case == "frozen")
     assert any("together" in line for line in lines) == (case == "two together")
 
 
 def test_where_nothing_makes_it_fit_that_is_said():
-    lines = advice(plan_of("recipe=moonlight_16b cluster=h100_1 parallel=single"))
+    lines = advice(plan_of("recipe=dsv3_16b cluster=h100_1 parallel=single"))
     assert "too much: take more GPUs" in lines[-1]

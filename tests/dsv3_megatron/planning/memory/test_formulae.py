@@ -27,9 +27,12 @@ PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
         ("parallel.schedule=dualpipev", "parallel.recompute=[shared_experts,mlp]", "precision=bf16"),
         ("parallel.schedule=zb1p", "parallel.recompute=[moe]", "precision=bf16"),
         ("parallel.schedule=1f1b", "parallel.recompute=[full]", "precision=bf16"),
+        ("parallel.schedule=dualpipev", "precision=bf16", "model.freeze=[embedding,experts,layers.0-1]"),
         *(
             pytest.param(words, marks=pytest.mark.full)
             for words in (
+                ("parallel.schedule=1f1b", "parallel.recompute=[]", "precision=bf16", "model.freeze=[experts]"),
+                ("parallel.schedule=zb1p", "precision=fp8", "model.freeze=[attention,head,norms,router]"),
                 ("parallel.schedule=zb1p", *RECOMPUTE, "parallel.tensor=2", "precision=bf16"),
                 ("parallel.schedule=1f1b", "parallel.recompute=[attention]", "optim.micro_batch=2"),
                 ("parallel.schedule=dualpipe", *RECOMPUTE, "parallel.context=8", "data.sequence_length=32768"),
@@ -43,7 +46,7 @@ def test_formulae_agree_with_the_exact_path(overrides):
     exact, fast = make_plan(recipe, 128), make_plan(recipe, 128, measure=estimate_stages)
     for one, other in zip(map(asdict, exact.stages), map(asdict, fast.stages)):
         print(one, other, sep="\n")
-        for name in ("parameters", "expert_parameters", "fp8_parameters", "message"):
+        for name in ("parameters", "expert_parameters", "fp8_parameters", "message", "frozen", "frozen_experts"):
             assert one[name] == other[name], name
         for name in BETWEEN:
             assert other[name] == pytest.approx(one[name], rel=0.02), name
