@@ -18,6 +18,7 @@ from launcher.command_line.recipe_files import RECIPES
 from parallel.errors import ClusterError
 from parallel.world import World
 from testing.pages import DOCKER_FILES, PAGES, commands
+from testing.trained_elsewhere import old_text, own_text, publish
 from testing.training.tiny import SMALL
 
 ROOT = RECIPES.parent
@@ -103,7 +104,8 @@ def without_work(reason, command, words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as a reader has it: a trained run under the names that the pages use, documents, an exported model."""
+    """A folder as a reader has it: a trained run under the names that the pages use, documents, an exported model, a
+    published one and its import."""
     folder = tmp_path_factory.mktemp("reader")
     (ROOT / ".cache").mkdir(exist_ok=True)
     (folder / ".cache").symlink_to(ROOT / ".cache")  # the standard library's tokens: made once
@@ -118,6 +120,15 @@ def folder(tmp_path_factory):
         words = ["recipe=dsv3_tiny", "run.steps=2", "run.name=demo", "checkpoint.every_steps=1", *TINY]
         assert in_process("launcher/pretrain.py", words) == 0
         assert in_process("launcher/export_hf.py", ["run=runs/demo", "output=exported"]) == 0
+        publish(folder / "Moonlight-16B-A3B", old_text(folder / "general"), steps=2)
+        own_text(folder / "own")
+        published = "runs/moonlight_16b_published"
+        words = ["input=Moonlight-16B-A3B", f"output={published}", "recipe=moonlight_16b", "processes=1"]
+        assert in_process("launcher/import_hf.py", words) == 0
+        for text in ("own", "general"):
+            words = [f"input={text}", f"output={text}_shards", f"tokenizer={published}", "held_out=0.1"]
+            assert in_process("launcher/prepare_data.py", words) == 0
+    shutil.copytree(folder / published, folder / "runs" / "moonlight_16b")
     shutil.copytree(folder / "runs" / "demo", folder / "runs" / "dsv3_tiny")
     shutil.copy(folder / "exported" / "config.json", folder / "config.json")
     return folder
@@ -141,7 +152,7 @@ def test_the_command_runs(command, folder, monkeypatch):
         arguments += [word for word in TINY if not (of_another_model and word.startswith("model."))]
         arguments += [] if "run.steps=2" in arguments else ["run.steps=2"]
     output = next((word.partition("=")[2] for word in arguments if word.startswith("output=")), None)
-    if output and (folder / output).is_dir() and output != "exported":
+    if output and (folder / output).is_dir() and (output != "exported" or script == "launcher/export_hf.py"):
         shutil.rmtree(folder / output)
     assert in_process(script, arguments) == 0
     assert output is None or Path(output).exists()
