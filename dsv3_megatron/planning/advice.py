@@ -125,7 +125,8 @@ def _priced(recipe: Recipe, world: int) -> Iterator[_Priced]:
 def _together(base: _Priced, priced: list[_Priced], world: int, room: int) -> str:
     """Return a line with overrides that make a plan fit together, where none does alone: the one that saves most, then
     the next, and of those that are enough the fastest."""
-    chosen, taken = base, {}
+    chosen = base
+    taken: dict[str, str] = {}
     for _ in range(_TOGETHER):
         fitting = [other for other in priced if other.bytes <= room]
         best = min(fitting, key=lambda p: p.seconds) if fitting else min(priced, key=lambda p: p.bytes, default=chosen)
