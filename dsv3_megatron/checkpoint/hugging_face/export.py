@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv3_megatron.checkpoint.find import Found
 from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
@@ -64,12 +65,15 @@ def _key(name: str, prefix: str, freeze: tuple[str, ...]) -> str:
     return name if is_frozen(freeze, name) else prefix + name
 
 
-def _freeze_of(checkpoint: Path) -> tuple[str, ...]:
-    return tuple(read_content(checkpoint).get("freeze", ()))
-
-
 def plan_shards(
-    model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: str, shard_bytes: int, prefix: str = ""
+    model: ModelSettings,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    prefix: str = "",
+    freeze: tuple[str, ...] = (),
 ) -> list[Shard]:
     """Return the files to write, each of at most ``shard_bytes`` (one tensor at least), in the published order."""
     groups: list[list[Published]] = [[]]
@@ -83,7 +87,6 @@ def plan_shards(
         size += needed
     count = len(groups)
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-    freeze = _freeze_of(checkpoint)
     return [Shard(checkpoint, folder, name, dtype, tuple(group), prefix, freeze) for name, group in zip(names, groups)]
 
 
@@ -161,7 +164,7 @@ def _sync(path: Path) -> None:
 
 def check_shapes(model: ModelSettings, checkpoint: Path, prefix: str = "") -> None:
     """Raise CheckpointError where a checkpoint's tensors are not those of the model."""
-    stored, freeze = Regions(checkpoint).shapes, _freeze_of(checkpoint)
+    stored, freeze = Regions(checkpoint).shapes, Found.of(checkpoint, read_content(checkpoint)).freeze
     if prefix == EMA and not any(key.startswith(EMA) for key in stored):
         raise CheckpointError(f"weights = ema, but {checkpoint} holds no average; train with optim.ema_decay=0.999")
     for name, shape in our_shapes(model).items():
@@ -193,7 +196,8 @@ def export(
         progress: told (shards done, shards, bytes done) after each shard.
     """
     check_shapes(model, checkpoint, prefix)
-    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix)
+    freeze = Found.of(checkpoint, read_content(checkpoint)).freeze
+    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix, freeze=freeze)
     (folder / INDEX).unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     size = 0
