@@ -25,7 +25,7 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from launcher.command_line.arguments import Arguments, takes
-from launcher.command_line.compose import DEFAULT_RECIPE, build, compose, load_resolved, resolved_yaml
+from launcher.command_line.compose import build, compose, load_resolved, resolved_yaml
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.recipe_files import options
 from launcher.command_line.typed import command
@@ -36,6 +36,8 @@ from parallel.units import show_bytes
 if TYPE_CHECKING:
     from dsv3_megatron.checkpoint.hugging_face.sources import Sources
 
+CONTINUING = ("recipe=moonlight_16b", "parallel=single", "optim.micro_batch=1")
+
 
 class ImportArguments(Arguments):
     """The keys of this command."""
@@ -43,7 +45,7 @@ class ImportArguments(Arguments):
     input: str = Field(description="folder with config.json and safetensors, or a config.json alone")
     output: str = Field(description="run directory to write")
     recipe: str | None = Field(
-        None, description="recipe that says the rest; null = the export's own, else a shipped one of the same shape"
+        None, description="recipe that says the rest; null = the export's own, else a shipped one of the shape"
     )
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="of the weights; null = as they are, FP8 as BF16")
     processes: PositiveInt | None = Field(None, description="files read at once; null = one a core, 8 at most")
@@ -136,8 +138,8 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
     if given.recipe is None and (folder / "recipe.yaml").is_file():
         base = load_resolved(folder / "recipe.yaml").model_dump(mode="json")
     else:
-        name = given.recipe or shipped_recipe(model)
-        base = compose([f"recipe={name}"]).model_dump(mode="json")
+        words = [f"recipe={given.recipe}"] if given.recipe else words_for(model)
+        base = compose(words).model_dump(mode="json")
     base["model"] = model.model_dump(mode="json")
     base["precision"] = compose([f"precision={precision}"]).precision.model_dump(mode="json")
     if base["data"]["sequence_length"] > (most := model.max_position_embeddings):
@@ -150,14 +152,16 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
         raise CheckpointError(f"input = {given.input} does not go with the recipe: {error.args[0]}") from None
 
 
-def shipped_recipe(model: ModelSettings) -> str:
-    """Return the recipe whose model has the same widths and depth; else the smallest one's."""
+def words_for(model: ModelSettings) -> list[str]:
+    """Return the words of a shipped recipe whose model has the same widths and depth; else of one that trains a
+    published model on, on one GPU: no rate for training from nothing is right for weights that are trained."""
     same = ("hidden_size", "num_hidden_layers", "n_routed_experts", "vocab_size")
     for name in options("recipe"):
         shape = compose([f"recipe={name}"]).model
         if all(getattr(shape, key) == getattr(model, key) for key in same):
-            return name
-    return DEFAULT_RECIPE
+            return [f"recipe={name}"]
+    print(f"no shipped recipe has this shape: {', '.join(CONTINUING)} say the rest; look at it before training")
+    return list(CONTINUING)
 
 
 def import_weights(

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv3_megatron.checkpoint.find import Found
 from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
 from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
@@ -74,10 +75,6 @@ def _key(name: str, prefix: str, freeze: tuple[str, ...]) -> str:
     return name if is_frozen(freeze, name) else prefix + name
 
 
-def _freeze_of(checkpoint: Path) -> tuple[str, ...]:
-    return tuple(read_content(checkpoint).get("freeze", ()))
-
-
 def plan_shards(
     model: ModelSettings,
     checkpoint: Path,
@@ -87,6 +84,7 @@ def plan_shards(
     shard_bytes: int,
     prefix: str = "",
     scales: Scales = Scales(),
+    freeze: tuple[str, ...] = (),
 ) -> list[Shard]:
     """Return the files to write, each of at most ``shard_bytes`` (one tensor at least), in the published order."""
     groups: list[list[Published]] = [[]]
@@ -100,7 +98,6 @@ def plan_shards(
         size += needed
     count = len(groups)
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-    freeze = _freeze_of(checkpoint)
     return [
         Shard(checkpoint, folder, name, dtype, tuple(group), prefix, scales, freeze)
         for name, group in zip(names, groups)
@@ -189,7 +186,7 @@ def _sync(path: Path) -> None:
 
 def check_shapes(model: ModelSettings, checkpoint: Path, prefix: str = "") -> None:
     """Raise CheckpointError where a checkpoint's tensors are not those of the model."""
-    stored, freeze = Regions(checkpoint).shapes, _freeze_of(checkpoint)
+    stored, freeze = Regions(checkpoint).shapes, Found.of(checkpoint, read_content(checkpoint)).freeze
     if prefix == EMA and not any(key.startswith(EMA) for key in stored):
         raise CheckpointError(f"weights = ema, but {checkpoint} holds no average; train with optim.ema_decay=0.999")
     for name, shape in our_shapes(model).items():
@@ -223,7 +220,17 @@ def export(
         progress: told (shards done, shards, bytes done) after each shard.
     """
     check_shapes(model, checkpoint, prefix)
-    shards = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes, prefix=prefix, scales=scales)
+    freeze = Found.of(checkpoint, read_content(checkpoint)).freeze
+    shards = plan_shards(
+        model,
+        checkpoint,
+        folder,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        prefix=prefix,
+        scales=scales,
+        freeze=freeze,
+    )
     (folder / INDEX).unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     size = 0
