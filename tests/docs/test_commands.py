@@ -33,6 +33,7 @@ NOT_RUN = {
     r"torchrun ": "no command but a mention of a flag",
     r"python -m benchmarks\.gpu_check ": "minutes, tests/benchmarks rehearses it; refused where there is no GPU",
     r"python -m benchmarks\.": "minutes to hours, some on a GPU; compiled",
+    r"python launcher/pretrain\.py recipe=dsv3_150m": "hours, and gigabytes; composed",
     r"python launcher/submit\.py (status|logs|cancel)": "needs a job: tests/slurm; refused for want of one",
     r"python launcher/submit\.py$": "no command but a mention; its help",
     r"python launcher/submit\.py": "tests/slurm submits; dry_run=true",
@@ -122,6 +123,8 @@ def folder(tmp_path_factory):
         assert in_process("launcher/export_hf.py", ["run=runs/demo", "output=exported"]) == 0
         publish(folder / "Moonlight-16B-A3B", old_text(folder / "general"), steps=2)
         own_text(folder / "own")
+        words = ["input=code", "output=tokenizer.json", "vocab_size=300"]
+        assert in_process("launcher/train_tokenizer.py", words) == 0
         published = "runs/moonlight_16b_published"
         words = ["input=Moonlight-16B-A3B", f"output={published}", "recipe=moonlight_16b", "processes=1"]
         assert in_process("launcher/import_hf.py", words) == 0
@@ -130,7 +133,6 @@ def folder(tmp_path_factory):
             assert in_process("launcher/prepare_data.py", words) == 0
     shutil.copytree(folder / published, folder / "runs" / "moonlight_16b")
     shutil.copytree(folder / "runs" / "demo", folder / "runs" / "dsv3_tiny")
-    shutil.copy(folder / "exported" / "config.json", folder / "config.json")
     return folder
 
 
