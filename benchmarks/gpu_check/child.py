@@ -17,6 +17,7 @@ from benchmarks.gpu_check.outcome import Outcome, Outcomes, Visit
 from benchmarks.gpu_check.registry import Check
 from parallel.errors import UserError
 
+STACKS = signal.SIGUSR2  # asks a process to write where its threads are
 LATER = 5.0  # seconds after its limit at which a process ends by itself: whoever should have ended it is gone
 
 
@@ -31,6 +32,7 @@ def main(check: Check, visit: Visit, seconds: float, outcomes: Path, log: Path) 
     os.environ.update(check.environment)
     signal.setitimer(signal.ITIMER_REAL, seconds + LATER)  # its default action ends a process, wherever that is stuck
     faulthandler.enable(sys.stderr)
+    faulthandler.register(STACKS, sys.stderr)  # for one that started late; the next line also where signals wait
     faulthandler.dump_traceback_later(max(seconds - 0.5, seconds / 2), file=sys.stderr)
     if visit.stands_in:
         importlib.import_module(check.stand_ins)  # there already, where the process was forked from it

@@ -26,6 +26,8 @@ from dsv3_megatron.run.files import read_json_lines
 
 # A check is not started with less than this share of its limit left: it would most likely be cut off.
 LEAST = 0.4
+ASKING = 3.0  # seconds that a process which takes too long may take to say where it is
+_STACK = "most recent call first"
 
 
 @dataclass
@@ -141,6 +143,7 @@ class Runner:
         for one in list(self._running):
             took = time.monotonic() - one.since
             if over := one.process.is_alive() and took > one.limit:
+                _ask_for_stacks(one)
                 _end(one.process)
             if over or not one.process.is_alive():
                 one.process.join()
@@ -194,7 +197,7 @@ def _outcomes(path: Path) -> list[Outcome]:
 
 def _place(log: str) -> str | None:
     """Return where the main thread was, by faulthandler's stacks: this project's innermost frame."""
-    stack = log.rpartition("most recent call first")[2]  # the main thread's comes last
+    stack = log.rpartition(_STACK)[2]  # the main thread's comes last
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stack)
     root = str(Path(__file__).resolve().parents[2])
     ours = [frame for frame in frames if frame[0].startswith(root) and "site-packages" not in frame[0]]
@@ -202,6 +205,18 @@ def _place(log: str) -> str | None:
         return None
     file, line, function = (ours or frames)[0]
     return f"{Path(file).name}:{line} {function}"
+
+
+def _ask_for_stacks(one: _Running) -> None:
+    """Let a process that takes too long write where it is, unless it has; it is ended with or without."""
+    if _STACK in one.log.read_text(errors="replace"):
+        return
+    with suppress(ProcessLookupError):
+        os.kill(one.process.pid, child.STACKS)
+    deadline = time.monotonic() + ASKING
+    while one.process.is_alive() and time.monotonic() < deadline and _STACK not in one.log.read_text(errors="replace"):
+        one.process.join(0.1)
+    one.process.join(0.1)  # the last of the lines
 
 
 def _end(process: multiprocessing.Process) -> None:
