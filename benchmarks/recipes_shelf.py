@@ -8,11 +8,11 @@ cluster's ``dollars_per_gpu_hour``. A test keeps the page in step with the plann
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.page_tables import filled
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import Plan, make_plan
 from dsv3_megatron.preflight.layout import world_of
@@ -102,12 +102,7 @@ def _gpu(cluster: str) -> str:
 
 def with_tables(page: str) -> str:
     """Return the page with its tables written anew."""
-    tables = {"purposes": table(PURPOSES), "fits": table(FITS)}
-    return re.sub(
-        r"(<!-- table (\w+) -->\n)(?:(?!<!-- end -->).*\n)*(<!-- end -->)",
-        lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}",
-        page,
-    )
+    return filled(page, {"purposes": table(PURPOSES), "fits": table(FITS)})
 
 
 def main() -> int:

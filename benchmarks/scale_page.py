@@ -5,9 +5,9 @@ Each stands in the page between ``<!-- table NAME -->`` and ``<!-- end -->``.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from benchmarks.page_tables import filled
 from benchmarks.scale_groups import mesh_connections, mesh_messages
 from benchmarks.scale_table import TARGET_RANKS, Exact, Target, bounds_table, growth_table, show_number
 from dsv3_megatron.model.costs import count_parameters
@@ -45,12 +45,7 @@ def _parameters() -> int:
 
 def with_tables(page: str, results: dict[str, Any]) -> str:
     """Return the page with its tables written anew. Raises KeyError: it asks for a table that there is not."""
-    tables = tables_of(results)
-    return re.sub(
-        r"(<!-- table (\w+) -->\n)(?:(?!<!-- end -->).*\n)*(<!-- end -->)",
-        lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}",
-        page,
-    )
+    return filled(page, tables_of(results))
 
 
 def tables_of(results: dict[str, Any]) -> dict[str, str]:
