@@ -19,7 +19,7 @@ def exports(place: Path, repeats: int) -> dict[str, float]:
     """Return MB/s of the export and of a plain save_file of the same tensors, from a checkpoint of ``saves``."""
     from safetensors.torch import load_file, save_file
 
-    from dsv3_megatron.checkpoint.hugging_face.export import export
+    from dsv3_megatron.checkpoint.hugging_face.export import export, shards_of
     from dsv3_megatron.checkpoint.hugging_face.regions import Regions
     from dsv3_megatron.checkpoint.manifest import newest_valid
     from launcher.command_line.compose import compose
@@ -34,7 +34,8 @@ def exports(place: Path, repeats: int) -> dict[str, float]:
     def ours() -> int:
         for old in folder.iterdir():
             old.unlink()
-        return export(model, checkpoint, folder, dtype="bf16", shard_bytes=5 * 2**30, processes=1)
+        shards = shards_of(model, checkpoint, folder, dtype="bf16", shard_bytes=5 * 2**30)
+        return export(shards, folder, processes=1)
 
     size = ours()
     tensors = load_file(next(folder.glob("*.safetensors")))

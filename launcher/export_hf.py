@@ -61,7 +61,7 @@ def main(given: ExportArguments) -> int:
     output = writable_folder(Path(given.output))
     # torch: a second, which a refused command need not wait for
     from dsv3_megatron.checkpoint.find import choose_checkpoint
-    from dsv3_megatron.checkpoint.hugging_face.export import EMA, check_shapes, export
+    from dsv3_megatron.checkpoint.hugging_face.export import EMA, export, shards_of
     from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
 
     checkpoint = choose_checkpoint(
@@ -69,9 +69,16 @@ def main(given: ExportArguments) -> int:
     )
     for wrong in checkpoint.wrong:
         print(f"warning: {wrong}", file=sys.stderr)
-    prefix = EMA if given.weights == "ema" else ""
-    check_shapes(recipe.model, checkpoint.path, prefix)  # before an earlier export is touched
     scales = scales_of(given)
+    shards = shards_of(
+        recipe.model,
+        checkpoint.path,
+        output,
+        dtype=given.dtype,
+        shard_bytes=given.shard,
+        prefix=EMA if given.weights == "ema" else "",
+        scales=scales,
+    )
     tokenizer = tokenizer_to_export(recipe, Path(given.run))
     trained_with = read_content(checkpoint.path).get("tokenizer")
     check_trained_with(checkpoint.path, trained_with, tokenizer, allowed=False)
@@ -80,17 +87,8 @@ def main(given: ExportArguments) -> int:
     tokens = {} if tokenizer is None else write_tokenizer(tokenizer, recipe, output)
     write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     shown = ProgressLine("exporting")
-    size = export(
-        recipe.model,
-        checkpoint.path,
-        output,
-        dtype=given.dtype,
-        shard_bytes=given.shard,
-        processes=given.processes or min(8, os.cpu_count() or 1),
-        prefix=prefix,
-        scales=scales,
-        progress=shown.files,
-    )
+    processes = given.processes or min(8, os.cpu_count() or 1)
+    size = export(shards, output, processes=processes, progress=shown.files)
     shown.close()
     print(f"{checkpoint.path} -> {output}: {show_bytes(size)} of {given.dtype} weights, verified")
     if not tokens:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import dsv3_megatron.train.build as build_module
 from dsv3_megatron.checkpoint.find import Found, load_newest
-from dsv3_megatron.checkpoint.hugging_face.export import export
+from dsv3_megatron.checkpoint.hugging_face.export import export, shards_of
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.save import Saver
@@ -105,7 +105,7 @@ def _export(trainer: Trainer) -> None:
     if trainer.journal.speaks:
         output = trainer.journal.directory.path / "exported"
         output.mkdir(exist_ok=True)
-        export(trainer.recipe.model, path, output, dtype="bf16", shard_bytes=2**30, processes=1)
+        export(shards_of(trainer.recipe.model, path, output, dtype="bf16", shard_bytes=2**30), output, processes=1)
     dist.barrier()
 
 

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,7 @@ def _key(name: str, prefix: str, freeze: tuple[str, ...]) -> str:
     return name if is_frozen(freeze, name) else prefix + name
 
 
-def plan_shards(
-    model: ModelSettings,
-    checkpoint: Path,
-    folder: Path,
-    *,
-    dtype: str,
-    shard_bytes: int,
-    prefix: str = "",
-    scales: Scales = Scales(),
-    freeze: tuple[str, ...] = (),
-) -> list[Shard]:
+def plan_shards(model: ModelSettings, checkpoint: Path, folder: Path, *, dtype: str, shard_bytes: int) -> list[Shard]:
     """Return the files to write, each of at most ``shard_bytes`` (one tensor at least), in the published order."""
     groups: list[list[Published]] = [[]]
     size = 0
@@ -98,10 +88,7 @@ def plan_shards(
         size += needed
     count = len(groups)
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-    return [
-        Shard(checkpoint, folder, name, dtype, tuple(group), prefix, scales, freeze)
-        for name, group in zip(names, groups)
-    ]
+    return [Shard(checkpoint, folder, name, dtype, tuple(group)) for name, group in zip(names, groups)]
 
 
 def file_bytes(tensor: Published, dtype: str) -> int:
@@ -184,9 +171,32 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def check_shapes(model: ModelSettings, checkpoint: Path, prefix: str = "") -> None:
-    """Raise CheckpointError where a checkpoint's tensors are not those of the model."""
-    stored, freeze = Regions(checkpoint).shapes, Found.of(checkpoint, read_content(checkpoint)).freeze
+def shards_of(
+    model: ModelSettings,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    prefix: str = "",
+    scales: Scales = Scales(),
+) -> list[Shard]:
+    """Return the files to write of a checkpoint whose manifest was checked; nothing is touched yet.
+
+    Args:
+        dtype: fp32, bf16 or fp8 (128x128 blocks).
+        prefix: "" for the weights trained, EMA for their average.
+        scales: of fp8.
+    Raises: CheckpointError: its tensors are not those of the model.
+    """
+    freeze = Found.of(checkpoint, read_content(checkpoint)).freeze
+    _check_shapes(model, checkpoint, prefix, freeze)
+    plain = plan_shards(model, checkpoint, folder, dtype=dtype, shard_bytes=shard_bytes)
+    return [replace(shard, prefix=prefix, scales=scales, freeze=freeze) for shard in plain]
+
+
+def _check_shapes(model: ModelSettings, checkpoint: Path, prefix: str, freeze: tuple[str, ...]) -> None:
+    stored = Regions(checkpoint).shapes
     if prefix == EMA and not any(key.startswith(EMA) for key in stored):
         raise CheckpointError(f"weights = ema, but {checkpoint} holds no average; train with optim.ema_decay=0.999")
     for name, shape in our_shapes(model).items():
@@ -199,38 +209,18 @@ def check_shapes(model: ModelSettings, checkpoint: Path, prefix: str = "") -> No
 
 
 def export(
-    model: ModelSettings,
-    checkpoint: Path,
+    shards: list[Shard],
     folder: Path,
     *,
-    dtype: str,
-    shard_bytes: int,
     processes: int,
-    prefix: str = "",
-    scales: Scales = Scales(),
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
 ) -> int:
-    """Write the weights of a checkpoint, whose manifest was checked, and their index; return the bytes of tensors.
+    """Write the files of a model (:func:`shards_of`) and their index; return the bytes of tensors.
 
     Args:
-        dtype: fp32, bf16 or fp8 (128x128 blocks).
         processes: workers; each holds one shard in memory.
-        prefix: "" for the weights trained, EMA for their average.
-        scales: of fp8.
         progress: told (shards done, shards, bytes done) after each shard.
     """
-    check_shapes(model, checkpoint, prefix)
-    freeze = Found.of(checkpoint, read_content(checkpoint)).freeze
-    shards = plan_shards(
-        model,
-        checkpoint,
-        folder,
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        prefix=prefix,
-        scales=scales,
-        freeze=freeze,
-    )
     (folder / INDEX).unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
     size = 0

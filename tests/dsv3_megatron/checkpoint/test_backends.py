@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from dsv3_megatron.checkpoint.hugging_face.export import export
+from dsv3_megatron.checkpoint.hugging_face.export import export, shards_of
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
@@ -175,7 +175,8 @@ def exports(lives):
         found[name] = lives["place"] / f"export of {name}"
         found[name].mkdir()
         source = lives["place"] / name / STEP
-        export(model, source, found[name], dtype="fp32", shard_bytes=2**40, processes=1)
+        shards = shards_of(model, source, found[name], dtype="fp32", shard_bytes=2**40)
+        export(shards, found[name], processes=1)
     return found
 
 

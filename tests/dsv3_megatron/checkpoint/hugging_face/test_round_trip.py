@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export
+from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export, shards_of
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
 from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
@@ -156,9 +156,9 @@ def test_what_transformers_saves_is_read_and_what_is_written_it_reads(name, stac
             assert torch.equal(values, half), key
         else:
             assert torch.equal(values, state[key]), key
-    options = {"dtype": "fp32", "shard_bytes": 50_000, "processes": 1}
-    (tmp_path / "saved again").mkdir()
-    export(sources.model, tmp_path / "run/checkpoints/step_00000000", tmp_path / "saved again", **options)
+    (folder := tmp_path / "saved again").mkdir()
+    checkpoint = tmp_path / "run/checkpoints/step_00000000"
+    export(shards_of(sources.model, checkpoint, folder, dtype="fp32", shard_bytes=50_000), folder, processes=1)
     (tmp_path / "saved again/config.json").write_text(json.dumps(config))
     again = type(model).from_pretrained(tmp_path / "saved again", dtype=torch.float32).state_dict()
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
