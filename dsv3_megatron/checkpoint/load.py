@@ -8,7 +8,8 @@ damaged piece, a fault of a host.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,14 @@ def _thawed(found: Found, parts: Parts) -> Iterator[torch.nn.Parameter]:
                 yield parameter
 
 
-def _entries_of(parts: Parts, name: str, *, but: Collection[Tensor]) -> Iterable[Entry]:
+def _entries_of(parts: Parts, name: str, *, but: AbstractSet[Tensor]) -> Iterable[Entry]:
     """Return what fills an extra state; an average of parameters that were frozen is not there."""
     if parts.ema is not None and parts.extra_states[name] is parts.ema:
         return parts.ema.entries(but=but)
     return parts.extra_states[name].entries()
 
 
-def _masters(found: Found, parts: Parts, shares: Sequence[Share], thawed: Collection[Tensor]) -> list[Entry]:
+def _masters(found: Found, parts: Parts, shares: Sequence[Share], thawed: AbstractSet[Tensor]) -> list[Entry]:
     """Return what fills the optimizer, from whose masters weights follow, and the weights that are frozen.
 
     Of what a checkpoint holds no states of - all, if it has weights alone; what was frozen in it - masters begin with
@@ -176,6 +177,8 @@ def _fill(found: Found, index: Metadata, entries: Sequence[Entry]) -> None:
 def _changed_freeze(found: Found, parts: Parts) -> list[str]:
     """Return what a person should know of a run that trains other parts than the checkpoint's."""
     model, then = parts.recipe.model, found.freeze
+    if then == model.freeze:
+        return []
     sizes = {key: prod(shape) for key, shape in our_shapes(model).items() if not key.endswith("expert_bias")}
     before = {key for key in sizes if is_frozen(then, key)}
     after = {key for key in sizes if is_frozen(model.freeze, key)}

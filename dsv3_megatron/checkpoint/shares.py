@@ -181,11 +181,9 @@ def _frozen(
     """Yield the frozen parameters of every stage that the ranks of a group hold alike, and the group."""
     for chunk in chunks.values():
         frozen = [parameter for parameter in chunk.parameters() if not parameter.requires_grad]
+        experts = [p for p in frozen if not getattr(p, "allreduce", True)]  # megatron-core's mark of them
         yield [p for p in frozen if getattr(p, "allreduce", True)], groups.dp_cp
-        yield (
-            [p for p in frozen if not getattr(p, "allreduce", True)],
-            groups.expt_dp,
-        )  # megatron-core's mark of experts
+        yield experts, groups.expt_dp
 
 
 def even_runs(sizes: Sequence[int], ranks: int) -> list[list[tuple[int, int]]]:

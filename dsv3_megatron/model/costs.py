@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv3_megatron.model.freeze import MTP, frozen_layers, layer_parts
+from dsv3_megatron.model.composition import Composition, composition
+from dsv3_megatron.model.freeze import MTP, layer_parts
 from dsv3_megatron.model.settings import ModelSettings
 
 
@@ -95,52 +96,28 @@ def part_sizes(model: ModelSettings, *, tp: int = 1, ep: int = 1, expert_tp: int
     }
 
 
-@dataclass(frozen=True)
-class Contents:
-    """How many of each part there are: in the whole model or in a stage of it. Layers of MTP modules are counted among
-    the others; ``frozen_dense`` and ``frozen_moe`` of them are frozen as a whole."""
-
-    dense: int
-    moe: int
-    frozen_dense: int
-    frozen_moe: int
-    mtp: int
-    embeddings: int
-    heads: int
-
-
-def frozen_by_part(model: ModelSettings, sizes: dict[str, int], contents: Contents | None = None) -> dict[str, int]:
+def frozen_by_part(model: ModelSettings, sizes: dict[str, int], has: Composition | None = None) -> dict[str, int]:
     """Return how many parameters of each part are not trained.
 
     Args:
         sizes: of every part (:func:`part_sizes`, or what of it counts).
-        contents: of what is asked about; None = the whole model.
+        has: of what is asked about; None = the whole model.
     """
-    freeze, has = model.freeze, contents or _contents(model)
+    freeze, has = model.freeze, has or composition(model, (model.num_hidden_layers,), 0)
+    heads = min(has.predictions, 1)
     found = dict.fromkeys(sizes, 0)
     for moe, count, whole in ((False, has.dense, has.frozen_dense), (True, has.moe, has.frozen_moe)):
         for part in layer_parts(model, moe=moe):
             found[part] += sizes[part] * (count if part in freeze else whole)
-    ends = {"embedding": has.embeddings, "head": has.heads}
+    ends = {"embedding": has.embeddings, "head": heads}
     found |= {part: sizes[part] * count for part, count in ends.items() if part in freeze}
     if "norms" in freeze:
-        found["final norm"] = sizes["final norm"] * min(has.heads, 1)
+        found["final norm"] = sizes["final norm"] * heads
     if MTP in freeze:
         found[MTP] = sizes[MTP] * has.mtp
     if MTP in freeze or "norms" in freeze:
         found["joint norms"] = sizes["joint norms"] * has.mtp
     return found
-
-
-def _contents(model: ModelSettings) -> Contents:
-    """Return what the whole model consists of."""
-    dense, depths, moe = model.first_k_dense_replace, model.num_nextn_predict_layers, model.num_moe_layers
-    numbers = frozen_layers(model.freeze)
-    frozen_dense = sum(number < dense for number in numbers)
-    frozen_moe, joint = len(numbers) - frozen_dense, depths if MTP in model.freeze else 0
-    if moe:
-        return Contents(dense, moe + depths, frozen_dense, frozen_moe + joint, depths, 1, 1)
-    return Contents(dense + depths, 0, frozen_dense + joint, 0, depths, 1, 1)
 
 
 @dataclass(frozen=True)

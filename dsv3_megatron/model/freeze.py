@@ -15,7 +15,7 @@ from parallel.errors import RecipeError
 PARTS = ("embedding", "head", "attention", "dense", "experts", "shared_experts", "router", "norms")
 MTP = "mtp"
 _RANGE = re.compile(r"layers\.(\d+)(?:-(\d+))?$")
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+DECODER_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # Where a parameter is, the first that its name contains: a gain stands inside the attention or layer that it belongs
 # to, Transformer Engine's inside the linear layer after it, and experts and router inside a feed-forward.
 _PLACES = (
@@ -42,7 +42,7 @@ def is_frozen(freeze: Collection[str], name: str) -> bool:
         return False
     if part_of(name) in freeze or (MTP in freeze and name.startswith("mtp.")):
         return True
-    layer = _LAYER.match(name)
+    layer = DECODER_LAYER.match(name)
     return layer is not None and int(layer[1]) in frozen_layers(freeze)
 
 
@@ -58,6 +58,11 @@ def frozen_layers(freeze: Collection[str]) -> set[int]:
 
 def _range(found: re.Match[str]) -> range:
     return range(int(found[1]), int(found[2] or found[1]) + 1)
+
+
+def trained_parts(freeze: Collection[str], *, frozen: bool = False) -> dict[str, bool]:
+    """Return of every part whether it is trained in a layer, which may be ``frozen`` as a whole."""
+    return {part: not frozen and part not in freeze for part in PARTS}
 
 
 def check_freeze(model: ModelSettings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider
@@ -14,14 +13,12 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from dsv3_megatron.model.freeze import is_frozen
+from dsv3_megatron.model.freeze import DECODER_LAYER, is_frozen
 from dsv3_megatron.model.layers.embedding import VocabParallelEmbedding
 from dsv3_megatron.model.layers.linear import DuplicatedLinear, OutputHead
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.model.specs import decoder_spec, mtp_spec
 from dsv3_megatron.routing.router import SequenceBalancedRouter
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 LATENT_NORM_EPS = 1e-6
 
@@ -72,7 +69,7 @@ def build_stage(
 
 def global_name(name: str, first_layer: int) -> str:
     """Return a parameter's name in the whole model: decoder layers are numbered from the first stage on."""
-    return _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
+    return DECODER_LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
 
 
 def _freeze(module: GPTModel, model: ModelSettings, *, first_layer: int) -> None:

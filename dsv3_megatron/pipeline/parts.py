@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,10 +61,10 @@ class WeightAverage(ExtraState, Protocol):
 
     average: dict[str, Tensor]
 
-    def entries(self, *, but: Collection[Tensor] = ()) -> Iterable[Entry]:
+    def entries(self, *, but: AbstractSet[Tensor] = frozenset()) -> Iterable[Entry]:
         """Return the average's boxes, but for those of some parameters, which a checkpoint does not hold."""
 
-    def begin_anew(self, parameters: Collection[Tensor] | None = None) -> None:
+    def begin_anew(self, parameters: AbstractSet[Tensor] | None = None) -> None:
         """Start from the weights as they are, all of them or those of some parameters."""
 
     def start(self) -> None:

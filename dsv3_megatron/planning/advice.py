@@ -127,6 +127,10 @@ def _together(base: _Priced, priced: list[_Priced], world: int, room: int) -> st
     the next, and of those that are enough the fastest."""
     chosen = base
     taken: dict[str, str] = {}
+
+    def words() -> str:
+        return " ".join(f"{key}={value}" for key, value in taken.items())
+
     for _ in range(_TOGETHER):
         fitting = [other for other in priced if other.bytes <= room]
         best = min(fitting, key=lambda p: p.seconds) if fitting else min(priced, key=lambda p: p.bytes, default=chosen)
@@ -135,11 +139,9 @@ def _together(base: _Priced, priced: list[_Priced], world: int, room: int) -> st
         chosen = best
         taken |= dict(word.split("=", 1) for word in best.text.split())
         if fitting:
-            words = " ".join(f"{key}={value}" for key, value in taken.items())
-            return f"together {words} make it fit: {chosen.bytes / 2**30:.1f} GiB, step {_slower(chosen, base):+.1%}"
+            return f"together {words()} make it fit: {chosen.bytes / 2**30:.1f} GiB, step {_slower(chosen, base):+.1%}"
         priced = list(_priced(chosen.recipe, world))
-    words = " ".join(f"{key}={value}" for key, value in taken.items())
     return (
-        f"even {words or 'no override'} leaves {(chosen.bytes - room) / 2**30:.1f} GiB too much: take more GPUs "
+        f"even {words() or 'no override'} leaves {(chosen.bytes - room) / 2**30:.1f} GiB too much: take more GPUs "
         "(search=true cluster.nodes=N finds their layout)"
     )

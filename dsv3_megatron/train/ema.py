@@ -11,7 +11,8 @@ evaluation of the average uses the current ones. Frozen weights are their own av
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 import torch.distributed as dist
@@ -119,10 +120,10 @@ class Ema:
 
     # -- a state of checkpoints (pipeline.parts.ExtraState) ----------------------------------------------------------
 
-    def entries(self, *, but: Collection[Tensor] = ()) -> list[Entry]:
+    def entries(self, *, but: AbstractSet[Tensor] = frozenset()) -> list[Entry]:
         """Return the average's boxes: those of the weights, under keys of its own. ``but``: not of these parameters."""
         self.wait()
-        wanted = {name: share for name, share in self._shares.items() if share.parameter not in set(but)}
+        wanted = {name: share for name, share in self._shares.items() if share.parameter not in but}
         runs = [entry for name, share in wanted.items() for entry in share.entries(self.average[name], PREFIX)]
         return [*runs, *self._buffers]
 
@@ -130,13 +131,13 @@ class Ema:
         """An average was filled in."""
 
     @torch.no_grad()
-    def begin_anew(self, parameters: Collection[Tensor] | None = None) -> None:
+    def begin_anew(self, parameters: AbstractSet[Tensor] | None = None) -> None:
         """Start from the weights as they are: all of them, or those of ``parameters``."""
         self.wait()
         self.average |= {
             name: share.numbers(torch.float32).to("cpu", torch.float32, copy=True)
             for name, share in self._shares.items()
-            if parameters is None or share.parameter in set(parameters)
+            if parameters is None or share.parameter in parameters
         }
 
 

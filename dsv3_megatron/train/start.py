@@ -24,12 +24,14 @@ from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.train.expert_load import routers
 from dsv3_megatron.train.journal import Journal
 from dsv3_megatron.train.moved import tell_moved_curves
 from dsv3_megatron.train.progress import Progress
 from parallel.agree import agreed
 from parallel.errors import CheckpointError
 
+# What context extension changes, and what is read only where weights are drawn.
 MAY_DIFFER = ("model.rope_scaling", "model.max_position_embeddings", "model.initializer_range")
 
 
@@ -111,8 +113,7 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal, tokenizer: 
 
 def _largest_bias(parts: Parts) -> float | None:
     """Return the largest router bias of all ranks by its size; None where no router has one. Collective."""
-    named = [pair for chunk in parts.chunks.values() for pair in chunk.named_buffers()]
-    sizes = [bias.abs().max() for name, bias in named if name.endswith("expert_bias")]
+    sizes = [router.expert_bias.abs().max() for router in routers(parts).values() if router.expert_bias is not None]
     largest = torch.stack(sizes).max() if sizes else torch.tensor(-1.0)  # a stage of dense layers has none
     largest = largest.float().to(parts.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

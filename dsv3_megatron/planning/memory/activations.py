@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
+from dsv3_megatron.model.composition import composition, frozen_as_a_whole
 from dsv3_megatron.model.stage import is_routed_expert
 from dsv3_megatron.planning.memory.fake_stage import FakeStage, fake_stage
-from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition, frozen_as_a_whole
+from dsv3_megatron.planning.memory.stage_memory import StageMemory
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout

@@ -6,9 +6,11 @@ them to it. What the parts of a stage hold is in parts.py; here a pass goes thro
 
 from __future__ import annotations
 
-from dsv3_megatron.model.costs import Contents, attention_parameters, frozen_by_part, part_sizes
+from dsv3_megatron.model.composition import composition, frozen_as_a_whole
+from dsv3_megatron.model.costs import frozen_by_part, part_sizes
+from dsv3_megatron.model.freeze import MTP
 from dsv3_megatron.planning.memory.parts import Part, Parts
-from dsv3_megatron.planning.memory.stage_memory import StageMemory, composition, frozen_as_a_whole
+from dsv3_megatron.planning.memory.stage_memory import StageMemory
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 from parallel.pipeline.actions import Schedule
@@ -114,35 +116,23 @@ def _overlapped(parts: Parts, before: Part, inner: list[Part], after: Part) -> f
 
 def stage_parameters(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: int) -> tuple[int, int, int]:
     """Return (all, those of routed experts, those of layers in FP8) parameters of a stage on one rank, exactly."""
-    model, tp = recipe.model, layout.tp
-    d, parts = model.hidden_size, composition(model, layers, stage)
-    whole = {  # on every TP rank: norms, latents' projections
-        "down": d * ((model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim),
-        "norm": 2 * d + (model.q_lora_rank or 0) + model.kv_lora_rank,
-    }
-    split = attention_parameters(model) - whole["down"] - (model.q_lora_rank or 0) - model.kv_lora_rank
-    attention = whole["down"] + split // tp
-    layer_count = parts.dense + parts.moe
-    dense = 3 * d * model.intermediate_size // tp
-    shared = 3 * d * model.moe_intermediate_size * model.n_shared_experts // tp
-    gate = model.n_routed_experts * d
-    per_rank = model.n_routed_experts // layout.ep
-    experts = parts.moe * per_rank * 3 * d * model.moe_intermediate_size // layout.expert_tp
-    linear = layer_count * attention + parts.dense * dense + parts.moe * shared + experts
-    linear += parts.mtp * 2 * d * d // tp
-    other = layer_count * whole["norm"] + parts.moe * gate + parts.mtp * 3 * d
-    other += parts.embeddings * model.vocab_size * d // tp
-    if parts.predictions:
-        other += model.vocab_size * d // tp + d
+    has, sizes = composition(recipe.model, layers, stage), _sizes(recipe, layout)
+    count, experts = has.dense + has.moe, has.moe * sizes["experts"]
+    linear = count * sizes["attention"] + has.dense * sizes["dense"] + has.moe * sizes["shared_experts"] + experts
+    linear += has.mtp * sizes[MTP]
+    other = count * sizes["norms"] + has.moe * sizes["router"] + has.mtp * sizes["joint norms"]
+    other += has.embeddings * sizes["embedding"]
+    if has.predictions:
+        other += sizes["head"] + sizes["final norm"]
     fp8 = recipe.precision.fp8
     return linear + other, experts, linear if fp8 is not None else 0
 
 
 def frozen_parameters(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: int) -> tuple[int, int]:
     """Return (all, those of routed experts) parameters of a stage on one rank that are not trained, exactly."""
-    model, has = recipe.model, composition(recipe.model, layers, stage)
-    sizes = part_sizes(model, tp=layout.tp, ep=layout.ep, expert_tp=layout.expert_tp)
-    heads = min(has.predictions, 1)
-    contents = Contents(has.dense, has.moe, has.frozen_dense, has.frozen_moe, has.mtp, has.embeddings, heads)
-    found = frozen_by_part(model, sizes, contents)
+    found = frozen_by_part(recipe.model, _sizes(recipe, layout), composition(recipe.model, layers, stage))
     return sum(found.values()), found["experts"]
+
+
+def _sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    return part_sizes(recipe.model, tp=layout.tp, ep=layout.ep, expert_tp=layout.expert_tp)

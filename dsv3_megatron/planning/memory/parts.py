@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_megatron.model.freeze import MTP, PARTS
+from dsv3_megatron.model.freeze import MTP, trained_parts
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 
@@ -71,7 +71,7 @@ class Parts:
 
         ``frozen``: as a whole. A frozen matrix keeps no X, and defers nothing.
         """
-        trains = {part: not frozen and part not in self.model.freeze for part in PARTS}
+        trains = trained_parts(self.model.freeze, frozen=frozen)
         attention = self._attention(moe=moe, trains=trains["attention"], waits=moe and trains["shared_experts"])
         block = self._experts(trains) if moe else self._dense(trains["dense"])
         if "full" not in self.recompute:

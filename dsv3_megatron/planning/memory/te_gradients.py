@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dsv3_megatron.model.composition import composition
 from dsv3_megatron.model.freeze import MTP
 from dsv3_megatron.pipeline.split import layers_of_stages
-from dsv3_megatron.planning.memory.stage_memory import composition
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from dsv3_megatron.model.freeze import MTP, PARTS
+from dsv3_megatron.model.freeze import MTP, trained_parts
 from dsv3_megatron.planning.time.expert_exchange import ranks_reached
 from dsv3_megatron.planning.time.roofline import Device, Format
 from dsv3_megatron.planning.time.traffic import widths_over_context
@@ -77,7 +77,7 @@ class Kernels:
     def layer(self, *, moe: bool, frozen: bool = False) -> PartTimes:
         """Return a decoder layer without its exchanges; ``frozen``: as a whole."""
         times = PartTimes()
-        trains = {part: not frozen and part not in self.model.freeze for part in PARTS}
+        trains = trained_parts(self.model.freeze, frozen=frozen)
         self._attention(times, trains=trains["attention"])
         if moe:
             self._experts(times, trains)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv3_megatron.model.composition import composition
 from dsv3_megatron.planning.memory.ranks import Held
-from dsv3_megatron.planning.memory.stage_memory import composition
 from dsv3_megatron.planning.time.kernels import Kernels, PartTimes
 from dsv3_megatron.planning.time.roofline import Device
 from dsv3_megatron.planning.time.traffic import Traffic
