@@ -175,12 +175,28 @@ def _take_norms_on_the_device() -> None:
     import megatron.core.optimizer.clip_grads as clipping
     from megatron.core.utils import local_multi_tensor_l2_norm
 
-    def norm(
-        chunk_size: int, flag: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool
-    ) -> tuple[torch.Tensor, None]:
-        """Return the norm [1] of all tensors together, float32, on their device."""
-        each = torch._foreach_norm(tensors[0])
-        return torch.linalg.vector_norm(torch.stack(each)).float().reshape(1), None
-
     if clipping.l2_norm_impl is local_multi_tensor_l2_norm:
-        clipping.l2_norm_impl = norm
+        clipping.l2_norm_impl = _norm
+
+
+def use_torch_norms() -> None:
+    """Let gradient norm, clipping and the optimizer's copies be computed by torch although TE or Apex is installed.
+
+    Why: megatron-core 0.16.1 takes their kernels wherever they can be imported, and these refuse tensors of a CPU. Can
+    go when it asks for the tensors' device."""
+    import megatron.core.optimizer.clip_grads as clipping
+    import megatron.core.optimizer.optimizer as optimizer
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
+
+    for module in (clipping, optimizer):
+        module.multi_tensor_applier = local_multi_tensor_applier
+        module.multi_tensor_scale_impl = local_multi_tensor_scale
+    clipping.l2_norm_impl = _norm
+
+
+def _norm(
+    chunk_size: int, flag: torch.Tensor, tensors: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm [1] of all tensors together, float32, on their device."""
+    each = torch._foreach_norm(tensors[0])
+    return torch.linalg.vector_norm(torch.stack(each)).float().reshape(1), None

@@ -10,6 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dsv3_megatron.megatron.fixes import use_torch_norms
 from dsv3_megatron.optim.adamw import FusedAdam
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
@@ -71,6 +72,7 @@ def choose_adamw(backend: str, device: torch.device, precision: PrecisionSetting
     """
     if backend == "torch" and device.type == "cpu":
         why = ""
+        use_torch_norms()
     elif _THEIRS is None:
         why = " (neither Transformer Engine nor Apex is installed)"
     elif _THEIRS == "Apex" and precision.moments == "bf16":
