@@ -17,6 +17,7 @@ import torch
 
 from dsv3_megatron.megatron.cpu import CPU, adapt_to_no_cuda
 from dsv3_megatron.megatron.fixes import apply_fixes
+from dsv3_megatron.megatron.libraries import share_cudnn
 from parallel.errors import LayoutError, PackageError
 from parallel.world import World
 
@@ -59,6 +60,7 @@ def adapt_host(device: Literal["cpu", "cuda"] | None = None) -> None:
     """
     if not _state["adapted"]:
         _check_version()
+        share_cudnn()
         warnings.filterwarnings("ignore", module=r"megatron\.core.*")
         # torch 2.13 renames three collectives that megatron-core and torch 2.11 know by the old names only.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

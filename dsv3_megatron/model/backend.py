@@ -6,6 +6,7 @@ weight every TP rank holds. Everything above the leaves is the same code on both
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal
 
@@ -19,7 +20,7 @@ import megatron.core.transformer.multi_latent_attention as attention
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 
-from dsv3_megatron.model.layers.attention import CoreAttention
+from dsv3_megatron.model.layers.attention import CoreAttention, CoreAttentionBesideTE
 from dsv3_megatron.model.layers.experts import DownLinear, GateUpLinear, GroupedExperts
 from dsv3_megatron.model.layers.linear import ColumnParallelLinear, DuplicatedLinear, RowParallelLinear
 from dsv3_megatron.model.layers.norm import RMSNorm
@@ -32,6 +33,7 @@ class TorchBackend(BackendSpecProvider):
     """Pure PyTorch leaf modules: a CPU with gloo, or a GPU without Transformer Engine."""
 
     name = "torch"
+    attention = ""  # what is to be said of the attention in use: nothing, it is this backend's own
 
     def __init__(self) -> None:
         # MLA knows a duplicated layer only by the name TELinear (megatron-core 0.16.1); can go when it asks the spec.
@@ -75,8 +77,11 @@ class TorchBackend(BackendSpecProvider):
         return SwiGLU
 
 
-def make_te_backend() -> BackendSpecProvider:
-    """Return Transformer Engine's leaf modules, where TE is installed."""
+def make_te_backend(unfused: str | None = None) -> BackendSpecProvider:
+    """Return Transformer Engine's leaf modules, where TE is installed.
+
+    ``unfused``: why TE has no fused attention for this model here (te_attention.why_unfused): torch's serves then.
+    """
     # Needs Transformer Engine, which the torch backend does without.
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -88,10 +93,15 @@ def make_te_backend() -> BackendSpecProvider:
         """megatron-core's own provider, with the one question it lacks."""
 
         name = "te"
+        attention = f"torch's fused attention (Transformer Engine has none here: {unfused})" if unfused else ""
 
         def duplicated_linear(self) -> type:
             """TELinear, which MLA builds with ``parallel_mode="duplicated"``."""
             return self.linear()
+
+        def core_attention(self) -> type:
+            """Softmax attention without its projections: TE's, or torch's where only that is fused."""
+            return CoreAttentionBesideTE if unfused else super().core_attention()
 
         def grouped_mlp_modules(
             self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
@@ -124,6 +134,13 @@ def backend_name(wanted: Literal["auto", "te", "torch"], device: torch.device) -
     return "te" if wanted == "te" or (wanted == "auto" and device.type == "cuda" and installed) else "torch"
 
 
-def choose_backend(wanted: Literal["auto", "te", "torch"], device: torch.device) -> BackendSpecProvider:
-    """Return the leaf modules of a recipe's ``backend``. Raises PackageError as :func:`backend_name`."""
-    return make_te_backend() if backend_name(wanted, device) == "te" else TorchBackend()
+def choose_backend(
+    wanted: Literal["auto", "te", "torch"],
+    device: torch.device,
+    unfused: Callable[[], str | None] = lambda: None,
+) -> BackendSpecProvider:
+    """Return the leaf modules of a recipe's ``backend``. Raises PackageError as :func:`backend_name`.
+
+    ``unfused``: asked of the te backend alone: why TE has no fused attention here, or None (te_attention.why_unfused).
+    """
+    return make_te_backend(unfused()) if backend_name(wanted, device) == "te" else TorchBackend()

@@ -22,6 +22,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.checkpoint.shares import buffer_entries, shares_of
+from dsv3_megatron.model import te_attention
 from dsv3_megatron.model.backend import choose_backend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
@@ -58,7 +59,18 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
     adapt_host("cuda" if device.type == "cuda" else "cpu")
-    backend = choose_backend(recipe.backend, device)
+    model = recipe.model
+    backend = choose_backend(
+        recipe.backend,
+        device,
+        lambda: te_attention.why_unfused(
+            model.num_attention_heads // layout.tp,
+            model.qk_nope_head_dim + model.qk_rope_head_dim,
+            model.v_head_dim,
+            parameter_dtype(recipe),
+            device,
+        ),
+    )
     if recipe.data.isolate_documents and backend.name != "torch":
         raise RecipeError(
             f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "

@@ -12,13 +12,14 @@ def run_facts(parts: Parts) -> dict[str, str]:
     counted = count_parameters(recipe.model)
     mtp = f", MTP {counted.mtp:,} more" if counted.mtp else ""
     ranks = "rank" if layout.world_size == 1 else "ranks"
+    backend = f"{parts.backend.name} on {parts.device.type}, {recipe.precision.name}"
     frozen = f"{counted.frozen:,} frozen ({', '.join(recipe.model.freeze)})"
     return {
         "run": recipe.run.directory,
         "model": f"{counted.main:,} parameters, {counted.activated_per_token:,} active per token{mtp}",
         **({"trained": f"{counted.trained:,} parameters, {frozen}"} if recipe.model.freeze else {}),
         "layout": f"{layout.world_size} {ranks}: {layout.describe()}; {_schedule(parts)}",
-        "backend": f"{parts.backend.name} on {parts.device.type}, {recipe.precision.name}; {parts.adamw}",
+        "backend": "; ".join(filter(None, (backend, parts.adamw, parts.backend.attention))),
     }
 
 

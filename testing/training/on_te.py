@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import torch.utils.deterministic
 
+from dsv3_megatron.model import te_attention
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.facts import run_facts
 from dsv3_megatron.train.step import StepValues, evaluate_batches, train_step
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
@@ -29,6 +31,7 @@ class Training:
     overrides: tuple[str, ...] = WORDS
     steps: int = 2
     evaluate: bool = False  # before every step
+    unfused: str | None = None  # why Transformer Engine would have no fused attention; None = it has one
     values: StepValues = field(default_factory=lambda: VALUES)
 
 
@@ -41,9 +44,11 @@ def train(case: Training) -> dict[str, Any]:
     start_processes(world, torch.device("cpu"), timeout_seconds=120)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
+    answer, te_attention.why_unfused = te_attention.why_unfused, lambda *of_what: case.unfused
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         found: dict[str, Any] = {"losses": [], "mtp": [], "norms": [], "quantised": [], "held_out": []}
+        found["backend"] = run_facts(parts)["backend"]
 
         def keep_gradients(loss: float, norm: float) -> bool:
             found["gradients"] = gradients(parts)
@@ -59,9 +64,12 @@ def train(case: Training) -> dict[str, Any]:
             found["mtp"].append(result.mtp_loss)
             found["norms"].append(result.grad_norm)
             found["quantised"].append(len(calls("quantize", tile="128x128")))
+        modules = [module for chunk in parts.chunks.values() for module in chunk.modules()]
+        found["attention"] = {type(m.core_attention).__name__ for m in modules if hasattr(m, "core_attention")}
         found["wgrads"] = [*calls("gemm", layout="NT"), *calls("grouped_gemm", layout="NT")]
         return found
     finally:
+        te_attention.why_unfused = answer
         stop_processes()
         if recipe.backend == "te":
             forget_fp8_state()

@@ -28,6 +28,7 @@ ONE = {
     "delayed": Training(DELAYED, evaluate=True),
     **{name: Training((*FP8, f"parallel.recompute=[{name}]")) for name in RECOMPUTATIONS},
     "full in bf16": Training((*PRECISIONS["bf16"], "parallel.recompute=[full]")),
+    **{f"{name} beside torch's attention": Training(PRECISIONS[name], unfused="no cuDNN") for name in PRECISIONS},
 }
 PIPELINES = {
     "1f1b": ("parallel.schedule=1f1b",),
@@ -48,13 +49,16 @@ TWO = {
     "tp2 expert tp2": Training((*WORDS, "parallel.tensor=2", "parallel.expert_tensor=2")),
     "dp2 held": Training((*FP8, HELD)),
     "flagship": Training(FLAGSHIP),
+    "flagship beside torch's attention": Training(FLAGSHIP, unfused="no cuDNN"),
+    "cp2 beside torch's attention": Training((*WORDS, "parallel.context=2"), unfused="no cuDNN"),
 }  # fmt: skip
 
 
-FAST_ONE = ("fp32", "bf16", "fp8", "evaluated", "held", "delayed", "norm", "moe_act", "full")
+BESIDE = [f"{name} beside torch's attention" for name in PRECISIONS]
+FAST_ONE = ("fp32", "bf16", "fp8", "evaluated", "held", "delayed", "norm", "moe_act", "full", *BESIDE)
 # Every schedule in one precision, every kind of layout.
 FAST_PIPELINES = ("1f1b fp32", "interleaved fp8", "zb1p fp32", "dualpipe fp8", "dualpipev fp8")
-FAST_TWO = (*FAST_PIPELINES, "tp2 ep2", "dp2 held", "flagship")
+FAST_TWO = (*FAST_PIPELINES, "tp2 ep2", "dp2 held", "flagship", *(name for name in TWO if "beside" in name))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,25 @@ def test_low_precision_follows_the_torch_backend(one, on_torch, name):
     assert one[name]["losses"] == pytest.approx(on_torch[name]["losses"], rel=3e-3)
     assert one[name]["losses"] != one["fp32"]["losses"]
     assert one[name]["norms"] == pytest.approx(on_torch[name]["norms"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_torchs_attention_serves_where_te_has_no_fused_one(one, name):
+    own, beside = one[name], one[f"{name} beside torch's attention"]
+    assert (own["attention"], beside["attention"]) == ({"TEDotProductAttention"}, {"CoreAttentionBesideTE"})
+    assert beside["losses"] == pytest.approx(own["losses"], rel=1e-6 if name == "fp32" else 3e-3)
+    assert beside["norms"] == pytest.approx(own["norms"], rel=1e-5 if name == "fp32" else 0.05)
+    assert name != "fp32" or difference(beside, own) < 1e-4  # TE's unfused one rounds probabilities to BF16
+    assert beside["backend"].endswith("torch's fused attention (Transformer Engine has none here: no cuDNN)")
+    assert "attention" not in own["backend"]
+
+
+def test_torchs_attention_among_te_layers_serves_every_layout(one, two):
+    whole, split = one["fp32"], two["cp2 beside torch's attention"]
+    assert split[0]["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    assert difference(split[0], whole) < 1e-4
+    own, beside = two["flagship"], two["flagship beside torch's attention"]
+    assert beside[0]["losses"] == pytest.approx(own[0]["losses"], rel=1e-3)
 
 
 def test_weights_are_quantised_in_every_step(one):
