@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field
 from benchmarks import work
 from benchmarks.gpu_check.sizing import sized_here
 from benchmarks.plain_megatron import megatron
+from dsv3_megatron.megatron.libraries import share_cudnn
 from launcher.command_line.arguments import parse_arguments
 from launcher.command_line.compose import compose
 
@@ -111,6 +112,7 @@ def main(given: list[str]) -> int:
             step()
         found = longest_kernels(step)
     else:
+        share_cudnn()  # the one thing of ours that the others are given: without it their attention may not be fused
         recipe = compose(list(words))
         if arguments.side == "megatron":
             step = megatron(recipe, **settings)

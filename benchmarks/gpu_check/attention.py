@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from typing import Any
 
@@ -13,12 +11,16 @@ HEADS, LENGTH, WIDTH, VALUE = 128, 4096, 192, 128
 
 
 def backends(visit: Visit) -> Outcomes:
-    """Each of torch's backends, forward and backward, alone; torch's own choice; and TE's."""
+    """Each of torch's backends, forward and backward, alone; torch's own choice; and TE's, which is to be fused."""
     from importlib.util import find_spec
+
+    from dsv3_megatron.megatron.libraries import share_cudnn
+
+    share_cudnn()  # as every run does
 
     found = {name: _torch(visit, name) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", None)}
     chosen = found.pop(None)
-    te = _of_te(visit) if find_spec("transformer_engine") else "not installed"
+    te, fused = _of_te(visit) if find_spec("transformer_engine") else ("not installed", True)
     served = {name: value for name, value in found.items() if isinstance(value, float)}
     shown = (
         ", ".join(f"{name.split('_')[0].lower()} {ms:.2f} ms" for name, ms in served.items())
@@ -26,7 +28,7 @@ def backends(visit: Visit) -> Outcomes:
     )
     own = f"{chosen:.2f} ms" if isinstance(chosen, float) else chosen
     said = f"torch serves it by {shown}, of its own choice in {own}; te: {te}"
-    yield judged(isinstance(chosen, float), said, torch=found, chosen=chosen, te=te)
+    yield judged(isinstance(chosen, float) and fused, said, torch=found, chosen=chosen, te=te)
 
 
 def _inputs(visit: Visit, layout: tuple[int, ...]) -> list[Any]:
@@ -70,37 +72,17 @@ def _milliseconds(run: Any, times: int = 5) -> float:
     return (time.perf_counter() - start) / times * 1e3
 
 
-class _Kept(logging.Handler):
-    """Keeps what TE says of its choice."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep one message."""
-        self.said.append(record.getMessage())
-
-
-def _of_te(visit: Visit) -> str:
-    """Return which of TE's backends ran, by its log, and how long it took; or why none did."""
-    os.environ |= {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "1"}  # read when TE's attention is imported
+def _of_te(visit: Visit) -> tuple[str, bool]:
+    """Return what TE's attention says and takes, and whether it is a fused one."""
+    import torch
     import transformer_engine.pytorch as te
 
-    kept = _Kept()
-    logging.getLogger().addHandler(kept)
-    for name in ("DotProductAttention", "transformer_engine"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-        logging.getLogger(name).addHandler(kept)
-    try:
-        layer = te.DotProductAttention(HEADS, (WIDTH, VALUE), qkv_format="sbhd", attn_mask_type="causal").to(
-            visit.device
-        )
-        query, key, value = _inputs(visit, (LENGTH, 1, HEADS))
-        took = _milliseconds(lambda: layer(query, key, value).sum().backward())
-    except Exception as error:  # whatever its extension raises is the answer
-        return f"refused: {str(error).strip().splitlines()[0][:200]}"
-    ran = next(
-        (line for line in kept.said if "Running with" in line or "Selected backend" in line), "its log does not say"
-    )
-    return f"{ran} ({took:.2f} ms)"
+    from dsv3_megatron.model.te_attention import why_unfused
+
+    unfused = why_unfused(HEADS, WIDTH, VALUE, torch.bfloat16, torch.device(visit.device))
+    layer = te.DotProductAttention(HEADS, (WIDTH, VALUE), qkv_format="sbhd", attn_mask_type="causal").to(visit.device)
+    query, key, value = _inputs(visit, (LENGTH, 1, HEADS))
+    took = _milliseconds(lambda: layer(query, key, value).sum().backward())
+    if unfused is None:
+        return f"fused in {took:.2f} ms", True
+    return f"no fused kernel ({unfused}), {took:.2f} ms; backend te takes torch's", False

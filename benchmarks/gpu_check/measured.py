@@ -94,8 +94,10 @@ def plain(visit: Visit, precision: str) -> Outcomes:
     import torch
 
     from benchmarks.plain_megatron import megatron
+    from dsv3_megatron.megatron.libraries import share_cudnn
     from launcher.command_line.compose import compose
 
+    share_cudnn()  # nothing else of ours: but with another cuDNN than torch's its attention would not be fused
     recipe = recipe_of(visit, "backend=te", f"precision={precision}")
     step = megatron(compose(list(recipe)), visit.device)
     seconds = step_seconds(step, STEPS)

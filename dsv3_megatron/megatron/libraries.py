@@ -1,4 +1,4 @@
-"""Shared libraries that this process must hold once: cuDNN, which torch brings along and Transformer Engine looks for."""
+"""Shared libraries that a process must hold once: cuDNN, which torch brings along and Transformer Engine looks for."""
 
 from __future__ import annotations
 
