@@ -19,7 +19,8 @@ def two_cudnns(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "libcudnn.so.9").touch()
     for name in ("CUDNN_HOME", "CUDNN_PATH"):
-        monkeypatch.setenv(name, "")  # so that what the product sets is undone
+        monkeypatch.setenv(name, "")  # so that what the product sets is undone afterwards
+        monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     for name in [name for name in sys.modules if name == "nvidia" or name.startswith("nvidia.")]:
@@ -62,14 +63,14 @@ def test_transformer_engine_is_sent_to_torchs_own(two_cudnns):
 def test_who_names_a_cudnn_is_obeyed(two_cudnns, monkeypatch, name):
     monkeypatch.setenv(name, "/opt/cudnn")
     share_cudnn()
-    assert os.environ["CUDNN_HOME"] == ("/opt/cudnn" if name == "CUDNN_HOME" else "")
+    assert os.environ.get("CUDNN_HOME") == ("/opt/cudnn" if name == "CUDNN_HOME" else None)
 
 
 def test_a_torch_over_the_systems_cudnn_changes_nothing(two_cudnns, monkeypatch):
     (two_cudnns / "site/nvidia/cudnn/lib/libcudnn.so.9").unlink()
     assert cudnn_of_torch() is None
     share_cudnn()
-    assert os.environ["CUDNN_HOME"] == ""
+    assert "CUDNN_HOME" not in os.environ
 
 
 def train_beside_kernels(case):
