@@ -4,23 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TE := $(wildcard testing/te/requirements.txt)
+TRITON := $(wildcard testing/triton/requirements.txt)
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
+
+BESIDE = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all:
 
 .PHONY: env demo test test-all test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos clean slurm-installed
 
 env: $(STAMP)
 
 # Installed anew only when what is to be installed changes.
-$(STAMP): pyproject.toml setup.py constraints.txt $(TE)
+$(STAMP): pyproject.toml setup.py constraints.txt $(TE) $(TRITON)
 	@$(PYTHON) -c 'import sys; sys.exit("python: " + sys.version.split()[0] + " is too old; install Python 3.11 or newer, or set PYTHON=") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-# Transformer Engine's Python, for tests: beside the packages, so that nothing else finds it. An image has no tests.
-	@rm -rf $(VENV)/te
-	$(if $(TE),$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -d $(VENV)/te -r $(TE))
+# Transformer Engine's Python and Triton, for tests: beside the packages, so that nothing else finds them. An image has no
+# tests.
+	@rm -rf $(VENV)/te $(VENV)/triton
+	$(if $(TE),$(BESIDE) -d $(VENV)/te -r $(TE))
 	$(if $(TE),$(BIN)/python -m zipfile -e $(VENV)/te/*.whl $(VENV)/te)
+	$(if $(TRITON),$(BESIDE) -d $(VENV)/triton -r $(TRITON))
+	$(if $(TRITON),cd $(VENV)/triton && ../bin/python -m zipfile -e *.whl . && rm *.whl && chmod -R a+x triton/backends/nvidia/bin)
 	@touch $(STAMP)
 
 # Two pipeline stages x experts over two ranks: four processes, on two cores, on real text. What a demo of before has

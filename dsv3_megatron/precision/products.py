@@ -85,7 +85,7 @@ class HighPrecision:
         self, total: Tensor, dy: Tensor, x: Tensor, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
         """Add dW to ``total``."""
-        _add_wgrad(total, dy.flatten(0, -2), x.flatten(0, -2), rows)
+        _add_wgrad(total, dy.flatten(0, -2), x.flatten(0, -2), rows, ends)
 
 
 HIGH_PRECISION = HighPrecision()
@@ -149,7 +149,7 @@ class Fp8Products:
         whole_tensor = isinstance(x, Quantised) and self.settings.activation_tile == "tensor"
         if not isinstance(x, Columns) and not whole_tensor:
             x = Columns(x.dequantise().flatten(0, -2), ends, self._quantise_columns)
-        self.wgrad(total, dy, x, rows)
+        self.wgrad(total, dy, x, rows, ends)
 
     # -- the products themselves: what a backend with FP8 units replaces ----------------------------------------------
 
@@ -170,11 +170,18 @@ class Fp8Products:
         exact = settings.power_of_two_scales and settings.accumulation == "fp32" and weight.dtype is torch.bfloat16
         return torch.bfloat16 if exact and weight.device.type == "cuda" else torch.float32
 
-    def wgrad(self, total: Tensor, dy: SavedOperand, x: SavedOperand, rows: Sequence[int] | None) -> None:
+    def wgrad(
+        self,
+        total: Tensor,
+        dy: SavedOperand,
+        x: SavedOperand,
+        rows: Sequence[int] | None,
+        ends: Tensor | None = None,
+    ) -> None:
         """Add dW to ``total`` [(E,) O, I], float32."""
         left, right = dy.dequantise(), x.dequantise()
         if self.settings.accumulation == "fp32":
-            _add_wgrad(total, left, right, rows)
+            _add_wgrad(total, left, right, rows, ends)
         elif rows is None:
             total.add_(matmul(left.t(), right, self.settings.accumulation))
         else:
@@ -222,11 +229,13 @@ class Fp8Products:
         return quantise(grad, tile, self._gradient_format, power_of_two=self.settings.power_of_two_scales)
 
 
-def _add_wgrad(total: Tensor, dy: Tensor, x: Tensor, rows: Sequence[int] | None) -> None:
+def _add_wgrad(
+    total: Tensor, dy: Tensor, x: Tensor, rows: Sequence[int] | None, ends: Tensor | None
+) -> None:
     if rows is None:
         add_product(total, dy.t(), x)
     else:
-        add_grouped_product(total, dy, x, rows)
+        add_grouped_product(total, dy, x, rows, ends)
 
 
 def _by_expert(ends: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
