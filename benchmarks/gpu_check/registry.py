@@ -117,6 +117,12 @@ CHECKS: tuple[Check, ...] = (
     *_per("losses", "losses:beside_the_cpu", 60, _both(), after=("cpu losses",)),
     Check("fp8 quantiser te", "benchmarks.gpu_check.products:quantised_as_emulated", 40, needs=("te",)),
     *_per("fp8 products", "products:as_emulated", 40, [("te", "fp8"), ("torch", "fp8")]),
+    *(
+        Check(f"kernel {name}", f"benchmarks.gpu_check.kernels:{function}", 60, needs=("gpu",), alone=True)
+        for name, function in (
+            ("quantise", "quantised"), ("swiglu", "swiglu"), ("weight gradients", "weight_gradients")
+        )
+    ),
     *_per("requantised", "requantise:weights_follow", 60, [("te", "fp8"), ("torch", "fp8")]),
     *_per("ema", "averages:leaves_training_alone", 60, [("te", "bf16"), ("te", "fp8_held"), ("torch", "bf16")],
           environment=ORDERED),

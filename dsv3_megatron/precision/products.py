@@ -229,9 +229,7 @@ class Fp8Products:
         return quantise(grad, tile, self._gradient_format, power_of_two=self.settings.power_of_two_scales)
 
 
-def _add_wgrad(
-    total: Tensor, dy: Tensor, x: Tensor, rows: Sequence[int] | None, ends: Tensor | None
-) -> None:
+def _add_wgrad(total: Tensor, dy: Tensor, x: Tensor, rows: Sequence[int] | None, ends: Tensor | None) -> None:
     if rows is None:
         add_product(total, dy.t(), x)
     else:

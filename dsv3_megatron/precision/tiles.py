@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.precision.kernels.available import usable
+
 Tile = tuple[int, int]
+KERNEL_TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128))  # cut by one kernel on a GPU (kernels/quantise.py)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Quantised:
 
     def dequantise(self) -> Tensor:
         """Return data * scale_inv, float32 [..., A, B]."""
+        if usable(self.data) and self.tile in KERNEL_TILES:
+            from dsv3_megatron.precision.kernels import quantise as kernels  # needs triton
+
+            return kernels.dequantise(self.data, self.scale_inv, self.tile, torch.float32)
         return scaled_by_tile(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
 
     @property
@@ -66,6 +73,11 @@ def quantise(
         amax: float32 [..., ceil(A / a), ceil(B / b)], to scale by in place of the tiles' own largest magnitudes
             (delayed scaling); what is larger saturates.
     """
+    if amax is None and usable(x) and tile in KERNEL_TILES:
+        from dsv3_megatron.precision.kernels import quantise as kernels  # needs triton
+
+        data, scale_inv = kernels.quantise(x, tile, fmt.dtype, power_of_two=power_of_two)
+        return Quantised(data, scale_inv, tile, fmt, has_nan=True)  # there may be one: nobody has looked
     tile = whole_tile(x, tile)
     own, has_nan, saturate = _largest_and_special(x, tile)
     scale = tile_scales(own if amax is None else amax, fmt, x.dtype, power_of_two=power_of_two)

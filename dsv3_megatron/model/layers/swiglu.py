@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.precision.kernels.available import usable
 from dsv3_megatron.precision.saved import attach_saved, saved_of
-from dsv3_megatron.precision.tiles import Quantised, quantise
+from dsv3_megatron.precision.tiles import E4M3, Quantised, quantise
 
 _TILE = (1, 128)
 
@@ -31,14 +32,14 @@ class SwiGLU(torch.nn.Module):
     def forward(self, gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
         """Return [..., I] from [..., 2 I]."""
         if not torch.is_grad_enabled():
-            return swiglu(gate_up, probs)
+            return _output(gate_up, probs)
         if not self.cache_in_fp8:
             return _FromInput.apply(gate_up, probs)
         with torch.no_grad():
             # Detached: the cache outlives the backward where a weight gradient is deferred, and would hold all its
             # graph.
-            cache = _Cache(quantise(gate_up, _TILE), None if probs is None else probs.detach(), gate_up.dtype)
-        return attach_saved(_FromCache.apply(gate_up, probs, cache), cache)
+            out, kept = _output_and_cache(gate_up.detach(), None if probs is None else probs.detach())
+        return attach_saved(_FromCache.apply(gate_up, probs, kept, out), kept)
 
     def sharded_state_dict(self, *unused: object, **also_unused: object) -> dict[str, object]:
         """Return nothing: there are no parameters. megatron-core asks every part of a feed-forward block."""
@@ -52,18 +53,37 @@ def swiglu(gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
     return out if probs is None else (out * probs).to(gate_up.dtype)
 
 
+def _output(gate_up: Tensor, probs: Tensor | None) -> Tensor:
+    if usable(gate_up):
+        from dsv3_megatron.precision.kernels import swiglu as kernels  # needs triton
+
+        if kernels.serves(gate_up):
+            return kernels.activate(gate_up, probs, cached=False)[0]
+    return swiglu(gate_up, probs)
+
+
+def _output_and_cache(gate_up: Tensor, probs: Tensor | None) -> tuple[Tensor, _Cache]:
+    if usable(gate_up):
+        from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
+
+        if kernels.serves(gate_up):
+            out, cache = kernels.activate(gate_up, probs, cached=True)
+            return out, _Cache(Quantised(*cache, _TILE, E4M3, has_nan=True), probs, gate_up.dtype)
+    return swiglu(gate_up, probs), _Cache(quantise(gate_up, _TILE), probs, gate_up.dtype)
+
+
 def give_back(activated: Tensor, output: Tensor) -> None:
     """Free the memory of SwiGLU's output now, and fill it again from the cache when the gradient of ``output`` comes.
 
     For layers that keep ``activated`` itself for backward, and compute ``output`` from it.
     """
     cache, storage = saved_of(activated), activated.untyped_storage()
-    assert cache is not None, "SwiGLU kept no cache"
+    assert isinstance(cache, _Cache), "SwiGLU kept no cache"
     size = storage.nbytes()
 
     def fill(grad: Tensor) -> None:
         with torch.no_grad():
-            again = cache.dequantise().to(activated.dtype).contiguous()
+            again = cache.output().contiguous()
         storage.resize_(size)
         storage.copy_(again.untyped_storage())  # below autograd, which would take it for a change
 
@@ -80,11 +100,33 @@ class _Cache:
     dtype: torch.dtype
 
     def input(self) -> Tensor:
+        """Return what is left of the input [..., 2 I], in its dtype."""
         return self.gate_up.dequantise().to(self.dtype)
+
+    def output(self) -> Tensor:
+        """Return the output [..., I] of what is left of the input, in its dtype."""
+        if self.in_kernels:
+            from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
+
+            return kernels.activate_again((self.gate_up.data, self.gate_up.scale_inv), self.probs, self.dtype)
+        return swiglu(self.input(), self.probs)
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the input and of ``probs``."""
+        if self.in_kernels:
+            from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
+
+            return kernels.gradients(grad, None, (self.gate_up.data, self.gate_up.scale_inv), self.probs)
+        return _gradients(grad, self.input(), self.probs)
 
     def dequantise(self) -> Tensor:
         """Return the output, float32."""
-        return swiglu(self.input(), self.probs).float()
+        return self.output().float()
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether Triton's kernels read it, which only they have written where tiles lie as they want them."""
+        return usable(self.gate_up.data) and self.gate_up.data.shape[-1] % (2 * _TILE[1]) == 0
 
     @property
     def nbytes(self) -> int:
@@ -96,14 +138,14 @@ class _FromCache(torch.autograd.Function):
     """SwiGLU whose backward reads the cache."""
 
     @staticmethod
-    def forward(ctx: object, gate_up: Tensor, probs: Tensor | None, cache: _Cache) -> Tensor:
+    def forward(ctx: object, gate_up: Tensor, probs: Tensor | None, cache: _Cache, out: Tensor) -> Tensor:
         ctx.cache = cache
-        return swiglu(gate_up, probs)
+        return out
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         cache, ctx.cache = ctx.cache, None
-        return *_gradients(grad, cache.input(), cache.probs), None
+        return *cache.gradients(grad), None, None
 
 
 class _FromInput(torch.autograd.Function):
@@ -112,11 +154,17 @@ class _FromInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, gate_up: Tensor, probs: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, probs)
-        return swiglu(gate_up, probs)
+        return _output(gate_up, probs)
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _gradients(grad, *ctx.saved_tensors)
+        gate_up, probs = ctx.saved_tensors
+        if usable(gate_up):
+            from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
+
+            if kernels.serves(gate_up):
+                return kernels.gradients(grad, gate_up, None, probs)
+        return _gradients(grad, gate_up, probs)
 
 
 def _gradients(grad: Tensor, gate_up: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor | None]:

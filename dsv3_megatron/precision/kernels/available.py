@@ -10,7 +10,7 @@ from torch import Tensor
 
 def usable(tensor: Tensor) -> bool:
     """Return whether Triton's kernels can take the tensor: it is on a GPU and triton is installed."""
-    return tensor.is_cuda and _installed()
+    return tensor.device.type == "cuda" and _installed()
 
 
 @cache

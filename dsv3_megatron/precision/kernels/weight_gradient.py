@@ -4,14 +4,13 @@ cuBLAS serves one expert a call, looks for an algorithm for every new number of 
 to 200 microseconds a call: with 32 small experts that was a third of a step (measured on an H200). Here the counts stay
 on the device, and the host launches once.
 
-Roofline: 2 T O I operations; bytes are those of grad and x, read once for each tile of the other (from L2 where tiles of
-one expert run together), and total read and written once, 8 E O I. Products of small experts (O I below some 10^6) wait
-for memory, those of large ones for the tensor cores.
+Roofline: 2 T O I operations; bytes are those of grad and x, read once for each tile of the other (from L2 where tiles
+of one expert run together), and total read and written once, 8 E O I. Products of small experts (O I below some 10^6)
+wait for memory, those of large ones for the tensor cores.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

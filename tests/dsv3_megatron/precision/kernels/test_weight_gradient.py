@@ -54,7 +54,7 @@ def made():
 def test_each_experts_product_is_added(made, number):
     counts, out, inner, dtype, _ = CASES[number]
     (found, again), before = made[number]
-    total, grad, x, ends = operands(counts, out, inner, dtype)
+    _, grad, x, ends = operands(counts, out, inner, dtype)
     first = 0
     for expert, last in enumerate(ends.tolist()):
         wanted = before[expert].astype(np.float64)

@@ -1,0 +1,159 @@
+"""This project's own kernels beside the plain code they stand for: equal, and how fast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
+from benchmarks.gpu_check.products import relative
+
+TOKENS, HIDDEN, INNER = 32768, 7168, 2048  # of DeepSeek-V3's experts
+SMALL = (32, 512, 512)  # experts, output and input width of a small model (recipe dsv3_150m)
+LARGE = (16, 2 * INNER, HIDDEN)
+TIMES = 5
+# BF16's last bit is 2^-8 of a number, and some numbers are at its edge: exponentials are another library's.
+ONE_BIT, FEW = 2.0**-7, 0.02
+
+
+def quantised(visit: Visit) -> Outcomes:
+    """Tiles of every kind, special numbers among them: bit for bit the emulation's."""
+    import torch
+
+    from dsv3_megatron.precision import tiles
+
+    wrong = []
+    for name, x in _cases(visit).items():
+        for tile in tiles.KERNEL_TILES:
+            for fmt in (tiles.E4M3, tiles.E5M2):
+                found, wanted = tiles.quantise(x, tile, fmt), _plainly(tiles.quantise, x, tile, fmt)
+                back, wanted_back = found.dequantise(), _plainly(wanted.dequantise)
+                same = {
+                    "numbers": torch.equal(found.data.view(torch.uint8), wanted.data.view(torch.uint8)),
+                    "scales": torch.equal(found.scale_inv, wanted.scale_inv),
+                    "way back": torch.equal(back.nan_to_num(7.0), wanted_back.nan_to_num(7.0)),
+                }
+                wrong += [
+                    f"{what} of {name}, {tile[0]}x{tile[1]} {fmt.name}" for what, equal in same.items() if not equal
+                ]
+    x = torch.randn(TOKENS, HIDDEN, device=visit.device, dtype=torch.bfloat16)
+    took = {f"{a}x{b}": _both(tiles.quantise, x, (a, b)) for a, b in tiles.KERNEL_TILES}
+    rate = 3.03 * x.numel() / took["1x128"][0] / 1e6
+    said = "bit for bit" if not wrong else f"{len(wrong)} differ: {'; '.join(wrong[:3])}"
+    said += f"; {_shown(took)}; 1x128 moves {rate:.0f} GB/s"
+    yield judged(not wrong, said, wrong=wrong, milliseconds=took, gigabytes_per_second=rate)
+
+
+def swiglu(visit: Visit) -> Outcomes:
+    """Output, cache and gradients of SwiGLU over an expert's width, with and without the FP8 cache."""
+    import torch
+
+    from dsv3_megatron.model.layers.swiglu import SwiGLU
+
+    gate_up = torch.randn(TOKENS, 2 * INNER, device=visit.device, dtype=torch.bfloat16)
+    probs = torch.rand(TOKENS, 1, device=visit.device)
+    grad = torch.randn(TOKENS, INNER, device=visit.device, dtype=torch.bfloat16)
+    wrong, took, facts = [], {}, {}
+    for cached in (False, True):
+        module = SwiGLU()
+        module.cache_in_fp8 = cached
+
+        def step(module: Any = module) -> tuple[Any, ...]:
+            x, p = gate_up.detach().requires_grad_(), probs.detach().requires_grad_()
+            out = module(x, p)
+            out.backward(grad)
+            return out.detach(), x.grad, p.grad
+
+        found, wanted = step(), _plainly(step)
+        for what, a, b in zip(("output", "gradient", "gradient of probs"), found, wanted, strict=True):
+            near = torch.isclose(a.float(), b.float(), rtol=ONE_BIT, atol=1e-5) if what != "gradient of probs" else None
+            apart = (a != b).float().mean().item() if near is not None else relative(a, b)
+            facts[f"{what}, cached={cached}"] = apart
+            if (near is not None and (apart > FEW or not near.all())) or (near is None and apart > 1e-4):
+                wrong.append(f"{what}, cached={cached}: {apart:.1e}")
+        took["from FP8" if cached else "from BF16"] = _both(step)
+    said = "equal but for the last bit of " + f"{max(facts.values()):.1e}" if not wrong else "; ".join(wrong)
+    yield judged(not wrong, f"{said}; {_shown(took)}", wrong=wrong, apart=facts, milliseconds=took)
+
+
+def weight_gradients(visit: Visit) -> Outcomes:
+    """Weight gradients of all experts at once, small ones and DeepSeek-V3's."""
+    import torch
+
+    from dsv3_megatron.precision.weight_gradients import add_grouped_product
+
+    wrong, took, facts = [], {}, {}
+    for name, (experts, out, inner) in {"small": SMALL, "large": LARGE}.items():
+        share = torch.rand(experts, generator=torch.Generator().manual_seed(1))
+        rows = (share / share.sum() * TOKENS).long().tolist()
+        rows[1] = 0
+        ends = torch.tensor(rows).cumsum(0).to(torch.int32).to(visit.device)
+        tokens = sum(rows)
+        grad, x = (torch.randn(tokens, n, device=visit.device, dtype=torch.bfloat16) for n in (out, inner))
+        found, wanted = (torch.zeros(experts, out, inner, device=visit.device) for _ in range(2))
+        add_grouped_product(found, grad, x, rows, ends)
+        _plainly(add_grouped_product, wanted, grad, x, rows, ends)
+        facts[name] = relative(found, wanted)
+        if facts[name] > 1e-5:
+            wrong.append(f"{name}: {facts[name]:.1e} apart")
+        took[name] = _both(add_grouped_product, found, grad, x, rows, ends)
+        facts[f"{name} TFLOP/s"] = 2 * tokens * out * inner / took[name][0] / 1e9
+    said = "; ".join(wrong) or f"at most {max(facts['small'], facts['large']):.1e} apart"
+    said += f"; {_shown(took)}; {facts['small TFLOP/s']:.0f} and {facts['large TFLOP/s']:.0f} TFLOP/s"
+    yield judged(not wrong, said, **facts, milliseconds=took)
+
+
+def _cases(visit: Visit) -> dict[str, Any]:
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(520, 1500, generator=draw)
+    special = x.clone()
+    special[:, 0], special[5, 3], special[200, -1] = float("nan"), float("inf"), -float("inf")
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+    edges = torch.cat([codes, (codes + codes.roll(1)) / 2])[torch.arange(x.numel()) % 512].view(x.shape)
+    edges[:, 0] = 448.0
+    named = {
+        "numbers": x,
+        "wide": x * torch.exp(20 * torch.randn(x.shape, generator=draw)),
+        "subnormal": x * 1e-38,
+        "special": special,
+        "edges": edges,
+        "zeros": torch.zeros_like(x),
+        "experts": x.view(4, 130, 1500),
+    }
+    found = {name: value.bfloat16().to(visit.device) for name, value in named.items()}
+    return found | {"transposed": found["numbers"].mT, "float32": x.to(visit.device)}
+
+
+def _plainly(run: Callable[..., Any], *given: Any) -> Any:
+    """Return what the plain code makes of it, as on a machine without triton."""
+    from dsv3_megatron.precision.kernels import available
+
+    installed, available._installed = available._installed, lambda: False
+    try:
+        return run(*given)
+    finally:
+        available._installed = installed
+
+
+def _both(run: Callable[..., Any], *given: Any) -> tuple[float, float]:
+    """Return milliseconds by kernels and by the plain code, the host's time included."""
+    return _milliseconds(run, *given), _plainly(_milliseconds, run, *given)
+
+
+def _milliseconds(run: Callable[..., Any], *given: Any) -> float:
+    import torch
+
+    run(*given)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(TIMES):
+        run(*given)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / TIMES * 1e3
+
+
+def _shown(took: dict[str, tuple[float, float]]) -> str:
+    return ", ".join(f"{name} {ours:.2f} ms ({plain:.2f} plainly)" for name, (ours, plain) in took.items())

@@ -1,0 +1,85 @@
+"""Quantisation by kernels, interpreted: bit for bit the emulation's numbers and scales, there and back."""
+
+import itertools
+
+import pytest
+import torch
+
+from dsv3_megatron.precision.tiles import E4M3, E5M2, KERNEL_TILES, quantise
+from testing.triton.compiler import HOPPER, compiled
+from testing.triton.interpreter import interpreted
+
+MODULE = "dsv3_megatron.precision.kernels.quantise"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((33, 140), (2, 129, 40), (1, 1), (0, 256))
+
+
+def drawn(kind, shape, dtype):
+    """Return numbers of a kind."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if kind == "wide":
+        x = x * torch.exp(20 * torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+    if kind == "tiny":
+        x = x * (3e-37 if dtype is torch.bfloat16 else 1e-38)  # the scale is cut to the dtype's largest number
+        if dtype is torch.bfloat16:  # whose subnormal numbers the interpreter reads wrong (3.9)
+            x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0.0, x)
+    x = x.to(dtype)
+    if x.numel() and kind == "special":
+        x[..., 0] = float("nan")
+        x[0, ..., -1] = float("inf")
+    if x.numel() and kind == "edges":  # midpoints between neighbouring FP8 numbers, subnormal ones too
+        codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0)
+        between = torch.cat([codes, (codes + codes.roll(1)) / 2, codes * 0.999])
+        x = between[torch.arange(x.numel()) % len(between)].view(shape).to(dtype)
+        x[..., 0] = 448.0
+    return x
+
+
+CASES = [
+    (kind, shape, dtype, tile, fmt, power_of_two)
+    for kind, shape in itertools.product(("plain", "wide", "tiny", "special", "edges"), SHAPES)
+    for dtype in DTYPES
+    for tile in KERNEL_TILES
+    for fmt, power_of_two in ((E4M3, True), (E5M2, True), (E4M3, False))
+]  # fmt: skip
+
+
+def differences(dtype):
+    """Return the cases of a dtype in which a kernel's bits are not the emulation's."""
+    from dsv3_megatron.precision.kernels import quantise as kernels
+
+    wrong = []
+    for kind, shape, dtype, tile, fmt, power_of_two in (case for case in CASES if case[2] is dtype):
+        x = drawn(kind, shape, dtype)
+        for given in (x, x.mT.contiguous().mT):  # callers hand on transposed tensors
+            wanted = quantise(x, tile, fmt, power_of_two=power_of_two)
+            data, scale_inv = kernels.quantise(given, tile, fmt.dtype, power_of_two=power_of_two)
+            back = kernels.dequantise(data, scale_inv, tile, torch.float32)
+            same = {
+                "numbers": torch.equal(data.view(torch.uint8), wanted.data.view(torch.uint8)),
+                "scales": torch.equal(scale_inv, wanted.scale_inv),
+                "back": torch.equal(back.nan_to_num(7.0), wanted.dequantise().nan_to_num(7.0)),
+            }
+            wrong += [(what, kind, shape, dtype, tile, fmt.name) for what, equal in same.items() if not equal]
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_and_scales_are_the_emulations_bit_for_bit(dtype):
+    assert interpreted(differences, [dtype]) == [[]]
+
+
+def test_they_compile_for_a_gpu():
+    sizes = {name: "i32" for name in ("rows", "columns")}
+    strides = {name: "i32" for name in ("of_matrix", "of_row", "of_column")}
+    kernels = []
+    for a, b in KERNEL_TILES:
+        cut = {"A": a, "B": b, "ROWS": max(a, 32), "COLUMNS": max(b, 32), "M": 3, "BIAS": 7}
+        rules = {"LARGEST": 448.0, "MOST": torch.finfo(torch.bfloat16).max, "POWER_OF_TWO": True}
+        tensors = {"x": "*bf16", "data": "*u8", "scale_inv": "*fp32"}
+        back = {"data": "*u8", "scale_inv": "*fp32", "out": "*fp32"}
+        kernels.append((MODULE, "_quantise", tensors | sizes | strides | cut | rules, {"num_warps": 4}))
+        kernels.append((MODULE, "_dequantise", back | sizes | cut, {"num_warps": 4}))
+    for text, shared in compiled(kernels):
+        assert "ld.global" in text and shared <= HOPPER[1]
+        assert ".ftz" not in text  # subnormal numbers count
