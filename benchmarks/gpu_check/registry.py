@@ -130,6 +130,8 @@ CHECKS: tuple[Check, ...] = (
     Check("one expert of two ranks", "benchmarks.gpu_check.layouts:one_expert_of_two_ranks", 60, needs=("2 gpus",),
           alone=True),
     Check("attention", "benchmarks.gpu_check.attention:backends", 40, needs=("gpu",), alone=True),
+    Check("kernel weight gradient", "benchmarks.gpu_check.kernels_weight_gradient:weight_gradient", 40, needs=("gpu",),
+          alone=True),
     *_measured(),
     *_launches(),
 )  # fmt: skip

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.precision.kernels.available import usable
+
 
 @torch.no_grad()
 def accumulate(weight: Tensor, add: Callable[[Tensor], object]) -> None:
@@ -57,11 +59,20 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
-def add_grouped_product(total: Tensor, grad: Tensor, x: Tensor, rows: Sequence[int]) -> None:
+def add_grouped_product(
+    total: Tensor, grad: Tensor, x: Tensor, rows: Sequence[int], ends: Tensor | None = None
+) -> None:
     """Add to ``total`` [E, O, I] each expert's grad^T x, of its ``rows`` of grad [T, O] and x [T, I].
 
-    One product an expert: torch's grouped product has no float32 result of BF16 operands (2.13).
+    On a GPU one launch for BF16 operands, where ``ends`` [E] int32 says there where the rows of each expert end.
+    Elsewhere one product an expert: torch's grouped product has no float32 result of BF16 operands (2.13).
     """
+    if ends is not None and grad.dtype == x.dtype == torch.bfloat16 and usable(total):
+        # Imported here, as machines without a GPU need no triton.
+        from dsv3_megatron.precision.kernels.weight_gradient import add_weight_gradients
+
+        add_weight_gradients(total, grad, x, ends)
+        return
     for one, dy, rows_of_x in zip(total, grad.split(list(rows)), x.split(list(rows))):
         if len(dy):
             add_product(one, dy.t(), rows_of_x)
