@@ -10,8 +10,6 @@ from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
 from benchmarks.gpu_check.products import relative
 
 TOKENS, HIDDEN, INNER = 32768, 7168, 2048  # of DeepSeek-V3's experts
-SMALL = (32, 512, 512)  # experts, output and input width of a small model (recipe dsv3_150m)
-LARGE = (16, 2 * INNER, HIDDEN)
 TIMES = 5
 # BF16's last bit is 2^-8 of a number, and some numbers are at its edge: exponentials are another library's.
 ONE_BIT, FEW = 2.0**-7, 0.02
@@ -77,33 +75,6 @@ def swiglu(visit: Visit) -> Outcomes:
     yield judged(not wrong, f"{said}; {_shown(took)}", wrong=wrong, apart=facts, milliseconds=took)
 
 
-def weight_gradients(visit: Visit) -> Outcomes:
-    """Weight gradients of all experts at once, small ones and DeepSeek-V3's."""
-    import torch
-
-    from dsv3_megatron.precision.weight_gradients import add_grouped_product
-
-    wrong, took, facts = [], {}, {}
-    for name, (experts, out, inner) in {"small": SMALL, "large": LARGE}.items():
-        share = torch.rand(experts, generator=torch.Generator().manual_seed(1))
-        rows = (share / share.sum() * TOKENS).long().tolist()
-        rows[1] = 0
-        ends = torch.tensor(rows).cumsum(0).to(torch.int32).to(visit.device)
-        tokens = sum(rows)
-        grad, x = (torch.randn(tokens, n, device=visit.device, dtype=torch.bfloat16) for n in (out, inner))
-        found, wanted = (torch.zeros(experts, out, inner, device=visit.device) for _ in range(2))
-        add_grouped_product(found, grad, x, rows, ends)
-        _plainly(add_grouped_product, wanted, grad, x, rows, ends)
-        facts[name] = relative(found, wanted)
-        if facts[name] > 1e-5:
-            wrong.append(f"{name}: {facts[name]:.1e} apart")
-        took[name] = _both(add_grouped_product, found, grad, x, rows, ends)
-        facts[f"{name} TFLOP/s"] = 2 * tokens * out * inner / took[name][0] / 1e9
-    said = "; ".join(wrong) or f"at most {max(facts['small'], facts['large']):.1e} apart"
-    said += f"; {_shown(took)}; {facts['small TFLOP/s']:.0f} and {facts['large TFLOP/s']:.0f} TFLOP/s"
-    yield judged(not wrong, said, **facts, milliseconds=took)
-
-
 def _cases(visit: Visit) -> dict[str, Any]:
     import torch
 
@@ -131,11 +102,11 @@ def _plainly(run: Callable[..., Any], *given: Any) -> Any:
     """Return what the plain code makes of it, as on a machine without triton."""
     from dsv3_megatron.precision.kernels import available
 
-    installed, available._installed = available._installed, lambda: False
+    installed, available.installed = available.installed, lambda: False
     try:
         return run(*given)
     finally:
-        available._installed = installed
+        available.installed = installed
 
 
 def _both(run: Callable[..., Any], *given: Any) -> tuple[float, float]:

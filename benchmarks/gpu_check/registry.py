@@ -118,9 +118,11 @@ CHECKS: tuple[Check, ...] = (
     Check("fp8 quantiser te", "benchmarks.gpu_check.products:quantised_as_emulated", 40, needs=("te",)),
     *_per("fp8 products", "products:as_emulated", 40, [("te", "fp8"), ("torch", "fp8")]),
     *(
-        Check(f"kernel {name}", f"benchmarks.gpu_check.kernels:{function}", 60, needs=("gpu",), alone=True)
+        Check(f"kernel {name}", f"benchmarks.gpu_check.{function}", 60, needs=("gpu",), alone=True)
         for name, function in (
-            ("quantise", "quantised"), ("swiglu", "swiglu"), ("weight gradients", "weight_gradients")
+            ("quantise", "kernels:quantised"),
+            ("swiglu", "kernels:swiglu"),
+            ("weight gradient", "kernels_weight_gradient:weight_gradient"),
         )
     ),
     *_per("requantised", "requantise:weights_follow", 60, [("te", "fp8"), ("torch", "fp8")]),

@@ -58,20 +58,15 @@ class HopperFp8(Fp8Products):
         return multiply(dy, transposed(w))
 
     def wgrad(
-        self,
-        total: Tensor,
-        dy: SavedOperand,
-        x: SavedOperand,
-        rows: Sequence[int] | None,
-        ends: Tensor | None = None,
+        self, total: Tensor, dy: SavedOperand, x: SavedOperand, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
         """Add dW to ``total`` [O, I], float32. Tokens are summed over, so the last tile is filled up with zeros."""
         if rows is not None or not isinstance(dy, Columns) or not isinstance(x, Columns):
-            super().wgrad(total, dy, x, rows, ends)
+            super().wgrad(total, dy, x, ends, rows)
             return
         left, right = transposed(dy.quantised), transposed(x.quantised)
         if not _divides(left.data.shape[0], right.data.shape[0]):
-            super().wgrad(total, dy, x, rows, ends)
+            super().wgrad(total, dy, x, ends, rows)
             return
         total.add_(multiply(filled(left), filled(right), torch.float32))
 

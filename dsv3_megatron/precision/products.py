@@ -85,7 +85,7 @@ class HighPrecision:
         self, total: Tensor, dy: Tensor, x: Tensor, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
         """Add dW to ``total``."""
-        _add_wgrad(total, dy.flatten(0, -2), x.flatten(0, -2), rows, ends)
+        _add_wgrad(total, dy.flatten(0, -2), x.flatten(0, -2), ends, rows)
 
 
 HIGH_PRECISION = HighPrecision()
@@ -149,7 +149,7 @@ class Fp8Products:
         whole_tensor = isinstance(x, Quantised) and self.settings.activation_tile == "tensor"
         if not isinstance(x, Columns) and not whole_tensor:
             x = Columns(x.dequantise().flatten(0, -2), ends, self._quantise_columns)
-        self.wgrad(total, dy, x, rows, ends)
+        self.wgrad(total, dy, x, ends, rows)
 
     # -- the products themselves: what a backend with FP8 units replaces ----------------------------------------------
 
@@ -164,24 +164,24 @@ class Fp8Products:
         return self._multiply(dy.dequantise().to(dtype), w.to(dtype), ends)
 
     def _product_dtype(self, weight: Tensor) -> torch.dtype:
-        """Return the dtype in which dequantised operands multiply. A GPU's BF16 units add up in float32, and BF16 holds
-        an FP8 number times a power of two exactly: the same products, many times faster."""
-        settings = self.settings
-        exact = settings.power_of_two_scales and settings.accumulation == "fp32" and weight.dtype is torch.bfloat16
-        return torch.bfloat16 if exact and weight.device.type == "cuda" else torch.float32
+        """Return the dtype in which dequantised operands multiply, to a result in the same dtype."""
+        return torch.bfloat16 if weight.dtype is torch.bfloat16 and self._exact_in_bf16(weight) else torch.float32
+
+    def _exact_in_bf16(self, operand: Tensor) -> bool:
+        """Return whether the operand's device multiplies dequantised numbers as exactly in BF16. A GPU's BF16 units add
+        up in float32, and BF16 holds an FP8 number times a power of two exactly: the same products, many times faster.
+        """
+        exact = self.settings.power_of_two_scales and self.settings.accumulation == "fp32"
+        return exact and operand.device.type == "cuda"
 
     def wgrad(
-        self,
-        total: Tensor,
-        dy: SavedOperand,
-        x: SavedOperand,
-        rows: Sequence[int] | None,
-        ends: Tensor | None = None,
+        self, total: Tensor, dy: SavedOperand, x: SavedOperand, ends: Tensor | None, rows: Sequence[int] | None
     ) -> None:
         """Add dW to ``total`` [(E,) O, I], float32."""
         left, right = dy.dequantise(), x.dequantise()
         if self.settings.accumulation == "fp32":
-            _add_wgrad(total, left, right, rows, ends)
+            dtype = torch.bfloat16 if self._exact_in_bf16(total) else torch.float32
+            _add_wgrad(total, left.to(dtype), right.to(dtype), ends, rows)
         elif rows is None:
             total.add_(matmul(left.t(), right, self.settings.accumulation))
         else:
@@ -229,7 +229,7 @@ class Fp8Products:
         return quantise(grad, tile, self._gradient_format, power_of_two=self.settings.power_of_two_scales)
 
 
-def _add_wgrad(total: Tensor, dy: Tensor, x: Tensor, rows: Sequence[int] | None, ends: Tensor | None) -> None:
+def _add_wgrad(total: Tensor, dy: Tensor, x: Tensor, ends: Tensor | None, rows: Sequence[int] | None) -> None:
     if rows is None:
         add_product(total, dy.t(), x)
     else:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch._subclasses import fake_tensor
 
+from dsv3_megatron.precision.kernels import available
 from testing.straw.library import DEVICES
 from testing.straw.record import Record
 
@@ -25,6 +26,7 @@ def pretend_cuda(library: ctypes.CDLL, record: Record) -> None:
     fake_tensor.init_gpu_context = lambda device: None  # where torch is built with CUDA it allocates memory
     for kind in ("flash", "mem_efficient", "cudnn"):  # a torch built with CUDA would ask the GPU what they can do
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
+    available.installed = lambda: False  # Triton compiles for a real GPU: what its kernels compute is torch's here
     cuda = torch.cuda
     torch.version.cuda = "12.9"
     cuda.is_available, cuda.is_initialized = lambda: True, lambda: True

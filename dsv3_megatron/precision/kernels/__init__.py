@@ -1,1 +1,1 @@
-"""Kernels in Triton for what torch has no product or only many passes for, each beside a plain reference for a CPU."""
+"""Triton kernels for GPUs; what each computes is also written in plain torch, for every other machine."""

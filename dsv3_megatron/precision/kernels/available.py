@@ -1,4 +1,4 @@
-"""Whether the kernels of this folder can be used."""
+"""Whether Triton's kernels can be used."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 def usable(tensor: Tensor) -> bool:
     """Return whether Triton's kernels can take the tensor: it is on a GPU and triton is installed."""
-    return tensor.device.type == "cuda" and _installed()
+    return tensor.device.type == "cuda" and installed()
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Return whether triton can be imported."""
     return find_spec("triton") is not None

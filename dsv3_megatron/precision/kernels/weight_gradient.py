@@ -1,67 +1,129 @@
-"""Weight gradients of all experts by one launch: total[e] += grad[rows of e]^T x[rows of e], float32.
+"""Weight gradients of all experts in one launch that needs no counts on the host.
 
-cuBLAS serves one expert a call, looks for an algorithm for every new number of rows, and so keeps the host busy for 150
-to 200 microseconds a call: with 32 small experts that was a third of a step (measured on an H200). Here the counts stay
-on the device, and the host launches once.
+Legend: T tokens sorted by expert, E local experts, O and I output and input width; ``ends`` [E] int32, where each
+expert's rows end.
 
-Roofline: 2 T O I operations; bytes are those of grad and x, read once for each tile of the other (from L2 where tiles
-of one expert run together), and total read and written once, 8 E O I. Products of small experts (O I below some 10^6)
-wait for memory, those of large ones for the tensor cores.
+A program owns one tile of one expert's gradient: it multiplies through that expert's rows, adding up in float32, and
+adds the result to memory once. No two programs write the same number, so the result is the same bits in every run.
+
+Roofline: 2 T O I operations; read once, 2 T (O + I) bytes of BF16 operands, and 8 E O I bytes of float32 gradients are
+read and written. An H100 (989 TFLOP/s, 3.35 TB/s) is bound by its tensor cores from about 1,200 rows an expert on;
+below that the gradients' own traffic is the limit.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_OUT, _IN, _ROWS = 128, 128, 64  # a tile of the result, and rows summed over at a time: 32 KiB of operands a stage
-_WARPS, _STAGES = 8, 4
-_TOGETHER = 8  # tiles of O that run together over all of I, so that they share x in L2
+_HOPPER_SHARED_MEMORY = 227 * 1024  # bytes a program can ask for
 
 
-def add_grouped(total: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> None:
-    """Add to ``total`` [E, O, I] float32 each expert's grad^T x; experts without rows are left alone.
+@dataclass(frozen=True)
+class Tiling:
+    """How one program works: its tile [o, i] of a gradient, the tokens it takes at a time, warps, copies in flight."""
 
-    Args:
-        grad: [T, O]. x: [T, I], of the same dtype, both with unit stride along the second dimension.
-        ends: [E] int32 on the same device: the last row of each expert, exclusive.
+    o: int
+    i: int
+    tokens: int
+    warps: int
+    stages: int
+
+    def fitted(self, shared_memory: int) -> Tiling:
+        """Return the tiling with no more stages than ``shared_memory`` bytes hold."""
+        stage = 2 * self.tokens * (self.o + self.i)  # both operands take two bytes an element
+        return Tiling(self.o, self.i, self.tokens, self.warps, max(1, min(self.stages, shared_memory // stage)))
+
+
+# Wide layers: the largest tile whose sums (128 registers a thread) do not spill; it reads each operand least often.
+# Middling ones have too few such tiles to fill a GPU: 32 experts of 256 x 512 are 256 tiles of 128 x 128.
+# Narrow ones would spend most of a larger tile on columns that do not exist.
+WIDE = Tiling(128, 256, 64, warps=8, stages=4)
+MIDDLE = Tiling(128, 128, 64, warps=4, stages=4)
+NARROW = Tiling(64, 64, 64, warps=4, stages=4)
+TILES_IN_GROUP = 8  # rows of tiles walked together, so that both operands' columns are found in L2
+
+
+def tiling(o: int, i: int, shared_memory: int = _HOPPER_SHARED_MEMORY) -> Tiling:
+    """Return how a gradient [o, i] is cut. A table, not autotuning: that would time kernels in the middle of a step."""
+    if o >= 1024 and i >= 1024 and shared_memory >= 2 * 2 * 64 * (128 + 256):
+        found = WIDE
+    elif o >= 128 and i >= 128:
+        found = MIDDLE
+    else:
+        found = NARROW
+    return found.fitted(shared_memory)
+
+
+def add_weight_gradients(total: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> None:
+    """Add to ``total`` [E, O, I] float32 each expert's grad^T x, of its rows of grad [T, O] and x [T, I].
+
+    grad and x are BF16 or float16. What belongs to an expert without rows is neither read nor written.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other, or total's memory is not in one piece.
     """
-    experts, out, inner = total.shape
-    grad, x = (a if a.stride(-1) == 1 else a.contiguous() for a in (grad, x))
-    tiles = triton.cdiv(out, _OUT) * triton.cdiv(inner, _IN)
-    _kernel[(tiles, experts)](
-        total, grad, x, ends, out, inner, *total.stride()[:2], grad.stride(0), x.stride(0),
-        OUT=_OUT, IN=_IN, ROWS=_ROWS, TOGETHER=_TOGETHER, num_warps=_WARPS, num_stages=_STAGES,
+    experts, o, i = total.shape
+    if grad.shape != (len(x), o) or x.shape[1] != i or ends.shape != (experts,):
+        shapes = [tuple(tensor.shape) for tensor in (total, grad, x, ends)]
+        raise ValueError(f"total, grad, x and ends do not fit each other: {shapes}")
+    if grad.dtype != x.dtype or grad.dtype.itemsize != 2 or total.dtype != torch.float32 or ends.dtype != torch.int32:
+        raise ValueError(f"total {total.dtype}, grad {grad.dtype}, x {x.dtype}, ends {ends.dtype}: no such product")
+    if not total.is_contiguous():
+        raise ValueError("the gradients added to must be contiguous")
+    if not total.numel() or not len(x):
+        return
+    cut = tiling(o, i, _shared_memory(total.device))
+    grid = (triton.cdiv(o, cut.o) * triton.cdiv(i, cut.i), experts)
+    add_product_kernel[grid](
+        total, grad.contiguous(), x.contiguous(), ends, o, i,
+        O_TILE=cut.o, I_TILE=cut.i, TOKENS=cut.tokens, GROUP=TILES_IN_GROUP,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return _HOPPER_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @triton.jit
-def _kernel(
-    total, grad, x, ends, out, inner, of_expert, of_row, of_grad, of_x,
-    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+def add_product_kernel(
+    total, grad, x, ends, o_size, i_size,
+    O_TILE: tl.constexpr, I_TILE: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile [OUT, IN] of one expert's gradient. ``of_...``: strides."""
+    """Add one tile of one expert's grad^T x to ``total``; the grid is (tiles of a gradient, experts)."""
     expert = tl.program_id(1)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    last = tl.load(ends + expert)
-    if first == last:
-        return
-    # Tiles go down TOGETHER of them before they go across.
-    number, high, wide = tl.program_id(0), tl.cdiv(out, OUT), tl.cdiv(inner, IN)
-    band = number // (TOGETHER * wide)
-    height = tl.minimum(high - band * TOGETHER, TOGETHER)
-    row = band * TOGETHER + (number % (TOGETHER * wide)) % height
-    column = (number % (TOGETHER * wide)) // height
-    o = row * OUT + tl.arange(0, OUT)
-    i = column * IN + tl.arange(0, IN)
-    summed = tl.zeros((OUT, IN), dtype=tl.float32)
-    for at in range(first, last, ROWS):
-        rows = (at + tl.arange(0, ROWS)).to(tl.int64)
-        there = (rows < last)[:, None]
-        left = tl.load(grad + rows[:, None] * of_grad + o[None, :], mask=there & (o < out)[None, :], other=0.0)
-        right = tl.load(x + rows[:, None] * of_x + i[None, :], mask=there & (i < inner)[None, :], other=0.0)
-        summed = tl.dot(tl.trans(left), right, summed)
-    place = total + expert.to(tl.int64) * of_expert + o.to(tl.int64)[:, None] * of_row + i[None, :]
-    inside = (o < out)[:, None] & (i < inner)[None, :]
-    tl.store(place, tl.load(place, mask=inside) + summed, mask=inside)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    rows = tl.load(ends + expert) - start
+    if rows > 0:
+        tile = tl.program_id(0)
+        o_tiles, i_tiles = tl.cdiv(o_size, O_TILE), tl.cdiv(i_size, I_TILE)
+        first = tile // (GROUP * i_tiles) * GROUP
+        height = min(o_tiles - first, GROUP)
+        within = tile % (GROUP * i_tiles)
+        o = (first + within % height) * O_TILE + tl.arange(0, O_TILE)
+        i = (within // height) * I_TILE + tl.arange(0, I_TILE)
+        token = tl.arange(0, TOKENS)
+
+        # 64 bits: all tokens' rows together may have more than 2^31 elements, those of one step of the loop have not.
+        left = grad + start.to(tl.int64) * o_size + (o[:, None] + token[None, :] * o_size)
+        right = x + start.to(tl.int64) * i_size + (token[:, None] * i_size + i[None, :])
+        inside_o, inside_i = o < o_size, i < i_size
+        found = tl.zeros((O_TILE, I_TILE), dtype=tl.float32)
+        for done in range(0, rows, TOKENS):
+            own = token < rows - done  # the rows after these belong to the next expert
+            a = tl.load(left, mask=inside_o[:, None] & own[None, :], other=0.0)
+            b = tl.load(right, mask=own[:, None] & inside_i[None, :], other=0.0)
+            found = tl.dot(a, b, found)
+            left += TOKENS * o_size
+            right += TOKENS * i_size
+
+        place = total + expert.to(tl.int64) * o_size * i_size + (o[:, None].to(tl.int64) * i_size + i[None, :])
+        inside = inside_o[:, None] & inside_i[None, :]
+        tl.store(place, tl.load(place, mask=inside, other=0.0) + found, mask=inside)

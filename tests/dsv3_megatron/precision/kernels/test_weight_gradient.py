@@ -25,7 +25,7 @@ def operands(counts, out, inner, dtype, seed=0):
 
 def added(case):
     """Return the total that the kernel makes, twice over, and the total before."""
-    from dsv3_megatron.precision.kernels.weight_gradient import add_grouped
+    from dsv3_megatron.precision.kernels.weight_gradient import add_weight_gradients
 
     counts, out, inner, dtype, by_column = case
     total, grad, x, ends = operands(counts, out, inner, dtype)
@@ -34,13 +34,14 @@ def added(case):
     made = []
     for _ in range(2):
         made.append(total.clone())
-        add_grouped(made[-1], grad, x, ends)
+        add_weight_gradients(made[-1], grad, x, ends)
     return [m.numpy() for m in made], total.numpy()
 
 
 CASES = [
     *((counts, 150, 200, torch.float16, False) for counts in COUNTS),
-    (COUNTS[0], 128, 128, torch.float32, True),
+    (COUNTS[0], 128, 128, torch.float16, True),
+    (COUNTS[0], 40, 60, torch.float16, False),
     (COUNTS[0], 1100, 24, torch.float16, False),  # more than one band of tiles
 ]
 
@@ -77,11 +78,63 @@ def test_the_loop_over_experts_adds_the_same(counts, out, inner):
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def poisoned(unused):
+    """Return which experts' gradients are no number where one expert's rows are none, and one gradient was none."""
+    from dsv3_megatron.precision.kernels.weight_gradient import add_weight_gradients
+
+    grad, x, total = torch.ones(75, 20).half(), torch.ones(75, 24).half(), torch.full((3, 20, 24), 2.0)
+    grad[:5] = total[1] = float("nan")
+    add_weight_gradients(total, grad, x, torch.tensor([5, 5, 75], dtype=torch.int32))
+    return [bool(one.isnan().all()) for one in total], total[2].unique().tolist()
+
+
+def test_no_number_of_an_expert_reaches_another():
+    assert interpreted(poisoned, [None]) == [([True, True, False], [72.0])]
+
+
+def test_what_does_not_fit_is_refused():
+    assert interpreted(refused, [None]) == [["ValueError"] * 4]
+
+
+def refused(unused):
+    """Return what the kernel's caller raises for shapes, dtypes and memory that do not fit."""
+    from dsv3_megatron.precision.kernels.weight_gradient import add_weight_gradients
+
+    total, grad, x, ends = operands([3, 4], 20, 30, torch.float16)
+    raised = []
+    for given in (
+        (total, grad[1:], x, ends),
+        (total, grad, x, ends.long()),
+        (total, grad.float(), x.float(), ends),
+        (total.mT.contiguous().mT, grad, x, ends),
+    ):
+        try:
+            add_weight_gradients(*given)
+        except ValueError as error:
+            raised.append(type(error).__name__)
+    return raised
+
+
+def tilings(unused):
+    """Return every way in which a gradient is cut, as a GPU would be told."""
+    from dsv3_megatron.precision.kernels import weight_gradient as module
+
+    shared = HOPPER[1]
+    found = [module.tiling(o, i, memory) for o, i in ((4096, 7168), (512, 512), (64, 4096))
+             for memory in (shared, 100 << 10)]  # fmt: skip
+    return [(cut.o, cut.i, cut.tokens, cut.warps, cut.stages) for cut in found]
+
+
 def test_it_compiles_to_hoppers_own_products():
-    types = {name: "i32" for name in ("out", "inner", "of_expert", "of_row", "of_grad", "of_x")}
-    types |= {"total": "*fp32", "grad": "*bf16", "x": "*bf16", "ends": "*i32"}
-    constants = {"OUT": 128, "IN": 128, "ROWS": 64, "TOGETHER": 8}
+    types = {"o_size": "i32", "i_size": "i32", "total": "*fp32", "grad": "*bf16", "x": "*bf16", "ends": "*i32"}
     module = "dsv3_megatron.precision.kernels.weight_gradient"
-    [(text, shared)] = compiled([(module, "_kernel", types | constants, {"num_warps": 8, "num_stages": 4})])
-    assert "wgmma.mma_async" in text and "cp.async" in text
-    assert shared <= HOPPER[1]
+    [cuts] = interpreted(tilings, [None])
+    kernels = [
+        (module, "add_product_kernel", types | {"O_TILE": o, "I_TILE": i, "TOKENS": tokens, "GROUP": 8},
+         {"num_warps": warps, "num_stages": stages})
+        for o, i, tokens, warps, stages in cuts
+    ]  # fmt: skip
+    assert len(set(cuts)) >= 4
+    for text, shared in compiled(kernels):
+        assert "wgmma.mma_async" in text and "cp.async" in text
+        assert shared <= HOPPER[1]
