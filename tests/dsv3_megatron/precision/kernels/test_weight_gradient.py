@@ -102,14 +102,14 @@ def refused(unused):
 
     total, grad, x, ends = operands([3, 4], 20, 30, torch.float16)
     raised = []
-    for given in (
+    for operands_given in (
         (total, grad[1:], x, ends),
         (total, grad, x, ends.long()),
         (total, grad.float(), x.float(), ends),
         (total.mT.contiguous().mT, grad, x, ends),
     ):
         try:
-            add_weight_gradients(*given)
+            add_weight_gradients(*operands_given)
         except ValueError as error:
             raised.append(type(error).__name__)
     return raised
