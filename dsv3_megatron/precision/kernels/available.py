@@ -25,7 +25,7 @@ def why_not() -> str | None:
     """
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not (os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc")))):
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
         return "there is no C compiler, with which Triton builds its launcher"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's headers are not installed, with which Triton builds its launcher"
