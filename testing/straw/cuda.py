@@ -26,7 +26,8 @@ def pretend_cuda(library: ctypes.CDLL, record: Record) -> None:
     fake_tensor.init_gpu_context = lambda device: None  # where torch is built with CUDA it allocates memory
     for kind in ("flash", "mem_efficient", "cudnn"):  # a torch built with CUDA would ask the GPU what they can do
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
-    available.installed = lambda: False  # Triton compiles for a real GPU: what its kernels compute is torch's here
+    # Triton compiles for a real GPU: what its kernels compute is computed by torch here.
+    available.why_not = lambda: "the GPU is one of straw"
     cuda = torch.cuda
     torch.version.cuda = "12.9"
     cuda.is_available, cuda.is_initialized = lambda: True, lambda: True

@@ -46,7 +46,7 @@ LAYER = {
     f"masked_select: {MOE}moe_utils.py permute": (2, "megatron-core's permutation; TE's kernel is not asked for"),
 }  # fmt: skip
 EMULATION = {  # what the torch backend does besides: FP8 of experts is emulated without TE
-    "to device, not waited for: parallel/device.py to_device": (2, "where experts' rows end"),
+    "to device, not waited for: parallel/device.py to_device": (1, "where experts' rows end"),
     "item: dsv3_megatron/precision/saved.py columns": (4, "rows are padded to tiles"),
 }  # fmt: skip
 BACKENDS = {

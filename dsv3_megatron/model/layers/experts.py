@@ -6,6 +6,7 @@ Legend: T tokens sent to this rank's experts, sorted by expert; E local experts;
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -32,12 +33,13 @@ class GroupedExperts(TEGroupedMLP):
         our SwiGLU takes them in, so that it need not.
         """
         counts = tokens_per_expert.tolist()
-        gate_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
+        ends = _ends(counts, permuted_local_hidden_states.device)
+        gate_up, _ = self.linear_fc1(permuted_local_hidden_states, counts, ends)
         probs = permuted_probs.unsqueeze(-1)
         if not self.recomputes_activation:
-            return self.linear_fc2(self.activation_func(gate_up, probs), counts)
+            return self.linear_fc2(self.activation_func(gate_up, probs), counts, ends)
         recomputed = CheckpointWithoutOutput()
-        output, _ = self.linear_fc2(recomputed.checkpoint(self.activation_func, gate_up, probs), counts)
+        output, _ = self.linear_fc2(recomputed.checkpoint(self.activation_func, gate_up, probs), counts, ends)
         recomputed.discard_output_and_register_recompute(output)
         return output, None
 
@@ -128,9 +130,12 @@ class GroupedLinear(torch.nn.Module):
         self.weight.partition_stride = 1
         self.weight_gradients = WeightGradients()
 
-    def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
-        """Return ([T, O], no bias) from [T, I]; the first ``tokens_per_expert[0]`` rows belong to expert 0."""
-        ends = _ends(tokens_per_expert, x.device)
+    def forward(self, x: Tensor, tokens_per_expert: list[int], ends: Tensor | None = None) -> tuple[Tensor, None]:
+        """Return ([T, O], no bias) from [T, I]; the first ``tokens_per_expert[0]`` rows belong to expert 0.
+
+        ``ends`` [E] int32: the sums of ``tokens_per_expert`` so far, on x's device; made from it where None.
+        """
+        ends = _ends(tokens_per_expert, x.device) if ends is None else ends
         wiring = Wiring(
             self.weight_gradients, self.config.delay_wgrad_compute, self.training, rows=tuple(tokens_per_expert)
         )
@@ -189,4 +194,4 @@ class DownLinear(GroupedLinear):
 
 def _ends(tokens_per_expert: list[int], device: torch.device) -> Tensor:
     """Return where each expert's rows end: [E] int32, as grouped_mm wants it."""
-    return to_device(torch.tensor(tokens_per_expert).cumsum(0).to(torch.int32), device)
+    return to_device(torch.tensor(list(accumulate(tokens_per_expert)), dtype=torch.int32), device)

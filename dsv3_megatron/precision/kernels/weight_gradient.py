@@ -39,7 +39,7 @@ class Tiling:
         return Tiling(self.o, self.i, self.tokens, self.warps, max(1, min(self.stages, shared_memory // stage)))
 
 
-# Wide layers: the largest tile whose sums (128 registers a thread) do not spill; it reads each operand least often.
+# Wide layers: the largest tile whose sums stay in registers (128 a thread) while multiplying; it reads operands least.
 # Middling ones have too few such tiles to fill a GPU: 32 experts of 256 x 512 are 256 tiles of 128 x 128.
 # Narrow ones would spend most of a larger tile on columns that do not exist.
 WIDE = Tiling(128, 256, 64, warps=8, stages=4)
