@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
+from benchmarks.gpu_check.outcome import Outcomes, Visit, judged, skipped
 from benchmarks.gpu_check.products import relative
+from dsv3_megatron.precision.kernels import available
 
 TOKENS, HIDDEN, INNER = 32768, 7168, 2048  # of DeepSeek-V3's experts
 TIMES = 5
@@ -21,6 +22,9 @@ def quantised(visit: Visit) -> Outcomes:
 
     from dsv3_megatron.precision import tiles
 
+    if why := available.why_not():
+        yield skipped(f"Triton's kernels are not used here: {why}")
+        return
     wrong = []
     for name, x in _cases(visit).items():
         for tile in tiles.KERNEL_TILES:
@@ -49,6 +53,9 @@ def swiglu(visit: Visit) -> Outcomes:
 
     from dsv3_megatron.model.layers.swiglu import SwiGLU
 
+    if why := available.why_not():
+        yield skipped(f"Triton's kernels are not used here: {why}")
+        return
     gate_up = torch.randn(TOKENS, 2 * INNER, device=visit.device, dtype=torch.bfloat16)
     probs = torch.rand(TOKENS, 1, device=visit.device)
     grad = torch.randn(TOKENS, INNER, device=visit.device, dtype=torch.bfloat16)
@@ -100,13 +107,11 @@ def _cases(visit: Visit) -> dict[str, Any]:
 
 def _plainly(run: Callable[..., Any], *given: Any) -> Any:
     """Return what the plain code makes of it, as on a machine without triton."""
-    from dsv3_megatron.precision.kernels import available
-
-    installed, available.installed = available.installed, lambda: False
+    why_not, available.why_not = available.why_not, lambda: "the plain code is asked for"
     try:
         return run(*given)
     finally:
-        available.installed = installed
+        available.why_not = why_not
 
 
 def _both(run: Callable[..., Any], *given: Any) -> tuple[float, float]:

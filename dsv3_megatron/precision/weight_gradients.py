@@ -64,15 +64,16 @@ def add_grouped_product(
 ) -> None:
     """Add to ``total`` [E, O, I] each expert's grad^T x, of its ``rows`` of grad [T, O] and x [T, I].
 
-    On a GPU one launch for BF16 operands, where ``ends`` [E] int32 says there where the rows of each expert end.
-    Elsewhere one product an expert: torch's grouped product has no float32 result of BF16 operands (2.13).
+    On a GPU one launch for BF16 operands of small experts, where ``ends`` [E] int32 says there where the rows of each
+    end. Elsewhere one product an expert: torch's grouped product has no float32 result of BF16 operands (2.13).
     """
     if ends is not None and grad.dtype == x.dtype == torch.bfloat16 and usable(total):
         # Imported here, as machines without a GPU need no triton.
-        from dsv3_megatron.precision.kernels.weight_gradient import add_weight_gradients
+        from dsv3_megatron.precision.kernels.weight_gradient import add_weight_gradients, serves
 
-        add_weight_gradients(total, grad, x, ends)
-        return
+        if serves(*total.shape[1:]):
+            add_weight_gradients(total, grad, x, ends)
+            return
     for one, dy, rows_of_x in zip(total, grad.split(list(rows)), x.split(list(rows))):
         if len(dy):
             add_product(one, dy.t(), rows_of_x)

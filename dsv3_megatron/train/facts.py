@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.precision.kernels import available
 
 
 def run_facts(parts: Parts) -> dict[str, str]:
@@ -19,8 +20,14 @@ def run_facts(parts: Parts) -> dict[str, str]:
         "model": f"{counted.main:,} parameters, {counted.activated_per_token:,} active per token{mtp}",
         **({"trained": f"{counted.trained:,} parameters, {frozen}"} if recipe.model.freeze else {}),
         "layout": f"{layout.world_size} {ranks}: {layout.describe()}; {_schedule(parts)}",
-        "backend": "; ".join(filter(None, (backend, parts.adamw, parts.backend.attention))),
+        "backend": "; ".join(filter(None, (backend, parts.adamw, parts.backend.attention, _kernels(parts)))),
     }
+
+
+def _kernels(parts: Parts) -> str:
+    """Return why a GPU goes without this project's own kernels; nothing where it does not."""
+    why = available.why_not() if parts.device.type == "cuda" else None
+    return f"without Triton's kernels: {why}" if why else ""
 
 
 def _schedule(parts: Parts) -> str:

@@ -39,10 +39,7 @@ class Tiling:
         return Tiling(self.o, self.i, self.tokens, self.warps, max(1, min(self.stages, shared_memory // stage)))
 
 
-# Wide layers: the largest tile whose sums stay in registers (128 a thread) while multiplying; it reads operands least.
-# Middling ones have too few such tiles to fill a GPU: 32 experts of 256 x 512 are 256 tiles of 128 x 128.
-# Narrow ones would spend most of a larger tile on columns that do not exist.
-WIDE = Tiling(128, 256, 64, warps=8, stages=4)
+# Narrow layers would spend most of a larger tile on columns that do not exist.
 MIDDLE = Tiling(128, 128, 64, warps=4, stages=4)
 NARROW = Tiling(64, 64, 64, warps=4, stages=4)
 TILES_IN_GROUP = 8  # rows of tiles walked together, so that both operands' columns are found in L2
@@ -50,13 +47,16 @@ TILES_IN_GROUP = 8  # rows of tiles walked together, so that both operands' colu
 
 def tiling(o: int, i: int, shared_memory: int = _HOPPER_SHARED_MEMORY) -> Tiling:
     """Return how a gradient [o, i] is cut. A table, not autotuning: that would time kernels in the middle of a step."""
-    if o >= 1024 and i >= 1024 and shared_memory >= 2 * 2 * 64 * (128 + 256):
-        found = WIDE
-    elif o >= 128 and i >= 128:
-        found = MIDDLE
-    else:
-        found = NARROW
-    return found.fitted(shared_memory)
+    return (MIDDLE if o >= 128 and i >= 128 else NARROW).fitted(shared_memory)
+
+
+def serves(o: int, i: int) -> bool:
+    """Return whether the kernel beats a product an expert for gradients [o, i].
+
+    On an H200 it took 0.09 ms for 32 experts of 512 x 512 and 16,384 tokens, where 24 products took 0.56, most of it
+    the host's; for 8 experts of DeepSeek-V3's 4096 x 7168 1.66 ms where those took 1.47, and 0.84 where 0.83.
+    """
+    return o < 1024 or i < 1024
 
 
 def add_weight_gradients(total: Tensor, grad: Tensor, x: Tensor, ends: Tensor) -> None:
