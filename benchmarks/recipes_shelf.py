@@ -31,9 +31,12 @@ class Row:
 
 
 PURPOSES = (
-    Row("recipe=dsv3_150m precision=bf16 backend=te cluster=h100_1", "a first model from nothing"),
     Row(
-        "recipe=dsv3_150m optim=dsv3_150m_1b run.tokens=1B precision=bf16 backend=te cluster=h100_1",
+        "recipe=dsv3_150m precision=bf16 optim.micro_batch=16 cluster=h100_1",
+        "a first model from nothing",
+    ),
+    Row(
+        "recipe=dsv3_150m optim=dsv3_150m_1b run.tokens=1B precision=bf16 cluster=h100_1",
         "the same on twenty times the text",
     ),
     Row("recipe=dsv3_1b cluster=h200_1", "a small model from nothing, one GPU"),
