@@ -77,10 +77,10 @@ class TorchBackend(BackendSpecProvider):
         return SwiGLU
 
 
-def make_te_backend(unfused: str | None = None) -> BackendSpecProvider:
+def make_te_backend(why_torch: str | None = None) -> BackendSpecProvider:
     """Return Transformer Engine's leaf modules, where TE is installed.
 
-    ``unfused``: why TE has no fused attention for this model here (te_attention.why_unfused): torch's serves then.
+    ``why_torch``: why torch's attention is to serve among them; None = TE's own does.
     """
     # Needs Transformer Engine, which the torch backend does without.
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -93,15 +93,15 @@ def make_te_backend(unfused: str | None = None) -> BackendSpecProvider:
         """megatron-core's own provider, with the one question it lacks."""
 
         name = "te"
-        attention = f"torch's fused attention (Transformer Engine has none here: {unfused})" if unfused else ""
+        attention = f"torch's fused attention ({why_torch})" if why_torch else ""
 
         def duplicated_linear(self) -> type:
             """TELinear, which MLA builds with ``parallel_mode="duplicated"``."""
             return self.linear()
 
         def core_attention(self) -> type:
-            """Softmax attention without its projections: TE's, or torch's where only that is fused."""
-            return CoreAttentionBesideTE if unfused else super().core_attention()
+            """Softmax attention without its projections: TE's, or torch's where only that does what is asked."""
+            return CoreAttentionBesideTE if why_torch else super().core_attention()
 
         def grouped_mlp_modules(
             self, moe_use_grouped_gemm: bool = True, moe_use_legacy_grouped_gemm: bool = False
@@ -137,10 +137,10 @@ def backend_name(wanted: Literal["auto", "te", "torch"], device: torch.device) -
 def choose_backend(
     wanted: Literal["auto", "te", "torch"],
     device: torch.device,
-    unfused: Callable[[], str | None] = lambda: None,
+    why_torch: Callable[[], str | None] = lambda: None,
 ) -> BackendSpecProvider:
     """Return the leaf modules of a recipe's ``backend``. Raises PackageError as :func:`backend_name`.
 
-    ``unfused``: asked of the te backend alone: why TE has no fused attention here, or None (te_attention.why_unfused).
+    ``why_torch``: asked for the te backend alone: why torch's attention is to serve there, or None.
     """
-    return make_te_backend(unfused()) if backend_name(wanted, device) == "te" else TorchBackend()
+    return make_te_backend(why_torch()) if backend_name(wanted, device) == "te" else TorchBackend()

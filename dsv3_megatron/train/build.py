@@ -6,7 +6,6 @@ import torch
 
 from dsv3_megatron.megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
-from parallel.errors import RecipeError
 from parallel.groups import build_groups, connect_groups
 from parallel.layout import Layout
 from parallel.pipeline.actions import Placement
@@ -59,23 +58,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     The default process group must exist. Weights are those of step 0, the same in every layout.
     """
     adapt_host("cuda" if device.type == "cuda" else "cpu")
-    model = recipe.model
-    backend = choose_backend(
-        recipe.backend,
-        device,
-        lambda: te_attention.why_unfused(
-            model.num_attention_heads // layout.tp,
-            model.qk_nope_head_dim + model.qk_rope_head_dim,
-            model.v_head_dim,
-            parameter_dtype(recipe),
-            device,
-        ),
-    )
-    if recipe.data.isolate_documents and backend.name != "torch":
-        raise RecipeError(
-            f"data.isolate_documents = true needs the attention of backend torch, but the backend is {backend.name}; "
-            "set backend=torch, or data.isolate_documents=false as in the paper's pretraining"
-        )
+    backend = choose_backend(recipe.backend, device, lambda: _why_not_te_attention(recipe, layout, device))
     adamw = choose_adamw(backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
@@ -116,6 +99,21 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
         first_layers = {stage: parts.first_layer(stage) for stage in chunks}
         parts.extra_states[te_amaxes.NAME] = te_amaxes.TeAmaxes(chunks, first_layers, groups)
     return parts
+
+
+def _why_not_te_attention(recipe: Recipe, layout: Layout, device: torch.device) -> str | None:
+    """Return why torch's attention is to serve among Transformer Engine's layers, or None where TE's own does."""
+    if recipe.data.isolate_documents:
+        return "data.isolate_documents"  # comes as an attention mask, which TE takes for one of pairs
+    model = recipe.model
+    why = te_attention.why_unfused(
+        model.num_attention_heads // layout.tp,
+        model.qk_nope_head_dim + model.qk_rope_head_dim,
+        model.v_head_dim,
+        parameter_dtype(recipe),
+        device,
+    )
+    return why and f"Transformer Engine has none here: {why}"
 
 
 def _build_chunks(

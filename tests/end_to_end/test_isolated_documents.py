@@ -13,7 +13,7 @@ from dsv3_megatron.model.stage import build_stage
 from parallel.layout import Layout
 from parallel.settings import ParallelSettings
 from testing.lanes import in_lanes
-from testing.ranks import run_ranks
+from testing.ranks import TE, run_ranks
 from testing.training.tiny import VALUES, Case, small_recipe, train_rank
 
 LENGTH = 32
@@ -92,6 +92,22 @@ def test_packed_documents_have_the_gradients_of_documents_alone(tmp_path, depth,
                 assert result.objective == pytest.approx(expected.objective, rel=1e-5), name
                 worst = max(rank["gradient_errors"][0].items(), key=lambda kv: kv[1])
                 assert worst[1] < 1e-4, (name, worst)
+
+
+ON_TE = ("backend=te", "model.qk_rope_head_dim=16", "data.isolate_documents=true", "optim.micro_batch=1")
+
+
+def test_documents_are_isolated_among_transformer_engines_layers():
+    alone = [row([ids]) for documents in pieces() for ids in documents]
+    packed = [row(documents) for documents in pieces()]
+    (wanted,) = run_ranks(1, train_rank, [case(alone, *ON_TE)], preload=TE)[0]
+    for ranks, names in ((1, ("one rank",)), (2, ("dualpipe, recompute", "CP2"))):
+        asked = [case(packed, *ON_TE, *LAYOUTS[name][1]) for name in names]
+        for found in run_ranks(ranks, train_rank, asked, preload=TE):
+            for rank in found:
+                for what in ("lm_loss", "mtp_loss", "grad_norm"):
+                    values = (getattr(one["results"][0], what) for one in (rank, wanted))
+                    assert next(values) == pytest.approx(next(values), rel=1e-5), what
 
 
 def test_without_isolation_documents_do_reach_each_other(tmp_path):
