@@ -22,6 +22,8 @@ _REJECTED = "Disabling FusedAttention"
 def why_unfused(heads: int, query_key: int, value: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why Transformer Engine would form all S x S scores, or None where a fused kernel serves.
 
+    None also where TE no longer selects a kernel as it did in 2.9 to 2.20: its attention is its own affair then.
+
     Args:
         heads: on this rank. query_key, value: width of a head of queries and keys, and of values.
         dtype: of what is attended. device: of this rank.
@@ -33,6 +35,7 @@ def why_unfused(heads: int, query_key: int, value: int, dtype: torch.dtype, devi
         torch.zeros(_TOKENS, 1, heads, width, dtype=dtype, device=device, requires_grad=True)
         for width in (query_key, query_key, value)
     ]
+    flash = fused = True
     with _selection() as said:
         try:
             layer(*inputs)
