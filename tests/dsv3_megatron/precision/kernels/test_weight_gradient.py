@@ -8,7 +8,14 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
+import torch
+from packaging.version import Version
+
+from dsv3_megatron.precision import weight_gradients
+from dsv3_megatron.precision.products import Fp8Products
+from dsv3_megatron.precision.settings import Fp8Settings
 
 triton = pytest.importorskip("triton")
 
@@ -70,6 +77,10 @@ print("all well")
 """
 
 
+@pytest.mark.skipif(
+    Version(numpy.__version__) >= Version("2.5") and Version(triton.__version__) < Version("3.9"),
+    reason="the interpreter of Triton 3.6 makes numbers of arrays in a way that numpy 2.5 refuses",
+)
 def test_the_kernel_gives_every_expert_its_product():
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
@@ -105,11 +116,44 @@ def test_a_smaller_gpu_gets_fewer_stages_or_smaller_tiles():
 
 
 def test_operands_that_do_not_fit_are_refused():
-    import torch
-
     total, grad, x = torch.zeros(2, 4, 6), torch.zeros(5, 4).bfloat16(), torch.zeros(5, 6).bfloat16()
     ends = torch.tensor([2, 5], dtype=torch.int32)
     for wrong in ((total, grad[:4], x, ends), (total, grad, x, ends[:1]), (total, grad.float(), x.float(), ends),
                   (total, grad, x, ends.long()), (total.mT.contiguous().mT, grad, x, ends)):  # fmt: skip
         with pytest.raises(ValueError):
             kernels.add_weight_gradients(*wrong)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the kernel is asked for, on a machine that says it has one."""
+    calls = []
+    monkeypatch.setattr(weight_gradients, "usable", lambda tensor: True)
+    monkeypatch.setattr(kernels, "add_weight_gradients", lambda *operands: calls.append(operands))
+    return calls
+
+
+@pytest.mark.parametrize(("dtype", "known", "taken"), [
+    (torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, False),
+])  # fmt: skip
+def test_bf16_operands_go_to_the_kernel_where_the_device_knows_their_ends(asked, dtype, known, taken):
+    total, grad, x = torch.zeros(2, 4, 6), torch.ones(5, 4, dtype=dtype), torch.ones(5, 6, dtype=dtype)
+    ends = torch.tensor([2, 5], dtype=torch.int32) if known else None
+    weight_gradients.add_grouped_product(total, grad, x, [2, 3], ends)
+    assert [[one is other for one, other in zip(call, (total, grad, x, ends))] for call in asked] == [
+        [True] * 4
+    ] * taken
+    assert torch.equal(total, torch.tensor([2.0, 3.0]).view(2, 1, 1).expand(2, 4, 6) * (not taken))
+
+
+def test_fp8_operands_lose_nothing_in_bf16(asked, monkeypatch):
+    monkeypatch.setattr(Fp8Products, "_exact_in_bf16", lambda products, operand: True)
+    torch.manual_seed(0)
+    fp8, ends = Fp8Products(Fp8Settings()), torch.tensor([100, 300], dtype=torch.int32)
+    x, weight, dy = torch.randn(300, 256), torch.randn(2, 128, 256), torch.randn(300, 128) * 1e-6
+    kept = fp8.operand_for_weight_gradient(fp8.forward(x, weight, ends)[1], ends)
+    _, kept_dy = fp8.input_gradient(dy, weight, ends)
+    fp8.add_weight_gradient(torch.zeros_like(weight), kept_dy, kept, ends, [100, 200])
+    ((_, left, right, found_ends),) = asked
+    assert left.dtype == right.dtype == torch.bfloat16 and found_ends is ends
+    assert torch.equal(left.float(), kept_dy.dequantise()) and torch.equal(right.float(), kept.dequantise())
