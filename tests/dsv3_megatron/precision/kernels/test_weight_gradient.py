@@ -115,6 +115,53 @@ def refused(unused):
     return raised
 
 
+def taken(case):
+    """Return whether the kernel is asked, on a machine that says it has one, and what the total became without it."""
+    from dsv3_megatron.precision.kernels import weight_gradient as kernels
+
+    dtype, known, width = case
+    calls = []
+    weight_gradients.usable = lambda tensor: True
+    kernels.add_weight_gradients = lambda *given: calls.append(given)
+    total, grad, x = torch.zeros(2, width, width), torch.ones(5, width, dtype=dtype), torch.ones(5, width, dtype=dtype)
+    ends = torch.tensor([2, 5], dtype=torch.int32) if known else None
+    weight_gradients.add_grouped_product(total, grad, x, [2, 3], ends)
+    same = [[one is other for one, other in zip(call, (total, grad, x, ends), strict=True)] for call in calls]
+    return same, total.amax(dim=(1, 2)).tolist()
+
+
+def test_the_kernel_is_taken_for_small_experts_in_bf16_whose_ends_the_device_knows():
+    bf16, asked, plainly = torch.bfloat16, ([[True] * 4], [0.0, 0.0]), ([], [2.0, 3.0])
+    cases = {(bf16, True, 8): asked, (bf16, False, 8): plainly, (torch.float32, True, 8): plainly,
+             (bf16, True, 1024): plainly}  # fmt: skip
+    assert interpreted(taken, list(cases)) == list(cases.values())
+
+
+def of_fp8(unused):
+    """Return whether FP8 operands reach the kernel in BF16 as the numbers they are, from a layer of two experts."""
+    from dsv3_megatron.precision.kernels import weight_gradient as kernels
+    from dsv3_megatron.precision.products import Fp8Products
+    from dsv3_megatron.precision.settings import Fp8Settings
+
+    calls = []
+    weight_gradients.usable = lambda tensor: True
+    kernels.add_weight_gradients = lambda *given: calls.append(given)
+    Fp8Products._exact_in_bf16 = lambda products, operand: True  # as on a GPU
+    torch.manual_seed(0)
+    fp8, ends = Fp8Products(Fp8Settings()), torch.tensor([100, 300], dtype=torch.int32)
+    x, weight, dy = torch.randn(300, 256), torch.randn(2, 128, 256), torch.randn(300, 128) * 1e-6
+    kept = fp8.operand_for_weight_gradient(fp8.forward(x, weight, ends)[1], ends)
+    _, kept_dy = fp8.input_gradient(dy, weight, ends)
+    fp8.add_weight_gradient(torch.zeros_like(weight), kept_dy, kept, ends, [100, 200])
+    ((_, left, right, found_ends),) = calls
+    assert left.dtype == right.dtype == torch.bfloat16 and found_ends is ends
+    return torch.equal(left.float(), kept_dy.dequantise()) and torch.equal(right.float(), kept.dequantise())
+
+
+def test_fp8_operands_lose_nothing_in_bf16():
+    assert interpreted(of_fp8, [None]) == [True]
+
+
 def tilings(unused):
     """Return every way in which a gradient is cut, as a GPU would be told."""
     from dsv3_megatron.precision.kernels import weight_gradient as module
