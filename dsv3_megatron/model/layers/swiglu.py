@@ -9,6 +9,7 @@ Legend: T tokens, I width of the output; the input is [gate | up], 2 I wide. ``p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -53,22 +54,28 @@ def swiglu(gate_up: Tensor, probs: Tensor | None = None) -> Tensor:
     return out if probs is None else (out * probs).to(gate_up.dtype)
 
 
-def _output(gate_up: Tensor, probs: Tensor | None) -> Tensor:
-    if usable(gate_up):
-        from dsv3_megatron.precision.kernels import swiglu as kernels  # needs triton
+def _kernels(gate_up: Tensor) -> ModuleType | None:
+    """Return what computes on this tensor [..., 2 I] (or its cache) in one pass, or None where torch does in several.
 
-        if kernels.serves(gate_up):
-            return kernels.activate(gate_up, probs, cached=False)[0]
+    Tiles must not reach from gate into up.
+    """
+    if not usable(gate_up) or gate_up.shape[-1] % (2 * _TILE[1]) or gate_up.dtype is torch.float64:
+        return None
+    from dsv3_megatron.precision.kernels import swiglu as kernels  # needs triton
+
+    return kernels
+
+
+def _output(gate_up: Tensor, probs: Tensor | None) -> Tensor:
+    if kernels := _kernels(gate_up):
+        return kernels.activate(gate_up, probs, cached=False)[0]
     return swiglu(gate_up, probs)
 
 
 def _output_and_cache(gate_up: Tensor, probs: Tensor | None) -> tuple[Tensor, _Cache]:
-    if usable(gate_up):
-        from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
-
-        if kernels.serves(gate_up):
-            out, cache = kernels.activate(gate_up, probs, cached=True)
-            return out, _Cache(Quantised(*cache, _TILE, E4M3, has_nan=True), probs, gate_up.dtype)
+    if kernels := _kernels(gate_up):
+        out, (data, scale_inv) = kernels.activate(gate_up, probs, cached=True)
+        return out, _Cache(Quantised(data, scale_inv, _TILE, E4M3, has_nan=True), probs, gate_up.dtype)
     return swiglu(gate_up, probs), _Cache(quantise(gate_up, _TILE), probs, gate_up.dtype)
 
 
@@ -105,28 +112,19 @@ class _Cache:
 
     def output(self) -> Tensor:
         """Return the output [..., I] of what is left of the input, in its dtype."""
-        if self.in_kernels:
-            from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
-
+        if kernels := _kernels(self.gate_up.data):
             return kernels.activate_again((self.gate_up.data, self.gate_up.scale_inv), self.probs, self.dtype)
         return swiglu(self.input(), self.probs)
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of the input and of ``probs``."""
-        if self.in_kernels:
-            from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
-
+        if kernels := _kernels(self.gate_up.data):
             return kernels.gradients(grad, None, (self.gate_up.data, self.gate_up.scale_inv), self.probs)
         return _gradients(grad, self.input(), self.probs)
 
     def dequantise(self) -> Tensor:
         """Return the output, float32."""
         return self.output().float()
-
-    @property
-    def in_kernels(self) -> bool:
-        """Whether Triton's kernels read it, which only they have written where tiles lie as they want them."""
-        return usable(self.gate_up.data) and self.gate_up.data.shape[-1] % (2 * _TILE[1]) == 0
 
     @property
     def nbytes(self) -> int:
@@ -159,11 +157,8 @@ class _FromInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up, probs = ctx.saved_tensors
-        if usable(gate_up):
-            from dsv3_megatron.precision.kernels import swiglu as kernels  # likewise
-
-            if kernels.serves(gate_up):
-                return kernels.gradients(grad, gate_up, None, probs)
+        if kernels := _kernels(gate_up):
+            return kernels.gradients(grad, gate_up, None, probs)
         return _gradients(grad, gate_up, probs)
 
 

@@ -18,18 +18,12 @@ from dsv3_megatron.precision.kernels.formats import decode, encode, saturated, s
 
 TILE = 128  # columns of a tile, and of a program's step
 _TOKENS = 16  # rows of a program
-_BF16_LIKE = (torch.bfloat16, torch.float16, torch.float32)
 
 Cache = tuple[Tensor, Tensor]  # of the input [T, 2I]: FP8 numbers, and scale_inv float32 [T, 2I / 128]
 
 
-def serves(gate_up: Tensor) -> bool:
-    """Return whether the kernels take this input [..., 2I]: tiles must not reach from gate into up."""
-    return gate_up.shape[-1] % (2 * TILE) == 0 and gate_up.dtype in _BF16_LIKE
-
-
 def activate(gate_up: Tensor, probs: Tensor | None, *, cached: bool) -> tuple[Tensor, Cache | None]:
-    """Return [..., I] from [..., 2I], and the input in FP8 where ``cached``.
+    """Return [..., I] from [..., 2I], I a multiple of TILE, and the input in FP8 where ``cached``.
 
     Args:
         probs: [..., 1], what each token's output is multiplied by, or None.
@@ -43,7 +37,7 @@ def activate(gate_up: Tensor, probs: Tensor | None, *, cached: bool) -> tuple[Te
         cache = data, torch.empty(scales, dtype=torch.float32, device=gate_up.device)
     if out.numel():
         _activate[_grid(rows, across=True)](
-            rows, rows.stride(0), probs, out, *_bytes(cache), len(rows), out.shape[-1],
+            rows, rows.stride(0), _flat(probs), out, *_bytes(cache), len(rows), out.shape[-1],
             MOST=torch.finfo(gate_up.dtype).max, CACHED=cached, WEIGHTED=probs is not None, TOKENS=_TOKENS, TILE=TILE,
         )  # fmt: skip
     return out, cache
@@ -55,7 +49,7 @@ def activate_again(cache: Cache, probs: Tensor | None, dtype: torch.dtype) -> Te
     out = _output(rows, cache[0].shape, dtype)
     if out.numel():
         _activate_again[_grid(rows, across=True)](
-            *_bytes(cache), probs, out, len(rows), out.shape[-1],
+            *_bytes(cache), _flat(probs), out, len(rows), out.shape[-1],
             WEIGHTED=probs is not None, TOKENS=_TOKENS, TILE=TILE,
         )  # fmt: skip
     return out
@@ -79,7 +73,7 @@ def gradients(
     if to_input.numel():
         read = (*_bytes(cache), 0) if cache is not None else (rows, None, rows.stride(0))
         _gradients[_grid(rows, across=False)](
-            grads, grads.stride(0), *read, probs, to_input, to_probs, len(rows), grad.shape[-1],
+            grads, grads.stride(0), *read, _flat(probs), to_input, to_probs, len(rows), grad.shape[-1],
             CACHED=cache is not None, WEIGHTED=probs is not None, TOKENS=_TOKENS, TILE=TILE,
         )  # fmt: skip
     elif to_probs is not None:
@@ -89,6 +83,11 @@ def gradients(
 
 def _output(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty((*shape[:-1], shape[-1] // 2), dtype=dtype, device=rows.device)
+
+
+def _flat(probs: Tensor | None) -> Tensor | None:
+    """Return the weights one after another in memory."""
+    return None if probs is None else probs.contiguous()
 
 
 def _bytes(cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:

@@ -24,7 +24,7 @@ def operands(dtype, shape, weighted):
     """Return input, weights and the output's gradient."""
     draw = torch.Generator().manual_seed(3)
     gate_up = (3 * torch.randn(*shape[:-1], 2 * shape[-1], generator=draw)).to(dtype)
-    probs = torch.rand(*shape[:-1], 1, generator=draw) if weighted else None
+    probs = torch.rand(*shape[:-1], 3, generator=draw)[..., 1:2] if weighted else None  # a column of a wider tensor
     return gate_up, probs, torch.randn(shape, generator=draw).to(dtype)
 
 
