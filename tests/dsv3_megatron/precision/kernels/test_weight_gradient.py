@@ -38,6 +38,7 @@ def check(rows, o, i, seed):
     grad, x = (torch.randn(tokens + 3, width).half() for width in (o, i))
     grad[tokens:], x[tokens:] = torch.nan, torch.nan
     total = torch.randn(len(rows), o, i)
+    total[[not count for count in rows]] = -0.0  # which adding nothing would make 0.0
     ends = torch.tensor(rows).cumsum(0).int()
     found, again, plain, exact = total.clone(), total.clone(), total.clone(), total.double()
     add_weight_gradients(found, grad, x, ends)
@@ -49,7 +50,7 @@ def check(rows, o, i, seed):
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-4)
     assert torch.equal(found, again)
     for expert, count in enumerate(rows):
-        assert count or torch.equal(found[expert], total[expert])
+        assert count or torch.equal(found[expert].view(torch.int32), total[expert].view(torch.int32))
 
 
 @settings(max_examples=15, deadline=None, database=None, derandomize=True)
