@@ -28,10 +28,9 @@ def quantise(x: Tensor, tile: tuple[int, int], dtype: torch.dtype, *, power_of_t
     )
     if not x.numel():
         return data, scale_inv
-    if a == 1 and x.is_contiguous():
-        matrices = x.reshape(1, -1, columns)  # tiles of one row: leading dimensions are more rows
-    else:
-        matrices = x.reshape(-1, rows, columns)
+    # Tiles of one row: leading dimensions are more rows, copied where they cannot be walked with one stride. As
+    # matrices of their own, [S, B, A] seen through a transpose would be S of B rows: idle programs, and a grid of S.
+    matrices = x.reshape(1, -1, columns) if a == 1 else x.reshape(-1, rows, columns)
     block = (max(a, _BESIDE), max(b, _BESIDE))
     count, high, wide = matrices.shape
     grid = (triton.cdiv(high, block[0]), triton.cdiv(wide, block[1]), count)

@@ -27,9 +27,13 @@ def activate(gate_up: Tensor, probs: Tensor | None, *, cached: bool) -> tuple[Te
 
     Args:
         probs: [..., 1], what each token's output is multiplied by, or None.
+
+    Raises:
+        ValueError: ``probs`` has not one number a token.
     """
     rows = gate_up.reshape(-1, gate_up.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    probs = _one_a_row(probs, rows)
     out, cache = _output(rows, gate_up.shape, gate_up.dtype), None
     if cached:
         data = torch.empty(gate_up.shape, dtype=torch.float8_e4m3fn, device=gate_up.device)
@@ -46,7 +50,7 @@ def activate(gate_up: Tensor, probs: Tensor | None, *, cached: bool) -> tuple[Te
 def activate_again(cache: Cache, probs: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the output [..., I] from the cache of the input, which counts as rounded to ``dtype``."""
     rows = cache[0].view(-1, cache[0].shape[-1])
-    out = _output(rows, cache[0].shape, dtype)
+    probs, out = _one_a_row(probs, rows), _output(rows, cache[0].shape, dtype)
     if out.numel():
         _activate_again[_grid(rows, across=True)](
             *_bytes(cache), _flat(probs), out, len(rows), out.shape[-1],
@@ -68,8 +72,9 @@ def gradients(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     grads = grad.reshape(-1, grad.shape[-1])
     grads = grads if grads.stride(-1) == 1 else grads.contiguous()
+    probs = _one_a_row(probs, rows)
     to_input = torch.empty(source.shape, dtype=grad.dtype, device=grad.device)
-    to_probs = None if probs is None else torch.empty_like(probs, memory_format=torch.contiguous_format)
+    to_probs = None if probs is None else torch.empty_like(probs)
     if to_input.numel():
         read = (*_bytes(cache), 0) if cache is not None else (rows, None, rows.stride(0))
         _gradients[_grid(rows, across=False)](
@@ -79,6 +84,15 @@ def gradients(
     elif to_probs is not None:
         to_probs.zero_()
     return to_input, to_probs
+
+
+def _one_a_row(probs: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Return probs one after another in memory, as the kernels read them."""
+    if probs is None:
+        return None
+    if probs.numel() != len(rows):
+        raise ValueError(f"probs {tuple(probs.shape)} for {len(rows)} tokens")
+    return probs.contiguous()
 
 
 def _output(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
