@@ -41,7 +41,7 @@ def activate(gate_up: Tensor, probs: Tensor | None, *, cached: bool) -> tuple[Te
         cache = data, torch.empty(scales, dtype=torch.float32, device=gate_up.device)
     if out.numel():
         _activate[_grid(rows, across=True)](
-            rows, rows.stride(0), _flat(probs), out, *_bytes(cache), len(rows), out.shape[-1],
+            rows, rows.stride(0), probs, out, *_bytes(cache), len(rows), out.shape[-1],
             MOST=torch.finfo(gate_up.dtype).max, CACHED=cached, WEIGHTED=probs is not None, TOKENS=_TOKENS, TILE=TILE,
         )  # fmt: skip
     return out, cache
@@ -53,7 +53,7 @@ def activate_again(cache: Cache, probs: Tensor | None, dtype: torch.dtype) -> Te
     probs, out = _one_a_row(probs, rows), _output(rows, cache[0].shape, dtype)
     if out.numel():
         _activate_again[_grid(rows, across=True)](
-            *_bytes(cache), _flat(probs), out, len(rows), out.shape[-1],
+            *_bytes(cache), probs, out, len(rows), out.shape[-1],
             WEIGHTED=probs is not None, TOKENS=_TOKENS, TILE=TILE,
         )  # fmt: skip
     return out
@@ -78,7 +78,7 @@ def gradients(
     if to_input.numel():
         read = (*_bytes(cache), 0) if cache is not None else (rows, None, rows.stride(0))
         _gradients[_grid(rows, across=False)](
-            grads, grads.stride(0), *read, _flat(probs), to_input, to_probs, len(rows), grad.shape[-1],
+            grads, grads.stride(0), *read, probs, to_input, to_probs, len(rows), grad.shape[-1],
             CACHED=cache is not None, WEIGHTED=probs is not None, TOKENS=_TOKENS, TILE=TILE,
         )  # fmt: skip
     elif to_probs is not None:
@@ -97,11 +97,6 @@ def _one_a_row(probs: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def _output(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.empty((*shape[:-1], shape[-1] // 2), dtype=dtype, device=rows.device)
-
-
-def _flat(probs: Tensor | None) -> Tensor | None:
-    """Return the weights one after another in memory."""
-    return None if probs is None else probs.contiguous()
 
 
 def _bytes(cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:

@@ -85,32 +85,29 @@ def test_every_result_is_the_eager_codes(made, number):
                 assert found.numel() == 0 or (found != value.float()).float().mean() <= share
 
 
-def with_strided_probs(case):
-    """Return what a column of a wider tensor of probs changes, and what is said of probs for other tokens."""
+def taken_with_too_few_probs(case):
+    """Return what is computed with fewer probs than tokens, which would read and write past their memory."""
     from dsv3_megatron.precision.kernels import swiglu as kernels
 
     gate_up, probs, grad = operands(*case)
-    strided = torch.cat([torch.full_like(probs, 7.0), probs], dim=-1)[..., 1:]
-    assert not strided.is_contiguous()
     cache = kernels.activate(gate_up, None, cached=True)[1]
-    wrong = []
+    taken = []
     for name, run in {
-        "out": lambda weights: kernels.activate(gate_up, weights, cached=False)[:1],
-        "again": lambda weights: (kernels.activate_again(cache, weights, gate_up.dtype),),
-        "from cache": lambda weights: kernels.gradients(grad, None, cache, weights),
-        "from input": lambda weights: kernels.gradients(grad, gate_up, None, weights),
+        "out": lambda: kernels.activate(gate_up, probs[:1], cached=False),
+        "again": lambda: kernels.activate_again(cache, probs[:1], gate_up.dtype),
+        "from cache": lambda: kernels.gradients(grad, None, cache, probs[:1]),
+        "from input": lambda: kernels.gradients(grad, gate_up, None, probs[:1]),
     }.items():
-        wrong += [name for one, other in zip(run(probs), run(strided), strict=True) if not torch.equal(one, other)]
         try:
-            run(probs[:1])
-            wrong.append(f"{name}: too few probs were taken")
+            run()
+            taken.append(name)
         except ValueError:
             pass
-    return wrong
+    return taken
 
 
-def test_probs_are_those_of_the_tokens_wherever_they_lie_in_memory():
-    assert interpreted(with_strided_probs, [(torch.float32, (37, 256), True)]) == [[]]
+def test_probs_for_other_tokens_are_refused():
+    assert interpreted(taken_with_too_few_probs, [(torch.float32, (37, 256), True)]) == [[]]
 
 
 def test_they_compile_for_a_gpu():
