@@ -48,13 +48,13 @@ class HopperFp8(Fp8Products):
         """Return Y [T, O], BF16."""
         if ends is not None or not _divides(*weight.shape):
             return super().fprop(x, weight, ends)
-        return multiply(x, self.quantised_weight(weight)[0])
+        return multiply(x, self.quantised_weight(weight))
 
     def dgrad(self, dy: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
         """Return dX [T, I], BF16."""
         if ends is not None or not _divides(*weight.shape):
             return super().dgrad(dy, weight, ends)
-        w = self.quantised_weight(weight)[0]
+        w = self.quantised_weight(weight)
         return multiply(dy, transposed(w))
 
     def wgrad(

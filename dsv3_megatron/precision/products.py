@@ -102,7 +102,8 @@ class Fp8Products:
         self.settings = settings
         self._gradient_format = E5M2 if settings.format == "hybrid" else E4M3
         self._training = True  # a history of amaxes is one of training: an evaluation adds nothing to it
-        self._weight: tuple[int, int, Quantised, Tensor] | None = None  # (step, version, in FP8, dequantised)
+        self._weight: tuple[int, int, Quantised] | None = None  # (step, version, in FP8)
+        self._plain: Tensor | None = None  # what of that weight survives, once a product has asked for it
         length = settings.delayed_history if settings.scaling == "delayed" else 0
         self._histories = {role: AmaxHistory(length) for role in ("input", "weight", "gradient")} if length else {}
 
@@ -155,13 +156,11 @@ class Fp8Products:
 
     def fprop(self, x: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
         """Return Y [T, O]."""
-        w, dtype = self.quantised_weight(weight)[1], self._product_dtype(weight)
-        return self._multiply(x.dequantise().to(dtype), w.mT.to(dtype), ends)
+        return self._multiply(x.dequantise(self._product_dtype(weight)), self._plain_weight(weight).mT, ends)
 
     def dgrad(self, dy: Quantised, weight: Tensor, ends: Tensor | None) -> Tensor:
         """Return dX [T, I]."""
-        w, dtype = self.quantised_weight(weight)[1], self._product_dtype(weight)
-        return self._multiply(dy.dequantise().to(dtype), w.to(dtype), ends)
+        return self._multiply(dy.dequantise(self._product_dtype(weight)), self._plain_weight(weight), ends)
 
     def _product_dtype(self, weight: Tensor) -> torch.dtype:
         """Return the dtype in which dequantised operands multiply, to a result in the same dtype."""
@@ -207,13 +206,20 @@ class Fp8Products:
             return along_channels  # the paper: the copy that forward used is cut anew in backward
         return Columns(rows, ends, self._quantise_columns)
 
-    def quantised_weight(self, weight: Tensor) -> tuple[Quantised, Tensor]:
-        """Return the weight in FP8, and what of it survives, float32. Made once a step."""
+    def quantised_weight(self, weight: Tensor) -> Quantised:
+        """Return the weight in FP8. Made once a step."""
         key = (Fp8Products.step, weight._version)
         if self._weight is None or self._weight[:2] != key:
             found = self._quantise(weight.detach(), _TILES[self.settings.weight_tile], E4M3, "weight")
-            self._weight = (*key, found, found.dequantise())
-        return self._weight[2:]
+            self._weight, self._plain = (*key, found), None
+        return self._weight[2]
+
+    def _plain_weight(self, weight: Tensor) -> Tensor:
+        """Return what of the weight survives FP8, in the dtype of the products. Made once a step, where it is used."""
+        quantised = self.quantised_weight(weight)
+        if self._plain is None:
+            self._plain = quantised.dequantise(self._product_dtype(weight))
+        return self._plain
 
     def _quantise(self, x: Tensor, tile: Tile, fmt: Format, role: str) -> Quantised:
         amax = self._histories[role].amax_for(x, note=self._training) if self._histories else None

@@ -48,13 +48,14 @@ class Quantised:
     format: Format
     has_nan: bool = False
 
-    def dequantise(self) -> Tensor:
-        """Return data * scale_inv, float32 [..., A, B]."""
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return data * scale_inv [..., A, B], the float32 product rounded to ``dtype``."""
         if usable(self.data) and self.tile in KERNEL_TILES:
             from dsv3_megatron.precision.kernels import quantise as kernels  # needs triton
 
-            return kernels.dequantise(self.data, self.scale_inv, self.tile, torch.float32)
-        return scaled_by_tile(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
+            return kernels.dequantise(self.data, self.scale_inv, self.tile, dtype)
+        plain = scaled_by_tile(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
+        return plain.to(dtype)
 
     @property
     def nbytes(self) -> int:

@@ -105,4 +105,4 @@ def dequantise_weight(
         raise ValueError(
             f"scale_inv {tuple(scale_inv.shape)} for a weight {tuple(data.shape)}: {grid[-2:]} blocks expected"
         )
-    return Quantised(data, scale_inv.float().reshape(grid), tile, E4M3, has_nan=True).dequantise().to(dtype)
+    return Quantised(data, scale_inv.float().reshape(grid), tile, E4M3, has_nan=True).dequantise(dtype)

@@ -95,7 +95,7 @@ def weights_stay(visit):
     def first(self, weight):
         if self._weight is None:
             quantised(self, weight)
-        return self._weight[2:]
+        return self._weight[2]
 
     Fp8Products.quantised_weight = first
     yield from requantise.weights_follow(visit, "torch", "fp8")

@@ -89,4 +89,4 @@ def _exchange_fp8(x: Tensor, group: dist.ProcessGroup, receive: list[int] | None
     data = rows[:, :width].contiguous()
     scale_inv = rows[:, width:].contiguous().view(torch.float32)
     has_nan = data.device.type == "cpu" and bool(((data & 0x7F) == 0x7F).any())
-    return Quantised(data.view(E4M3.dtype), scale_inv, _TILE, E4M3, has_nan).dequantise().to(x.dtype)
+    return Quantised(data.view(E4M3.dtype), scale_inv, _TILE, E4M3, has_nan).dequantise(x.dtype)

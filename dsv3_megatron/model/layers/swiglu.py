@@ -108,7 +108,7 @@ class _Cache:
 
     def input(self) -> Tensor:
         """Return what is left of the input [..., 2 I], in its dtype."""
-        return self.gate_up.dequantise().to(self.dtype)
+        return self.gate_up.dequantise(self.dtype)
 
     def output(self) -> Tensor:
         """Return the output [..., I] of what is left of the input, in its dtype."""
