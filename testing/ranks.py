@@ -10,7 +10,6 @@ import importlib
 import multiprocessing
 import os
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +31,8 @@ def run_ranks(
 ) -> list[list[Any]]:
     """Return ``worker(case)`` of every rank for every case: results[case][rank].
 
-    ``preload``: the module that the ranks' server imports; ``TE`` for ranks that have Transformer Engine.
+    ``timeout_seconds``: in which some rank must end some case. ``preload``: the module that the ranks' server imports;
+    ``TE`` for ranks that have Transformer Engine.
     """
     queue = context.Queue()
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
@@ -45,10 +45,9 @@ def run_ranks(
         for rank in ranks:
             rank.start()
     results: list[list[Any]] = [[None] * world for _ in cases]
-    deadline = time.monotonic() + timeout_seconds
     try:
         for _ in range(world * len(cases)):
-            case, rank, failure, value = queue.get(timeout=max(0.1, deadline - time.monotonic()))
+            case, rank, failure, value = queue.get(timeout=timeout_seconds)
             if failure:
                 raise AssertionError(f"rank {rank} of {world}, case {cases[case]}:\n{failure}")
             results[case][rank] = value
