@@ -91,7 +91,8 @@ def run_hanging(hanging_rank):
 
 def test_a_hang_names_the_action_and_peer_of_every_rank():
     (ranks,) = run_ranks(4, run_hanging, [2])
-    reports = [text for told in ranks for text in told]
+    # A loaded machine may stall for as long before: such a report, which is right too, is not this one.
+    reports = [text for told in ranks for text in told if "2B3 (stage 2 microbatch 3)" in text]
     assert len(reports) == 1  # said once, by one rank
     (text,) = reports
     assert "hang: no action ended for 0.5 s" in text
