@@ -82,6 +82,8 @@ def run_hanging(hanging_rank):
     schedule = make_schedule("1f1b", 4, 6)
     stages = ToyStages(schedule, hang_at="2B3" if world.rank == hanging_rank else None)
     try:
+        # Unwatched: ranks connect with their neighbours, which can take longer than the time that is called a hang.
+        Engine(schedule, torch.distributed.group.WORLD, ToyStages(schedule)).run()
         Engine(schedule, torch.distributed.group.WORLD, stages, watchdog).run()
         return told
     finally:
@@ -91,8 +93,7 @@ def run_hanging(hanging_rank):
 
 def test_a_hang_names_the_action_and_peer_of_every_rank():
     (ranks,) = run_ranks(4, run_hanging, [2])
-    # A loaded machine may stall for as long before: such a report, which is right too, is not this one.
-    reports = [text for told in ranks for text in told if "2B3 (stage 2 microbatch 3)" in text]
+    reports = [text for told in ranks for text in told]
     assert len(reports) == 1  # said once, by one rank
     (text,) = reports
     assert "hang: no action ended for 0.5 s" in text
