@@ -24,7 +24,7 @@ def deviations(fp8: Fp8Settings) -> list[str]:
 
 
 def as_carried_out(fp8: Fp8Settings) -> Fp8Settings:
-    """Return the policy with what TE does instead of it, for a plan of what will run.
+    """Return the policy with what TE does instead of it, for a run and for its plan.
 
     megatron-core lets the linear after attention keep its input as the attention gave it, since TE 2.6.
     """

@@ -33,6 +33,7 @@ from dsv3_megatron.pipeline.model_stages import ModelStages
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
+from dsv3_megatron.precision.on_te import as_carried_out
 from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.train.ema import PREFIX, Ema
@@ -131,6 +132,7 @@ def _build_chunks(
     if backend.name == "te":
         configure(config, fp8)
         config.delay_wgrad_compute = te_delays_weight_gradients(recipe, backend)
+    policy = as_carried_out(fp8) if fp8 is not None and backend.name == "te" else fp8
     make = HopperFp8 if fp8 is not None and why_not(fp8, device) is None else Fp8Products
     chunks = {}
     for stage in placement.stages_of(groups.pp.rank()):
@@ -155,7 +157,7 @@ def _build_chunks(
             settle_te_layers(chunk)
             if fp8 is not None:
                 exempt_no_mtp(chunk)
-        apply_fp8(chunk, fp8, first_layer=first, layers=recipe.model.num_hidden_layers, make=make)
+        apply_fp8(chunk, policy, first_layer=first, layers=recipe.model.num_hidden_layers, make=make)
         chunks[stage] = chunk
     return chunks
 

@@ -136,16 +136,9 @@ class CoreAttention(MegatronModule):
 
 class CoreAttentionBesideTE(CoreAttention):
     """The same among Transformer Engine's layers: the linear layer after it keeps the output as it is, and attention
-    keeps the same copy, whatever the policy says of the torch backend's (precision/on_te.py tells what differs)."""
+    keeps the same copy."""
 
-    @property
-    def output_cache(self) -> Literal["once"]:  # type: ignore[override]  # a setting there, a fact here
-        """One copy."""
-        return "once"
-
-    @output_cache.setter
-    def output_cache(self, policy: str) -> None:
-        """Leave it: TE's layers know no other."""
+    output_cache: Literal["high", "once", "e5m6"] = "once"
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
