@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
+from benchmarks.gpu_check.timing import milliseconds
 
 HEADS, LENGTH, WIDTH, VALUE = 128, 4096, 192, 128
 
@@ -51,25 +51,13 @@ def _torch(visit: Visit, name: str | None) -> float | str:
     query, key, value = _inputs(visit, (1, HEADS, LENGTH))
     try:
         with sdpa_kernel([getattr(SDPBackend, name)]) if name else nullcontext():
-            return _milliseconds(
+            return milliseconds(
                 lambda: (
                     torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
                 )
             )
     except RuntimeError as error:
         return str(error).strip().splitlines()[0][:200]
-
-
-def _milliseconds(run: Any, times: int = 5) -> float:
-    import torch
-
-    run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times * 1e3
 
 
 def _of_te(visit: Visit) -> tuple[str, bool]:
@@ -82,7 +70,7 @@ def _of_te(visit: Visit) -> tuple[str, bool]:
     unfused = why_unfused(HEADS, WIDTH, VALUE, torch.bfloat16, torch.device(visit.device))
     layer = te.DotProductAttention(HEADS, (WIDTH, VALUE), qkv_format="sbhd", attn_mask_type="causal").to(visit.device)
     query, key, value = _inputs(visit, (LENGTH, 1, HEADS))
-    took = _milliseconds(lambda: layer(query, key, value).sum().backward())
+    took = milliseconds(lambda: layer(query, key, value).sum().backward())
     if unfused is None:
         return f"fused in {took:.2f} ms", True
     return f"no fused kernel ({unfused}), {took:.2f} ms; backend te takes torch's", False

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu_check.outcome import Outcomes, Visit, judged, skipped
+from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
 from benchmarks.gpu_check.products import relative
+from benchmarks.gpu_check.timing import milliseconds
 from dsv3_megatron.precision.kernels import available
+from testing.fp8_numbers import KINDS, numbers
 
 TOKENS, HIDDEN, INNER = 32768, 7168, 2048  # of DeepSeek-V3's experts
-TIMES = 5
 # BF16's last bit is 2^-8 of a number, and some numbers are at its edge: exponentials are another library's.
 ONE_BIT, FEW = 2.0**-7, 0.02
 
@@ -21,14 +21,12 @@ def quantised(visit: Visit) -> Outcomes:
     import torch
 
     from dsv3_megatron.precision import tiles
+    from dsv3_megatron.precision.formats import E4M3, E5M2
 
-    if why := available.why_not():
-        yield skipped(f"Triton's kernels are not used here: {why}")
-        return
     wrong = []
     for name, x in _cases(visit).items():
         for tile in tiles.KERNEL_TILES:
-            for fmt in (tiles.E4M3, tiles.E5M2):
+            for fmt in (E4M3, E5M2):
                 found, wanted = tiles.quantise(x, tile, fmt), _plainly(tiles.quantise, x, tile, fmt)
                 back, wanted_back = found.dequantise(), _plainly(wanted.dequantise)
                 same = {
@@ -53,9 +51,6 @@ def swiglu(visit: Visit) -> Outcomes:
 
     from dsv3_megatron.model.layers.swiglu import SwiGLU
 
-    if why := available.why_not():
-        yield skipped(f"Triton's kernels are not used here: {why}")
-        return
     gate_up = torch.randn(TOKENS, 2 * INNER, device=visit.device, dtype=torch.bfloat16)
     probs = torch.rand(TOKENS, 1, device=visit.device)
     grad = torch.randn(TOKENS, INNER, device=visit.device, dtype=torch.bfloat16)
@@ -83,26 +78,10 @@ def swiglu(visit: Visit) -> Outcomes:
 
 
 def _cases(visit: Visit) -> dict[str, Any]:
-    import torch
-
-    draw = torch.Generator().manual_seed(1)
-    x = torch.randn(520, 1500, generator=draw)
-    special = x.clone()
-    special[:, 0], special[5, 3], special[200, -1] = float("nan"), float("inf"), -float("inf")
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
-    edges = torch.cat([codes, (codes + codes.roll(1)) / 2])[torch.arange(x.numel()) % 512].view(x.shape)
-    edges[:, 0] = 448.0
-    named = {
-        "numbers": x,
-        "wide": x * torch.exp(20 * torch.randn(x.shape, generator=draw)),
-        "subnormal": x * 1e-38,
-        "special": special,
-        "edges": edges,
-        "zeros": torch.zeros_like(x),
-        "experts": x.view(4, 130, 1500),
-    }
-    found = {name: value.bfloat16().to(visit.device) for name, value in named.items()}
-    return found | {"transposed": found["numbers"].mT, "float32": x.to(visit.device)}
+    shape = (520, 1500)
+    found = {kind: numbers(kind, shape).bfloat16().to(visit.device) for kind in KINDS}
+    plain = found["plain"]
+    return found | {"experts": plain.view(4, 130, 1500), "transposed": plain.mT, "float32": plain.float()}
 
 
 def _plainly(run: Callable[..., Any], *given: Any) -> Any:
@@ -116,19 +95,7 @@ def _plainly(run: Callable[..., Any], *given: Any) -> Any:
 
 def _both(run: Callable[..., Any], *given: Any) -> tuple[float, float]:
     """Return milliseconds by kernels and by the plain code, the host's time included."""
-    return _milliseconds(run, *given), _plainly(_milliseconds, run, *given)
-
-
-def _milliseconds(run: Callable[..., Any], *given: Any) -> float:
-    import torch
-
-    run(*given)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(TIMES):
-        run(*given)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / TIMES * 1e3
+    return milliseconds(run, *given), _plainly(milliseconds, run, *given)
 
 
 def _shown(took: dict[str, tuple[float, float]]) -> str:

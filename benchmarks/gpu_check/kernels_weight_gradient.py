@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.gpu_check.outcome import Outcomes, Visit, judged, skipped
+from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
+from benchmarks.gpu_check.timing import milliseconds
 
 # Name: rows of each expert, O, I. dsv3_150m, and DeepSeek-V3's two layers with 8 experts on a rank of EP 32.
 MADE_UP = {
@@ -18,18 +19,13 @@ TIMED = {
     "down": ((3072, 4096, 1024, 0) * 2, 7168, 2048),
 }
 ALLOWED = 1e-5  # both add up in float32, in another order
-PEAK, BANDWIDTH = 989e12, 3.35e12  # of an H100: BF16 operations and bytes a second; an H200 has 4.8e12 bytes
+PEAK = 989e12  # BF16 operations a second of an H100 or H200
 
 
 def weight_gradient(visit: Visit) -> Outcomes:
     """The kernel's numbers, twice, beside float32 products an expert; milliseconds of both ways."""
     import torch
 
-    from dsv3_megatron.precision.kernels.available import why_not
-
-    if why := why_not():
-        yield skipped(f"Triton's kernels are not used here: {why}")
-        return
     apart: dict[str, float] = {}
     broken: list[str] = []
     for name, (rows, o, i) in (MADE_UP | TIMED).items():
@@ -45,7 +41,8 @@ def weight_gradient(visit: Visit) -> Outcomes:
             broken.append(f"{name}: an expert without rows was changed")
     worst = max(apart, key=lambda name: apart[name])
     good = not broken and all(value <= ALLOWED for value in apart.values())
-    times = {name: _timed(*case) for name, case in TIMED.items()}
+    bandwidth = 1e9 * visit.found["machine"]["gigabytes_per_second"]["in the device"]
+    times = {name: _timed(*case, bandwidth) for name, case in TIMED.items()}
     said = [f"at most {apart[worst]:.0e} apart ({worst})", *broken]
     said += [
         f"{name} {t['kernel_ms']:.2f} ms ({t['of_roofline']:.0%} of the roofline), one by one {t['one_by_one_ms']:.2f}"
@@ -76,26 +73,10 @@ def _one_by_one(total: Any, grad: Any, x: Any, rows: Sequence[int]) -> Callable[
     return lambda: add_grouped_product(total, grad, x, rows)
 
 
-def _timed(rows: Sequence[int], o: int, i: int) -> dict[str, float]:
+def _timed(rows: Sequence[int], o: int, i: int, bandwidth: float) -> dict[str, float]:
     total, grad, x, ends = _operands(rows, o, i)
     served = sum(1 for count in rows if count)
-    seconds = max(2 * sum(rows) * o * i / PEAK, (2 * sum(rows) * (o + i) + 8 * served * o * i) / BANDWIDTH)
-    kernel = _milliseconds(_kernel(total, grad, x, ends))
-    one_by_one = _milliseconds(_one_by_one(total, grad, x, rows))
+    seconds = max(2 * sum(rows) * o * i / PEAK, (2 * sum(rows) * (o + i) + 8 * served * o * i) / bandwidth)
+    kernel = milliseconds(_kernel(total, grad, x, ends), times=10)
+    one_by_one = milliseconds(_one_by_one(total, grad, x, rows), times=10)
     return {"kernel_ms": kernel, "one_by_one_ms": one_by_one, "of_roofline": 1e3 * seconds / kernel}
-
-
-def _milliseconds(work: Callable[[], None], times: int = 10) -> float:
-    """Return what ``work`` takes from its first launch to the end of its last kernel, the host's time included."""
-    import torch
-
-    for _ in range(3):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(times):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / times

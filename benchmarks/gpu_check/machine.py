@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu_check.outcome import Outcomes, Visit, judged
+from benchmarks.gpu_check.timing import milliseconds
 
 MIB = 1 << 20
 
@@ -96,13 +96,5 @@ def _bandwidths(gpus: int) -> dict[str, float]:
     return found
 
 
-def _rate(copy: Callable[[], Any], nbytes: int, times: int = 8) -> float:
-    import torch
-
-    copy()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        copy()
-    torch.cuda.synchronize()
-    return times * nbytes / (time.perf_counter() - start) / 1e9
+def _rate(copy: Callable[[], Any], nbytes: int) -> float:
+    return nbytes / milliseconds(copy, times=8) / 1e6

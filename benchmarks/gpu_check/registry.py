@@ -24,7 +24,7 @@ class Check:
     arguments: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()  # names of its rows; () = one, called as the check
     after: tuple[str, ...] = ()  # rows that must have passed, as it reads their facts
-    needs: tuple[str, ...] = ()  # of a machine: gpu, te, 2 gpus
+    needs: tuple[str, ...] = ()  # of a machine: gpu, te, kernels, 2 gpus
     alone: bool = False  # nothing else runs meanwhile: it measures, or holds the GPU
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -41,11 +41,18 @@ class Check:
     def lacks(self, visit: Visit) -> str | None:
         """Return what the machine lacks for it, or None."""
         lacking = {
+            "kernels": _no_kernels() if "kernels" in self.needs else None,
             "gpu": "needs a GPU" if visit.stands_in else None,
             "te": None if visit.te else "Transformer Engine is not installed: pip install -e '.[gpu]'",
             "2 gpus": f"needs two GPUs or more, here is {visit.gpus}" if visit.gpus < 2 else None,
         }
         return next((lacking[need] for need in self.needs if lacking[need]), None)
+
+
+def _no_kernels() -> str | None:
+    from dsv3_megatron.precision.kernels.available import why_not  # imports torch, which a list of checks does without
+
+    return (why := why_not()) and f"Triton's kernels are not used here: {why}"
 
 
 def _needs(backend: str) -> tuple[str, ...]:
@@ -118,7 +125,8 @@ CHECKS: tuple[Check, ...] = (
     Check("fp8 quantiser te", "benchmarks.gpu_check.products:quantised_as_emulated", 40, needs=("te",)),
     *_per("fp8 products", "products:as_emulated", 40, [("te", "fp8"), ("torch", "fp8")]),
     *(
-        Check(f"kernel {name}", f"benchmarks.gpu_check.{function}", 60, needs=("gpu",), alone=True)
+        Check(f"kernel {name}", f"benchmarks.gpu_check.{function}", 60, after=("machine",), needs=("gpu", "kernels"),
+              alone=True)
         for name, function in (
             ("quantise", "kernels:quantised"),
             ("swiglu", "kernels:swiglu"),

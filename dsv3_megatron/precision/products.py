@@ -24,10 +24,11 @@ from torch import Tensor
 
 from dsv3_megatron.precision.accumulation import matmul
 from dsv3_megatron.precision.delayed import AmaxHistory
+from dsv3_megatron.precision.formats import E4M3, E5M2, Format
 from dsv3_megatron.precision.grouped import grouped_product
 from dsv3_megatron.precision.saved import Columns, SavedOperand
 from dsv3_megatron.precision.settings import Fp8Settings
-from dsv3_megatron.precision.tiles import E4M3, E5M2, Format, Quantised, Tile, quantise
+from dsv3_megatron.precision.tiles import Quantised, Tile, quantise
 from dsv3_megatron.precision.weight_gradients import add_grouped_product, add_product
 
 _TILES: dict[str, Tile] = {"1x128": (1, 128), "128x128": (128, 128), "tensor": (0, 0)}

@@ -12,30 +12,17 @@ tiles are partial. Rules (arXiv 2412.19437 section 3.3; Transformer Engine 2.x, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.precision.formats import E4M3, Format
 from dsv3_megatron.precision.kernels.available import usable
 
 Tile = tuple[int, int]
 KERNEL_TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128))  # cut by one kernel on a GPU (kernels/quantise.py)
-
-
-@dataclass(frozen=True)
-class Format:
-    """An FP8 element format."""
-
-    name: str
-    dtype: torch.dtype
-    largest: float
-    mantissa_bits: int
-    exponent_bias: int
-
-
-E4M3 = Format("e4m3", torch.float8_e4m3fn, 448.0, 3, 7)
-E5M2 = Format("e5m2", torch.float8_e5m2, 57344.0, 2, 15)
 
 
 @dataclass(frozen=True)
@@ -50,10 +37,8 @@ class Quantised:
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return data * scale_inv [..., A, B], the float32 product rounded to ``dtype``."""
-        if usable(self.data) and self.tile in KERNEL_TILES:
-            from dsv3_megatron.precision.kernels import quantise as kernels  # needs triton
-
-            return kernels.dequantise(self.data, self.scale_inv, self.tile, dtype)
+        if kernels := _kernels(self.data, self.tile):
+            return kernels.dequantise(self.data, self.scale_inv, self.tile, self.format, dtype)
         plain = scaled_by_tile(decode(self.data, self.format, finite=not self.has_nan), self.scale_inv, self.tile)
         return plain.to(dtype)
 
@@ -74,16 +59,23 @@ def quantise(
         amax: float32 [..., ceil(A / a), ceil(B / b)], to scale by in place of the tiles' own largest magnitudes
             (delayed scaling); what is larger saturates.
     """
-    if amax is None and usable(x) and tile in KERNEL_TILES:
-        from dsv3_megatron.precision.kernels import quantise as kernels  # needs triton
-
-        data, scale_inv = kernels.quantise(x, tile, fmt.dtype, power_of_two=power_of_two)
+    if amax is None and (kernels := _kernels(x, tile)):
+        data, scale_inv = kernels.quantise(x, tile, fmt, power_of_two=power_of_two)
         return Quantised(data, scale_inv, tile, fmt, has_nan=True)  # there may be one: nobody has looked
     tile = whole_tile(x, tile)
     own, has_nan, saturate = _largest_and_special(x, tile)
     scale = tile_scales(own if amax is None else amax, fmt, x.dtype, power_of_two=power_of_two)
     data = encode(scaled_by_tile(x.float(), scale, tile), fmt, saturate=saturate or amax is not None)
     return Quantised(data, 1.0 / scale, tile, fmt, has_nan)
+
+
+def _kernels(x: Tensor, tile: Tile) -> ModuleType | None:
+    """Return what cuts this tensor in one pass, or None where torch does in several."""
+    if not usable(x) or tile not in KERNEL_TILES:
+        return None
+    from dsv3_megatron.precision.kernels import quantise as kernels  # needs triton
+
+    return kernels
 
 
 def _largest_and_special(x: Tensor, tile: Tile) -> tuple[Tensor, bool, bool]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from testing.ranks import run_ranks
 
-HOPPER = (90, 227 << 10)  # compute capability, bytes of shared memory that a block can have
+SHARED_MEMORY = 227 << 10  # bytes that a block can have on a Hopper
 PRELOAD = "testing.triton.preload_compiler"
 
 
@@ -35,5 +35,5 @@ def _compile(kernel: tuple[str, str, dict[str, Any], dict[str, Any]]) -> tuple[s
         constexprs={places[key]: value for key, value in arguments.items() if key not in types},
         attrs={places[key]: [["tt.divisibility", 16]] for key in types if types[key] != "fp32"},
     )
-    made = triton.compile(source, GPUTarget("cuda", HOPPER[0], 32), options)
+    made = triton.compile(source, GPUTarget("cuda", 90, 32), options)
     return made.asm["ptx"], made.metadata.shared

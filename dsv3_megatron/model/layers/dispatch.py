@@ -19,7 +19,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from dsv3_megatron.precision.tiles import E4M3, Quantised, quantise
+from dsv3_megatron.precision.formats import E4M3
+from dsv3_megatron.precision.tiles import Quantised, quantise
 
 _TILE = (1, 128)
 

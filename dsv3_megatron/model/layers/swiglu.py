@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_megatron.precision.formats import E4M3
 from dsv3_megatron.precision.kernels.available import usable
 from dsv3_megatron.precision.saved import attach_saved, saved_of
-from dsv3_megatron.precision.tiles import E4M3, Quantised, quantise
+from dsv3_megatron.precision.tiles import Quantised, quantise
 
 _TILE = (1, 128)
 

@@ -10,9 +10,10 @@ import triton.language as tl
 
 
 @triton.jit
-def encode(y, M: tl.constexpr, BIAS: tl.constexpr):
-    """Return float32 ``y``, of which nothing is larger than the format's largest number, as the format's bits (uint8),
-    to nearest even, NaN kept."""
+def encode(y, M: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    """Return float32 ``y`` as the format's bits (uint8), to nearest even, NaN kept, what is larger than the format's
+    largest number brought there."""
+    y = tl.where(y == y, tl.minimum(tl.maximum(y, -LARGEST), LARGEST), y)
     bits = y.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     # A normal number: its mantissa is rounded by carrying into the exponent, whose bias is exchanged.
@@ -55,12 +56,6 @@ def scale_of(amax, LARGEST: tl.constexpr, MOST: tl.constexpr, POWER_OF_TWO: tl.c
     if POWER_OF_TWO:
         scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return scale
-
-
-@triton.jit
-def saturated(y, LARGEST: tl.constexpr):
-    """Return y with what is larger than the format's largest number brought there, NaN kept."""
-    return tl.where(y == y, tl.minimum(tl.maximum(y, -LARGEST), LARGEST), y)
 
 
 @triton.jit

@@ -11,18 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.precision.kernels.formats import decode, encode, saturated, scale_of, size_of
+from dsv3_megatron.precision.formats import Format
+from dsv3_megatron.precision.kernels.formats import decode, encode, scale_of, size_of
 
 _BESIDE = 32  # 1x128 or 128x1 tiles that a program serves
-_FORMATS = {torch.float8_e4m3fn: (3, 7, 448.0), torch.float8_e5m2: (2, 15, 57344.0)}
 
 
-def quantise(x: Tensor, tile: tuple[int, int], dtype: torch.dtype, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, tile: tuple[int, int], fmt: Format, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """Return x [..., A, B] in FP8 and its scale_inv float32 [..., ceil(A / a), ceil(B / b)];
     ``tile`` one of tiles.KERNEL_TILES."""
-    mantissa, bias, largest = _FORMATS[dtype]
     (rows, columns), (a, b) = x.shape[-2:], tile
-    data = torch.empty(x.shape, dtype=dtype, device=x.device)
+    data = torch.empty(x.shape, dtype=fmt.dtype, device=x.device)
     scale_inv = torch.empty(
         (*x.shape[:-2], triton.cdiv(rows, a), triton.cdiv(columns, b)), dtype=torch.float32, device=x.device
     )
@@ -36,16 +35,15 @@ def quantise(x: Tensor, tile: tuple[int, int], dtype: torch.dtype, *, power_of_t
     grid = (triton.cdiv(high, block[0]), triton.cdiv(wide, block[1]), count)
     _quantise[grid](
         matrices, data.view(torch.uint8), scale_inv, high, wide, *matrices.stride(),
-        A=a, B=b, ROWS=block[0], COLUMNS=block[1], M=mantissa, BIAS=bias, LARGEST=largest,
+        A=a, B=b, ROWS=block[0], COLUMNS=block[1], M=fmt.mantissa_bits, BIAS=fmt.exponent_bias, LARGEST=fmt.largest,
         MOST=torch.finfo(x.dtype).max, POWER_OF_TWO=power_of_two, num_warps=8 if a > 1 else 4,
     )  # fmt: skip
     return data, scale_inv
 
 
-def dequantise(data: Tensor, scale_inv: Tensor, tile: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantise(data: Tensor, scale_inv: Tensor, tile: tuple[int, int], fmt: Format, dtype: torch.dtype) -> Tensor:
     """Return data [..., A, B] times the scale_inv of its tiles, as ``dtype``; ``tile`` one of
     tiles.KERNEL_TILES."""
-    mantissa, bias, _ = _FORMATS[data.dtype]
     (rows, columns), (a, b) = data.shape[-2:], tile
     out = torch.empty(data.shape, dtype=dtype, device=data.device)
     if not data.numel():
@@ -56,7 +54,7 @@ def dequantise(data: Tensor, scale_inv: Tensor, tile: tuple[int, int], dtype: to
     grid = (triton.cdiv(high, block[0]), triton.cdiv(columns, block[1]), count)
     _dequantise[grid](
         data.contiguous().view(torch.uint8), scale_inv.contiguous(), out, high, columns,
-        A=a, B=b, ROWS=block[0], COLUMNS=block[1], M=mantissa, BIAS=bias,
+        A=a, B=b, ROWS=block[0], COLUMNS=block[1], M=fmt.mantissa_bits, BIAS=fmt.exponent_bias,
     )  # fmt: skip
     return out
 
@@ -92,7 +90,7 @@ def _quantise(
         tl.store(place, tl.math.div_rn(1.0, scale))
         scaled = values * scale
     to_here = (matrix * rows + r.to(tl.int64)[:, None]) * columns + c[None, :]
-    tl.store(data + to_here, encode(saturated(scaled, LARGEST), M, BIAS), mask=inside)
+    tl.store(data + to_here, encode(scaled, M, BIAS, LARGEST), mask=inside)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """SwiGLU with its cast to FP8, and back, each in one pass. Legend as in model/layers/swiglu.py: T tokens, I width.
 
 Rounded where torch's own operations round, to the input's dtype: after silu, after its product with up, and after the
-weight ``probs``; exponentials may differ in their last bit. Tiles are 1x128, E4M3, with power-of-two scales.
+weight ``probs``; exponentials may differ in their last bit. Tiles are 1x128, E4M3 (3 bits of mantissa, bias 7, up to
+448), with power-of-two scales.
 
 Roofline, bytes a column of the output (BF16): forward 4 read, 2 written, and 2.06 more with the FP8 cache; backward 2
 of the gradient and 2.06 of the cache (4 without) read, 4 written. Operations do not count beside that.
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv3_megatron.precision.kernels.formats import decode, encode, saturated, scale_of, size_of
+from dsv3_megatron.precision.formats import E4M3
+from dsv3_megatron.precision.kernels.formats import decode, encode, scale_of, size_of
 
 TILE = 128  # columns of a tile, and of a program's step
 _TOKENS = 16  # rows of a program
@@ -36,7 +38,7 @@ def activate(gate_up: Tensor, probs: Tensor | None, *, cached: bool) -> tuple[Te
     probs = _one_a_row(probs, rows)
     out, cache = _output(rows, gate_up.shape, gate_up.dtype), None
     if cached:
-        data = torch.empty(gate_up.shape, dtype=torch.float8_e4m3fn, device=gate_up.device)
+        data = torch.empty(gate_up.shape, dtype=E4M3.dtype, device=gate_up.device)
         scales = (*gate_up.shape[:-1], gate_up.shape[-1] // TILE)
         cache = data, torch.empty(scales, dtype=torch.float32, device=gate_up.device)
     if out.numel():
@@ -131,7 +133,7 @@ def _swiglu(gate, up, probs, t, inside, out, WEIGHTED: tl.constexpr):
 def _cache_tile(values, data, scale_inv, t, c, tile, width, inside, MOST: tl.constexpr, TILE: tl.constexpr):
     scale = scale_of(tl.max(size_of(values), axis=1), 448.0, MOST, True)
     tl.store(scale_inv + t * (width // TILE) + tile, tl.math.div_rn(1.0, scale), mask=inside)
-    code = encode(saturated(values * scale[:, None], 448.0), 3, 7)
+    code = encode(values * scale[:, None], 3, 7, 448.0)
     tl.store(data + t[:, None] * width + c[None, :], code, mask=inside[:, None])
 
 

@@ -53,7 +53,7 @@ def tiling(o: int, i: int, shared_memory: int = _HOPPER_SHARED_MEMORY) -> Tiling
 def serves(o: int, i: int) -> bool:
     """Return whether the kernel beats a product an expert for gradients [o, i].
 
-    On an H200 it took 0.09 ms for 32 experts of 512 x 512 and 16,384 tokens, where 24 products took 0.56, most of it
+    On an H200 it took 0.09 ms for 32 experts of 512 x 512 and 57,344 tokens, where 24 products took 0.56, most of it
     the host's; for 8 experts of DeepSeek-V3's 4096 x 7168 1.66 ms where those took 1.47, and 0.84 where 0.83.
     """
     return o < 1024 or i < 1024

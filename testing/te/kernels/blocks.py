@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_megatron.precision.tiles import E4M3, E5M2, Format, quantise
+from dsv3_megatron.precision.formats import E4M3, E5M2, Format
+from dsv3_megatron.precision.tiles import quantise
 from testing.te.calls import record
 from testing.te.kernels.formats import torch_dtype
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.precision.e5m6 import LARGEST, _pack, _rounded, _unpack, quantise_e5m6
-from dsv3_megatron.precision.tiles import E4M3, quantise
+from dsv3_megatron.precision.formats import E4M3
+from dsv3_megatron.precision.tiles import quantise
 from testing.lanes import examples
 
 

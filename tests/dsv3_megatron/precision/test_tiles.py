@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.precision.tiles import E4M3, E5M2, decode, quantise, quantise_dequantise
+from dsv3_megatron.precision.formats import E4M3, E5M2
+from dsv3_megatron.precision.tiles import decode, quantise, quantise_dequantise
 from testing.lanes import examples
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.precision import weight_gradients
-from testing.triton.compiler import HOPPER, compiled
+from testing.triton.compiler import SHARED_MEMORY, compiled
 from testing.triton.interpreter import interpreted
 
 COUNTS = ([70, 0, 1, 129, 64], [0, 0, 0], [300], [0, 5], [128, 64, 192, 0])
@@ -167,7 +167,7 @@ def tilings(unused):
     """Return every way in which a gradient is cut, as a GPU would be told."""
     from dsv3_megatron.precision.kernels import weight_gradient as module
 
-    shared = HOPPER[1]
+    shared = SHARED_MEMORY
     found = [module.tiling(o, i, memory) for o, i in ((512, 512), (64, 4096))
              for memory in (shared, 100 << 10)]  # fmt: skip
     return [(cut.o, cut.i, cut.tokens, cut.warps, cut.stages) for cut in found]
@@ -185,4 +185,4 @@ def test_it_compiles_to_hoppers_own_products():
     assert len(set(cuts)) == 3
     for text, shared in compiled(kernels):
         assert "wgmma.mma_async" in text and "cp.async" in text
-        assert shared <= HOPPER[1]
+        assert shared <= SHARED_MEMORY
