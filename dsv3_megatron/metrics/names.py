@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory": ("memory_peak_bytes", "memory_peak_rank"),
     "evaluation": ("held_out_loss", "bits_per_byte"),
 }  # fmt: skip
+FAMILIES = ("held_out", "bits_per_byte", "tasks")  # of names that a run's sources and tasks end: held_out/web
 TASK = ("acc", "acc_norm", "acc_bytes", "perplexity")  # what is measured of a task
 NAMES = {key: f"{group}/{key.removeprefix(group + '_')}" for group, keys in GROUPS.items() for key in keys}
 

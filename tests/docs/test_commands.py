@@ -113,6 +113,7 @@ def folder(tmp_path_factory):
     (folder / "code").mkdir()
     for module in (importlib, shlex, shutil):
         shutil.copy(module.__file__, folder / "code" / f"{module.__name__}.py")
+    (folder / "quiz.jsonl").write_text('{"context": "import ", "choices": ["os", "sys"], "answer": 0}\n')
     text = b'{"text": "' + b"a few words of the web " * 40 + b'"}\n'
     (folder / "web.jsonl.zst").write_bytes(zstandard.compress(text * 20))
     torch.set_num_threads(1)
