@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.identity import DataIdentity
 from dsv3_megatron.data.settings import DataSettings
-from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
+from dsv3_megatron.data.source.samples import ORDER, Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows
 from parallel.errors import DataError
@@ -19,12 +21,13 @@ HELD_OUT_SEQUENCES = 64  # evaluated at most, so that an evaluation costs about 
 
 @dataclass(frozen=True)
 class Data:
-    """A run's data: training samples, held-out samples, and how to read tokens as text."""
+    """A run's data: training samples, held-out samples, how to read tokens as text, and which text it is."""
 
     train: SampleSource
     held_out: SampleSource
     held_out_count: int
     tokenizer: Tokenizer | None
+    identity: DataIdentity | None = None  # None where samples are made from a seed
 
     def bytes_per_token(self) -> float | None:
         """Return the bytes of text a held-out token stands for, on average over what is evaluated; None if no text."""
@@ -66,7 +69,11 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
             )
     end = tokenizer.end if settings.isolate_documents else None
     out = TokenWindows(held_out, length, seed, shuffle=False, end=end)
-    return Data(TokenWindows(train, length, seed, end=end), out, min(out.count, HELD_OUT_SEQUENCES), tokenizer)
+    digest = hashlib.sha256(memoryview(np.ascontiguousarray(train))).hexdigest()
+    name = f"the standard library's {len(train):,} tokens ({digest[:8]})"
+    identity = DataIdentity(digest, name, ORDER)
+    count = min(out.count, HELD_OUT_SEQUENCES)
+    return Data(TokenWindows(train, length, seed, end=end), out, count, tokenizer, identity)
 
 
 def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
@@ -123,7 +130,10 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     held_out = packed(folder, out_shards, out_rule, name="held_out", shuffle=False)
     if not held_out.count:
         raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
-    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer)
+    tokens = sum(source.shards["train"].tokens for source in manifest.sources)
+    name = f"shards {manifest.table_sha256[:8]} ({tokens:,} tokens)"
+    identity = DataIdentity(manifest.table_sha256, name, ORDER)
+    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer, identity)
 
 
 def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:
