@@ -69,7 +69,7 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
             )
     end = tokenizer.end if settings.isolate_documents else None
     out = TokenWindows(held_out, length, seed, shuffle=False, end=end)
-    digest = hashlib.sha256(memoryview(np.ascontiguousarray(train))).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(train).data).hexdigest()
     name = f"the standard library's {len(train):,} tokens ({digest[:8]})"
     identity = DataIdentity(digest, name, ORDER)
     count = min(out.count, HELD_OUT_SEQUENCES)
