@@ -8,7 +8,6 @@ run's own: a folder that prepare_data.py wrote with the same tokenizer, whose he
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -43,18 +42,16 @@ def main(given: EvaluateArguments) -> int:
     from dsv3_megatron.data.source.samples import evaluation_batches
     from dsv3_megatron.inference.speculate import acceptance_rates
     from dsv3_megatron.inference.trained_model import trained_model
-    from dsv3_megatron.train.step import evaluate_batches
+    from dsv3_megatron.train.callbacks.evaluation import losses
 
     other = given.data is not None
     with trained_model(recipe, given.run, given.step, given.weights, other_data=other) as model:
         for note in model.notes:
             print(note, file=sys.stderr)
-        micro, count = recipe.optim.micro_batch, model.data.held_out_count
-        batches = evaluation_batches(model.data.held_out, count=count, micro_batch=micro, dp_rank=0, dp=1)
-        values = {"step": model.progress["step"], "held_out_loss": evaluate_batches(model.parts, batches)}
-        if bytes_per_token := model.data.bytes_per_token():
-            values["bits_per_byte"] = values["held_out_loss"] / math.log(2) / bytes_per_token
+        held_out, micro = model.data.held_out, recipe.optim.micro_batch
+        values = {"step": model.progress["step"], **losses(model.parts, held_out, model.data.held_out_bytes())}
         if depths := recipe.model.num_nextn_predict_layers:
+            batches = evaluation_batches(held_out, count=held_out.count, micro_batch=micro, dp_rank=0, dp=1)
             values["mtp_acceptance"] = acceptance_rates(model.parts.whole_model, batches, depths)
     print(json.dumps(values))
     return 0

@@ -23,6 +23,9 @@ class DataSettings(BaseModel):
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.02, description="share of documents never trained on (shards: decided by prepare_data's held_out)"
     )
+    held_out_sequences: PositiveInt = Field(
+        64, description="held-out sequences evaluated in all, of each source by its share, but one at least"
+    )
     tokenizer: str | None = Field(None, description="a tokenizer.json, or its folder; null = the source's own")
     allow_other: bool = Field(
         False, description="continue with other text or another tokenizer than were trained on, refused otherwise"

@@ -22,7 +22,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory": ("memory_peak_bytes", "memory_peak_rank"),
     "evaluation": ("held_out_loss", "bits_per_byte"),
 }  # fmt: skip
+TASK = ("acc", "acc_norm", "acc_bytes", "perplexity")  # what is measured of a task
 NAMES = {key: f"{group}/{key.removeprefix(group + '_')}" for group, keys in GROUPS.items() for key in keys}
+
+
+def of_event(event: str, values: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of an event by name. Those of a held-out source bring its name along (``held_out/web``), those
+    of a task get it here (``tasks/hellaswag/acc``)."""
+    if event == "task":
+        return {f"tasks/{values['task']}/{key}": values[key] for key in TASK if key in values}
+    return {NAMES.get(key, key): value for key, value in values.items() if key in GROUPS["evaluation"] or "/" in key}
 
 
 def grouped(values: dict[str, Any]) -> Iterator[tuple[str, float]]:

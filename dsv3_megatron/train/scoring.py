@@ -1,0 +1,91 @@
+"""What the model makes of sequences under any layout, training untouched: forwards through the pipeline, no more.
+
+Held-out text and tasks are both scored here. Every data-parallel rank takes its share, the ranks of a last stage know
+the outcome, and one all-reduce of three numbers a sequence tells all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3_megatron.checkpoint import te_amaxes
+from dsv3_megatron.data.source.samples import SampleSource, evaluation_batches
+from dsv3_megatron.pipeline.model_stages import Batch
+from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.pipeline.scores import FIELDS
+from dsv3_megatron.train.step import mean_loss, run_pipeline
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model makes of N sequences, the same on all ranks.
+
+    Attributes:
+        log_likelihoods: [N] float64, sum over the tokens that count, in nats.
+        tokens: [N] float64, how many they are.
+        greedy: [N] bool, whether each of them is the model's own choice.
+    """
+
+    log_likelihoods: np.ndarray
+    tokens: np.ndarray
+    greedy: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Nats a token, of all tokens together."""
+        return float(-self.log_likelihoods.sum() / self.tokens.sum())
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> Scores:
+        """Return the scores of some of the sequences."""
+        return Scores(self.log_likelihoods[chosen], self.tokens[chosen], self.greedy[chosen])
+
+
+def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> Scores:
+    """Return the scores of the first ``count`` sequences of a source, all of one length, ``micro_batch`` at a time."""
+    batches = evaluation_batches(
+        source, count=count, micro_batch=micro_batch, dp_rank=parts.data_rank, dp=parts.layout.dp
+    )
+    found = torch.zeros(
+        parts.layout.dp, len(batches), micro_batch, len(FIELDS), dtype=torch.float64, device=parts.device
+    )
+    _evaluate(parts, batches)
+    if parts.groups.tp.rank() == 0:  # the others hold the same numbers
+        for microbatch, scores in parts.stages.scores.items():
+            found[parts.data_rank, microbatch] = scores
+    dist.all_reduce(found)
+    likelihoods, tokens, misses = found.flatten(0, 2)[:count].cpu().numpy().T
+    return Scores(likelihoods, tokens, misses == 0)
+
+
+def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
+    """Return the next-token loss of batches (this data-parallel rank's), in nats per token over all ranks."""
+    return mean_loss(parts, _evaluate(parts, batches))
+
+
+@torch.no_grad()
+def _evaluate(parts: Parts, batches: list[Batch]) -> Tensor:
+    """Run the batches forward; return [loss sum, tokens] of this rank."""
+    amaxes = parts.extra_states.get(te_amaxes.NAME)
+    with _without_mtp(parts), amaxes.untouched() if isinstance(amaxes, te_amaxes.TeAmaxes) else nullcontext():
+        total, _ = run_pipeline(parts, batches, training=False)
+    return total
+
+
+@contextmanager
+def _without_mtp(parts: Parts) -> Iterator[None]:
+    """Leave the MTP modules out for as long as the block lasts: they only serve training."""
+    before = {stage: (c.config.mtp_num_layers, c.mtp_process) for stage, c in parts.chunks.items()}
+    for chunk in parts.chunks.values():
+        chunk.config.mtp_num_layers, chunk.mtp_process = None, False
+    try:
+        yield
+    finally:
+        for stage, chunk in parts.chunks.items():
+            chunk.config.mtp_num_layers, chunk.mtp_process = before[stage]
