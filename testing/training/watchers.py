@@ -23,7 +23,7 @@ from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.saving import Saving
-from dsv3_megatron.train.scoring import evaluate_batches
+from dsv3_megatron.train.evaluation.scoring import evaluate_batches
 from dsv3_megatron.train.trainer import Callback, Trainer
 from parallel.pipeline.live_memory import LiveMemory
 
