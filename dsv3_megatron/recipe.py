@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.model.freeze import check_freeze
 from dsv3_megatron.model.settings import ModelSettings
@@ -37,6 +38,7 @@ class Recipe(BaseModel):
     )
     optim: OptimSettings
     data: DataSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings
     health: HealthSettings = HealthSettings()
     cluster: ClusterSettings
@@ -52,6 +54,7 @@ class Recipe(BaseModel):
                 f"run.hang_seconds = {self.run.hang_seconds:g} is not below run.abort_seconds = "
                 f"{self.run.abort_seconds:g}, after which nobody is left to tell; lower it"
             )
+        self.evaluate.check()
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
         self._check_freeze()

@@ -93,6 +93,7 @@ class Trainer:
         self.first_step, self.stopped = progress.step, False
         self.summary: dict[str, Any] = {"before": None, "after": None}
         self._reader = BatchReader(parts, data.train, self.regime)
+        self._signals: StopSignals | None = None
 
     @property
     def finished(self) -> bool:
@@ -112,6 +113,7 @@ class Trainer:
 
     def _train(self, signals: StopSignals) -> dict[str, Any]:
         start = time.perf_counter()
+        self._signals = signals
         with signals:
             if not self.is_over(signals):  # it may have been asked to stop while it was starting
                 for callback in self.callbacks:
@@ -142,6 +144,12 @@ class Trainer:
             callback.agreed(self, agreed[: len(each)])
             agreed = agreed[len(each) :]
         return bool(stop)
+
+    def asked_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop; all ranks ask together. For what takes long beside the steps: a
+        batch job has minutes left then."""
+        wanted = self._signals is not None and self._signals.wanted
+        return bool(stop_agreed(wanted, self.parts.device)[0])
 
     def step(self) -> None:
         """Do one optimizer step, and what follows a step."""

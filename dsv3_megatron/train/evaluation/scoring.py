@@ -6,7 +6,8 @@ the outcome, and one all-reduce of three numbers a sequence tells all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -16,11 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_megatron.checkpoint import te_amaxes
-from dsv3_megatron.data.source.samples import SampleSource, evaluation_batches
+from dsv3_megatron.data.source.samples import Sample, SampleSource, evaluation_batches
+from dsv3_megatron.data.tasks.requests import Request
 from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.scores import FIELDS
 from dsv3_megatron.train.step import mean_loss, run_pipeline
+
+GRAIN = 64  # requests are filled up to a multiple of so many tokens: kernels want even shapes, schedules few of them
+MICROBATCHES = 4  # of a round for each pipeline rank, 8 at least: a fifth of it at most is waiting
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,54 @@ def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> S
     if parts.groups.tp.rank() == 0:  # the others hold the same numbers
         for microbatch, scores in parts.stages.scores.items():
             found[parts.data_rank, microbatch] = scores
+    parts.watchdog.enter("the scores of an evaluation")
     dist.all_reduce(found)
+    parts.watchdog.leave()
     likelihoods, tokens, misses = found.flatten(0, 2)[:count].cpu().numpy().T
     return Scores(likelihoods, tokens, misses == 0)
+
+
+def score_requests(
+    parts: Parts, requests: Sequence[Request], go_on: Callable[[], bool] = lambda: True
+) -> Scores | None:
+    """Return the scores of requests, of each over the tokens that are scored.
+
+    They are run by length, the longest first, in rounds as long as their longest: as many to a microbatch as have
+    together the tokens of one of training's, so that a round needs no more memory than training does.
+
+    Args:
+        go_on: asked by all ranks together before every round; where it says no, the result is None.
+    """
+    found = np.zeros((len(requests), 3))
+    by_length = sorted(range(len(requests)), key=lambda number: -requests[number].length)
+    while by_length:
+        if not go_on():
+            return None
+        length, micro_batch, most = _round(parts, requests[by_length[0]].length)
+        chosen, by_length = by_length[:most], by_length[most:]
+        scores = score(parts, _FilledUp([requests[number] for number in chosen], length), len(chosen), micro_batch)
+        found[chosen] = np.stack([scores.log_likelihoods, scores.tokens, scores.greedy], axis=-1)
+    return Scores(found[:, 0], found[:, 1], found[:, 2] > 0)
+
+
+def _round(parts: Parts, longest: int) -> tuple[int, int, int]:
+    """Return (length of its sequences, how many in a microbatch, how many on all ranks) of a round of requests."""
+    layout, full = parts.layout, parts.recipe.data.sequence_length
+    # Context parallelism cuts a sequence into two pieces a rank, tensor parallelism shares each of them out.
+    grain = math.lcm(GRAIN, (2 * layout.cp if layout.cp > 1 else 1) * layout.tp)
+    length = min(-(-longest // grain) * grain, full)
+    micro_batch = parts.recipe.optim.micro_batch * (full // length)
+    return length, micro_batch, micro_batch * layout.dp * max(8, MICROBATCHES * layout.pp)
+
+
+class _FilledUp:
+    """Requests as sequences of one length."""
+
+    def __init__(self, requests: Sequence[Request], length: int):
+        self._requests, self._length = requests, length
+
+    def sample(self, number: int) -> Sample:
+        return self._requests[number].sample(self._length)
 
 
 def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
