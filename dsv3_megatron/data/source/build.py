@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.phases import mixture_of
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.source.mixture import Mixture
 from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows
@@ -25,6 +27,7 @@ class Data:
     held_out: SampleSource
     held_out_count: int
     tokenizer: Tokenizer | None
+    notes: tuple[str, ...] = ()  # what a person should know of the sources, in a line each
 
     def bytes_per_token(self) -> float | None:
         """Return the bytes of text a held-out token stands for, on average over what is evaluated; None if no text."""
@@ -112,15 +115,17 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     if not train:
         raise DataError(f"data.path = {folder} holds no training document; prepare it with a lower held_out")
     given = {source.name: source.weight for source in manifest.sources}
-    weights = _weights(settings, {name: (given[name], source.count) for name, source in train.items()})
-    kept = [name for name in train if name in weights]
-    blend = Blend([train[name] for name in kept], [weights[name] for name in kept], kept)
+    curve = mixture_of(settings, {name: (given[name], source.count) for name, source in train.items()})
+    kept = {name: source for name, source in train.items() if name in curve.names}
+    blend = Blend(kept, Mixture(curve, settings.sequence_length), settings.at_source_end)
+    notes = tuple(f"source {name} of {folder} is in no phase of the mixture, and is not read"
+                  for name in train if name not in kept)  # fmt: skip
     out_rule = PackingRule(settings.sequence_length, seed)  # held-out text is read as it stands
     out_shards = [shard for source in manifest.sources for shard in source.shards["held_out"]]
     held_out = packed(folder, out_shards, out_rule, name="held_out", shuffle=False)
     if not held_out.count:
         raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
-    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer)
+    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer, notes)
 
 
 def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:
@@ -131,12 +136,3 @@ def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, 
         )
     assert settings.path is not None, "check_source lets no shards without a folder through"
     check_rows(tokenizer, vocab_size, settings.path)
-
-
-def _weights(settings: DataSettings, sources: dict[str, tuple[float | None, int]]) -> dict[str, float]:
-    """Return the weight of each source that takes part: the recipe's, else the manifest's, else by size."""
-    if settings.weights is not None:
-        if unknown := [name for name in settings.weights if name not in sources]:
-            raise DataError(f"data.weights names {unknown[0]}, but the sources are: {', '.join(sources)}")
-        return dict(settings.weights)
-    return {name: count if weight is None else weight for name, (weight, count) in sources.items()}
