@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
 from parallel.errors import DataError, RecipeError
 from parallel.units import parse_count
@@ -75,6 +75,9 @@ class DataSettings(BaseModel):
     )
     isolate_documents: bool = Field(
         False, description="attention and MTP do not cross documents; the paper's pretraining lets them (4.1)"
+    )
+    read_ahead: NonNegativeInt = Field(
+        2, description="steps whose samples are made while earlier ones compute; 0 = each when it is needed"
     )
     fim_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of documents in fill-in-the-middle order, cut between tokens (indexed data)"

@@ -28,8 +28,10 @@ class StepMetrics:
     loads averaged over about a hundred steps; ``layer_violation`` the batch's by MoE layer, MTP modules last.
     ``rerouted_choices`` and ``dropped_choices`` count token-expert choices for which an expert had no room (null
     where experts have no capacity). ``skipped`` counts steps skipped so far. ``slowest_rank`` took ``slowest_ratio``
-    times the median rank's seconds for the same work when last compared. ``memory_peak_bytes`` is the most that
-    ``memory_peak_rank`` has held since it started, of all ranks the largest (null where one rank is all there is).
+    times the median rank's seconds for the same work when last compared. ``data_seconds`` is how long the rank that
+    waited longest for its samples has waited, next to nothing where reading ahead keeps up. ``memory_peak_bytes`` is
+    the most that ``memory_peak_rank`` has held since it started, of all ranks the largest (null where one rank is all
+    there is).
     """
 
     step: int

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsv3_megatron.data.source.build import Data
-from dsv3_megatron.data.source.samples import step_batches
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.train.batches import BatchReader
 from dsv3_megatron.train.journal import Journal
 from dsv3_megatron.train.progress import Progress
 from dsv3_megatron.train.step import StepResult, StepValues, train_step
@@ -28,7 +28,6 @@ class CompletedStep:
         global_batch: its sequences over all ranks.
         tokens: of the whole batch.
         seconds: from the first sample to the last metric, on this rank.
-        data_seconds: the share of them that making the samples took.
         columns: of metrics.jsonl, filled in by callbacks before the one that writes it.
     """
 
@@ -37,7 +36,6 @@ class CompletedStep:
     global_batch: int
     tokens: int
     seconds: float
-    data_seconds: float
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,6 +92,7 @@ class Trainer:
         self.regime = Regime(self.recipe.optim, self.recipe.data.sequence_length)
         self.first_step, self.stopped = progress.step, False
         self.summary: dict[str, Any] = {"before": None, "after": None}
+        self._reader = BatchReader(parts, data.train, self.regime)
 
     @property
     def finished(self) -> bool:
@@ -107,6 +106,7 @@ class Trainer:
         try:
             return self._train(signals)
         finally:
+            self._reader.close()
             for callback in reversed(self.callbacks):
                 callback.close()
 
@@ -153,26 +153,18 @@ class Trainer:
 
     def _train_on_next_batch(self) -> CompletedStep:
         start = time.perf_counter()
-        progress, batch = self.progress, self.regime.global_batch(self.progress.tokens)
+        progress, values = self.progress, self._values()
         self.parts.watchdog.enter("the samples of a step")
-        batches = step_batches(
-            self.data.train,
-            first=progress.samples,
-            global_batch=batch,
-            micro_batch=self.recipe.optim.micro_batch,
-            dp_rank=self.parts.data_rank,
-            dp=self.parts.layout.dp,
-        )
-        values = self._values()
-        data_seconds = time.perf_counter() - start
-        result = train_step(self.parts, batches, values, self._may_update)
+        read = self._reader.take(progress)
+        result = train_step(self.parts, read.microbatches, values, self._may_update, read.waited_seconds)
         self.parts.watchdog.leave()
+        batch = read.samples.count
         tokens = batch * self.recipe.data.sequence_length
         progress.step += 1
-        progress.samples += batch
+        progress.samples = read.samples.next
         progress.tokens += tokens
         progress.skipped += result.skipped
-        return CompletedStep(values, result, batch, tokens, time.perf_counter() - start, data_seconds)
+        return CompletedStep(values, result, batch, tokens, time.perf_counter() - start)
 
     def _values(self) -> StepValues:
         """Return what the regime says of the step that follows."""

@@ -10,6 +10,7 @@ from dsv3_megatron.checkpoint.manifest import newest_valid, read_content
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source import shards as shard_files
 from dsv3_megatron.data.source.build import build
+from dsv3_megatron.data.source.shard_table import open_table
 from dsv3_megatron.data.source.shards import ShardWriter, open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.inference.trained_model import trained_model
@@ -76,7 +77,7 @@ def test_shards_a_run_and_its_checkpoint_keep_the_names_of_the_model(place, run)
         kept = Tokenizer.load(folder)
         assert kept.names == published.names and kept.sha256 == published.sha256
     manifest = read_manifest(place / "shards_one")
-    shard = manifest.sources[0].shards["train"][0]
+    shard = open_table(place / "shards_one", manifest).row(0)
     data = open_shard(place / "shards_one", shard)
     assert all(data.get(number)[-1] == published.end for number in range(shard.documents))
     content = read_content(newest_valid(run / "checkpoints")[0])
@@ -195,7 +196,8 @@ def test_large_ids_are_written_as_they_are_and_old_narrow_shards_are_refused(pla
     manifest = prepared(tmp_path, "large", tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "large")
     assert manifest.vocab_size == tokenizer.vocab_size == 70_001
-    (shard,) = manifest.sources[0].shards["train"]
+    table = open_table(tmp_path / "out", manifest)
+    (shard,) = map(table.row, table.range_of(0, "train"))
     stored = open_shard(tmp_path / "out", shard)
     text = {tokenizer.decode(stored.get(number)) for number in range(shard.documents)}
     assert text <= set(ROWS) and len(text) > 20
@@ -225,4 +227,4 @@ def test_the_command_says_what_it_switched_off_and_how_documents_end(place, tmp_
     assert prepare_data.main([*words, "held_out=0.2"]) == 0
     said = capsys.readouterr().err
     assert "truncation to 16 tokens is switched off" in said and "end with [EOS] (tokenizer_config.json)" in said
-    assert read_manifest(tmp_path / "out").sources[0].shards == read_manifest(place / "shards_one").sources[0].shards
+    assert read_manifest(tmp_path / "out").table_sha256 == read_manifest(place / "shards_one").table_sha256

@@ -76,11 +76,14 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     from dsv3_megatron.data.source.blend import Blend  # shards need megatron-core, seconds to import
     from dsv3_megatron.data.source.fim import Middle
     from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
+    from dsv3_megatron.data.source.shard_table import check_files, open_table
     from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest, stored_alike
 
     folder = settings.path
     assert folder is not None, "check_source lets no shards without a folder through"
     manifest = read_manifest(folder)
+    table = open_table(folder, manifest)
+    check_files(folder, table)
     tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
     _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)
     if not stored_alike(manifest.vocab_size, tokenizer.vocab_size):
@@ -108,9 +111,9 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     )
     rule = PackingRule(settings.sequence_length, seed, settings.fim_rate, fim)
     train = {
-        source.name: packed(folder, source.shards["train"], rule, name=source.name)
-        for source in manifest.sources
-        if source.shards["train"]
+        source.name: packed(folder, list(map(table.row, table.range_of(n, "train"))), rule, name=source.name)
+        for n, source in enumerate(manifest.sources)
+        if source.shards["train"].shards
     }
     if not train:
         raise DataError(f"data.path = {folder} holds no training document; prepare it with a lower held_out")
@@ -121,7 +124,7 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     notes = tuple(f"source {name} of {folder} is in no phase of the mixture, and is not read"
                   for name in train if name not in kept)  # fmt: skip
     out_rule = PackingRule(settings.sequence_length, seed)  # held-out text is read as it stands
-    out_shards = [shard for source in manifest.sources for shard in source.shards["held_out"]]
+    out_shards = [table.row(i) for n in range(len(manifest.sources)) for i in table.range_of(n, "held_out")]
     held_out = packed(folder, out_shards, out_rule, name="held_out", shuffle=False)
     if not held_out.count:
         raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")

@@ -164,6 +164,13 @@ def make_batch(samples: list[Sample], masks: list[float] | None = None) -> dict[
     return batch
 
 
+def blank_batches(count: int, micro_batch: int, sequence_length: int) -> list[dict[str, Tensor]]:
+    """Return ``count`` microbatches without text, for stages that look at none: only their shapes mean something."""
+    ids = torch.zeros(micro_batch, sequence_length, dtype=torch.int64)
+    blank = {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.zeros(micro_batch, sequence_length)}
+    return [dict(blank) for _ in range(count)]
+
+
 def step_batches(
     source: SampleSource, *, first: int, global_batch: int, micro_batch: int, dp_rank: int, dp: int
 ) -> list[dict[str, Tensor]]:

@@ -12,7 +12,8 @@ from dsv3_megatron.data.source.indexed import PackedShards, PackingRule, make_pa
 from dsv3_megatron.data.source.mixture import Mixture
 from dsv3_megatron.data.source.packing import best_fit, cut
 from dsv3_megatron.data.source.samples import Sample, step_batches
-from dsv3_megatron.data.source.shards import ShardWriter
+from dsv3_megatron.data.source.shard_table import open_table, write_table
+from dsv3_megatron.data.source.shards import Manifest, ShardWriter, Source
 from testing.lanes import examples
 
 START, END, PAD = 0, 1, 2
@@ -65,7 +66,7 @@ def shards(tmp_path_factory):
     """Three sources of random documents; tokens are unique in the first 200 so that each can be told."""
     folder = tmp_path_factory.mktemp("shards")
     random = np.random.default_rng(3)
-    found = {}
+    found, written = {}, []
     for source in ("a", "b", "c"):
         documents = [random.integers(6, 60_000, size=n) for n in random.integers(1, 90, size=150)]
         writer = ShardWriter(folder, f"{source}/train_00000", 60_000)
@@ -73,16 +74,19 @@ def shards(tmp_path_factory):
         writer.add(documents[:100])
         second = ShardWriter(folder, f"{source}/train_00001", 60_000)
         second.add(documents[100:])
-        found[source] = ([writer.commit(), second.commit()], documents)
-    return folder, found
+        found[source] = documents
+        written += [writer.commit(), second.commit()]
+    sources, digest = write_table(folder, [Source(name=name, input=name) for name in found], written)
+    manifest = Manifest(tokenizer_sha256="", vocab_size=60_000, options={}, sources=sources, table_sha256=digest)
+    return folder, open_table(folder, manifest), found
 
 
 def packed(shards, source, *, fim_rate=0.0, isolate=False, seed=1, length=64, **more):
-    folder, found = shards
+    folder, table, found = shards
     rule = PackingRule(length, seed, fim_rate, FIM if fim_rate else None)
     return PackedShards(
         folder,
-        found[source][0],
+        list(map(table.row, table.range_of(list(found).index(source), "train"))),
         rule,
         name=source,
         start_token=START,
@@ -120,7 +124,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch(shards, fim_rate):
         whole.append((tokens, labels))
     assert not by_input
     found = sorted(restored(labels, FIM).tolist() for _, labels in whole)
-    assert found == sorted(d.tolist() for d in shards[1]["a"][1])
+    assert found == sorted(d.tolist() for d in shards[2]["a"])
     rearranged = sum(labels[0] == FIM.begin for _, labels in whole)
     assert abs(rearranged / 150 - fim_rate) < 0.12
 
