@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
-from dsv3_megatron.data.phases import mixture_of_recipe
+from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.model.freeze import check_freeze

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
 
-from dsv3_megatron.data.source.mixture import Mixture
+from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.source.samples import Sample, SampleSource
 from parallel.units import show_count
 

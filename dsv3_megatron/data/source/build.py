@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.phases import mixture_of
+from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.mixture.phases import mixture_of
 from dsv3_megatron.data.settings import DataSettings
-from dsv3_megatron.data.source.mixture import Mixture
 from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.phases import MixtureCurve
+from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.mixture.phases import MixtureCurve
 from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.source.indexed import PackedShards, PackingRule, make_packing
-from dsv3_megatron.data.source.mixture import Mixture
 from dsv3_megatron.data.source.packing import best_fit, cut
 from dsv3_megatron.data.source.samples import Sample, step_batches
 from dsv3_megatron.data.source.shard_table import open_table, write_table

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.phases import MixtureCurve, build_mixture, mixture_of
+from dsv3_megatron.data.mixture import order
+from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.mixture.phases import MixtureCurve, build_mixture, mixture_of
 from dsv3_megatron.data.settings import DataSettings, MixturePhase
-from dsv3_megatron.data.source import mixture as module
 from dsv3_megatron.data.source.blend import Blend
-from dsv3_megatron.data.source.mixture import Mixture
 from dsv3_megatron.data.source.samples import Sample, step_batches
 from parallel.errors import DataError, RecipeError
 from testing.lanes import examples
@@ -66,7 +66,7 @@ def dues(curve, stop):
 def test_at_every_sample_a_source_has_had_its_exact_share_rounded_up_or_down(curve, block):
     stop = 200
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
+        patch.setattr(order, "BLOCK", block)
         mixture = Mixture(curve, LENGTH)
         taken = [mixture.locate(n) for n in range(stop)]
     for source in range(len(curve.names)):  # every one of its samples, once, in order
@@ -88,7 +88,7 @@ def test_at_every_sample_a_source_has_had_its_exact_share_rounded_up_or_down(cur
 @given(curves(), st.lists(st.integers(0, 250), min_size=1, max_size=8), st.sampled_from([3, 16, 64]))
 def test_any_sample_is_found_without_those_before_it(curve, numbers, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
+        patch.setattr(order, "BLOCK", block)
         whole = Mixture(curve, LENGTH)
         one_by_one = [whole.locate(n) for n in range(251)]
         jumping = Mixture(curve, LENGTH)

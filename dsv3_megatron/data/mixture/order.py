@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_megatron.data.phases import MixtureCurve, MixturePiece
+from dsv3_megatron.data.mixture.phases import MixtureCurve, MixturePiece
 
 BLOCK = 1 << 14  # samples whose turns are worked out together
 _KEPT = 4  # blocks that are remembered
