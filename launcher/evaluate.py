@@ -45,7 +45,8 @@ def main(given: EvaluateArguments) -> int:
     from dsv3_megatron.inference.trained_model import trained_model
     from dsv3_megatron.train.step import evaluate_batches
 
-    with trained_model(recipe, given.run, given.step, given.weights) as model:
+    other = given.data is not None
+    with trained_model(recipe, given.run, given.step, given.weights, other_data=other) as model:
         for note in model.notes:
             print(note, file=sys.stderr)
         micro, count = recipe.optim.micro_batch, model.data.held_out_count

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from parallel.errors import DataError, RecipeError
 from parallel.units import parse_count
@@ -58,8 +58,8 @@ class DataSettings(BaseModel):
         0.02, description="share of documents never trained on (shards: decided by prepare_data's held_out)"
     )
     tokenizer: str | None = Field(None, description="a tokenizer.json, or its folder; null = the source's own")
-    allow_other_tokenizer: bool = Field(
-        False, description="go on from weights that were trained with another tokenizer, which is refused otherwise"
+    allow_other: bool = Field(
+        False, description="continue with other text or another tokenizer than were trained on, refused otherwise"
     )
     weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None, description="share of samples of each source of the shards by name; null = as the manifest says"
@@ -69,6 +69,10 @@ class DataSettings(BaseModel):
     )
     at_source_end: Literal["repeat", "stop"] = Field(
         "repeat", description="where all of a source has been read: repeat reads it again, stop ends the run"
+    )
+    exclude: str | None = Field(
+        None,
+        description="file of JSON lines that name documents, as dsv3 data trace prints them, or samples to leave out",
     )
     start_token: Literal["begin", "end"] = Field(
         "begin", description="what a packed document's first token is predicted from (not published)"
@@ -82,6 +86,15 @@ class DataSettings(BaseModel):
     fim_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of documents in fill-in-the-middle order, cut between tokens (indexed data)"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_recipes(cls, given: Any) -> Any:
+        """Take allow_other by the name it had in recipes that runs have stored."""
+        if isinstance(given, dict) and "allow_other_tokenizer" in given:
+            old = given["allow_other_tokenizer"]
+            return {"allow_other": old} | {k: v for k, v in given.items() if k != "allow_other_tokenizer"}
+        return given
 
     def check_source(self) -> None:
         """Refuse, before anything is imported or submitted, a source without what it needs, or with what it ignores.

@@ -92,9 +92,10 @@ def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recip
         resolved_recipe,
         lambda name, values: journal.event(name, values, describe_save(name, values)),
         tokenizer=described(data.tokenizer),
+        data=data.identity.described() if data.identity else None,
     )
     with watchdog.phase("loading a checkpoint", recipe.run.checkpoint_seconds):
-        start = load_start(parts, directory, journal, data.tokenizer)
+        start = load_start(parts, directory, journal, data)
     saver.saved_step = start.saved_step
     trainer = Trainer(parts, data, callbacks_of(parts, data, saver), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):

@@ -106,8 +106,8 @@ def test_other_shards_at_the_same_place_do_not_resume_a_run(place, run, tmp_path
     again = keys(place, tmp_path / "shards", tmp_path / "run", "run.steps=2")
     said = refusal(train(1, *again))
     assert f"was trained with tokenizer {names[0]}, not {names[1]}; " in said and "\n" not in said
-    notes = train(1, *again, "data.allow_other_tokenizer=true")
-    assert refusal(notes) is None and any("data.allow_other_tokenizer = true" in note for note in notes)
+    notes = train(1, *again, "data.allow_other=true")
+    assert refusal(notes) is None and any("data.allow_other = true" in note for note in notes)
     assert Tokenizer.load(tmp_path / "run").name == names[1], "the run goes on with the other one"
     assert refusal(train(1, *again, "run.steps=3")) is None, "and need not be told again"
 
@@ -115,8 +115,8 @@ def test_other_shards_at_the_same_place_do_not_resume_a_run(place, run, tmp_path
 def test_weights_of_another_tokenizer_do_not_begin_a_run(place, run, tmp_path):
     new = keys(place, place / "shards_other", tmp_path / "new", f"run.start_from={run}")
     said = refusal(train(1, *new))
-    assert f"run.start_from = {run} was trained with tokenizer" in said and "data.allow_other_tokenizer=true" in said
-    assert refusal(train(1, *new, "data.allow_other_tokenizer=true")) is None
+    assert f"run.start_from = {run} was trained with tokenizer" in said and "data.allow_other=true" in said
+    assert refusal(train(1, *new, "data.allow_other=true")) is None
     same = keys(place, place / "shards_one", tmp_path / "same", f"run.start_from={run}")
     assert refusal(train(1, *same)) is None
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.exclude import Exclusion, read_exclusion
+from dsv3_megatron.data.identity import DataIdentity
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import mixture_of
 from dsv3_megatron.data.settings import DataSettings
-from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
+from dsv3_megatron.data.source.samples import ORDER, Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows
 from parallel.errors import DataError
@@ -21,12 +24,14 @@ HELD_OUT_SEQUENCES = 64  # evaluated at most, so that an evaluation costs about 
 
 @dataclass(frozen=True)
 class Data:
-    """A run's data: training samples, held-out samples, and how to read tokens as text."""
+    """A run's data: training samples, held-out samples, how to read tokens as text, and which text it is."""
 
     train: SampleSource
     held_out: SampleSource
     held_out_count: int
     tokenizer: Tokenizer | None
+    identity: DataIdentity | None = None  # None where samples are made from a seed
+    exclusion: Exclusion = Exclusion()  # what is left out
     notes: tuple[str, ...] = ()  # what a person should know of the sources, in a line each
 
     def bytes_per_token(self) -> float | None:
@@ -40,8 +45,20 @@ class Data:
 
 def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
     """Return the data of a run. Raises DataError when the source is missing or does not fit the model."""
-    length = settings.sequence_length
     settings.check_source()
+    exclusion = read_exclusion(settings.exclude) if settings.exclude else Exclusion()
+    if settings.source == "indexed":
+        return _shards(settings, vocab_size, seed, exclusion)
+    if exclusion.documents:
+        raise DataError(
+            f"data.exclude = {exclusion.path}, line {exclusion.documents[0].line} names a document, which is for token "
+            f"shards; data={settings.source} knows samples alone"
+        )
+    return replace(_without_shards(settings, vocab_size, seed), exclusion=exclusion)
+
+
+def _without_shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
+    length = settings.sequence_length
     if settings.source == "synthetic":
         # The held-out stream has a seed of its own: no sample of it is ever trained on but by chance.
         return Data(Synthetic(vocab_size, length, seed), Synthetic(vocab_size, length, seed + 1), 32, None)
@@ -51,12 +68,10 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
         if vocab_size <= (least := Recall.FIRST_NOISE):
             raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
         return Data(Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1), 32, None)
-    if settings.source == "stdlib":
-        from dsv3_megatron.data.source import stdlib  # each source imports what it needs: shards megatron-core
+    from dsv3_megatron.data.source import stdlib  # each source imports what it needs: shards megatron-core
 
-        tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
-        return _windows(tokenizer, train, held_out, settings, seed)
-    return _shards(settings, vocab_size, seed)
+    tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
+    return _windows(tokenizer, train, held_out, settings, seed)
 
 
 def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, settings: DataSettings, seed: int) -> Data:
@@ -69,10 +84,14 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
             )
     end = tokenizer.end if settings.isolate_documents else None
     out = TokenWindows(held_out, length, seed, shuffle=False, end=end)
-    return Data(TokenWindows(train, length, seed, end=end), out, min(out.count, HELD_OUT_SEQUENCES), tokenizer)
+    digest = hashlib.sha256(memoryview(np.ascontiguousarray(train))).hexdigest()
+    name = f"the standard library's {len(train):,} tokens ({digest[:8]})"
+    identity = DataIdentity(digest, name, ORDER)
+    count = min(out.count, HELD_OUT_SEQUENCES)
+    return Data(TokenWindows(train, length, seed, end=end), out, count, tokenizer, identity)
 
 
-def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
+def _shards(settings: DataSettings, vocab_size: int, seed: int, exclusion: Exclusion) -> Data:
     from dsv3_megatron.data.source.blend import Blend  # shards need megatron-core, seconds to import
     from dsv3_megatron.data.source.fim import Middle
     from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
@@ -128,7 +147,10 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
     held_out = packed(folder, out_shards, out_rule, name="held_out", shuffle=False)
     if not held_out.count:
         raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
-    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer, notes)
+    tokens = sum(source.shards["train"].tokens for source in manifest.sources)
+    name = f"shards {manifest.table_sha256[:8]} ({tokens:,} tokens)"
+    identity = DataIdentity(manifest.table_sha256, name, ORDER)
+    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer, identity, exclusion, notes)
 
 
 def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:

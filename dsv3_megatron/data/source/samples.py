@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ORDER = 2  # by which sample numbers become sequences: raised whenever the same settings would read another sequence
+
 
 @dataclass(frozen=True)
 class Sample:
