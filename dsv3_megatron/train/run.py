@@ -74,7 +74,7 @@ def run(
             set_timeouts(longest_wait_seconds(recipe.run))
             parts.watchdog = watchdog
             trainer = prepare_trainer(parts, data, reporter, resolved_recipe, tasks)
-            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ())):
+            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ()), *data.notes):
                 trainer.journal.note(line)
             return trainer.train(signals)
         finally:

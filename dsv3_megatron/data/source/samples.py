@@ -7,6 +7,7 @@ other ranks and a run with another microbatch see the same samples in the same o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -171,6 +172,45 @@ def blank_batches(count: int, micro_batch: int, sequence_length: int) -> list[di
     ids = torch.zeros(micro_batch, sequence_length, dtype=torch.int64)
     blank = {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.zeros(micro_batch, sequence_length)}
     return [dict(blank) for _ in range(count)]
+
+
+SampleRange = tuple[int, int]  # numbers from the first up to the second, which is not one of them
+
+
+def sample_numbers(first: int, count: int, excluded: Sequence[SampleRange] = ()) -> tuple[Sequence[int], int]:
+    """Return the next ``count`` sample numbers from ``first`` on, and where the step that follows begins.
+
+    Args:
+        excluded: ranges that are stepped over, ascending, apart from each other.
+    """
+    numbers: list[int] = []
+    for start, stop in excluded:
+        if stop <= first:
+            continue
+        if first + count - len(numbers) <= start:
+            break
+        numbers += range(first, start)
+        first = stop
+    if not numbers:
+        return range(first, first + count), first + count
+    numbers += range(first, first + count - len(numbers))
+    return numbers, numbers[-1] + 1
+
+
+def numbers_before(stop: int, count: int, excluded: Sequence[SampleRange] = ()) -> list[int]:
+    """Return the ``count`` sample numbers of the step after which the next one begins at ``stop``: what
+    :func:`sample_numbers` returned for it, wherever it began. Fewer where there are no more."""
+    numbers: list[int] = []
+    for start, after in (*reversed(excluded), (0, 0)):
+        if after > stop:
+            stop = min(stop, start)
+            continue
+        taken = range(max(after, stop - (count - len(numbers))), stop)
+        numbers[:0] = taken
+        if len(numbers) == count:
+            break
+        stop = start
+    return numbers
 
 
 def step_batches(
