@@ -31,6 +31,7 @@ from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.garbage import GarbageCollection
 from dsv3_megatron.train.callbacks.metrics import Metrics
 from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
+from dsv3_megatron.train.callbacks.sources import Sources
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
 from dsv3_megatron.train.callbacks.tasks import Tasks
 from dsv3_megatron.train.journal import Journal, Reporter
@@ -122,6 +123,7 @@ def callbacks_of(parts: Parts, data: Data, saver: Saver, tasks: Sequence[Encoded
     if health.straggler_every_steps and parts.layout.world_size > 1:
         callbacks.append(Stragglers(health, parts))
     callbacks += [
+        Sources(data),
         Metrics(recipe),
         BadSteps(health, saver),
         Evaluation(data, recipe.run.evaluate_every_steps, is_first=dist.get_rank() == 0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Data:
     held_out: HeldOut
     tokenizer: Tokenizer | None
     identity: DataIdentity | None = None  # None where samples are made from a seed
-    exclusion: Exclusion = Exclusion()  # what is left out
+    exclusion: Exclusion = field(default_factory=Exclusion)  # what is left out
     notes: tuple[str, ...] = ()  # what a person should know of the sources, in a line each
 
     def held_out_bytes(self) -> np.ndarray | None:

@@ -216,12 +216,17 @@ def numbers_before(stop: int, count: int, excluded: Sequence[SampleRange] = ()) 
 def step_batches(
     source: SampleSource, *, first: int, global_batch: int, micro_batch: int, dp_rank: int, dp: int
 ) -> list[dict[str, Tensor]]:
-    """Return one data-parallel rank's microbatches of a step.
+    """Return one data-parallel rank's microbatches of a step of samples ``first`` to ``first + global_batch - 1``."""
+    return share_of_step(source, range(first, first + global_batch), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
 
-    The step's samples are ``first`` to ``first + global_batch - 1``; rank d takes the d-th of ``dp`` equal runs.
-    """
-    share = global_batch // dp
-    mine = range(first + dp_rank * share, first + (dp_rank + 1) * share)
+
+def share_of_step(
+    source: SampleSource, numbers: Sequence[int], *, micro_batch: int, dp_rank: int, dp: int
+) -> list[dict[str, Tensor]]:
+    """Return one data-parallel rank's microbatches of a step of these samples: rank d takes the d-th of ``dp`` equal
+    runs of them."""
+    share = len(numbers) // dp
+    mine = numbers[dp_rank * share : (dp_rank + 1) * share]
     return [make_batch([source.sample(n) for n in mine[i : i + micro_batch]]) for i in range(0, share, micro_batch)]
 
 
