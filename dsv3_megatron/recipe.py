@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
+from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.health.settings import HealthSettings
@@ -136,6 +137,7 @@ class Recipe(BaseModel):
     def _check_curves(self) -> None:
         """Phases must follow each other in tokens, and moving ones must say where they go."""
         Regime(self.optim, self.data.sequence_length)
+        mixture_of_recipe(self.data)
 
     def layout(self, world_size: int) -> Layout:
         """Return who holds what on ``world_size`` ranks. Raises LayoutError when the degrees do not fit."""

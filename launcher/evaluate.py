@@ -62,7 +62,8 @@ def main(given: EvaluateArguments) -> int:
     from dsv3_megatron.train.callbacks.evaluation import losses
     from dsv3_megatron.train.callbacks.tasks import results_of
 
-    with trained_model(recipe, given.run, given.step, given.weights) as model:
+    other = given.data is not None
+    with trained_model(recipe, given.run, given.step, given.weights, other_data=other) as model:
         for note in model.notes:
             print(note, file=sys.stderr)
         tasks = read_tasks(wanted, model.tokenizer, recipe.data.sequence_length)

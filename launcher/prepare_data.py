@@ -80,11 +80,11 @@ def _tell(line: str) -> None:
 def _report(manifest: Any, output: str) -> None:
     """Print what became of each input."""
     for source in manifest.sources:
-        splits = {split: sum(s.tokens for s in shards) for split, shards in source.shards.items()}
+        splits = {split: totals.tokens for split, totals in source.shards.items()}
         print(
             f"{source.name}: {source.documents:,} documents of {source.files:,} files, {show_bytes(source.text_bytes)} "
             f"-> {splits['train']:,} training and {splits['held_out']:,} held-out tokens in "
-            f"{sum(map(len, source.shards.values()))} shards"
+            f"{sum(totals.shards for totals in source.shards.values())} shards"
         )
         notes = {
             "the same as another": source.duplicates,
@@ -94,7 +94,7 @@ def _report(manifest: Any, output: str) -> None:
         }
         if any(notes.values()):
             print("    left out: " + ", ".join(f"{count:,} {what}" for what, count in notes.items() if count))
-    if not any(source.shards["held_out"] for source in manifest.sources):
+    if not any(source.shards["held_out"].shards for source in manifest.sources):
         print("    no document was held out, and training needs some: raise held_out", file=sys.stderr)
     for example in manifest.bad_examples:
         print(f"    {example}", file=sys.stderr)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "train": ("step", "tokens", "loss", "lm_loss", "learning_rate", "grad_norm", "global_batch", "skipped"),
+    "train": (
+        "step", "tokens", "samples", "loss", "lm_loss", "learning_rate", "grad_norm", "global_batch", "skipped",
+    ),
     "mtp": ("mtp_loss",),
     "moe": (
         "balance_loss", "max_violation", "max_violation_running", "layer_violation", "rerouted_choices",

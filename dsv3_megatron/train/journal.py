@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_megatron.data.exclude import Exclusion
 from dsv3_megatron.data.tasks.results import TaskResult
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.metrics.step_metrics import JsonLines, MetricsWriter, StepMetrics, append_event
@@ -69,6 +70,11 @@ class Journal:
         if self.speaks and tokenizer is not None:
             for name, text in tokenizer.files().items():
                 self.files.replace(self.directory.path / name, text)
+
+    def keep_exclusion(self, exclusion: Exclusion) -> None:
+        """Keep what is left out, whatever becomes of the file that said so."""
+        if self.speaks:
+            self.files.replace(self.directory.excluded, exclusion.text)
 
     def note(self, text: str) -> None:
         """Tell a person."""

@@ -31,6 +31,7 @@ from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.garbage import GarbageCollection
 from dsv3_megatron.train.callbacks.metrics import Metrics
 from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
+from dsv3_megatron.train.callbacks.sources import Sources
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
 from dsv3_megatron.train.callbacks.tasks import Tasks
 from dsv3_megatron.train.journal import Journal, Reporter
@@ -74,7 +75,7 @@ def run(
             set_timeouts(longest_wait_seconds(recipe.run))
             parts.watchdog = watchdog
             trainer = prepare_trainer(parts, data, reporter, resolved_recipe, tasks)
-            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ())):
+            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ()), *data.notes):
                 trainer.journal.note(line)
             return trainer.train(signals)
         finally:
@@ -97,9 +98,10 @@ def prepare_trainer(
         resolved_recipe,
         lambda name, values: journal.event(name, values, describe_save(name, values)),
         tokenizer=described(data.tokenizer),
+        data=data.identity.described() if data.identity else None,
     )
     with watchdog.phase("loading a checkpoint", recipe.run.checkpoint_seconds):
-        start = load_start(parts, directory, journal, data.tokenizer)
+        start = load_start(parts, directory, journal, data)
     saver.saved_step = start.saved_step
     trainer = Trainer(parts, data, callbacks_of(parts, data, saver, tasks), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
@@ -121,6 +123,7 @@ def callbacks_of(parts: Parts, data: Data, saver: Saver, tasks: Sequence[Encoded
     if health.straggler_every_steps and parts.layout.world_size > 1:
         callbacks.append(Stragglers(health, parts))
     callbacks += [
+        Sources(data),
         Metrics(recipe),
         BadSteps(health, saver),
         Evaluation(data, recipe.run.evaluate_every_steps, is_first=dist.get_rank() == 0),

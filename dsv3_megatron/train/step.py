@@ -20,7 +20,7 @@ from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.train.expert_load import (
-    gather_loads_and_memory,
+    gather_loads,
     max_violation,
     step_loads,
     step_overflow,
@@ -55,6 +55,7 @@ class StepResult:
     bubble_fraction: float | None
     pipeline_seconds: float
     memory_peaks: np.ndarray  # the most each rank has held so far, bytes: [ranks] float64
+    data_waits: np.ndarray  # seconds each rank has waited for its samples: [ranks] float64
     skipped: bool
 
     @property
@@ -100,12 +101,14 @@ def train_step(
     batches: list[Batch],
     values: StepValues,
     may_update: Callable[[float, float], bool] = lambda loss, norm: True,
+    waited_seconds: float = 0.0,
 ) -> StepResult:
     """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches.
 
     ``may_update``: asked with the step's loss and gradient norm, the same on all ranks, before anything is changed;
     where it says no, weights, moments and router biases stay as they are. An average of the weights (``parts.ema``) is
     the caller's to wait for there, and to update afterwards (callbacks/average.py).
+    ``waited_seconds``: how long this rank has waited for the batches, to be reported with the others'.
     """
     for config in parts.configs:
         config.mtp_loss_scaling_factor = values.mtp_weight
@@ -136,7 +139,7 @@ def train_step(
     measured = parts.layout.pp > 1 and parts.device.type == "cpu"
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if measured else None
     mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
-    whole_loads, peaks = gather_loads_and_memory(parts, loads, peak_memory_bytes(parts.device))
+    whole_loads, (peaks, waits) = gather_loads(parts, loads, (peak_memory_bytes(parts.device), waited_seconds))
     return StepResult(
         lm_loss=lm_loss,
         mtp_loss=mtp_loss,
@@ -148,6 +151,7 @@ def train_step(
         bubble_fraction=bubble,
         pipeline_seconds=pipeline_seconds,
         memory_peaks=peaks,
+        data_waits=waits,
         skipped=not updated,
     )
 

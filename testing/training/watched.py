@@ -178,7 +178,7 @@ def objects_after(steps: Sequence[int]) -> list[Counter[str]]:
 
 
 def _numbers(result: StepResult) -> dict[str, Any]:
-    measured = {"pipeline_seconds", "bubble_fraction", "memory_peaks"}
+    measured = {"pipeline_seconds", "bubble_fraction", "memory_peaks", "data_waits"}
     values = {name: value for name, value in asdict(result).items() if name not in measured}
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import dsv3_megatron.train.build as build_module
-import dsv3_megatron.train.scoring as scoring
+import dsv3_megatron.train.evaluation.scoring as scoring
 from dsv3_megatron.checkpoint.find import Found, load_newest
 from dsv3_megatron.checkpoint.hugging_face.export import export, shards_of
 from dsv3_megatron.checkpoint.load import load_checkpoint
@@ -26,7 +26,7 @@ from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.saving import Saving
-from dsv3_megatron.train.scoring import evaluate_batches, score_requests
+from dsv3_megatron.train.evaluation.scoring import evaluate_batches, score_requests
 from dsv3_megatron.train.trainer import Callback, Trainer
 from parallel.pipeline.live_memory import LiveMemory
 

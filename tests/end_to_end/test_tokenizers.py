@@ -10,6 +10,7 @@ from dsv3_megatron.checkpoint.manifest import newest_valid, read_content
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source import shards as shard_files
 from dsv3_megatron.data.source.build import build
+from dsv3_megatron.data.source.shard_table import open_table
 from dsv3_megatron.data.source.shards import ShardWriter, open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.inference.trained_model import trained_model
@@ -76,7 +77,7 @@ def test_shards_a_run_and_its_checkpoint_keep_the_names_of_the_model(place, run)
         kept = Tokenizer.load(folder)
         assert kept.names == published.names and kept.sha256 == published.sha256
     manifest = read_manifest(place / "shards_one")
-    shard = manifest.sources[0].shards["train"][0]
+    shard = open_table(place / "shards_one", manifest).row(0)
     data = open_shard(place / "shards_one", shard)
     assert all(data.get(number)[-1] == published.end for number in range(shard.documents))
     content = read_content(newest_valid(run / "checkpoints")[0])
@@ -105,8 +106,8 @@ def test_other_shards_at_the_same_place_do_not_resume_a_run(place, run, tmp_path
     again = keys(place, tmp_path / "shards", tmp_path / "run", "run.steps=2")
     said = refusal(train(1, *again))
     assert f"was trained with tokenizer {names[0]}, not {names[1]}; " in said and "\n" not in said
-    notes = train(1, *again, "data.allow_other_tokenizer=true")
-    assert refusal(notes) is None and any("data.allow_other_tokenizer = true" in note for note in notes)
+    notes = train(1, *again, "data.allow_other=true")
+    assert refusal(notes) is None and any("data.allow_other = true" in note for note in notes)
     assert Tokenizer.load(tmp_path / "run").name == names[1], "the run goes on with the other one"
     assert refusal(train(1, *again, "run.steps=3")) is None, "and need not be told again"
 
@@ -114,14 +115,34 @@ def test_other_shards_at_the_same_place_do_not_resume_a_run(place, run, tmp_path
 def test_weights_of_another_tokenizer_do_not_begin_a_run(place, run, tmp_path):
     new = keys(place, place / "shards_other", tmp_path / "new", f"run.start_from={run}")
     said = refusal(train(1, *new))
-    assert f"run.start_from = {run} was trained with tokenizer" in said and "data.allow_other_tokenizer=true" in said
-    assert refusal(train(1, *new, "data.allow_other_tokenizer=true")) is None
+    assert f"run.start_from = {run} was trained with tokenizer" in said and "data.allow_other=true" in said
+    assert refusal(train(1, *new, "data.allow_other=true")) is None
     same = keys(place, place / "shards_one", tmp_path / "same", f"run.start_from={run}")
     assert refusal(train(1, *same)) is None
 
 
 def imported(folder, output, *more):
     return import_hf.main([f"input={folder}", f"output={output}", "processes=1", *more])
+
+
+def test_an_export_names_what_it_was_trained_with_and_an_import_takes_no_other_tokenizer(
+    place, run, exported, tmp_path, capsys
+):
+    content = read_content(newest_valid(run / "checkpoints")[0])
+    metadata = json.loads((exported / "model.safetensors.index.json").read_text())["metadata"]
+    assert metadata["trained_with"] == {"tokenizer": content["tokenizer"], "data": content["data"]}
+    shutil.copytree(exported, tmp_path / "changed")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place / "other" / file, tmp_path / "changed" / file)
+    names = [Tokenizer.load(place / name).name for name in ("one", "other")]
+    with pytest.raises(CheckpointError) as refused:
+        imported(tmp_path / "changed", tmp_path / "refused")
+    assert f"its weights were trained with tokenizer {names[0]}, not {names[1]}; " in str(refused.value)
+    assert imported(tmp_path / "changed", tmp_path / "wanted", "allow_other=true") == 0
+    assert "allow_other = true" in capsys.readouterr().out
+    assert imported(exported, tmp_path / "run") == 0
+    stored = read_content(newest_valid(tmp_path / "run" / "checkpoints")[0])
+    assert stored["trained_on"] == content["data"] and stored["tokenizer"] == content["tokenizer"]
 
 
 def test_an_import_knows_its_tokenizer(place, run, exported, tmp_path, capsys):
@@ -145,7 +166,7 @@ def test_an_import_knows_its_tokenizer(place, run, exported, tmp_path, capsys):
 def test_an_import_with_another_models_tokenizer_is_not_evaluated_on_the_data(place, exported, tmp_path):
     wrong = shutil.copytree(exported, tmp_path / "wrong")
     shutil.copyfile(place / "other" / "tokenizer.json", wrong / "tokenizer.json")
-    assert imported(wrong, tmp_path / "run") == 0
+    assert imported(wrong, tmp_path / "run", "allow_other=true") == 0
     with pytest.raises(CheckpointError, match="was trained with tokenizer .*, not ") as error:
         evaluate.main([f"run={tmp_path / 'run'}"])
     assert "\n" not in str(error.value)
@@ -195,7 +216,8 @@ def test_large_ids_are_written_as_they_are_and_old_narrow_shards_are_refused(pla
     manifest = prepared(tmp_path, "large", tmp_path / "out")
     tokenizer = Tokenizer.load(tmp_path / "large")
     assert manifest.vocab_size == tokenizer.vocab_size == 70_001
-    (shard,) = manifest.sources[0].shards["train"]
+    table = open_table(tmp_path / "out", manifest)
+    (shard,) = map(table.row, table.range_of(0, "train"))
     stored = open_shard(tmp_path / "out", shard)
     text = {tokenizer.decode(stored.get(number)) for number in range(shard.documents)}
     assert text <= set(ROWS) and len(text) > 20
@@ -225,4 +247,4 @@ def test_the_command_says_what_it_switched_off_and_how_documents_end(place, tmp_
     assert prepare_data.main([*words, "held_out=0.2"]) == 0
     said = capsys.readouterr().err
     assert "truncation to 16 tokens is switched off" in said and "end with [EOS] (tokenizer_config.json)" in said
-    assert read_manifest(tmp_path / "out").sources[0].shards == read_manifest(place / "shards_one").sources[0].shards
+    assert read_manifest(tmp_path / "out").table_sha256 == read_manifest(place / "shards_one").table_sha256

@@ -70,6 +70,7 @@ class _State:
     commits: int = 0
     bad_examples: list[str] = field(default_factory=list)
     sources: list[Any] = field(default_factory=list)  # shards.Source
+    shards: list[Any] = field(default_factory=list)  # shards.Shard
 
 
 Progress = Callable[[int, int, int], None]  # bytes of input done, of how many, tokens so far
@@ -108,20 +109,23 @@ class _Preparation:
 
     def run(self) -> Any:
         # megatron-core takes seconds to import: a mistake in the arguments is found before.
+        from dsv3_megatron.data.source.shard_table import write_table
         from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, read_manifest
 
         self.state = self._begin()
+        if (self.folder / MANIFEST).exists():
+            return read_manifest(self.folder)
+        self._encode_all()
+        self.tokenizer.save(self.folder / TOKENIZER)
+        sources, table_sha256 = write_table(self.folder, self.state.sources, self.state.shards)
         manifest = Manifest(
             tokenizer_sha256=self.tokenizer.sha256,
             vocab_size=self.tokenizer.vocab_size,
             options={**self._options(), "fingerprint": self.state.fingerprint},
-            sources=self.state.sources,
+            sources=sources,
+            bad_examples=self.state.bad_examples,
+            table_sha256=table_sha256,
         )
-        if (self.folder / MANIFEST).exists():
-            return read_manifest(self.folder)
-        self._encode_all()
-        manifest.bad_examples = self.state.bad_examples
-        self.tokenizer.save(self.folder / TOKENIZER)
         write_json(self.folder / MANIFEST, manifest.model_dump())
         shutil.rmtree(self.journal.parent)
         return manifest
@@ -144,7 +148,7 @@ class _Preparation:
     def _begin(self) -> _State:
         """Return where an earlier run stood, or a new beginning."""
         # megatron-core takes seconds to import: a mistake in the arguments is found before.
-        from dsv3_megatron.data.source.shards import MANIFEST, Source, read_manifest
+        from dsv3_megatron.data.source.shards import MANIFEST, Shard, Source, read_manifest
 
         fingerprint = self._fingerprint()
         earlier = None
@@ -166,6 +170,7 @@ class _Preparation:
         if self.journal.exists():
             state = _State(**json.loads(self.journal.read_text()))
             state.sources = [Source.model_validate(source) for source in state.sources]
+            state.shards = [Shard.model_validate(shard) for shard in state.shards]
             for number in range(state.commits if self.options.deduplicate else 0):
                 data = self._hash_file(number).read_bytes()
                 self.seen.update(data[i : i + 16] for i in range(0, len(data), 16))
@@ -265,7 +270,7 @@ class _Preparation:
 
         if split not in self.writers:
             source = self.state.sources[index]
-            name = f"{source.name}/{split}_{len(source.shards[split]):05d}"
+            name = f"{source.name}/{split}_{source.shards[split].shards:05d}"
             self.writers[split] = ShardWriter(self.folder, name, self.tokenizer.vocab_size)
         self.written_source = self.state.sources[index]
         return self.writers[split]
@@ -273,14 +278,21 @@ class _Preparation:
     def _commit(self, next_block: int) -> None:
         """Finish the open shards and say in the journal that everything before ``next_block`` is done."""
         for split, writer in self.writers.items():
-            self.written_source.shards[split].append(writer.commit())
+            self.state.shards.append(writer.commit())
+            self.written_source.shards[split].shards += 1
         self.writers = {}
         if self.options.deduplicate:
             self._hash_file(self.state.commits).write_bytes(b"".join(self.fresh))
             self.fresh = []
         self.state.commits += 1
         self.state.next_block = next_block
-        write_json(self.journal, {**vars(self.state), "sources": [s.model_dump() for s in self.state.sources]})
+        write_json(
+            self.journal,
+            {
+                **vars(self.state),
+                **{key: [each.model_dump() for each in getattr(self.state, key)] for key in ("sources", "shards")},
+            },
+        )
 
     def _tokens(self) -> int:
         return sum(source.tokens for source in self.state.sources)

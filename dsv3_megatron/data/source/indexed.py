@@ -21,7 +21,8 @@ import numpy as np
 from dsv3_megatron.data.source.fim import MARKS, Middle
 from dsv3_megatron.data.source.packing import best_fit, cut
 from dsv3_megatron.data.source.samples import Sample, permuted
-from dsv3_megatron.data.source.shards import Shard, open_shard
+from dsv3_megatron.data.source.shard_table import ShardRow
+from dsv3_megatron.data.source.shards import open_shard
 from dsv3_megatron.run.exclusive import exclusive
 from parallel.errors import DataError
 
@@ -52,7 +53,7 @@ class PackedShards:
     def __init__(
         self,
         folder: str | Path,
-        shards: list[Shard],
+        shards: list[ShardRow],
         rule: PackingRule,
         *,
         name: str,
@@ -64,7 +65,7 @@ class PackedShards:
     ):
         self._rule, self._name, self._isolate, self._shuffle = rule, name, isolate, shuffle
         self._start, self._pad = start_token, pad_token
-        self._keys = [int(shard.sha256["bin"][:12], 16) for shard in shards]
+        self._keys = [int(shard.bin_sha256.hex()[:12], 16) for shard in shards]
         self._data = [open_shard(folder, shard) for shard in shards]
         self._packings = [
             load_packing(cache, shard, data.sequence_lengths, rule, key)
@@ -151,9 +152,9 @@ def make_packing(lengths: np.ndarray, rule: PackingRule, key: int) -> Packing:
     return Packing(pieces.astype(np.int64), starts)
 
 
-def load_packing(cache: str | Path, shard: Shard, lengths: np.ndarray, rule: PackingRule, key: int) -> Packing:
+def load_packing(cache: str | Path, shard: ShardRow, lengths: np.ndarray, rule: PackingRule, key: int) -> Packing:
     """Return the packing of a shard, memory-mapped from the cache; the first process to ask makes it."""
-    what = f"{VERSION}/{shard.sha256['idx']}/{key}/{rule}"
+    what = f"{VERSION}/{shard.idx_sha256.hex()}/{key}/{rule}"
     folder = Path(cache) / f"packing-{hashlib.blake2b(what.encode(), digest_size=12).hexdigest()}"
     with _one_at_a_time(folder):
         if not folder.exists():

@@ -1,6 +1,13 @@
 """Token shards: megatron-core's indexed files (.bin tokens, .idx lengths) and the manifest that vouches for them.
 
-A folder that prepare_data wrote holds ``manifest.json``, ``tokenizer.json`` and ``<source>/<split>_00000.bin, .idx``.
+A folder that prepare_data wrote holds
+
+    manifest.json               small at any size: tokenizer, options, sources with their counts
+    shards.npy                  a row for each shard (:mod:`~dsv3_megatron.data.source.shard_table`)
+    tokenizer.json
+    SOURCE/SPLIT_00000.bin .idx .origin.npy     tokens, lengths, and where each document comes from
+    SOURCE/files.jsonl          the input files of a source; their numbers are its lines from 0
+
 A document is its tokens and the end token; the reader puts the begin token, fill-in-the-middle and packing on top, so
 that the same shards serve every recipe.
 """
@@ -11,26 +18,25 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from dsv3_megatron.megatron.host import adapt_host
 from parallel.errors import DataError
 
-adapt_host()
-
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
-VERSION = 1
+VERSION = 2
+ORIGIN = np.dtype([("file", "<u4"), ("row", "<u8")])  # of a document: number of its input file, and row in it
 
 
 class Shard(BaseModel):
-    """One pair of files."""
+    """One shard as it was written: what a journal keeps, and the table holds in a row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,10 +45,23 @@ class Shard(BaseModel):
     tokens: int
     sha256: dict[Literal["bin", "idx"], str]
     bytes: dict[Literal["bin", "idx"], int]
+    origin_sha256: str | None = Field(None, description="of .origin.npy; null = it is not known where documents are of")
+    first_file: int = Field(0, description="origin of its first document: number of the input file")
+    first_row: int = Field(0, description="and row in it: from 1, or 0 where the file is the document")
 
 
-def _no_shards() -> dict[Split, list[Shard]]:
-    return {split: [] for split in SPLITS}
+class Totals(BaseModel):
+    """What the shards of a source's split hold together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shards: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+
+def _no_shards() -> dict[Split, Totals]:
+    return {split: Totals() for split in SPLITS}
 
 
 class Source(BaseModel):
@@ -61,7 +80,7 @@ class Source(BaseModel):
     duplicates: int = 0
     empty: int = 0
     bad: int = 0
-    shards: dict[Split, list[Shard]] = Field(default_factory=_no_shards)
+    shards: dict[Split, Totals] = Field(default_factory=_no_shards)
 
 
 class Manifest(BaseModel):
@@ -75,12 +94,15 @@ class Manifest(BaseModel):
     options: dict[str, object]
     sources: list[Source]
     bad_examples: list[str] = []
+    table_sha256: str = Field(description="of shards.npy: a table of another time is noticed")
+    _listed: list[Shard] | None = PrivateAttr(None)  # version 1 names its shards here, and has no table
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Return the manifest of a folder of shards, every file of which is there with the size it was written with.
+    """Return the manifest of a folder of shards; no shard is looked at
+    (:func:`~dsv3_megatron.data.source.shard_table.check_files`).
 
-    Raises: DataError: the folder is not one, is not complete, or a file is missing or cut.
+    Raises: DataError: the folder is not one, or is not complete.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -90,30 +112,64 @@ def read_manifest(folder: str | Path) -> Manifest:
         )  # fmt: skip
         raise DataError(f"data.path = {folder} {what}")
     try:
-        manifest = Manifest.model_validate_json(path.read_text())
+        manifest = _Version.model_validate_json(path.read_text())
+        if manifest.version == 1:
+            return _of_version_1(path.read_text())
+        if manifest.version == VERSION:
+            return Manifest.model_validate_json(path.read_text())
     except (ValidationError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); prepare the folder anew") from None
-    if manifest.version != VERSION:
-        raise DataError(f"{path} has version {manifest.version}, this code reads {VERSION}; prepare the folder anew")
-    for shard in (s for source in manifest.sources for split in SPLITS for s in source.shards[split]):
-        for suffix, size in shard.bytes.items():
-            file = Path(folder) / f"{shard.name}.{suffix}"
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise DataError(
-                    f"{file} {state}, the manifest says {size} bytes; restore it or prepare the folder anew"
-                )
+    raise DataError(f"{path} has version {manifest.version}, this code reads {VERSION}; prepare the folder anew")
+
+
+class _Version(BaseModel):
+    version: int
+
+
+class _SourceOfVersion1(Source):
+    shards: dict[Split, list[Shard]]  # type: ignore[assignment]
+
+
+class _ManifestOfVersion1(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: int
+    tokenizer_sha256: str
+    vocab_size: int
+    options: dict[str, object]
+    sources: list[_SourceOfVersion1]
+    bad_examples: list[str] = []
+
+
+def _of_version_1(text: str) -> Manifest:
+    """Return a manifest that lists its shards itself: the table is made of them in memory."""
+    old = _ManifestOfVersion1.model_validate_json(text)
+    sources = []
+    for source in old.sources:
+        totals = {
+            split: Totals(
+                shards=len(shards), documents=sum(s.documents for s in shards), tokens=sum(s.tokens for s in shards)
+            )
+            for split, shards in source.shards.items()
+        }
+        sources.append(Source(**{**source.model_dump(exclude={"shards"}), "shards": {**_no_shards(), **totals}}))
+    listed = [shard for source in old.sources for split in SPLITS for shard in source.shards.get(split, [])]
+    manifest = Manifest(
+        **{**old.model_dump(exclude={"sources"}), "sources": sources},
+        table_sha256=hashlib.sha256("".join(shard.model_dump_json() for shard in listed).encode()).hexdigest(),
+    )
+    manifest._listed = listed
     return manifest
 
 
-def verify_checksums(folder: str | Path, manifest: Manifest) -> None:
-    """Read every shard and compare its SHA-256. Raises DataError naming the first that differs."""
-    for shard in (s for source in manifest.sources for split in SPLITS for s in source.shards[split]):
-        for suffix, expected in shard.sha256.items():
-            file = Path(folder) / f"{shard.name}.{suffix}"
-            if (found := file_sha256(file)) != expected:
-                raise DataError(f"{file} has sha256 {found[:12]}.., the manifest says {expected[:12]}..; restore it")
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return how ids below ``vocab_size`` lie in a .bin, as megatron-core's ``DType.optimal_dtype`` decides."""
+    return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
+
+
+def stored_alike(one: int, other: int) -> bool:
+    """Return whether the ids of two vocabularies, by their sizes, are written with the same number of bytes."""
+    return token_dtype(one) == token_dtype(other)
 
 
 def file_sha256(path: Path) -> str:
@@ -122,14 +178,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_shard(folder: str | Path, shard: Shard) -> IndexedDataset:
-    """Return a shard, memory-mapped."""
-    return IndexedDataset(str(Path(folder) / shard.name), mmap=True)
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
-def stored_alike(one: int, other: int) -> bool:
-    """Return whether the ids of two vocabularies, by their sizes, are written with the same number of bytes."""
-    return DType.optimal_dtype(one) == DType.optimal_dtype(other)
+def open_shard(folder: str | Path, shard: _Named) -> IndexedDataset:
+    """Return a shard as megatron-core reads it, memory-mapped."""
+    return _indexed_dataset().IndexedDataset(str(Path(folder) / shard.name), mmap=True)
+
+
+def _indexed_dataset() -> Any:
+    # megatron-core takes seconds to import, and reading a manifest needs none of it
+    from dsv3_megatron.megatron.host import adapt_host
+
+    adapt_host()
+    from megatron.core.datasets import indexed_dataset  # likewise
+
+    return indexed_dataset
 
 
 class ShardWriter:
@@ -137,15 +203,23 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, vocab_size: int):
         """Write ids below ``vocab_size``, in two bytes each where they fit, else in four."""
+        library = _indexed_dataset()
         self._folder, self._name, self._vocab_size = folder, name, vocab_size
-        self._dtype = DType.optimal_dtype(vocab_size)
         self._partial = folder / f"{name}.partial"
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._builder = IndexedDatasetBuilder(f"{self._partial}.bin", dtype=self._dtype)
+        dtype = library.DType.optimal_dtype(vocab_size)
+        self._builder = library.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
+        self._origins: list[np.ndarray] | None = None
         self.documents = self.tokens = 0
 
-    def add(self, documents: Iterable[np.ndarray]) -> None:
-        """Append documents, each [tokens] with its end token. Raises DataError for an id that the file cannot hold."""
+    def add(self, documents: Iterable[np.ndarray], origins: Iterable[tuple[int, int]] | None = None) -> None:
+        """Append documents, each [tokens] with its end token.
+
+        Args:
+            origins: (file, row) of each document, in ascending order; None = not known, for all of a shard or for none.
+        Raises: DataError: for an id that the file cannot hold.
+        """
+        before = self.documents
         for document in documents:
             # megatron-core's builder would wrap it, and the shard would hold another token
             if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self._vocab_size:
@@ -156,17 +230,36 @@ class ShardWriter:
             self._builder.add_document(document, [len(document)])
             self.documents += 1
             self.tokens += len(document)
+        if origins is not None:
+            found = np.asarray(origins if isinstance(origins, np.ndarray) else list(origins), dtype=ORIGIN)
+            assert before == sum(map(len, self._origins or [])), "origins of all documents of a shard, or of none"
+            assert len(found) == self.documents - before, (len(found), self.documents - before)
+            self._origins = [*(self._origins or []), found]
+        assert self._origins is None or origins is not None, "origins of all documents of a shard, or of none"
 
     def commit(self) -> Shard:
-        """Finish both files, put them in their place and return what the manifest says of them."""
+        """Finish the files, put them in their place and return what the table says of them."""
         self._builder.finalize(f"{self._partial}.idx")
+        suffixes = ["bin", "idx"]
+        origins = None if self._origins is None else np.concatenate(self._origins)
+        if origins is not None:
+            np.save(f"{self._partial}.origin.npy", origins)
+            suffixes.append("origin.npy")
         sha256, sizes = {}, {}
-        for suffix in ("bin", "idx"):
+        for suffix in suffixes:
             partial = Path(f"{self._partial}.{suffix}")
             sha256[suffix], sizes[suffix] = file_sha256(partial), partial.stat().st_size
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, self._folder / f"{self._name}.{suffix}")
+        first = (0, 0) if origins is None or not len(origins) else tuple(map(int, origins[0]))
         return Shard(
-            name=self._name, documents=self.documents, tokens=self.tokens, sha256=sha256, bytes=sizes
-        )  # fmt: skip
+            name=self._name,
+            documents=self.documents,
+            tokens=self.tokens,
+            origin_sha256=sha256.pop("origin.npy", None),
+            sha256=sha256,
+            bytes={suffix: sizes[suffix] for suffix in sha256},
+            first_file=first[0],
+            first_row=first[1],
+        )

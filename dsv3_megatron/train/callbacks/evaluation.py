@@ -10,7 +10,7 @@ import numpy as np
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.held_out import HeldOut
 from dsv3_megatron.pipeline.parts import Parts
-from dsv3_megatron.train.scoring import Scores, score
+from dsv3_megatron.train.evaluation.scoring import Scores, score
 from dsv3_megatron.train.trainer import Callback, CompletedStep, Trainer
 
 

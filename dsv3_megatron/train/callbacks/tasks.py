@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dsv3_megatron.data.tasks.requests import EncodedTask
 from dsv3_megatron.data.tasks.results import TaskResult, result_of
 from dsv3_megatron.pipeline.parts import Parts
-from dsv3_megatron.train.scoring import Scores, score_requests
+from dsv3_megatron.train.evaluation.scoring import Scores, score_requests
 from dsv3_megatron.train.trainer import Callback, CompletedStep, Trainer
 
 

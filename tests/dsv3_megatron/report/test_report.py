@@ -5,11 +5,13 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.settings import MixturePhase
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, short, thinned
 from dsv3_megatron.report.facts import read_run
@@ -81,6 +83,22 @@ def test_every_panel_is_filled(run):
     text = (run / "report.html").read_text()
     assert "60 of 200" in text and "skipped</dt><dd>1" in text and "0123456789"[:9] in text
     assert "skipped at step 40" in text and "resumed at step 20" in text
+
+
+def test_a_mixture_is_drawn_where_the_recipe_has_one(run):
+    facts = read_run(run)
+    assert "Mixture of sources" not in page(facts), "this recipe has none"
+    tables = {
+        "at": {f"s{n}": n + 1 for n in range(7)},
+        "to": {"s0": 1},
+        "shape": "linear",
+        "until": facts.budget_tokens,
+    }
+    changed = facts.recipe.data.model_copy(update={"mixture": (MixturePhase(**tables),)})
+    facts = replace(facts, recipe=facts.recipe.model_copy(update={"data": changed}))
+    panel = PANELS["Mixture of sources"](facts)
+    assert all(f"</i>{name}<" in panel for name in ("s0", "s6", "s5", "s4", "3 others"))
+    assert "Mixture of sources" in page(facts)
 
 
 def test_sources_and_tasks_have_curves(run):

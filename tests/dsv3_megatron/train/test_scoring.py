@@ -10,7 +10,7 @@ from dsv3_megatron.data.source.samples import Synthetic
 from dsv3_megatron.data.tasks.requests import Request
 from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.train.build import build_parts
-from dsv3_megatron.train.scoring import evaluate_batches, score, score_requests
+from dsv3_megatron.train.evaluation.scoring import evaluate_batches, score, score_requests
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.lanes import names_in_lanes
@@ -28,6 +28,7 @@ LAYOUTS = {
     "interleaved": (2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2")),
     "dualpipev": (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev")),
     "TP2 CP2": (4, ("parallel.tensor=2", "parallel.context=2")),
+    "PP4": (4, ("parallel.pipeline=4",)),
     "TP2 PP2": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.schedule=zb1p")),
     "dualpipe EP2": (4, ("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.expert=2")),
 }

@@ -9,7 +9,7 @@ import torch
 
 from dsv3_megatron.data.tasks.requests import read_tasks
 from dsv3_megatron.inference.trained_model import trained_model
-from dsv3_megatron.train.scoring import score_requests
+from dsv3_megatron.train.evaluation.scoring import score_requests
 from launcher import evaluate, export_hf
 from launcher.command_line.compose import load_resolved
 from testing.training.whole_runs import events, refusal, train

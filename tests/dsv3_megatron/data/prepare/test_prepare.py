@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from dsv3_megatron.data.prepare import documents as reading
 from dsv3_megatron.data.prepare.documents import blocks, files_of, texts
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
-from dsv3_megatron.data.source.shards import open_shard, read_manifest, verify_checksums
+from dsv3_megatron.data.source.shard_table import check_files, open_table, verify_checksums
+from dsv3_megatron.data.source.shards import open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.names import BEGIN, END, FIM_HOLE
 from parallel.errors import DataError
@@ -78,14 +79,13 @@ def options(inputs, output, tokenizer, **more):
 def documents_in(folder, tokenizer, split=None):
     """Return the texts of a folder's shards in order, and check each ends with the end token."""
     engine, found = Tokenizer.load(tokenizer), []
-    for source in read_manifest(folder).sources:
-        for name in (split,) if split else ("train", "held_out"):
-            for shard in source.shards[name]:
-                data = open_shard(folder, shard)
-                for number in range(len(data)):
-                    ids = data.get(number)
-                    assert ids[-1] == engine.end and (ids[:-1] != engine.end).all()
-                    found.append(engine.decode(ids))
+    for shard in open_table(folder, read_manifest(folder)):
+        if split in (None, shard.split):
+            data = open_shard(folder, shard)
+            for number in range(len(data)):
+                ids = data.get(number)
+                assert ids[-1] == engine.end and (ids[:-1] != engine.end).all()
+                found.append(engine.decode(ids))
     return found
 
 
@@ -114,7 +114,7 @@ def test_every_kind_of_input_gives_its_documents(tmp_path, tokenizer):
     out = documents_in(tmp_path / "out", tokenizer, "held_out")
     assert 0 < len(out) < 40 and not set(out) & set(documents_in(tmp_path / "out", tokenizer, "train"))
     verify_checksums(tmp_path / "out", manifest)
-    shard = next(shard for source in manifest.sources for shard in source.shards["train"])
+    shard = open_table(tmp_path / "out", manifest).row(0)
     path = tmp_path / "out" / f"{shard.name}.bin"
     data = bytearray(path.read_bytes())
     data[0] ^= 1
@@ -129,7 +129,7 @@ def test_workers_and_blocks_do_not_change_the_shards(tmp_path, tokenizer, monkey
     for name, workers in (("one", 1), ("three", 3)):
         prepare(options([tmp_path / "rows.jsonl"], tmp_path / name, tokenizer, split_share=0.3), workers=workers)
     one, three = (read_manifest(tmp_path / name) for name in ("one", "three"))
-    assert one.sources == three.sources
+    assert one.sources == three.sources and one.table_sha256 == three.table_sha256
 
 
 def test_duplicates_are_dropped_and_copies_never_straddle_the_split(tmp_path, tokenizer):
@@ -214,10 +214,11 @@ def test_an_output_of_other_options_is_refused_and_a_finished_one_is_left(tmp_pa
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(DataError, match="not empty"):
         prepare(options([tmp_path / "rows.jsonl"], tmp_path / "mine", tokenizer), workers=1)
-    shard = first.sources[0].shards["train"][0]
+    table = open_table(tmp_path / "out", first)
+    shard = table.row(0)
     (tmp_path / "out" / f"{shard.name}.bin").write_bytes(b"short")
     with pytest.raises(DataError, match="has 5 bytes"):
-        read_manifest(tmp_path / "out")
+        check_files(tmp_path / "out", table)
 
 
 @pytest.mark.slow
@@ -259,7 +260,8 @@ def test_a_run_killed_at_random_moments_writes_what_an_undisturbed_one_does(tmp_
             shutil.rmtree(tmp_path / "killed")  # a busy machine let it finish before it was killed: once more
     assert kills >= least
     whole, killed = (read_manifest(tmp_path / name) for name in ("whole", "killed"))
-    assert killed.sources == whole.sources, "the same shards to the byte: the manifest holds their checksums"
+    assert killed.sources == whole.sources
+    assert killed.table_sha256 == whole.table_sha256, "the same shards to the byte: the table holds their checksums"
     verify_checksums(tmp_path / "killed", killed)
 
 

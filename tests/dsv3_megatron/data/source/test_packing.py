@@ -5,13 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.source.blend import CYCLE, Blend
+from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.mixture.phases import MixtureCurve
+from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.source.indexed import PackedShards, PackingRule, make_packing
 from dsv3_megatron.data.source.packing import best_fit, cut
 from dsv3_megatron.data.source.samples import Sample, step_batches
-from dsv3_megatron.data.source.shards import ShardWriter
-from parallel.errors import DataError
+from dsv3_megatron.data.source.shard_table import open_table, write_table
+from dsv3_megatron.data.source.shards import Manifest, ShardWriter, Source
 from testing.lanes import examples
 
 START, END, PAD = 0, 1, 2
@@ -64,7 +66,7 @@ def shards(tmp_path_factory):
     """Three sources of random documents; tokens are unique in the first 200 so that each can be told."""
     folder = tmp_path_factory.mktemp("shards")
     random = np.random.default_rng(3)
-    found = {}
+    found, written = {}, []
     for source in ("a", "b", "c"):
         documents = [random.integers(6, 60_000, size=n) for n in random.integers(1, 90, size=150)]
         writer = ShardWriter(folder, f"{source}/train_00000", 60_000)
@@ -72,16 +74,19 @@ def shards(tmp_path_factory):
         writer.add(documents[:100])
         second = ShardWriter(folder, f"{source}/train_00001", 60_000)
         second.add(documents[100:])
-        found[source] = ([writer.commit(), second.commit()], documents)
-    return folder, found
+        found[source] = documents
+        written += [writer.commit(), second.commit()]
+    sources, digest = write_table(folder, [Source(name=name, input=name) for name in found], written)
+    manifest = Manifest(tokenizer_sha256="", vocab_size=60_000, options={}, sources=sources, table_sha256=digest)
+    return folder, open_table(folder, manifest), found
 
 
 def packed(shards, source, *, fim_rate=0.0, isolate=False, seed=1, length=64, **more):
-    folder, found = shards
+    folder, table, found = shards
     rule = PackingRule(length, seed, fim_rate, FIM if fim_rate else None)
     return PackedShards(
         folder,
-        found[source][0],
+        list(map(table.row, table.range_of(list(found).index(source), "train"))),
         rule,
         name=source,
         start_token=START,
@@ -119,7 +124,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch(shards, fim_rate):
         whole.append((tokens, labels))
     assert not by_input
     found = sorted(restored(labels, FIM).tolist() for _, labels in whole)
-    assert found == sorted(d.tolist() for d in shards[1]["a"][1])
+    assert found == sorted(d.tolist() for d in shards[2]["a"])
     rearranged = sum(labels[0] == FIM.begin for _, labels in whole)
     assert abs(rearranged / 150 - fim_rate) < 0.12
 
@@ -153,59 +158,31 @@ def test_a_packing_is_read_back_from_the_cache(shards, monkeypatch):
     assert [packed(shards, "c", seed=2).sample(n).tokens.tolist() for n in range(5)] != before
 
 
-class Numbered:
-    """A source whose sample number n is n."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def sample(self, number):
-        return (self.source, number)
-
-
-@settings(deadline=None, max_examples=examples(25))
-@given(st.lists(st.floats(0.05, 1), min_size=1, max_size=5), st.integers(0, 5 * CYCLE))
-def test_a_blend_keeps_weights_in_any_stretch_and_skips_no_sample(weights, start):
-    blend = Blend([Numbered(i) for i in range(len(weights))], weights, "abcde")
-    taken = [blend.sample(n) for n in range(start, start + 300)]
-    for source, weight in enumerate(weights):
-        numbers = [n for s, n in taken if s == source]
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
-        assert abs(len(numbers) - 300 * weight / sum(weights)) < 2.1
-    assert sum(blend.locate(CYCLE)[1] == 0 for _ in range(1)) == 0
-
-
-def test_a_weight_too_small_to_ever_come_is_refused():
-    with pytest.raises(DataError, match="weight of source tiny"):
-        Blend([Numbered(0), Numbered(1)], [1.0, 1e-9], ["big", "tiny"])
-
-
 def test_the_order_of_samples_is_the_same_under_any_dp_and_after_a_resume(shards):
-    sources = [packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"]
-    blend = Blend(sources, [0.5, 0.3, 0.2], list("abc"))
+    mixture = Mixture(MixtureCurve.constant({"a": 0.5, "b": 0.3, "c": 0.2}), 64)
+    blend = Blend({name: packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"}, mixture)
+
+    def rows(samples):
+        return [tuple(getattr(s, field).tolist() for field in ("tokens", "labels", "documents")) for s in samples]
 
     def step(first, batch, dp, micro):
-        rows = []
+        found = []
         for rank in range(dp):
-            for part in step_batches(
-                blend, first=first, global_batch=batch, micro_batch=micro, dp_rank=rank, dp=dp
-            ):  # fmt: skip
-                rows += [
-                    tuple(part[key][i].tolist() for i in range(micro)) for key in ("tokens", "labels", "documents")
-                ][:1]
-        return [row for group in rows for row in group]
+            for part in step_batches(blend, first=first, global_batch=batch, micro_batch=micro, dp_rank=rank, dp=dp):
+                found += zip(*(part[field].tolist() for field in ("tokens", "labels", "documents")))
+        return found
 
     batches = (8, 8, 16, 24)  # a ramp
-    whole = [blend.sample(n).tokens.tolist() for n in range(sum(batches))]
+    whole = rows(blend.sample(n) for n in range(sum(batches)))
     for dp, micro in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 2)):
         first, seen = 0, []
         for batch in batches:
             seen += step(first, batch, dp, micro)
             first += batch
         assert seen == whole, (dp, micro)
-    fresh = Blend([packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"], [0.5, 0.3, 0.2], list("abc"))
+    fresh = Blend({name: packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"}, mixture)
     for resumed_at in range(0, sum(batches), 5):  # what a resumed run knows is this number
-        assert fresh.sample(resumed_at).tokens.tolist() == whole[resumed_at]
+        assert rows([fresh.sample(resumed_at)]) == [whole[resumed_at]]
 
 
 def test_windows_that_are_isolated_end_where_a_document_ends():

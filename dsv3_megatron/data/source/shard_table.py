@@ -1,0 +1,240 @@
+"""The table of a folder's shards: a row each, memory-mapped, so that opening a folder costs the same at any size.
+
+Rows are sorted by source, split, part and number. The shards of a source's split are therefore one range, which the
+totals of the manifest tell. The table is written first and the manifest last, with the table's checksum in it: the
+folder is complete when the manifest is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from dsv3_megatron.data.source.shards import SPLITS, Manifest, Shard, Source, Split, Totals, file_sha256
+from parallel.errors import DataError
+
+TABLE = "shards.npy"
+ROW = np.dtype(
+    [
+        ("source", "<u4"),  # its number in the manifest
+        ("split", "u1"),  # its number in SPLITS
+        ("part", "<u2"),  # of a preparation in parts, from 1; 0 = made in one
+        ("number", "<u4"),  # in its part
+        ("documents", "<u8"),
+        ("tokens", "<u8"),
+        ("bin_bytes", "<u8"),
+        ("idx_bytes", "<u8"),
+        ("bin_sha256", "V32"),
+        ("idx_sha256", "V32"),
+        ("origin_sha256", "V32"),  # zeros = it is not known where its documents come from
+        ("first_file", "<u4"),  # origin of its first document
+        ("first_row", "<u8"),
+    ]
+)
+_NAME = re.compile(rf"(.+)/({'|'.join(SPLITS)})(?:_p(\d+))?_(\d+)")
+_THREADS = 32  # a network file system answers many at once, each after milliseconds
+_NOTHING = bytes(32)
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """A row of the table, as Python's values. ``origin_sha256`` is None where origins are not known."""
+
+    name: str
+    source: int
+    split: Split
+    part: int
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: bytes
+    idx_sha256: bytes
+    origin_sha256: bytes | None
+    first_file: int
+    first_row: int
+
+
+class ShardTable:
+    """The shards of a folder, by their numbers in it.
+
+    Args:
+        sources: of the manifest: names, and totals that tell ranges.
+        rows: [shards] of ``ROW``.
+    """
+
+    def __init__(self, sources: Sequence[Source], rows: np.ndarray):
+        self.names = [source.name for source in sources]
+        self.rows = rows
+        counts = [source.shards[split].shards for source in sources for split in SPLITS]
+        self._starts = list(accumulate(counts, initial=0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[ShardRow]:
+        return map(self.row, range(len(self)))
+
+    def row(self, number: int) -> ShardRow:
+        """Return what the table says of a shard."""
+        row = self.rows[number]
+        source, split, part, index = (int(row[key]) for key in ("source", "split", "part", "number"))
+        origin = row["origin_sha256"].tobytes()
+        return ShardRow(
+            name=f"{self.names[source]}/{SPLITS[split]}_{f'p{part:03d}_' if part else ''}{index:05d}",
+            source=source,
+            split=SPLITS[split],
+            part=part,
+            bin_sha256=row["bin_sha256"].tobytes(),
+            idx_sha256=row["idx_sha256"].tobytes(),
+            origin_sha256=None if origin == _NOTHING else origin,
+            **{
+                key: int(row[key])
+                for key in ("documents", "tokens", "bin_bytes", "idx_bytes", "first_file", "first_row")
+            },
+        )
+
+    def name(self, number: int) -> str:
+        """Return the path of a shard's files in the folder, without suffix."""
+        return self.row(number).name
+
+    def range_of(self, source: int, split: Split) -> range:
+        """Return the numbers of the shards of a source (its number in the manifest) and split."""
+        place = len(SPLITS) * source + SPLITS.index(split)
+        return range(self._starts[place], self._starts[place + 1])
+
+
+def open_table(folder: str | Path, manifest: Manifest) -> ShardTable:
+    """Return the table of a folder, memory-mapped; that of a version 1 manifest is made of its list.
+
+    Raises: DataError: the table is missing, damaged, or of another time than the manifest.
+    """
+    if manifest._listed is not None:
+        return ShardTable(manifest.sources, _rows(manifest.sources, manifest._listed))
+    path = Path(folder) / TABLE
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder anew") from None
+    shards = sum(source.shards[split].shards for source in manifest.sources for split in SPLITS)
+    if rows.dtype != ROW or len(rows) != shards:
+        raise DataError(
+            f"{path} has {len(rows)} rows, the manifest says {shards} shards; restore both or prepare the folder anew"
+        )
+    return ShardTable(manifest.sources, rows)
+
+
+def write_table(folder: str | Path, sources: Sequence[Source], shards: Iterable[Shard]) -> tuple[list[Source], str]:
+    """Write the table of shards, which may come in any order.
+
+    Returns: (the sources with the totals of their shards, SHA-256 of the table): what the manifest is written with,
+    after this.
+    """
+    rows = _rows(sources, shards)
+    path = Path(folder) / TABLE
+    temporary = path.with_name(f"{TABLE}.{os.getpid()}.partial")
+    with temporary.open("wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = file_sha256(temporary)
+    os.replace(temporary, path)
+    return [source.model_copy(update={"shards": _totals(rows, n)}) for n, source in enumerate(sources)], digest
+
+
+def _totals(rows: np.ndarray, source: int) -> dict[Split, Totals]:
+    found: dict[Split, Totals] = {}
+    for number, split in enumerate(SPLITS):
+        mine = rows[(rows["source"] == source) & (rows["split"] == number)]
+        found[split] = Totals(
+            shards=len(mine), documents=int(mine["documents"].sum()), tokens=int(mine["tokens"].sum())
+        )
+    return found
+
+
+def _rows(sources: Sequence[Source], shards: Iterable[Shard]) -> np.ndarray:
+    """Return the rows of shards, sorted. Raises: DataError: a name is not one that prepare_data gives."""
+    numbers = {source.name: number for number, source in enumerate(sources)}
+    found = []
+    for shard in shards:
+        named = _NAME.fullmatch(shard.name)
+        if named is None or named[1] not in numbers:
+            raise DataError(
+                f"shard {shard.name} is of none of the sources {', '.join(numbers)}, or is not named as prepare_data "
+                "names shards; prepare the folder anew"
+            )
+        found.append(
+            (
+                numbers[named[1]],
+                SPLITS.index(named[2]),  # type: ignore[arg-type]
+                int(named[3] or 0),
+                int(named[4]),
+                shard.documents,
+                shard.tokens,
+                shard.bytes["bin"],
+                shard.bytes["idx"],
+                *(np.void(bytes.fromhex(shard.sha256[suffix])) for suffix in ("bin", "idx")),  # type: ignore[index]
+                np.void(_NOTHING if shard.origin_sha256 is None else bytes.fromhex(shard.origin_sha256)),
+                shard.first_file,
+                shard.first_row,
+            )
+        )
+    return np.asarray(sorted(found, key=lambda row: row[:4]), dtype=ROW)
+
+
+def check_files(folder: str | Path, table: ShardTable, share: tuple[int, int] = (0, 1)) -> None:
+    """See that the .bin and .idx of shards are there with the sizes that they were written with.
+
+    Args:
+        share: (k, n): look at the k-th (from 0) of n equal runs of shards, so that n ranks look at each file once.
+    Raises: DataError: naming the first that is missing or cut.
+    """
+    rank, ranks = share
+    numbers = range(len(table) * rank // ranks, len(table) * (rank + 1) // ranks)
+
+    def fault(number: int) -> str | None:
+        row = table.row(number)
+        for suffix, size in (("bin", row.bin_bytes), ("idx", row.idx_bytes)):
+            file = f"{folder}/{row.name}.{suffix}"
+            try:
+                found = os.stat(file).st_size
+            except OSError as error:
+                return f"{file} is missing ({error.strerror}), the manifest says {size} bytes"
+            if found != size:
+                return f"{file} has {found} bytes, the manifest says {size} bytes"
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for found in pool.map(fault, numbers):
+            if found is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise DataError(f"{found}; restore it or prepare the folder anew")
+
+
+def check_table(folder: str | Path, manifest: Manifest) -> None:
+    """Read the table and compare its SHA-256. Raises: DataError: it is of another time than the manifest."""
+    if manifest._listed is None and (found := file_sha256(Path(folder) / TABLE)) != manifest.table_sha256:
+        raise DataError(
+            f"{Path(folder) / TABLE} has sha256 {found[:12]}.., the manifest says {manifest.table_sha256[:12]}..; "
+            "restore both or prepare the folder anew"
+        )
+
+
+def verify_checksums(folder: str | Path, manifest: Manifest) -> None:
+    """Read the table and every shard and compare their SHA-256. Raises: DataError: naming the first that differs."""
+    check_table(folder, manifest)
+    for shard in open_table(folder, manifest):
+        expected = {"bin": shard.bin_sha256, "idx": shard.idx_sha256, "origin.npy": shard.origin_sha256}
+        for suffix, digest in expected.items():
+            if digest is None:
+                continue
+            file = Path(folder) / f"{shard.name}.{suffix}"
+            if (found := file_sha256(file)) != digest.hex():
+                raise DataError(f"{file} has sha256 {found[:12]}.., the table says {digest.hex()[:12]}..; restore it")
