@@ -6,10 +6,10 @@ import os
 import signal
 from types import SimpleNamespace
 
-import dsv3_megatron.train.scoring as scoring
 import pytest
 import torch
 
+import dsv3_megatron.train.evaluation.scoring as scoring
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.report.panels import memory
 from launcher.command_line.console import step_line
