@@ -44,7 +44,7 @@ class TaskResult:
             if (value := getattr(self, name)) is not None:
                 measures.append(f"{name} {value:.4g}" if name == "perplexity" else f"{name} {value:.4f}")
         cut = f"; {self.cut:,} of {self.requests:,} texts were cut at the left to fit" if self.cut else ""
-        return f"{self.task}: {', '.join(measures)} ({self.examples:,} examples{cut})"
+        return f"{self.task}: {', '.join(measures)} ({self.examples:,} example{'s' * (self.examples != 1)}{cut})"
 
 
 def result_of(encoded: EncodedTask, log_likelihoods: np.ndarray, greedy: np.ndarray) -> TaskResult:

@@ -25,7 +25,8 @@ from dsv3_megatron.pipeline.scores import FIELDS
 from dsv3_megatron.train.step import mean_loss, run_pipeline
 
 GRAIN = 64  # requests are filled up to a multiple of so many tokens: kernels want even shapes, schedules few of them
-MICROBATCHES = 4  # of a round for each pipeline rank, 8 at least: a fifth of it at most is waiting
+MICROBATCHES = 4  # of a round of requests for each pipeline rank, 8 at least: a fifth of it at most is waiting
+MOST_MICROBATCHES = 256  # that a rank reads and schedules at once, however many sequences are evaluated
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class Scores:
 
 def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> Scores:
     """Return the scores of the first ``count`` sequences of a source, all of one length, ``micro_batch`` at a time."""
+    most = MOST_MICROBATCHES * micro_batch * parts.layout.dp
+    runs = [(first, min(most, count - first)) for first in range(0, count, most)]
+    found = np.concatenate([_score_run(parts, _From(source, first), many, micro_batch) for first, many in runs])
+    likelihoods, tokens, misses = found.T
+    return Scores(likelihoods, tokens, misses == 0)
+
+
+def _score_run(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> np.ndarray:
+    """Return the scores [count, 3] of sequences that go through the pipeline in one run of a schedule."""
     batches = _batches(parts, source, count, micro_batch)
     found = torch.zeros(
         parts.layout.dp, len(batches), micro_batch, len(FIELDS), dtype=torch.float64, device=parts.device
@@ -65,8 +75,17 @@ def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> S
     parts.watchdog.enter("the scores of an evaluation")
     dist.all_reduce(found)
     parts.watchdog.leave()
-    likelihoods, tokens, misses = found.flatten(0, 2)[:count].cpu().numpy().T
-    return Scores(likelihoods, tokens, misses == 0)
+    return found.flatten(0, 2)[:count].cpu().numpy()
+
+
+class _From:
+    """The sequences of a source from one on."""
+
+    def __init__(self, source: SampleSource, first: int):
+        self._source, self._first = source, first
+
+    def sample(self, number: int) -> Sample:
+        return self._source.sample(self._first + number)
 
 
 def _batches(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> list[Batch]:

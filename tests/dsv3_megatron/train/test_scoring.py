@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import dsv3_megatron.train.evaluation.scoring as scoring
 from dsv3_megatron.data.source.samples import Synthetic
 from dsv3_megatron.data.tasks.requests import Request
+from dsv3_megatron.megatron.replaced import replaced
 from dsv3_megatron.model.stage import forward_logits
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.evaluation.scoring import evaluate_batches, score, score_requests
@@ -56,8 +58,11 @@ def scores_of(case):
 
 def scored(parts, requests):
     source = Synthetic(parts.recipe.model.vocab_size, parts.recipe.data.sequence_length, seed=9)
+    with replaced(scoring, "MOST_MICROBATCHES", 2):
+        in_runs = score(parts, source, COUNT, parts.recipe.optim.micro_batch)
     return {
         "sequences": score(parts, source, COUNT, parts.recipe.optim.micro_batch),
+        "in runs": in_runs,
         "requests": score_requests(parts, requests),
         "loss": evaluate_batches(parts, step_batches_of(parts)),
     }
@@ -110,6 +115,12 @@ def test_the_loss_of_all_is_that_of_the_tokens_together(one):
     assert scores[1:3].loss == pytest.approx(-scores.log_likelihoods[1:3].mean() / 256)
 
 
+def test_many_sequences_are_scored_as_few_are(one):
+    whole, runs = one["found"]["sequences"], one["found"]["in runs"]
+    assert runs.log_likelihoods == pytest.approx(whole.log_likelihoods, rel=1e-9)
+    assert len(set(whole.log_likelihoods.round(3))) == COUNT, "their order is seen"
+
+
 def test_nothing_is_scored_when_the_run_is_to_stop(one):
     assert one["stopped"] == (None, [True]), "asked before every round, and not after a no"
 
@@ -119,7 +130,7 @@ def test_every_layout_finds_the_same(one, name):
     world, overrides = LAYOUTS[name]
     (ranks,) = run_ranks(world, scores_of, [Case(overrides, one["requests"])])
     for found in ranks:
-        for kind in ("sequences", "requests"):
+        for kind in ("sequences", "in runs", "requests"):
             mine, theirs = found[kind], one["found"][kind]
             assert mine.log_likelihoods == pytest.approx(theirs.log_likelihoods, abs=1e-4), (name, kind)
             assert (mine.tokens == theirs.tokens).all() and (mine.greedy == theirs.greedy).all(), (name, kind)
