@@ -56,6 +56,11 @@ class Recipe(BaseModel):
                 f"{self.run.abort_seconds:g}, after which nobody is left to tell; lower it"
             )
         self.evaluate.check()
+        if self.evaluate.tasks and self.data.source in ("synthetic", "recall"):
+            raise RecipeError(
+                f"evaluate.tasks = {list(self.evaluate.tasks)} are text, but data.source = {self.data.source} has no "
+                "tokenizer; use data=stdlib or data=indexed, or leave the tasks out"
+            )
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
         self._check_freeze()

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from parallel.errors import DataError
 
 
@@ -68,6 +69,12 @@ def read_task(path: str, most: int | None = None) -> Task:
     if not examples:
         raise DataError(f"evaluate.tasks: {path} holds no example; write one a line, or leave the file out")
     return Task(Path(path).stem, path, tuple(examples[:most]), tuple(lines[:most]))
+
+
+def check_tasks(settings: EvaluateSettings) -> None:
+    """Read the tasks of a recipe, before anything is started or submitted. Raises: DataError: as :func:`read_task`."""
+    for path in settings.tasks:
+        read_task(path)
 
 
 def _example(place: str, line: str) -> Example:

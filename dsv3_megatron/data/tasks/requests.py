@@ -62,15 +62,11 @@ class EncodedTask:
 def read_tasks(settings: EvaluateSettings, tokenizer: Tokenizer | None, sequence_length: int) -> list[EncodedTask]:
     """Return the tasks of a recipe, encoded.
 
-    Raises: DataError: a file is no task, a choice has no tokens or too many, or the data is no text.
+    Raises: DataError: a file is no task, or a choice has no tokens or too many.
     """
     if not settings.tasks:
         return []
-    if tokenizer is None:
-        raise DataError(
-            f"evaluate.tasks = {list(settings.tasks)} need text, but the data has no tokenizer; use data=stdlib or "
-            "data=indexed, or leave the tasks out"
-        )
+    assert tokenizer is not None, "Recipe.check lets no tasks through where the data is no text"
     return [encode(read_task(path, settings.examples), tokenizer, sequence_length) for path in settings.tasks]
 
 

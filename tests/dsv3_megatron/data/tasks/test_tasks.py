@@ -1,6 +1,7 @@
 """Task files and what is made of them: every mistake named by file and line, requests cut as documented, results."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from dsv3_megatron.data.tasks.results import result_of
 from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.names import BEGIN
+from launcher import submit
+from launcher.command_line import start_ranks
 from launcher.command_line.compose import compose
 from parallel.errors import DataError, RecipeError
 
@@ -91,10 +94,20 @@ def test_keys_without_effect_and_names_twice_are_refused(settings, said):
         compose(["recipe=dsv3_tiny", *words])
 
 
-def test_tasks_need_text(tmp_path):
-    with pytest.raises(DataError, match="need text, but the data has no tokenizer"):
-        read_tasks(EvaluateSettings(tasks=(written(tmp_path, GOOD),)), None, 16)
+@pytest.mark.parametrize("source", ["synthetic", "recall"])
+def test_tasks_need_text(source):
+    with pytest.raises(RecipeError, match=f"are text, but data.source = {source} has no tokenizer"):
+        compose(["recipe=dsv3_tiny", f"data={source}", "evaluate.tasks=[a.jsonl]"])
     assert read_tasks(EvaluateSettings(), None, 16) == []
+
+
+def test_a_bad_task_ends_a_start_before_torchrun_and_before_a_job(tmp_path):
+    words = [f"evaluate.tasks=[{written(tmp_path, GOOD, '{')}]", f"run.directory={tmp_path}/run"]
+    with pytest.raises(DataError, match=r"task.jsonl:2: Invalid JSON"):
+        start_ranks.train(["--nproc-per-node", "2", *words])
+    recipe = compose(["recipe=dsv3_tiny", *words])
+    with pytest.raises(DataError, match=r"task.jsonl:2: Invalid JSON"):
+        submit.send(SimpleNamespace(recipe=recipe), "", 1, test_only=True)
 
 
 def test_a_choice_without_tokens_or_with_too_many_is_named(tmp_path, tokenizer):
