@@ -34,11 +34,22 @@ def is_likeliest(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Te
         labels: [B, S] in the whole vocabulary.
         group: the tensor-parallel ranks, which hold the vocabulary in order.
     """
-    best, where = logits.max(-1)
-    where = where + group.rank() * logits.shape[-1]
+    size, first = logits.shape[-1], group.rank() * logits.shape[-1]
+    best, own = logits.amax(-1), labels - first
+    held = (own >= 0) & (own < size)
+    value = logits.gather(-1, own.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1)
+    _over(group, best, dist.ReduceOp.MAX)
+    chosen = _over(group, (held & (value == best)).int(), dist.ReduceOp.MAX).bool()
+    # Where one token lies is asked for few places only: it takes many times as long as how likely the likeliest is.
+    if chosen.any():
+        ahead, where = logits[chosen].max(-1)
+        where = (where + first).masked_fill(ahead < best[chosen], torch.iinfo(where.dtype).max)
+        chosen[chosen.clone()] = _over(group, where, dist.ReduceOp.MIN) == labels[chosen]
+    return chosen
+
+
+def _over(group: dist.ProcessGroup, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    """Return ``values`` reduced over the ranks of a group, in place."""
     if group.size() > 1:
-        overall = best.clone()
-        dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
-        where = where.masked_fill(best < overall, torch.iinfo(where.dtype).max)
-        dist.all_reduce(where, op=dist.ReduceOp.MIN, group=group)
-    return where == labels
+        dist.all_reduce(values, op=operation, group=group)
+    return values
