@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.source.samples import Sample, SampleSource
 from parallel.units import show_count
 
+if TYPE_CHECKING:
+    from dsv3_megatron.data.source.indexed import Piece
 
-class CountedSource(SampleSource, Protocol):
+
+class PackedSource(SampleSource, Protocol):
     """A supply of sequences that repeats itself after ``count`` of them."""
 
     count: int
+
+    def pieces(self, number: int) -> list[Piece]:
+        """Return the stretches of documents that sequence ``number`` is made of, in order."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Blend:
 
     def __init__(
         self,
-        sources: Mapping[str, CountedSource],
+        sources: Mapping[str, PackedSource],
         mixture: Mixture,
         at_source_end: Literal["repeat", "stop"] = "repeat",
     ):
@@ -50,6 +56,15 @@ class Blend:
         """Return sample ``number`` of the mixture."""
         source, inner = self.locate(number)
         return self.sources[source].sample(inner)
+
+    def pieces(self, number: int) -> tuple[str, list[Piece]]:
+        """Return the source of sample ``number``, and the stretches of documents in it, without reading text."""
+        source, inner = self.locate(number)
+        return self.names[source], self.sources[source].pieces(inner)
+
+    def excluded_tokens(self, numbers: Iterable[int]) -> int:
+        """Return how many places of these samples are left empty for excluded documents."""
+        return sum(piece.length for n in numbers for piece in self.pieces(n)[1] if piece.excluded)
 
     def epochs(self, first: int, stop: int) -> list[Epoch]:
         """Return where sources begin anew among samples ``first`` to ``stop``, in the order in which they do."""
