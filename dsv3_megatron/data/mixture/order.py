@@ -244,6 +244,20 @@ class Mixture:
         return None
 
 
+def moved(then: Mixture, now: Mixture, samples: int) -> list[str]:
+    """Return a line for each source of which another mixture counts more or fewer among the first ``samples`` samples,
+    all of which were read under ``then``: what comes next of it is not what came last and one."""
+    before, after = (dict(zip(mixture.names, mixture.counts(samples))) for mixture in (then, now))
+    lines = []
+    for name in now.names:
+        read, counted = before.get(name, 0), after[name]
+        if read > counted:
+            lines.append(f"{read - counted:,} sequences of source {name} are read again")
+        elif counted > read:
+            lines.append(f"{counted - read:,} sequences of source {name} are left out")
+    return lines
+
+
 def _due(piece: MixturePiece, name: str, length: int | None) -> Due | None:
     nothing = Fraction(0)
     first, last = piece.first.get(name, nothing), piece.last.get(name, nothing)

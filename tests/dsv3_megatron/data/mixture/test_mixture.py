@@ -216,6 +216,17 @@ def test_a_source_that_the_mixture_leaves_for_good_never_ends():
     assert only_a.samples_until_end(3) == 8
 
 
+def test_a_mixture_that_changes_what_was_read_already_is_told():
+    web = MixturePhase(until=80 * LENGTH, at={"a": 3, "b": 1})
+    kept = [web, MixturePhase(until=90 * LENGTH, at={"c": 1})]
+    then, later = (Mixture(build_mixture(phases), LENGTH) for phases in ([web], kept))
+    now = Mixture(MixtureCurve.constant({"a": 1, "c": 1}), LENGTH)
+    assert order.moved(then, later, 80) == []
+    assert order.moved(then, now, 80) == [
+        "20 sequences of source a are read again", "40 sequences of source c are left out",
+    ]  # fmt: skip
+
+
 BAD = {
     "[]": ("no phase",),
     "[{until: 0, at: {a: 1}}]": ("data.mixture[0].until = 0", "remove the phase"),
