@@ -56,9 +56,9 @@ def main(given: TraceArguments, overrides: list[str]) -> int:
     recipe.data.check_source()
     # torch, which a refused recipe need not wait for
     from dsv3_megatron.data.exclude import Exclusion, read_exclusion
-    from dsv3_megatron.data.trace import Tracer
     from dsv3_megatron.run.directory import RunDirectory
-    from dsv3_megatron.train.history import History, StepRead, foreseen
+    from dsv3_megatron.tracing.documents import Tracer
+    from dsv3_megatron.tracing.history import History, StepRead, foreseen
     from dsv3_megatron.train.progress import Progress
 
     def in_run(run: Path) -> StepRead:

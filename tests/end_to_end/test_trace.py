@@ -13,7 +13,7 @@ from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.tokenizer import Tokenizer
-from dsv3_megatron.data.trace import Tracer
+from dsv3_megatron.tracing.documents import Tracer
 from dsv3_megatron.train import batches as reading
 from launcher.command_line.compose import compose
 from launcher.data import main

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.data.mixture import order
 from dsv3_megatron.data.mixture.order import Mixture
-from dsv3_megatron.data.mixture.phases import MixtureCurve, build_mixture, mixture_of
+from dsv3_megatron.data.mixture.phases import MixtureCurve, build_mixture, mixture_of, mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings, MixturePhase
 from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.samples import Sample, step_batches
+from launcher.command_line.compose import compose
 from parallel.errors import DataError, RecipeError
 from testing.lanes import examples
 
@@ -245,13 +246,22 @@ BAD = {
 
 @pytest.mark.parametrize("mixture", BAD)
 def test_a_mixture_that_cannot_be_is_one_line(mixture):
-    from launcher.command_line.compose import compose
-
     with pytest.raises(RecipeError) as caught:
         compose(["data=indexed", "data.path=x", f"data.mixture={mixture}"])
     for part in BAD[mixture]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_example_anneals_in_whole_numbers():
+    data = compose(["recipe=dsv3_671b", "data=annealed", "data.path=shards"]).data
+    mixture = Mixture(mixture_of_recipe(data), data.sequence_length)
+    assert (mixture.names, data.sequence_length) == (["00_web", "01_code", "02_math", "03_textbooks"], 4096)
+    ends = [-(-tokens // 4096) for tokens in (13 * 10**12, 14_300 * 10**9, 14_800 * 10**9)]
+    counts = [mixture.counts(samples) for samples in (0, *ends)]
+    shares = [(0.8, 0.15, 0.05, 0), (0.65, 0.225, 0.125, 0), (0.2, 0.3, 0.4, 0.1)]  # of the middle one the mean
+    for before, after, first, stop, share in zip(counts, counts[1:], (0, *ends), ends, shares):
+        assert all(abs(b - a - (stop - first) * s) < 1.01 for a, b, s in zip(before, after, share))
 
 
 def test_a_mixture_belongs_to_shards_and_stands_alone():

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_megatron.data.exclude import read_exclusion
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.train.history import History
+from dsv3_megatron.tracing.history import History
 from parallel.errors import RecipeError
 from testing.training.tiny import small_recipe
 
