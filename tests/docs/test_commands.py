@@ -123,7 +123,7 @@ def folder(tmp_path_factory):
         assert in_process("launcher/export_hf.py", ["run=runs/demo", "output=exported"]) == 0
         publish(folder / "Moonlight-16B-A3B", old_text(folder / "general"), steps=2)
         own_text(folder / "own")
-        words = ["input=code", "output=tokenizer.json", "vocab_size=300"]
+        words = ["input=code,web.jsonl.zst", "output=tokenizer.json", "vocab_size=300"]
         assert in_process("launcher/train_tokenizer.py", words) == 0
         published = "runs/moonlight_16b_published"
         words = ["input=Moonlight-16B-A3B", f"output={published}", "recipe=moonlight_16b", "processes=1"]
@@ -131,7 +131,7 @@ def folder(tmp_path_factory):
         for text in ("own", "general"):
             words = [f"input={text}", f"output={text}_shards", f"tokenizer={published}", "held_out=0.1"]
             assert in_process("launcher/prepare_data.py", words) == 0
-        words = ["input=code,web.jsonl.zst", "output=shards", "tokenizer=tokenizer.json", "held_out=0.1"]
+        words = ["input=code,web.jsonl.zst", "output=shards", "tokenizer=tokenizer.json", "held_out=0.03"]
         assert in_process("launcher/prepare_data.py", words) == 0
         words = ["recipe=dsv3_tiny", "data=indexed", "data.path=shards", "run.steps=2", "run.name=mine", *TINY]
         assert in_process("launcher/pretrain.py", words) == 0
