@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.source.fim import Middle, restored
+from dsv3_megatron.data.source.origins import document_origin
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.tracing.documents import Tracer
 from dsv3_megatron.train import batches as reading
@@ -296,6 +298,22 @@ def test_an_excluded_document_is_fed_nowhere_in_an_epoch_and_all_others_stay(sha
             np.testing.assert_array_equal(mine[~out], theirs[~out])
         np.testing.assert_array_equal(before.documents, after.documents)
         assert left.train.excluded_tokens([number]) == out.sum()
+
+
+def test_a_held_out_document_can_be_excluded_too(shards, tmp_path):
+    words = [*SMALL, *keys(shards, tmp_path, "data.held_out_sequences=1000")]
+    settings = compose(words).data
+    folder = ShardFolder.of(settings)
+    shard = folder.table.range_of(1, "held_out")[0]
+    origin = document_origin(folder.path, folder.manifest, folder.table, shard, 0)
+    file = tmp_path / "leave_out.jsonl"
+    file.write_text(json.dumps({"source": origin.source, "file": origin.file, "row": origin.row}) + "\n")
+    every, some = (build(compose(w).data, vocab_size=320, seed=1) for w in (words, [*words, f"data.exclude={file}"]))
+    assert every.held_out.count == some.held_out.count
+    numbers = range(every.held_out.count)
+    lost = sum(every.held_out.sample(n).weights.sum() - some.held_out.sample(n).weights.sum() for n in numbers)
+    tokenizer = Tokenizer.load(shards / "out" / "tokenizer.json")
+    assert lost == len(document(shards, {"source": origin.source, "file": origin.file, "row": origin.row}, tokenizer))
 
 
 def test_gradients_of_steps_with_excluded_documents_are_those_of_one_process(shards, tmp_path):

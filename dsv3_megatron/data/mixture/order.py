@@ -26,7 +26,7 @@ import numpy as np
 from dsv3_megatron.data.mixture.phases import MixtureCurve, MixturePiece
 
 BLOCK = 1 << 14  # samples whose turns are worked out together
-_KEPT = 4  # blocks that are remembered
+_KEPT = 16  # blocks that are remembered: samples are read some steps ahead of those that are told of
 
 
 class Moment(NamedTuple):
@@ -101,10 +101,10 @@ class Stretch:
         """Return the turns that each source had in the first ``samples`` samples."""
         number, place = divmod(samples, BLOCK)
         counts = list(self._state(number * BLOCK))
-        if place:
-            for source in self._block(number).whose[:place].tolist():
-                counts[source] += 1
-        return counts
+        if not place:
+            return counts
+        more = np.bincount(self._block(number).whose[:place], minlength=len(counts))
+        return [count + int(extra) for count, extra in zip(counts, more)]
 
     def sample_of(self, source: int, turn: int) -> int | None:
         """Return the sample that is a source's turn; None: the phase ends before, or surely does."""

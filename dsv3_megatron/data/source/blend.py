@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -68,18 +68,15 @@ class Blend:
 
     def epochs(self, first: int, stop: int) -> list[Epoch]:
         """Return where sources begin anew among samples ``first`` to ``stop``, in the order in which they do."""
-        found = [epoch for source in range(len(self.sources)) for epoch in self._epochs(source, first, stop)]
+        found = []
+        both = zip(self.mixture.counts(first), self.mixture.counts(stop))
+        for source, (before, after) in enumerate(both):
+            count = self.sources[source].count
+            for epoch in range(max(1, -(-before // count)), -(-after // count)):
+                sample = self.mixture.number_of(source, epoch * count)
+                assert sample is not None, "its number lies below the samples that are read"
+                found.append(Epoch(self.names[source], epoch + 1, sample))
         return sorted(found, key=lambda epoch: epoch.sample)
-
-    def _epochs(self, source: int, first: int, stop: int) -> Iterator[Epoch]:
-        count, read = self.sources[source].count, self.mixture.counts(first)[source]
-        begins = max(1, -(-read // count))
-        last = self.mixture.counts(stop)[source]
-        while begins * count < last:
-            sample = self.mixture.number_of(source, begins * count)
-            assert sample is not None, "its number lies below the samples that are read"
-            yield Epoch(self.names[source], begins + 1, sample)
-            begins += 1
 
     def samples_until_end(self, number: int) -> int | None:
         """Return how many samples from ``number`` on are left before one would be of a source's second epoch, where a
