@@ -1,8 +1,8 @@
-"""Look into token shards and what runs read of them: python launcher/data.py trace|merge|pack key=value ...
+"""Work on token shards, and see what runs read of them: python launcher/data.py COMMAND key=value ...
 
-    python launcher/data.py trace run=RUN_DIRECTORY step=12000     the documents of a step by name, as JSON lines
+    python launcher/data.py trace run=RUN_DIRECTORY step=N     the documents of a step by name, as JSON lines
 
-python launcher/data.py COMMAND --help tells all of one. Keys are those of the command.
+Keys are those of the command: python launcher/data.py COMMAND --help tells all of one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launcher.command_line.schema import nearest
 from launcher.command_line.typed import as_typed
 from parallel.errors import RecipeError
 
-COMMANDS = ("trace",)
+COMMANDS = ("trace",)  # modules of launcher/data_commands
 
 
 def main(words: Sequence[str]) -> int:
