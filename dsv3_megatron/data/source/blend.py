@@ -104,7 +104,7 @@ class Blend:
                 second = self.mixture.number_of(source, count)
                 assert second is not None, "it lies among the samples of the run"
                 lines.append(
-                    f"source {name} is read {read / count:.2g} times: its second epoch begins after "
+                    f"source {name} is read {read / count:,.1f} times: its second epoch begins after "
                     f"{show_count(second * sequence_length)} tokens"
                 )
         return lines

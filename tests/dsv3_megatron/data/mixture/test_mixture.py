@@ -204,7 +204,7 @@ def test_epochs_are_told_where_a_source_begins_anew():
     assert blend.samples_until_end(0) is None, "a source that is repeated ends nothing"
     (line, *_) = blend.told_epochs(150, LENGTH)
     assert (
-        line == f"source a is read {inner[0] / 20:.2g} times: its second epoch begins after {first[2] * LENGTH} tokens"
+        line == f"source a is read {inner[0] / 20:.1f} times: its second epoch begins after {first[2] * LENGTH} tokens"
     )
     assert phased().told_epochs(150, LENGTH) == [] and phased().epochs(0, 150) == []
 
