@@ -18,8 +18,20 @@ _COLOURS = 5  # that a chart has
 def losses(facts: RunFacts) -> str:
     """Main, MTP and held-out loss."""
     series = [Series("next token", facts.curve("lm_loss")), Series("MTP", facts.curve("mtp_loss"))]
-    series.append(Series("held out", facts.held_out(), "dots"))
+    series.append(Series("held out", facts.by_tokens(facts.events.held_out), "dots"))
     return draw(Chart(series, "tokens", "nats per token", lambda v: f"{v:.3f}", _marks(facts)))
+
+
+def held_out(facts: RunFacts) -> str:
+    """Held-out loss of every source."""
+    series = [Series(name, facts.by_tokens(values)) for name, values in sorted(facts.events.sources.items())]
+    return draw(Chart(series, "tokens", "nats per token", lambda v: f"{v:.3f}"))
+
+
+def tasks(facts: RunFacts) -> str:
+    """Accuracy in every task."""
+    series = [Series(name, facts.by_tokens(values)) for name, values in sorted(facts.events.tasks.items())]
+    return draw(Chart(series, "tokens", "share right (acc)", lambda v: f"{v:.3f}"))
 
 
 def learning_rate(facts: RunFacts) -> str:
@@ -172,6 +184,8 @@ def _marks(facts: RunFacts) -> list[tuple[float, str]]:
 
 PANELS: dict[str, Callable[[RunFacts], str]] = {
     "Loss": losses,
+    "Held-out loss by source": held_out,
+    "Tasks": tasks,
     "Gradient norm": gradient_norm,
     "Learning rate": learning_rate,
     "Batch": batch,

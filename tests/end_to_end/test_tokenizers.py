@@ -125,6 +125,26 @@ def imported(folder, output, *more):
     return import_hf.main([f"input={folder}", f"output={output}", "processes=1", *more])
 
 
+def test_an_export_names_what_it_was_trained_with_and_an_import_takes_no_other_tokenizer(
+    place, run, exported, tmp_path, capsys
+):
+    content = read_content(newest_valid(run / "checkpoints")[0])
+    metadata = json.loads((exported / "model.safetensors.index.json").read_text())["metadata"]
+    assert metadata["trained_with"] == {"tokenizer": content["tokenizer"], "data": content["data"]}
+    shutil.copytree(exported, tmp_path / "changed")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place / "other" / file, tmp_path / "changed" / file)
+    names = [Tokenizer.load(place / name).name for name in ("one", "other")]
+    with pytest.raises(CheckpointError) as refused:
+        imported(tmp_path / "changed", tmp_path / "refused")
+    assert f"its weights were trained with tokenizer {names[0]}, not {names[1]}; " in str(refused.value)
+    assert imported(tmp_path / "changed", tmp_path / "wanted", "allow_other=true") == 0
+    assert "allow_other = true" in capsys.readouterr().out
+    assert imported(exported, tmp_path / "run") == 0
+    stored = read_content(newest_valid(tmp_path / "run" / "checkpoints")[0])
+    assert stored["trained_on"] == content["data"] and stored["tokenizer"] == content["tokenizer"]
+
+
 def test_an_import_knows_its_tokenizer(place, run, exported, tmp_path, capsys):
     assert imported(exported, tmp_path / "run") == 0
     said = capsys.readouterr().out
@@ -146,7 +166,7 @@ def test_an_import_knows_its_tokenizer(place, run, exported, tmp_path, capsys):
 def test_an_import_with_another_models_tokenizer_is_not_evaluated_on_the_data(place, exported, tmp_path):
     wrong = shutil.copytree(exported, tmp_path / "wrong")
     shutil.copyfile(place / "other" / "tokenizer.json", wrong / "tokenizer.json")
-    assert imported(wrong, tmp_path / "run") == 0
+    assert imported(wrong, tmp_path / "run", "allow_other=true") == 0
     with pytest.raises(CheckpointError, match="was trained with tokenizer .*, not ") as error:
         evaluate.main([f"run={tmp_path / 'run'}"])
     assert "\n" not in str(error.value)

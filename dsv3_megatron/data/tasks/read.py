@@ -74,10 +74,8 @@ def _example(place: str, line: str) -> Example:
     try:
         example = Example.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{place}: {f'{field}: ' if field else ''}{first['msg']}; an example is "
+            f"{place}: {_problem(error)}; an example is "
             '{"context": "...", "choices": ["...", ...], "answer": 0} and may have an "id"'
         ) from None
     if example.answer >= len(example.choices):
@@ -85,3 +83,13 @@ def _example(place: str, line: str) -> Example:
             f"{place}: answer = {example.answer}, but there are {len(example.choices)} choices; count them from 0"
         )
     return example
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field, said = ".".join(map(str, first["loc"])), first["msg"]
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{field} is no field of an example"
+    return f"{field}: {said[:1].lower()}{said[1:]}" if field else said

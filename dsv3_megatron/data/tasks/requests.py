@@ -1,7 +1,8 @@
 """Examples -> tokens whose likelihood a model is asked for, cut where lm-evaluation-harness cuts (its HFLM, 0.4.13):
 
 - blanks and line breaks at the end of the context belong to the continuation;
-- context and continuation are encoded as one text, and what is longer than the encoded context is scored;
+- context and continuation are encoded as one text, of which the tokens after as many as the context alone has are
+  scored; they are read after those of the context alone, which differ where a token would cover the border;
 - without a context the begin token (or the end token) stands for it;
 - what does not fit into a sequence is cut off from the left.
 """
@@ -81,12 +82,11 @@ def encode(task: Task, tokenizer: Tokenizer, sequence_length: int) -> EncodedTas
     texts = [task.examples[example].context + task.examples[example].choices[choice] for example, choice in places]
     requests = []
     prefix = tokenizer.end if tokenizer.begin is None else tokenizer.begin
-    for (example, choice), ids in zip(places, tokenizer.encode_prompts(texts)):
-        before = len(ids_of_heads[example])
-        if not heads[example]:
-            ids = ids if len(ids) and ids[0] == prefix else np.concatenate([[prefix], ids])
-            before = 1
-        scored = len(ids) - before
+    for (example, choice), whole in zip(places, tokenizer.encode_prompts(texts)):
+        before = ids_of_heads[example] if heads[example] else np.asarray([prefix])
+        if not heads[example] and len(whole) and whole[0] != prefix:
+            whole = np.concatenate([before, whole])
+        ids, scored = np.concatenate([before, whole[len(before) :]]), len(whole) - len(before)
         if not 1 <= scored <= sequence_length:
             what = "adds no token to the context" if scored < 1 else f"has {scored:,} tokens"
             raise DataError(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_megatron.checkpoint import te_amaxes
-from dsv3_megatron.data.source.samples import Sample, SampleSource, evaluation_batches
+from dsv3_megatron.data.source.samples import Sample, SampleSource, blank_batches, evaluation_batches
 from dsv3_megatron.data.tasks.requests import Request
 from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.pipeline.parts import Parts
@@ -54,9 +54,7 @@ class Scores:
 
 def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> Scores:
     """Return the scores of the first ``count`` sequences of a source, all of one length, ``micro_batch`` at a time."""
-    batches = evaluation_batches(
-        source, count=count, micro_batch=micro_batch, dp_rank=parts.data_rank, dp=parts.layout.dp
-    )
+    batches = _batches(parts, source, count, micro_batch)
     found = torch.zeros(
         parts.layout.dp, len(batches), micro_batch, len(FIELDS), dtype=torch.float64, device=parts.device
     )
@@ -69,6 +67,14 @@ def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> S
     parts.watchdog.leave()
     likelihoods, tokens, misses = found.flatten(0, 2)[:count].cpu().numpy().T
     return Scores(likelihoods, tokens, misses == 0)
+
+
+def _batches(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> list[Batch]:
+    """Return this rank's microbatches; without text where its stages look at none."""
+    if not parts.reads_samples:
+        length = len(source.sample(0).tokens)
+        return blank_batches(-(-count // (parts.layout.dp * micro_batch)), micro_batch, length)
+    return evaluation_batches(source, count=count, micro_batch=micro_batch, dp_rank=parts.data_rank, dp=parts.layout.dp)
 
 
 def score_requests(

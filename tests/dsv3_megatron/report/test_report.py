@@ -52,7 +52,18 @@ def run(tmp_path_factory):
     stamp = "2026-01-01T00:0{}:00+00:00"
     events = [
         {"event": "started", "time": stamp.format(0)},
-        {"event": "held_out", "time": stamp.format(1), "step": 20, "held_out_loss": 1.5, "bits_per_byte": 1.0},
+        {
+            "event": "held_out",
+            "time": stamp.format(1),
+            "step": 20,
+            "held_out_loss": 1.5,
+            "bits_per_byte": 1.0,
+            "held_out/<i>web": 1.25,
+            "bits_per_byte/<i>web": 0.5,
+            "held_out/code": 1.75,
+        },
+        {"event": "task", "time": stamp.format(1), "step": 20, "task": "quiz", "acc": 0.25, "acc_norm": 0.5},
+        {"event": "task", "time": stamp.format(2), "step": 21, "task": "quiz", "acc": 0.75},
         {"event": "saved", "time": stamp.format(1), "step": 20, "path": "step_20", "stall_seconds": 1.0},
         {"event": "resumed", "time": stamp.format(2), "step": 20, "path": "step_20"},
         {"event": "skipped", "time": stamp.format(3), "step": 40, "reason": "<b>gradient</b>"},
@@ -88,6 +99,14 @@ def test_a_mixture_is_drawn_where_the_recipe_has_one(run):
     panel = PANELS["Mixture of sources"](facts)
     assert all(f"</i>{name}<" in panel for name in ("s0", "s6", "s5", "s4", "3 others"))
     assert "Mixture of sources" in page(facts)
+
+
+def test_sources_and_tasks_have_curves(run):
+    facts = read_run(run)
+    assert facts.by_tokens(facts.events.sources["code"]) == [(20 * 4096, 1.75)]
+    assert facts.by_tokens(facts.events.tasks["quiz"]) == [(20 * 4096, 0.25), (21 * 4096, 0.75)]
+    assert "&lt;i&gt;web <b>1.250</b>" in PANELS["Held-out loss by source"](facts)
+    assert "quiz <b>0.750</b>" in PANELS["Tasks"](facts)
 
 
 def test_what_others_wrote_cannot_become_markup(run):

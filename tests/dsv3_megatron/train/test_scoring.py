@@ -28,6 +28,7 @@ LAYOUTS = {
     "interleaved": (2, ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2")),
     "dualpipev": (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev")),
     "TP2 CP2": (4, ("parallel.tensor=2", "parallel.context=2")),
+    "PP4": (4, ("parallel.pipeline=4",)),
     "TP2 PP2": (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.schedule=zb1p")),
     "dualpipe EP2": (4, ("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.expert=2")),
 }
