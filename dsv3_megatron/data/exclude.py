@@ -106,18 +106,24 @@ def find_excluded(folder: str | Path, manifest: Manifest, table: ShardTable, exc
     first_line: dict[Origin, int] = {}
     for origin, line in exclusion.documents:
         first_line.setdefault(origin, line)
-    for origin, line in first_line.items():
-        here = f"data.exclude = {exclusion.path}, line {line}"
+    wrong: dict[int, str] = {}
+    for origin in sorted(
+        first_line, key=lambda origin: (origin.source, origin.file, origin.row)
+    ):  # neighbours together
         try:
             places = find_documents(folder, manifest, table, origin.source, origin.file, origin.row)
         except DataError as error:
-            raise DataError(f"{here}: {error.args[0]}") from None
-        if not places:
-            raise DataError(
-                f"{here}: row {origin.row} of {origin.file} gave source {origin.source} no document; remove the line"
-            )
+            places, wrong[first_line[origin]] = [], str(error.args[0])
+        else:
+            if not places:
+                wrong[first_line[origin]] = (
+                    f"row {origin.row} of {origin.file} gave source {origin.source} no document; remove the line"
+                )
         for shard, document in places:
             found[shard].add(document)
+    if wrong:
+        line = min(wrong)
+        raise DataError(f"data.exclude = {exclusion.path}, line {line}: {wrong[line]}")
     return Excluded({shard: np.asarray(sorted(documents), dtype=np.int64) for shard, documents in found.items()})
 
 

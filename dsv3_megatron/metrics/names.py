@@ -10,6 +10,7 @@ from typing import Any
 GROUPS: dict[str, tuple[str, ...]] = {
     "train": (
         "step", "tokens", "samples", "loss", "lm_loss", "learning_rate", "grad_norm", "global_batch", "skipped",
+        "excluded_tokens",
     ),
     "mtp": ("mtp_loss",),
     "moe": (

@@ -22,7 +22,8 @@ class StepMetrics:
     """One line of metrics.jsonl. Losses are means over the tokens of the whole global batch, in nats.
 
     ``samples`` is the number of the first sample that the next step reads: it runs ahead of ``tokens`` by what a
-    roll-back or an exclusion has stepped over.
+    roll-back or an exclusion has stepped over. ``excluded_tokens`` are the places of this step's sequences that
+    documents left out by name would fill (null where none are).
 
     ``loss`` is the training objective (lm + weighted MTP + weighted balance), ``mtp_loss`` the unweighted mean over
     MTP depths, ``balance_loss`` the weighted sum over layers. ``bubble_fraction`` is the measured share of the step
@@ -65,6 +66,7 @@ class StepMetrics:
     update_seconds: float | None = None
     slowest_rank: int | None = None
     slowest_ratio: float | None = None
+    excluded_tokens: int | None = None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

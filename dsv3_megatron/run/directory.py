@@ -53,10 +53,9 @@ class RunDirectory:
         """One JSON object for each thing that is no step: started, resumed, saved, save_failed."""
         return self.path / "events.jsonl"
 
-    @property
-    def excluded(self) -> Path:
-        """What of the data is left out (data.exclude), as it was when the run last started."""
-        return self.path / "excluded.jsonl"
+    def excluded(self, sha256: str) -> Path:
+        """What of the data some starts of the run left out (data.exclude); events.jsonl says which starts."""
+        return self.path / f"excluded_{sha256[:8]}.jsonl"
 
     @property
     def finished(self) -> Path:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.source.ahead import ReadAhead
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.samples import blank_batches, sample_numbers, share_of_step
@@ -36,11 +38,14 @@ class StepBatches:
     Attributes:
         microbatches: each [B, S] tokens, labels, position_ids, loss_mask, and documents where they are isolated.
         waited_seconds: how long the step had to wait for them.
+        excluded_tokens: places of the whole step's samples that excluded documents leave empty; None where none are
+            excluded, and on all ranks but the first, which writes it down.
     """
 
     samples: StepSamples
     microbatches: list[dict[str, Tensor]]
     waited_seconds: float
+    excluded_tokens: int | None = None
 
 
 class BatchReader:
@@ -50,6 +55,7 @@ class BatchReader:
         """Take what says how many samples a step has, and what they are."""
         self._parts, self._source, self._regime = parts, data.train, regime
         self._excluded = data.exclusion.samples
+        self._counts_excluded = bool(data.exclusion.documents) and dist.get_rank() == 0
         self._ahead = ReadAhead(self._read)
 
     def take(self, progress: Progress) -> StepBatches:
@@ -59,8 +65,8 @@ class BatchReader:
         """
         start = time.perf_counter()
         now, *following = self._steps(progress, 1 + self._parts.recipe.data.read_ahead)
-        microbatches = self._ahead.take(now, following)
-        return StepBatches(now, microbatches, time.perf_counter() - start)
+        microbatches, excluded = self._ahead.take(now, following)
+        return StepBatches(now, microbatches, time.perf_counter() - start, excluded)
 
     def following(self, progress: Progress) -> StepSamples:
         """Return the samples of the step that follows ``progress``."""
@@ -79,10 +85,16 @@ class BatchReader:
             yield StepSamples(first, count, after)
             tokens, first = tokens + count * self._regime.sequence_length, after
 
-    def _read(self, samples: StepSamples) -> list[dict[str, Tensor]]:
+    def _read(self, samples: StepSamples) -> tuple[list[dict[str, Tensor]], int | None]:
+        """Return this rank's microbatches, and what :class:`StepBatches` says of excluded tokens."""
         recipe, dp = self._parts.recipe, self._parts.layout.dp
-        micro_batch = recipe.optim.micro_batch
-        if not self._parts.reads_samples:
-            return blank_batches(samples.count // dp // micro_batch, micro_batch, recipe.data.sequence_length)
+        micro_batch, excluded = recipe.optim.micro_batch, None
         numbers, _ = sample_numbers(samples.first, samples.count, self._excluded)
-        return share_of_step(self._source, numbers, micro_batch=micro_batch, dp_rank=self._parts.data_rank, dp=dp)
+        if self._counts_excluded:
+            assert isinstance(self._source, Blend), "documents are excluded by name from shards alone"
+            excluded = self._source.excluded_tokens(numbers)
+        if not self._parts.reads_samples:
+            blank = blank_batches(samples.count // dp // micro_batch, micro_batch, recipe.data.sequence_length)
+            return blank, excluded
+        rank = self._parts.data_rank
+        return share_of_step(self._source, numbers, micro_batch=micro_batch, dp_rank=rank, dp=dp), excluded

@@ -73,8 +73,8 @@ class Journal:
 
     def keep_exclusion(self, exclusion: Exclusion) -> None:
         """Keep what is left out, whatever becomes of the file that said so."""
-        if self.speaks:
-            self.files.replace(self.directory.excluded, exclusion.text)
+        if self.speaks and exclusion.sha256 is not None:
+            self.files.replace(self.directory.excluded(exclusion.sha256), exclusion.text)
 
     def note(self, text: str) -> None:
         """Tell a person."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dsv3_megatron.data.source.blend import Blend
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
@@ -29,7 +29,7 @@ class CompletedStep:
         global_batch: its sequences over all ranks.
         tokens: of the whole batch.
         seconds: from the first sample to the last metric, on this rank.
-        columns: of metrics.jsonl, filled in by callbacks before the one that writes it.
+        columns: more of metrics.jsonl; callbacks before the one that writes it may add to them.
     """
 
     values: StepValues
@@ -194,7 +194,8 @@ class Trainer:
         progress.samples = read.samples.next
         progress.tokens += tokens
         progress.skipped += result.skipped
-        return CompletedStep(values, result, batch, tokens, time.perf_counter() - start)
+        columns = {} if read.excluded_tokens is None else {"excluded_tokens": read.excluded_tokens}
+        return CompletedStep(values, result, batch, tokens, time.perf_counter() - start, columns)
 
     def _values(self) -> StepValues:
         """Return what the regime says of the step that follows."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dsv3_megatron.data.mixture.phases import MixtureCurve, mixture_of_recipe
+from dsv3_megatron.data.mixture.phases import MixtureCurve, MixturePiece, mixture_of_recipe
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
@@ -39,15 +41,15 @@ def show_regime(recipe: Recipe, *, as_json: bool, at: int | None = None, svg: Pa
         return "\n".join(f"{name:<16} {value}" for name, value in named.items())
     end = _end(recipe, regime)
     rows = [values_at(regime, tokens) for tokens in moments(regime, end)]
-    mixed = [] if mixture is None else [(tokens, mixture(tokens)) for tokens in edges_of(mixture, end)]
+    mixed = [] if mixture is None else [piece for piece in mixture.pieces if piece.start < end]
     if as_json:
-        found = {"recipe": recipe.recipe, "tokens": end, "steps": _step(regime, end), "phases": rows}
+        found: dict[str, Any] = {"recipe": recipe.recipe, "tokens": end, "steps": _step(regime, end), "phases": rows}
         if mixed:
-            found["mixture"] = [{"tokens": tokens, **shares} for tokens, shares in mixed]
+            found["mixture"] = [_phase(piece) for piece in mixed]
         return json.dumps(found)
     svg = svg or Path(f"{recipe.recipe}_regime.svg")
     plot(recipe.recipe, regime, end, svg, mixture)
-    return f"{_table(recipe, regime, rows, end)}{_table_of_shares(regime, mixed)}\nplot: {svg}"
+    return f"{_table(recipe, regime, rows, end)}{_table_of_shares(regime, mixture, mixed)}\nplot: {svg}"
 
 
 def values_at(regime: Regime, tokens: int) -> dict[str, float | int]:
@@ -108,16 +110,24 @@ def _table(recipe: Recipe, regime: Regime, rows: list[dict[str, float | int]], e
     return "\n".join(lines)
 
 
-def _table_of_shares(regime: Regime, rows: list[tuple[int, dict[str, float]]]) -> str:
-    """Return the mixture as a table, "" where the recipe names none."""
-    if not rows:
+def _phase(piece: MixturePiece) -> dict[str, Any]:
+    """Return a phase of the mixture as plain values; ``until`` null: the last."""
+    at, to = ({name: float(share) for name, share in table.items()} for table in (piece.first, piece.last))
+    return {"tokens": piece.start, "until": piece.end, "at": at, "to": to}
+
+
+def _table_of_shares(regime: Regime, mixture: MixtureCurve | None, pieces: Sequence[MixturePiece]) -> str:
+    """Return the phases of the mixture as a table, "" where the recipe names none."""
+    if mixture is None:
         return ""
-    widths = {name: max(14, len(name)) for name in ("tokens", "step", *rows[0][1])}
+    widths = {name: max(14, len(name)) for name in ("tokens", "step", *mixture.names)}
     lines = ["", "", "share of samples of each source:", ""]
     lines.append("  ".join(f"{name:>{width}}" for name, width in widths.items()))
-    for tokens, shares in rows:
-        shown = {"tokens": _exact(tokens), "step": f"{_step(regime, tokens):,}"}
-        shown |= {name: f"{share:.4g}" for name, share in shares.items()}
+    for piece in pieces:
+        shown = {"tokens": _exact(piece.start), "step": f"{_step(regime, piece.start):,}"}
+        for name in mixture.names:
+            first, last = (f"{float(table.get(name, 0)):.4g}" for table in (piece.first, piece.last))
+            shown[name] = first if first == last else f"{first} to {last}"
         lines.append("  ".join(f"{shown[name]:>{width}}" for name, width in widths.items()))
     return "\n".join(lines)
 

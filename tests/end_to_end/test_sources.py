@@ -85,4 +85,14 @@ def test_samples_that_are_excluded_are_stepped_over_and_what_said_so_is_kept(sha
     assert some[0]["lm_loss"] == every[0]["lm_loss"] and some[1]["lm_loss"] != every[1]["lm_loss"]
     (event,) = events(tmp_path / "some", "excluded")
     assert event["path"] == str(leave_out) and len(event["sha256"]) == 64
-    assert (tmp_path / "some" / "excluded.jsonl").read_text() == leave_out.read_text()
+    assert (tmp_path / "some" / f"excluded_{event['sha256'][:8]}.jsonl").read_text() == leave_out.read_text()
+
+
+def test_a_resume_tells_of_sources_that_do_not_go_on_where_they_stand(shards, tmp_path):
+    assert refusal(train(1, *keys(shards, tmp_path, "run.steps=2"))) is None
+    notes = train(1, *keys(shards, tmp_path, "run.steps=3", "data.weights={00_large: 3, 01_small: 1}"))
+    told = [note for note in notes if note.startswith("warning: data.weights is another")]
+    assert [note.split("read: ")[1].split(";")[0] for note in told] == [
+        "4 sequences of source 00_large are left out", "4 sequences of source 01_small are read again",
+    ]  # fmt: skip
+    assert len(events(tmp_path, "source_moved")) == 2

@@ -26,7 +26,7 @@ import numpy as np
 from dsv3_megatron.data.mixture.phases import MixtureCurve, MixturePiece
 
 BLOCK = 1 << 14  # samples whose turns are worked out together
-_KEPT = 4  # blocks that are remembered
+_KEPT = 16  # blocks that are remembered: samples are read some steps ahead of those that are told of
 
 
 class Moment(NamedTuple):
@@ -101,10 +101,10 @@ class Stretch:
         """Return the turns that each source had in the first ``samples`` samples."""
         number, place = divmod(samples, BLOCK)
         counts = list(self._state(number * BLOCK))
-        if place:
-            for source in self._block(number).whose[:place].tolist():
-                counts[source] += 1
-        return counts
+        if not place:
+            return counts
+        more = np.bincount(self._block(number).whose[:place], minlength=len(counts))
+        return [count + int(extra) for count, extra in zip(counts, more)]
 
     def sample_of(self, source: int, turn: int) -> int | None:
         """Return the sample that is a source's turn; None: the phase ends before, or surely does."""
@@ -242,6 +242,20 @@ class Mixture:
                 if found is not None:
                     return start + found
         return None
+
+
+def moved(then: Mixture, now: Mixture, samples: int) -> list[str]:
+    """Return a line for each source of which another mixture counts more or fewer among the first ``samples`` samples,
+    all of which were read under ``then``: what comes next of it is not what came last and one."""
+    before, after = (dict(zip(mixture.names, mixture.counts(samples))) for mixture in (then, now))
+    lines = []
+    for name in now.names:
+        read, counted = before.get(name, 0), after[name]
+        if read > counted:
+            lines.append(f"{read - counted:,} sequences of source {name} are read again")
+        elif counted > read:
+            lines.append(f"{counted - read:,} sequences of source {name} are left out")
+    return lines
 
 
 def _due(piece: MixturePiece, name: str, length: int | None) -> Due | None:

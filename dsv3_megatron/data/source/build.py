@@ -99,7 +99,7 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
 
 
 def _shards(settings: DataSettings, vocab_size: int, seed: int, exclusion: Exclusion) -> Data:
-    from dsv3_megatron.data.source.blend import Blend  # shards need megatron-core, seconds to import
+    from dsv3_megatron.data.mixture.blend import Blend  # shards need megatron-core, seconds to import
     from dsv3_megatron.data.source.fim import Middle
     from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
     from dsv3_megatron.data.source.shard_table import check_files, open_table

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.mixture import order
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
-from dsv3_megatron.data.mixture.phases import MixtureCurve, build_mixture, mixture_of
+from dsv3_megatron.data.mixture.phases import MixtureCurve, build_mixture, mixture_of, mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings, MixturePhase
-from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.samples import Sample, step_batches
+from launcher.command_line.compose import compose
 from parallel.errors import DataError, RecipeError
 from testing.lanes import examples
 
@@ -203,7 +204,7 @@ def test_epochs_are_told_where_a_source_begins_anew():
     assert blend.samples_until_end(0) is None, "a source that is repeated ends nothing"
     (line, *_) = blend.told_epochs(150, LENGTH)
     assert (
-        line == f"source a is read {inner[0] / 20:.2g} times: its second epoch begins after {first[2] * LENGTH} tokens"
+        line == f"source a is read {inner[0] / 20:.1f} times: its second epoch begins after {first[2] * LENGTH} tokens"
     )
     assert phased().told_epochs(150, LENGTH) == [] and phased().epochs(0, 150) == []
 
@@ -214,6 +215,17 @@ def test_a_source_that_the_mixture_leaves_for_good_never_ends():
     assert blend.samples_until_end(0) == 40, "b alone comes to its end, after the ten of a"
     only_a = Blend({"a": Numbered(0, 11)}, Mixture(MixtureCurve.constant({"a": 2}), LENGTH), "stop")
     assert only_a.samples_until_end(3) == 8
+
+
+def test_a_mixture_that_changes_what_was_read_already_is_told():
+    web = MixturePhase(until=80 * LENGTH, at={"a": 3, "b": 1})
+    kept = [web, MixturePhase(until=90 * LENGTH, at={"c": 1})]
+    then, later = (Mixture(build_mixture(phases), LENGTH) for phases in ([web], kept))
+    now = Mixture(MixtureCurve.constant({"a": 1, "c": 1}), LENGTH)
+    assert order.moved(then, later, 80) == []
+    assert order.moved(then, now, 80) == [
+        "20 sequences of source a are read again", "40 sequences of source c are left out",
+    ]  # fmt: skip
 
 
 BAD = {
@@ -234,13 +246,22 @@ BAD = {
 
 @pytest.mark.parametrize("mixture", BAD)
 def test_a_mixture_that_cannot_be_is_one_line(mixture):
-    from launcher.command_line.compose import compose
-
     with pytest.raises(RecipeError) as caught:
         compose(["data=indexed", "data.path=x", f"data.mixture={mixture}"])
     for part in BAD[mixture]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_example_anneals_in_whole_numbers():
+    data = compose(["recipe=dsv3_671b", "data=annealed", "data.path=shards"]).data
+    mixture = Mixture(mixture_of_recipe(data), data.sequence_length)
+    assert (mixture.names, data.sequence_length) == (["00_web", "01_code", "02_math", "03_textbooks"], 4096)
+    ends = [-(-tokens // 4096) for tokens in (13 * 10**12, 14_300 * 10**9, 14_800 * 10**9)]
+    counts = [mixture.counts(samples) for samples in (0, *ends)]
+    shares = [(0.8, 0.15, 0.05, 0), (0.65, 0.225, 0.125, 0), (0.2, 0.3, 0.4, 0.1)]  # of the middle one the mean
+    for before, after, first, stop, share in zip(counts, counts[1:], (0, *ends), ends, shares):
+        assert all(abs(b - a - (stop - first) * s) < 1.01 for a, b, s in zip(before, after, share))
 
 
 def test_a_mixture_belongs_to_shards_and_stands_alone():

@@ -1,6 +1,6 @@
 """Write docs/recipes.md: every group, file and key of a recipe, from the schema itself.
 
-python launcher/reference.py [output=docs/recipes.md]      (make docs; a test keeps the page in step)
+python launcher/views/reference.py [output=docs/recipes.md]      (make docs; a test keeps the page in step)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.command_line.schema import Key, first_sentence, items_of, keys_of,
 
 _HEAD = """# Recipes: every key
 
-<!-- Written by `python launcher/reference.py` (`make docs`); edit the settings it is made from, not this page. -->
+<!-- Written by `python launcher/views/reference.py` (`make docs`); edit the settings that it is made from. -->
 
 ```bash
 python launcher/pretrain.py recipe=dsv3_tiny optim.learning_rate=1e-3 --cfg job   # what a command line comes to

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.source.samples import Sample, SampleSource
 from parallel.units import show_count
 
+if TYPE_CHECKING:
+    from dsv3_megatron.data.source.indexed import Piece
 
-class CountedSource(SampleSource, Protocol):
+
+class PackedSource(SampleSource, Protocol):
     """A supply of sequences that repeats itself after ``count`` of them."""
 
     count: int
+
+    def pieces(self, number: int) -> list[Piece]:
+        """Return the stretches of documents that sequence ``number`` is made of, in order."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Blend:
 
     def __init__(
         self,
-        sources: Mapping[str, CountedSource],
+        sources: Mapping[str, PackedSource],
         mixture: Mixture,
         at_source_end: Literal["repeat", "stop"] = "repeat",
     ):
@@ -51,20 +57,26 @@ class Blend:
         source, inner = self.locate(number)
         return self.sources[source].sample(inner)
 
+    def pieces(self, number: int) -> tuple[str, list[Piece]]:
+        """Return the source of sample ``number``, and the stretches of documents in it, without reading text."""
+        source, inner = self.locate(number)
+        return self.names[source], self.sources[source].pieces(inner)
+
+    def excluded_tokens(self, numbers: Iterable[int]) -> int:
+        """Return how many places of these samples are left empty for excluded documents."""
+        return sum(piece.length for n in numbers for piece in self.pieces(n)[1] if piece.excluded)
+
     def epochs(self, first: int, stop: int) -> list[Epoch]:
         """Return where sources begin anew among samples ``first`` to ``stop``, in the order in which they do."""
-        found = [epoch for source in range(len(self.sources)) for epoch in self._epochs(source, first, stop)]
+        found = []
+        both = zip(self.mixture.counts(first), self.mixture.counts(stop))
+        for source, (before, after) in enumerate(both):
+            count = self.sources[source].count
+            for epoch in range(max(1, -(-before // count)), -(-after // count)):
+                sample = self.mixture.number_of(source, epoch * count)
+                assert sample is not None, "its number lies below the samples that are read"
+                found.append(Epoch(self.names[source], epoch + 1, sample))
         return sorted(found, key=lambda epoch: epoch.sample)
-
-    def _epochs(self, source: int, first: int, stop: int) -> Iterator[Epoch]:
-        count, read = self.sources[source].count, self.mixture.counts(first)[source]
-        begins = max(1, -(-read // count))
-        last = self.mixture.counts(stop)[source]
-        while begins * count < last:
-            sample = self.mixture.number_of(source, begins * count)
-            assert sample is not None, "its number lies below the samples that are read"
-            yield Epoch(self.names[source], begins + 1, sample)
-            begins += 1
 
     def samples_until_end(self, number: int) -> int | None:
         """Return how many samples from ``number`` on are left before one would be of a source's second epoch, where a
@@ -92,7 +104,7 @@ class Blend:
                 second = self.mixture.number_of(source, count)
                 assert second is not None, "it lies among the samples of the run"
                 lines.append(
-                    f"source {name} is read {read / count:.2g} times: its second epoch begins after "
+                    f"source {name} is read {read / count:,.1f} times: its second epoch begins after "
                     f"{show_count(second * sequence_length)} tokens"
                 )
         return lines
