@@ -17,7 +17,7 @@ from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
 from launcher.command_line.output import write_output
 from launcher.command_line.recipe_files import GROUPS, RECIPES, options
-from launcher.command_line.schema import Key, first_sentence, items_of, keys_of
+from launcher.command_line.schema import Key, first_sentence, items_of, keys_of, words_of
 
 _HEAD = """# Recipes: every key
 
@@ -93,7 +93,7 @@ def _sections() -> Iterator[str]:
     yield from (_row(key) for key in outermost if not key.is_section)
     yield ""
     for model in items_of(Recipe):
-        yield from _section(f"each {model.__name__.lower()} of a list", model, "")
+        yield from _section(f"each {words_of(model.__name__)} of a list", model, "")
 
 
 def _section(name: str, model: type[BaseModel], prefix: str) -> Iterator[str]:

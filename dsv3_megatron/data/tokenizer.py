@@ -182,6 +182,12 @@ class Tokenizer:
         found = self._engine.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray([*encoding.ids, self.end], dtype=np.int32) for encoding in found]
 
+    def encode_prompts(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids [T] int32 of each text, in which the name of a special token is that token: what transformers
+        makes of it with an export's tokenizer. Nothing is put before or after it."""
+        found = self._of_prompts.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Return the ids [T] int32 of any bytes: UTF-8 as text, a byte that is none as the token of that byte.
 
@@ -229,6 +235,10 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Return how many bytes of text each token stands for: [vocabulary] int32, 0 for special tokens."""
         return np.asarray([len(text) for text in self._bytes_of_tokens], dtype=np.int32)
+
+    @cached_property
+    def _of_prompts(self) -> Engine:
+        return Engine.from_str(self._engine.to_str())  # which does not say that special tokens are encoded as text
 
     @cached_property
     def _spelling(self) -> Spelling:

@@ -21,6 +21,9 @@ from dsv3_megatron.run.resilient import ResilientFiles
 class StepMetrics:
     """One line of metrics.jsonl. Losses are means over the tokens of the whole global batch, in nats.
 
+    ``samples`` is the number of the first sample that the next step reads: it runs ahead of ``tokens`` by what a
+    roll-back or an exclusion has stepped over.
+
     ``loss`` is the training objective (lm + weighted MTP + weighted balance), ``mtp_loss`` the unweighted mean over
     MTP depths, ``balance_loss`` the weighted sum over layers. ``bubble_fraction`` is the measured share of the step
     that ranks waited for their pipeline neighbours, mean over ranks; ``mfu`` is null where the device's peak is not in
@@ -36,6 +39,7 @@ class StepMetrics:
 
     step: int
     tokens: int
+    samples: int
     loss: float
     lm_loss: float
     mtp_loss: float | None

@@ -54,6 +54,11 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def excluded(self) -> Path:
+        """What of the data is left out (data.exclude), as it was when the run last started."""
+        return self.path / "excluded.jsonl"
+
+    @property
     def finished(self) -> Path:
         """There once the run has consumed its steps or tokens: a scheduler that sees it need not start it again."""
         return self.path / "finished"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dsv3_megatron.data.source.ahead import ReadAhead
-from dsv3_megatron.data.source.samples import SampleSource, blank_batches, step_batches
+from dsv3_megatron.data.source.build import Data
+from dsv3_megatron.data.source.samples import blank_batches, sample_numbers, share_of_step
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.train.progress import Progress
@@ -17,15 +18,15 @@ from dsv3_megatron.train.progress import Progress
 
 @dataclass(frozen=True)
 class StepSamples:
-    """The samples of one step: ``count`` numbers from ``first`` on."""
+    """The samples of one step: the next ``count`` numbers from ``first`` on that are not excluded.
+
+    Attributes:
+        next: the number from which on the step that follows reads.
+    """
 
     first: int
     count: int
-
-    @property
-    def next(self) -> int:
-        """The first number of the step that follows."""
-        return self.first + self.count
+    next: int
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class StepBatches:
 class BatchReader:
     """The batches of one step after another, ``data.read_ahead`` steps of them read before they are asked for."""
 
-    def __init__(self, parts: Parts, source: SampleSource, regime: Regime):
+    def __init__(self, parts: Parts, data: Data, regime: Regime):
         """Take what says how many samples a step has, and what they are."""
-        self._parts, self._source, self._regime = parts, source, regime
+        self._parts, self._source, self._regime = parts, data.train, regime
+        self._excluded = data.exclusion.samples
         self._ahead = ReadAhead(self._read)
 
     def take(self, progress: Progress) -> StepBatches:
@@ -56,33 +58,31 @@ class BatchReader:
         Raises: DataError: a sample cannot be read.
         """
         start = time.perf_counter()
-        now, *following = self._requests(progress, 1 + self._parts.recipe.data.read_ahead)
+        now, *following = self._steps(progress, 1 + self._parts.recipe.data.read_ahead)
         microbatches = self._ahead.take(now, following)
         return StepBatches(now, microbatches, time.perf_counter() - start)
+
+    def following(self, progress: Progress) -> StepSamples:
+        """Return the samples of the step that follows ``progress``."""
+        return next(self._steps(progress, 1))
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._ahead.close()
 
-    def _requests(self, progress: Progress, steps: int) -> Iterator[StepSamples]:
+    def _steps(self, progress: Progress, steps: int) -> Iterator[StepSamples]:
         """Yield the samples of the next steps, as long as none is rolled back."""
         tokens, first = progress.tokens, progress.samples
         for _ in range(steps):
-            request = StepSamples(first, self._regime.global_batch(tokens))
-            yield request
-            tokens += request.count * self._regime.sequence_length
-            first = request.next
+            count = self._regime.global_batch(tokens)
+            _, after = sample_numbers(first, count, self._excluded)
+            yield StepSamples(first, count, after)
+            tokens, first = tokens + count * self._regime.sequence_length, after
 
     def _read(self, samples: StepSamples) -> list[dict[str, Tensor]]:
         recipe, dp = self._parts.recipe, self._parts.layout.dp
+        micro_batch = recipe.optim.micro_batch
         if not self._parts.reads_samples:
-            micro_batch = recipe.optim.micro_batch
             return blank_batches(samples.count // dp // micro_batch, micro_batch, recipe.data.sequence_length)
-        return step_batches(
-            self._source,
-            first=samples.first,
-            global_batch=samples.count,
-            micro_batch=recipe.optim.micro_batch,
-            dp_rank=self._parts.data_rank,
-            dp=dp,
-        )
+        numbers, _ = sample_numbers(samples.first, samples.count, self._excluded)
+        return share_of_step(self._source, numbers, micro_batch=micro_batch, dp_rank=self._parts.data_rank, dp=dp)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
@@ -92,14 +93,33 @@ class Trainer:
         self.regime = Regime(self.recipe.optim, self.recipe.data.sequence_length)
         self.first_step, self.stopped = progress.step, False
         self.summary: dict[str, Any] = {"before": None, "after": None}
-        self._reader = BatchReader(parts, data.train, self.regime)
+        self._reader = BatchReader(parts, data, self.regime)
+        self._signals: StopSignals | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether the run has consumed its steps or tokens."""
+        """Whether the run has consumed its steps or tokens, or a source that it must not read twice."""
         run = self.recipe.run
         by_steps = run.steps is not None and self.progress.step >= run.steps
-        return by_steps or (run.tokens is not None and self.progress.tokens >= run.tokens)
+        by_tokens = run.tokens is not None and self.progress.tokens >= run.tokens
+        return by_steps or by_tokens or self.ended_source is not None
+
+    @property
+    def ended_source(self) -> str | None:
+        """Why the text of the run is at its end; None where the next step has all its samples."""
+        source, samples = self.data.train, self.progress.samples
+        left = source.samples_until_end(samples) if isinstance(source, Blend) else None
+        if left is None or self._reader.following(self.progress).next - samples <= left:
+            return None
+        assert isinstance(source, Blend)
+        return source.why_ended()
+
+    def last_sample(self) -> int | None:
+        """Return about how many samples the run will have read at its end; None where nothing limits it."""
+        run, length = self.recipe.run, self.recipe.data.sequence_length
+        by_steps = None if run.steps is None else self.regime.tokens_of_step(run.steps)
+        tokens = min((limit for limit in (by_steps, run.tokens) if limit is not None), default=None)
+        return None if tokens is None else self.progress.samples + max(0, tokens - self.progress.tokens) // length
 
     def train(self, signals: StopSignals) -> dict[str, Any]:
         """Train to the end, or until a signal asks to stop; return the summary. Saves in both cases."""
@@ -112,6 +132,7 @@ class Trainer:
 
     def _train(self, signals: StopSignals) -> dict[str, Any]:
         start = time.perf_counter()
+        self._signals = signals
         with signals:
             if not self.is_over(signals):  # it may have been asked to stop while it was starting
                 for callback in self.callbacks:
@@ -119,6 +140,9 @@ class Trainer:
                 while not self.is_over(signals):
                     self.step()
             self.stopped = not self.finished
+            if reason := self.ended_source:
+                self.summary["ended"] = reason
+                self.journal.event("source_ended", {"step": self.progress.step, "reason": reason}, f"ended: {reason}")
         for callback in reversed(self.callbacks):
             callback.end(self)
         counted = {name: value for name, value in asdict(self.progress).items() if name != "health"}
@@ -142,6 +166,12 @@ class Trainer:
             callback.agreed(self, agreed[: len(each)])
             agreed = agreed[len(each) :]
         return bool(stop)
+
+    def asked_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop; all ranks ask together. For what takes long beside the steps: a
+        batch job has minutes left then."""
+        wanted = self._signals is not None and self._signals.wanted
+        return bool(stop_agreed(wanted, self.parts.device)[0])
 
     def step(self) -> None:
         """Do one optimizer step, and what follows a step."""

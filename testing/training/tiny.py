@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_megatron.data.exclude import Exclusion
 from dsv3_megatron.data.source.samples import Sample, Synthetic
 from dsv3_megatron.model.initialise import _matrices, global_name
 from dsv3_megatron.model.stage import is_routed_expert
@@ -74,13 +75,18 @@ def step_batches_of(parts: Parts, number: int = 0, source: Any = None) -> list[d
     recipe = parts.recipe
     regime = Regime(recipe.optim, recipe.data.sequence_length)
     source = source or Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
-    reader = BatchReader(parts, source, regime)
+    reader = BatchReader(parts, reading(source), regime)
     tokens = regime.tokens_of_step(number)
     try:
         progress = Progress(step=number, tokens=tokens, samples=tokens // recipe.data.sequence_length)
         return reader.take(progress).microbatches
     finally:
         reader.close()
+
+
+def reading(source: Any) -> Any:
+    """Return what a reader of batches asks of a run's data: samples of ``source``, none of them excluded."""
+    return SimpleNamespace(train=source, exclusion=Exclusion())
 
 
 def train_rank(case: Case) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _trainer(recipe: Any, world: World) -> Trainer:
     parts = build_parts(recipe, recipe.layout(world.size), device)
     parts.watchdog = watchdog_of(recipe, world, device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    data = replace(data, held_out_count=2)
+    data = replace(data, held_out=data.held_out.of_at_most(2))
     return prepare_trainer(parts, data, SilentReporter(), resolved_yaml(recipe))
 
 

@@ -1,58 +1,98 @@
-"""Several sources as one, by weight: which source sample number n comes from, without counting up to n."""
+"""Several sources as one, by a mixture; and where each of them has been read to its end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
 
-import numpy as np
-
+from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.source.samples import Sample, SampleSource
-from parallel.errors import DataError
+from parallel.units import show_count
 
-CYCLE = 1 << 16  # samples after which the pattern of sources repeats; weights are kept to one part in so many
+
+class CountedSource(SampleSource, Protocol):
+    """A supply of sequences that repeats itself after ``count`` of them."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A source begins anew. ``epoch`` counts from 1; ``sample``: the first that is of this epoch."""
+
+    source: str
+    epoch: int
+    sample: int
 
 
 class Blend:
-    """A mixture of sources.
+    """A mixture of sources: sample number n is the next one of the source whose turn it is."""
 
-    Every cycle of 65,536 samples has the same pattern, in which each source's turns are spread as evenly as they can
-    be: any stretch of samples, a batch too, holds the sources in their weights to within one turn of each.
-    """
-
-    def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float], names: Sequence[str]):
-        self.sources = sources
-        turns = _apportion(weights, names)
-        when = np.concatenate([(np.arange(count) + 0.5) / count for count in turns])
-        whose = np.repeat(np.arange(len(turns)), turns)
-        self._source = whose[np.argsort(when, kind="stable")]
-        self._turns = turns
-        self._turn = np.empty(CYCLE, dtype=np.int64)  # how many turns of its source lie before, in the cycle
-        for source in range(len(turns)):
-            mine = self._source == source
-            self._turn[mine] = np.arange(mine.sum())
+    def __init__(
+        self,
+        sources: Mapping[str, CountedSource],
+        mixture: Mixture,
+        at_source_end: Literal["repeat", "stop"] = "repeat",
+    ):
+        """Take the sources that the mixture names, and no other."""
+        assert set(sources) == set(mixture.names), (list(sources), mixture.names)
+        self._stops = at_source_end == "stop"
+        self.names, self.mixture = mixture.names, mixture
+        self.sources = [sources[name] for name in mixture.names]
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (source, number of the sample in it)."""
-        cycle, place = divmod(number, CYCLE)
-        source = int(self._source[place])
-        return source, cycle * self._turns[source] + int(self._turn[place])
+        return self.mixture.locate(number)
 
     def sample(self, number: int) -> Sample:
         """Return sample ``number`` of the mixture."""
         source, inner = self.locate(number)
         return self.sources[source].sample(inner)
 
+    def epochs(self, first: int, stop: int) -> list[Epoch]:
+        """Return where sources begin anew among samples ``first`` to ``stop``, in the order in which they do."""
+        found = [epoch for source in range(len(self.sources)) for epoch in self._epochs(source, first, stop)]
+        return sorted(found, key=lambda epoch: epoch.sample)
 
-def _apportion(weights: Sequence[float], names: Sequence[str]) -> list[int]:
-    """Return turns in a cycle by weight, largest remainders first. Raises DataError for a source with none."""
-    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * CYCLE
-    turns = np.floor(exact).astype(int)
-    for source in np.argsort(turns - exact, kind="stable")[: CYCLE - turns.sum()]:
-        turns[source] += 1
-    if not turns.all():
-        least = int(np.argmin(turns))
-        raise DataError(
-            f"weight of source {names[least]} is {exact[least] / CYCLE:.1e} of all; the least is {1 / CYCLE:.1e}, "
-            "so raise it or leave the source out"
-        )
-    return turns.tolist()
+    def _epochs(self, source: int, first: int, stop: int) -> Iterator[Epoch]:
+        count, read = self.sources[source].count, self.mixture.counts(first)[source]
+        begins = max(1, -(-read // count))
+        last = self.mixture.counts(stop)[source]
+        while begins * count < last:
+            sample = self.mixture.number_of(source, begins * count)
+            assert sample is not None, "its number lies below the samples that are read"
+            yield Epoch(self.names[source], begins + 1, sample)
+            begins += 1
+
+    def samples_until_end(self, number: int) -> int | None:
+        """Return how many samples from ``number`` on are left before one would be of a source's second epoch, where a
+        run stops there; None: it does not, or never comes so far."""
+        return max(0, self._end[1] - number) if self._stops and self._end else None
+
+    def why_ended(self) -> str:
+        """Return the reason of a run for which :meth:`samples_until_end` has left too little."""
+        assert self._end is not None, "a run without an end has none"
+        source, sample = self._end
+        return f"source {self.names[source]} is read to its end after {sample:,} samples, and data.at_source_end = stop"
+
+    @cached_property
+    def _end(self) -> tuple[int, int] | None:
+        """The source that is the first to come to its end, and the sample that would be of its second epoch."""
+        ends = ((self.mixture.number_of(source, each.count), source) for source, each in enumerate(self.sources))
+        first = min(((sample, source) for sample, source in ends if sample is not None), default=None)
+        return None if first is None else (first[1], first[0])
+
+    def told_epochs(self, samples: int, sequence_length: int) -> list[str]:
+        """Return a line for each source that a run of so many samples reads more than once."""
+        lines = []
+        for source, (name, read) in enumerate(zip(self.names, self.mixture.counts(samples))):
+            if read > (count := self.sources[source].count):
+                second = self.mixture.number_of(source, count)
+                assert second is not None, "it lies among the samples of the run"
+                lines.append(
+                    f"source {name} is read {read / count:.2g} times: its second epoch begins after "
+                    f"{show_count(second * sequence_length)} tokens"
+                )
+        return lines

@@ -30,6 +30,7 @@ class Metrics(Callback):
         metrics = StepMetrics(
             step=progress.step,
             tokens=progress.tokens,
+            samples=progress.samples,
             loss=result.objective,
             lm_loss=result.lm_loss,
             mtp_loss=result.mtp_loss,

@@ -14,7 +14,7 @@ from dsv3_megatron.train.progress import Progress
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.ranks import run_ranks
-from testing.training.tiny import small_recipe
+from testing.training.tiny import reading, small_recipe
 from testing.training.whole_runs import run_here
 
 FIXED, RAMP = "optim.global_batch=8", "optim.global_batch=[{until: 1024, at: 8},{until: 3072, shape: linear, to: 24}]"
@@ -39,7 +39,7 @@ def reading_of(overrides):
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         source, regime = Recorded(), Regime(recipe.optim, recipe.data.sequence_length)
-        reader, progress, given = BatchReader(parts, source, regime), Progress(), []
+        reader, progress, given = BatchReader(parts, reading(source), regime), Progress(), []
         for _ in range(3):
             read = reader.take(progress)
             given += [batch["tokens"].clone().numpy() for batch in read.microbatches]
