@@ -115,7 +115,14 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
     return Data(TokenWindows(train, length, seed, end=end), parts, tokenizer, identity)
 
 
-def _shards(settings: DataSettings, vocab_size: int, seed: int, exclusion: Exclusion, folder: ShardFolder | None, place: Path | None) -> Data:
+def _shards(
+    settings: DataSettings,
+    vocab_size: int,
+    seed: int,
+    exclusion: Exclusion,
+    folder: ShardFolder | None,
+    place: Path | None,
+) -> Data:
     folder = folder or ShardFolder.of(settings)
     tokenizer, manifest = folder.tokenizer, folder.manifest
     check_rows(tokenizer, vocab_size, folder.path)
