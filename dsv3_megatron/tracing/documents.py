@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.settings import DataSettings
-from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.source.origins import document_origin
 from dsv3_megatron.data.source.shard_folder import ShardFolder

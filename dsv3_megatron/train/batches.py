@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.source.ahead import ReadAhead
-from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.samples import blank_batches, sample_numbers, share_of_step
 from dsv3_megatron.optim.regime import Regime

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dsv3_megatron.data.source.blend import Blend
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals

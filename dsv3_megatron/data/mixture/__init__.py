@@ -1,1 +1,1 @@
-"""Which source every sample of a run comes from."""
+"""Which source every sample of a run comes from, and several sources as one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3_megatron.data.source.blend import Blend
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.train.trainer import Callback, CompletedStep, Trainer
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.data.mixture import order
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import MixtureCurve, build_mixture, mixture_of, mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings, MixturePhase
-from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.samples import Sample, step_batches
 from launcher.command_line.compose import compose
 from parallel.errors import DataError, RecipeError

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import MixtureCurve
-from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.source.indexed import PackedShards
 from dsv3_megatron.data.source.open_files import OpenFiles
