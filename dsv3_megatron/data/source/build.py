@@ -11,11 +11,11 @@ import numpy as np
 
 from dsv3_megatron.data.exclude import Exclusion, find_excluded, read_exclusion
 from dsv3_megatron.data.identity import DataIdentity
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import mixture_of
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source import stdlib
-from dsv3_megatron.data.source.blend import Blend
 from dsv3_megatron.data.source.held_out import SEED, HeldOut, HeldOutSource
 from dsv3_megatron.data.source.indexed import PackedShards
 from dsv3_megatron.data.source.open_files import OpenFiles
