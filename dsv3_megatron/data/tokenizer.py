@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
+from dsv3_megatron.data.source.hashing import uniform
 from dsv3_megatron.data.tokenizer_files.names import (
     ALSO_CALLED,
     CONFIG,
@@ -212,16 +213,17 @@ class Tokenizer:
         """Return the bytes that ids stand for, whether or not they are text; special tokens are left out."""
         return b"".join(self._bytes_of_tokens[int(number)] for number in ids)
 
-    def split_joined(self, ids: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+    def split_joined(self, ids: np.ndarray, share: float, key: int) -> np.ndarray:
         """Return ids where about ``share`` of the tokens that join marks with line breaks are spelled in two.
 
         Without it a prompt that ends in a line break after a mark would be spelled as the model has never seen it
-        (arXiv 2412.19437 section 4.1; the share is not published). The text does not change.
+        (arXiv 2412.19437 section 4.1; the share is not published). The text does not change. Which ones is a function
+        of ``key``, the document's.
         """
         if not share or not len(ids):
             return ids
         joined = np.flatnonzero(self._is_joined[ids])
-        chosen = joined[random.random(len(joined)) < share]
+        chosen = joined[uniform(key, np.arange(len(joined))) < share]
         if not len(chosen):
             return ids
         pieces = np.split(ids, chosen)

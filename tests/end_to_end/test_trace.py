@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dsv3_megatron.data.source.shard_folder import ShardFolder
 
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.source.origins import document_origin
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.tracing.documents import Tracer
 from dsv3_megatron.train import batches as reading

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.source.indexed import Piece
 from dsv3_megatron.data.source.samples import Sample, SampleSource
 from parallel.units import show_count
-
-if TYPE_CHECKING:
-    from dsv3_megatron.data.source.indexed import Piece
 
 
 class PackedSource(SampleSource, Protocol):

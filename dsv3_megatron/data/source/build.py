@@ -9,13 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.exclude import Exclusion, read_exclusion
+from dsv3_megatron.data.exclude import Exclusion, find_excluded, read_exclusion
 from dsv3_megatron.data.identity import DataIdentity
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import mixture_of
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.source import stdlib
 from dsv3_megatron.data.source.held_out import SEED, HeldOut, HeldOutSource
+from dsv3_megatron.data.source.indexed import PackedShards
+from dsv3_megatron.data.source.open_files import OpenFiles
+from dsv3_megatron.data.source.packing_files import OpenPacking
 from dsv3_megatron.data.source.samples import ORDER, Recall, SampleSource, Synthetic, TokenWindows
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows
 from parallel.errors import DataError
@@ -45,12 +51,25 @@ class Data:
         return np.asarray([lengths[s.labels[s.weights > 0]].sum() for s in samples], dtype=np.int64)
 
 
-def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
-    """Return the data of a run. Raises DataError when the source is missing or does not fit the model."""
+def build(
+    settings: DataSettings,
+    *,
+    vocab_size: int,
+    seed: int,
+    folder: ShardFolder | None = None,
+    place: Path | None = None,
+) -> Data:
+    """Return the data of a run.
+
+    Args:
+        folder: of shards, where it was read before; None = it is read here.
+        place: of packings that the ranks have made ready together; None = this process makes what is missing.
+    Raises: DataError: the source is missing or does not fit the model.
+    """
     settings.check_source()
     exclusion = read_exclusion(settings.exclude) if settings.exclude else Exclusion()
     if settings.source == "indexed":
-        return _shards(settings, vocab_size, seed, exclusion)
+        return _shards(settings, vocab_size, seed, exclusion, folder, place)
     if exclusion.documents:
         raise DataError(
             f"data.exclude = {exclusion.path}, line {exclusion.documents[0].line} names a document, which is for token "
@@ -70,8 +89,6 @@ def _without_shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
         if vocab_size <= (least := Recall.FIRST_NOISE):
             raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
         return _made(settings, Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1))
-    from dsv3_megatron.data.source import stdlib  # each source imports what it needs: shards megatron-core
-
     tokenizer, tokens, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
     return _windows(tokenizer, tokens, held_out, settings, seed)
 
@@ -98,79 +115,58 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
     return Data(TokenWindows(train, length, seed, end=end), parts, tokenizer, identity)
 
 
-def _shards(settings: DataSettings, vocab_size: int, seed: int, exclusion: Exclusion) -> Data:
-    from dsv3_megatron.data.mixture.blend import Blend  # shards need megatron-core, seconds to import
-    from dsv3_megatron.data.source.fim import Middle
-    from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
-    from dsv3_megatron.data.source.shard_table import check_files, open_table
-    from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest, stored_alike
-
-    folder = settings.path
-    assert folder is not None, "check_source lets no shards without a folder through"
-    manifest = read_manifest(folder)
-    table = open_table(folder, manifest)
-    check_files(folder, table)
-    tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
-    _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)
-    if not stored_alike(manifest.vocab_size, tokenizer.vocab_size):
-        raise DataError(
-            f"data.path = {folder} was prepared for {manifest.vocab_size} ids, and its tokenizer has ids up to "
-            f"{tokenizer.vocab_size - 1}, which do not fit what its files hold; prepare the shards anew"
-        )
-    fim = None
-    if settings.fim_rate:
-        begin, hole, end = tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end
-        if begin is None or hole is None or end is None:
-            raise DataError(
-                f"data.fim_rate = {settings.fim_rate}, but the tokenizer of {folder} has no fill-in-the-middle tokens; "
-                "set data.fim_rate=0"
-            )
-        fim = Middle(begin, hole, end, seed)
+def _shards(
+    settings: DataSettings,
+    vocab_size: int,
+    seed: int,
+    exclusion: Exclusion,
+    folder: ShardFolder | None,
+    place: Path | None,
+) -> Data:
+    folder = folder or ShardFolder.of(settings)
+    tokenizer, manifest = folder.tokenizer, folder.manifest
+    check_rows(tokenizer, vocab_size, folder.path)
+    if place is None:  # one process: no other makes a share
+        place = folder.choose_place()
+        folder.make_ready(place)
+        folder.seal(place)
+    files = OpenFiles()
+    opened = [OpenPacking(packing, files) for packing in folder.packings(place)]
     assert tokenizer.end is not None, "Tokenizer.load refuses one without an end token"
     start = tokenizer.begin if settings.start_token == "begin" and tokenizer.begin is not None else tokenizer.end
     packed = partial(
         PackedShards,
+        seed=seed,
         start_token=start,
         pad_token=tokenizer.end if tokenizer.pad is None else tokenizer.pad,
-        cache=settings.cache,
         isolate=settings.isolate_documents,
+        files=files,
+        excluded=find_excluded(folder.path, manifest, folder.table, exclusion) if exclusion.documents else None,
     )
-    rule = PackingRule(settings.sequence_length, seed, settings.fim_rate, fim)
+    names = [source.name for source in manifest.sources]
     train = {
-        source.name: packed(folder, list(map(table.row, table.range_of(n, "train"))), rule, name=source.name)
-        for n, source in enumerate(manifest.sources)
-        if source.shards["train"].shards
+        name: packed([packing], name=name)
+        for packing in opened
+        if packing.files.split == "train"
+        for name in (names[packing.files.source],)
     }
     if not train:
-        raise DataError(f"data.path = {folder} holds no training document; prepare it with a lower held_out")
+        raise DataError(f"data.path = {folder.path} holds no training document; prepare it with a lower held_out")
     given = {source.name: source.weight for source in manifest.sources}
     curve = mixture_of(settings, {name: (given[name], source.count) for name, source in train.items()})
     kept = {name: source for name, source in train.items() if name in curve.names}
     blend = Blend(kept, Mixture(curve, settings.sequence_length), settings.at_source_end)
-    notes = tuple(f"source {name} of {folder} is in no phase of the mixture, and is not read"
-                  for name in train if name not in kept)  # fmt: skip
-    out_rule = PackingRule(settings.sequence_length, SEED)  # held-out text is read as it stands
+    notes = tuple(f"source {name} of {folder.path} is in no phase of the mixture, and is not read"
+                  for name in names if name not in kept)  # fmt: skip
     out = {
-        source.name: packed(
-            folder, list(map(table.row, table.range_of(n, "held_out"))), out_rule, name=f"{source.name}/held_out"
-        )
-        for n, source in enumerate(manifest.sources)
-        if source.shards["held_out"].shards
+        names[packing.files.source]: packed([packing], name=f"{names[packing.files.source]}/held_out", seed=SEED)
+        for packing in opened
+        if packing.files.split == "held_out"
     }
     if not out:
-        raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
+        raise DataError(f"data.path = {folder.path} holds no held-out document; prepare it with a higher held_out")
     parts = [HeldOutSource(name, source, source.count) for name, source in out.items()]
     tokens = sum(source.shards["train"].tokens for source in manifest.sources)
     name = f"shards {manifest.table_sha256[:8]} ({tokens:,} tokens)"
     identity = DataIdentity(manifest.table_sha256, name, ORDER)
     return Data(blend, HeldOut(parts, settings.held_out_sequences), tokenizer, identity, exclusion, notes)
-
-
-def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:
-    if tokenizer.sha256 != sha256:
-        raise DataError(
-            f"data.tokenizer = {settings.tokenizer or f'{settings.path}/tokenizer.json'} is not the tokenizer that "
-            f"{settings.path} was made with; set data.tokenizer=null, or prepare the shards anew"
-        )
-    assert settings.path is not None, "check_source lets no shards without a folder through"
-    check_rows(tokenizer, vocab_size, settings.path)
