@@ -21,7 +21,7 @@ from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
-from launcher.data_commands.words import path_list, source_lines, warnings
+from launcher.data_commands.words import part_of, path_list, source_lines, warnings
 from parallel.errors import RecipeError
 from parallel.units import parse_bytes, parse_count, show_count
 
@@ -71,7 +71,7 @@ def main(given: PrepareArguments) -> int:
         raise RecipeError(f"weights = {given.weights}: give {len(inputs)} numbers above 0, one for each input")
     common = set(PrepareOptions.__dataclass_fields__) - {"inputs", "weights", "part"}
     options = PrepareOptions(
-        inputs=inputs, weights=weights, part=_part(given.part), **given.model_dump(include=common)
+        inputs=inputs, weights=weights, part=part_of(given.part), **given.model_dump(include=common)
     )  # fmt: skip
     line = ProgressLine("encoding")
 
@@ -80,7 +80,7 @@ def main(given: PrepareArguments) -> int:
 
     made = prepare(options, workers=given.workers, progress=progress, tell=_tell)
     line.close()
-    print("\n".join(source_lines(made.sources)))
+    print("\n".join(source_lines(made.counted if isinstance(made, Part) else made.sources)))
     for example in made.bad_examples:
         _tell(f"    {example}")
     output = printable(given.output)
@@ -92,15 +92,6 @@ def main(given: PrepareArguments) -> int:
         _tell(f"    {warning}")
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
     return 0
-
-
-def _part(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= 65_535):
-        raise RecipeError(f"part = {text} is no part; write its number from 1 and how many there are: 3/16")
-    return int(part), int(parts)
 
 
 def _tell(line: str) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dsv3_megatron.checkpoint.save import Saver, describe_save
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.tasks.requests import EncodedTask, read_tasks
 from dsv3_megatron.data.tokenizer_identity import described
 from dsv3_megatron.health.step_guard import stop_agreed
@@ -34,6 +35,7 @@ from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
 from dsv3_megatron.train.callbacks.sources import Sources
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
 from dsv3_megatron.train.callbacks.tasks import Tasks
+from dsv3_megatron.train.data.ready import ready_together
 from dsv3_megatron.train.journal import Journal, Reporter
 from dsv3_megatron.train.run_directory import create_for_all_hosts, held_by_rank_0
 from dsv3_megatron.train.start import check_start, load_start
@@ -61,8 +63,8 @@ def run(
     check_start(recipe)
     device = choose_device(recipe.run.device, world)
     remarks = check_precision(recipe, backend_name(recipe.backend, device), device)
-    data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    tasks = read_tasks(recipe.evaluate, data.tokenizer, recipe.data.sequence_length)
+    recipe.data.check_source()
+    folder = ShardFolder.of(recipe.data) if recipe.data.source == "indexed" else None
     with processes(world, device, recipe.run.start_seconds), held_by_rank_0(recipe.run.directory, reporter.note):
         if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
             if world.rank == 0:
@@ -70,6 +72,17 @@ def run(
             return {"stopped_by_signal": True}
         watchdog = watchdog_of(recipe, world, device)
         try:
+            with watchdog.phase("making the data ready", recipe.run.start_seconds):
+                place = ready_together(folder, reporter.note) if folder else None
+                with agreed():
+                    data = build_data(
+                        recipe.data,
+                        vocab_size=recipe.model.vocab_size,
+                        seed=recipe.run.seed,
+                        folder=folder,
+                        place=place,
+                    )
+                    tasks = read_tasks(recipe.evaluate, data.tokenizer, recipe.data.sequence_length)
             with watchdog.phase("building the model", recipe.run.start_seconds):
                 parts = build_parts(recipe, layout, device)
             set_timeouts(longest_wait_seconds(recipe.run))

@@ -13,7 +13,7 @@ from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
-from dsv3_megatron.train.batches import BatchReader
+from dsv3_megatron.train.data.batches import BatchReader
 from dsv3_megatron.train.journal import Journal
 from dsv3_megatron.train.progress import Progress
 from dsv3_megatron.train.step import StepResult, StepValues, train_step

@@ -50,6 +50,15 @@ def path_list(text: str, key: str = "input") -> tuple[str, ...]:
     return paths
 
 
+def part_of(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) <= 65_535):
+        raise RecipeError(f"part = {text} is no part; write its number from 1 and how many there are: 3/16")
+    return int(part), int(parts)
+
+
 def source_lines(sources: Sequence[Source]) -> list[str]:
     """Return what became of each source, in a line or two."""
     lines = []

@@ -17,8 +17,8 @@ from dsv3_megatron.model.stage import is_routed_expert
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.train.batches import BatchReader
 from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.data.batches import BatchReader
 from dsv3_megatron.train.progress import Progress
 from dsv3_megatron.train.step import StepResult, StepValues, train_step
 from launcher.command_line.compose import compose

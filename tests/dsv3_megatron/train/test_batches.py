@@ -8,8 +8,8 @@ import torch
 
 from dsv3_megatron.data.source.samples import Synthetic
 from dsv3_megatron.optim.regime import Regime
-from dsv3_megatron.train.batches import BatchReader
 from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.data.batches import BatchReader
 from dsv3_megatron.train.progress import Progress
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World

@@ -331,7 +331,9 @@ def test_held_out_text_is_packed_as_it_stands(tmp_path):
     assert files.index == plain.index, "one packing for every rate"
     source = reader(files)
     assert not any(piece.rearranged for n in range(source.count) for piece in source.pieces(n))
-    assert sum(int(source.sample(n).weights.sum()) for n in range(source.count)) == sum(map(len, sum(documents, [])))
+    assert sum(int(source.sample(n).weights.sum()) for n in range(source.count)) == sum(
+        len(each) for shard in documents for each in shard
+    )
 
 
 # -- descriptors -------------------------------------------------------------------------------------------------------
