@@ -16,7 +16,7 @@ from dsv3_megatron.data.source.origins import document_origin
 from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.tracing.documents import Tracer
-from dsv3_megatron.train import batches as reading
+from dsv3_megatron.train.data import batches as reading
 from launcher.command_line.compose import compose
 from launcher.data import main
 from parallel.errors import DataError, RecipeError
