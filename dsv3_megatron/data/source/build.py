@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.source import stdlib
+from dsv3_megatron.data.source.blend import Blend
+from dsv3_megatron.data.source.indexed import PackedShards
+from dsv3_megatron.data.source.open_files import OpenFiles
+from dsv3_megatron.data.source.packing_files import OpenPacking
 from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows
 from parallel.errors import DataError
@@ -35,8 +41,21 @@ class Data:
         return float(lengths[np.concatenate([s.labels[s.weights > 0] for s in samples])].mean())
 
 
-def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
-    """Return the data of a run. Raises DataError when the source is missing or does not fit the model."""
+def build(
+    settings: DataSettings,
+    *,
+    vocab_size: int,
+    seed: int,
+    folder: ShardFolder | None = None,
+    place: Path | None = None,
+) -> Data:
+    """Return the data of a run.
+
+    Args:
+        folder: of shards, where it was read before; None = it is read here.
+        place: of packings that the ranks have made ready together; None = this process makes what is missing.
+    Raises: DataError: the source is missing or does not fit the model.
+    """
     length = settings.sequence_length
     settings.check_source()
     if settings.source == "synthetic":
@@ -49,11 +68,9 @@ def build(settings: DataSettings, *, vocab_size: int, seed: int) -> Data:
             raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
         return Data(Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1), 32, None)
     if settings.source == "stdlib":
-        from dsv3_megatron.data.source import stdlib  # each source imports what it needs: shards megatron-core
-
         tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
         return _windows(tokenizer, train, held_out, settings, seed)
-    return _shards(settings, vocab_size, seed)
+    return _shards(settings, vocab_size, seed, folder, place)
 
 
 def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, settings: DataSettings, seed: int) -> Data:
@@ -69,77 +86,47 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
     return Data(TokenWindows(train, length, seed, end=end), out, min(out.count, HELD_OUT_SEQUENCES), tokenizer)
 
 
-def _shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
-    from dsv3_megatron.data.source.blend import Blend  # shards need megatron-core, seconds to import
-    from dsv3_megatron.data.source.fim import Middle
-    from dsv3_megatron.data.source.indexed import PackedShards, PackingRule
-    from dsv3_megatron.data.source.shard_table import check_files, open_table
-    from dsv3_megatron.data.source.shards import TOKENIZER, read_manifest, stored_alike
-
-    folder = settings.path
-    assert folder is not None, "check_source lets no shards without a folder through"
-    manifest = read_manifest(folder)
-    table = open_table(folder, manifest)
-    check_files(folder, table)
-    tokenizer = Tokenizer.load(settings.tokenizer or Path(folder) / TOKENIZER)
-    _check_tokenizer(settings, tokenizer, manifest.tokenizer_sha256, vocab_size)
-    if not stored_alike(manifest.vocab_size, tokenizer.vocab_size):
-        raise DataError(
-            f"data.path = {folder} was prepared for {manifest.vocab_size} ids, and its tokenizer has ids up to "
-            f"{tokenizer.vocab_size - 1}, which do not fit what its files hold; prepare the shards anew"
-        )
-    fim = None
-    if settings.fim_rate:
-        begin, hole, end = tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end
-        if begin is None or hole is None or end is None:
-            raise DataError(
-                f"data.fim_rate = {settings.fim_rate}, but the tokenizer of {folder} has no fill-in-the-middle tokens; "
-                "set data.fim_rate=0"
-            )
-        fim = Middle(begin, hole, end, seed)
+def _shards(settings: DataSettings, vocab_size: int, seed: int, folder: ShardFolder | None, place: Path | None) -> Data:
+    folder = folder or ShardFolder.of(settings)
+    tokenizer, manifest = folder.tokenizer, folder.manifest
+    check_rows(tokenizer, vocab_size, folder.path)
+    if place is None:  # one process: no other makes a share
+        place = folder.choose_place()
+        folder.make_ready(place)
+        folder.seal(place)
+    files = OpenFiles()
+    opened = [OpenPacking(packing, files) for packing in folder.packings(place)]
     assert tokenizer.end is not None, "Tokenizer.load refuses one without an end token"
     start = tokenizer.begin if settings.start_token == "begin" and tokenizer.begin is not None else tokenizer.end
     packed = partial(
         PackedShards,
+        seed=seed,
         start_token=start,
         pad_token=tokenizer.end if tokenizer.pad is None else tokenizer.pad,
-        cache=settings.cache,
         isolate=settings.isolate_documents,
+        files=files,
     )
-    rule = PackingRule(settings.sequence_length, seed, settings.fim_rate, fim)
+    names = [source.name for source in manifest.sources]
     train = {
-        source.name: packed(folder, list(map(table.row, table.range_of(n, "train"))), rule, name=source.name)
-        for n, source in enumerate(manifest.sources)
-        if source.shards["train"].shards
+        name: packed([packing], name=name)
+        for packing in opened
+        if packing.files.split == "train"
+        for name in (names[packing.files.source],)
     }
     if not train:
-        raise DataError(f"data.path = {folder} holds no training document; prepare it with a lower held_out")
+        raise DataError(f"data.path = {folder.path} holds no training document; prepare it with a lower held_out")
     given = {source.name: source.weight for source in manifest.sources}
     weights = _weights(settings, {name: (given[name], source.count) for name, source in train.items()})
-    kept = [name for name in train if name in weights]
-    blend = Blend([train[name] for name in kept], [weights[name] for name in kept], kept)
-    out_rule = PackingRule(settings.sequence_length, seed)  # held-out text is read as it stands
-    out_shards = [table.row(i) for n in range(len(manifest.sources)) for i in table.range_of(n, "held_out")]
-    held_out = packed(folder, out_shards, out_rule, name="held_out", shuffle=False)
+    blend = Blend(list(train.values()), [weights[name] for name in train], list(train))
+    out = [packing for packing in opened if packing.files.split == "held_out"]
+    held_out = packed(out, name="held_out", shuffle=False)
     if not held_out.count:
-        raise DataError(f"data.path = {folder} holds no held-out document; prepare it with a higher held_out")
+        raise DataError(f"data.path = {folder.path} holds no held-out document; prepare it with a higher held_out")
     return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer)
-
-
-def _check_tokenizer(settings: DataSettings, tokenizer: Tokenizer, sha256: str, vocab_size: int) -> None:
-    if tokenizer.sha256 != sha256:
-        raise DataError(
-            f"data.tokenizer = {settings.tokenizer or f'{settings.path}/tokenizer.json'} is not the tokenizer that "
-            f"{settings.path} was made with; set data.tokenizer=null, or prepare the shards anew"
-        )
-    assert settings.path is not None, "check_source lets no shards without a folder through"
-    check_rows(tokenizer, vocab_size, settings.path)
 
 
 def _weights(settings: DataSettings, sources: dict[str, tuple[float | None, int]]) -> dict[str, float]:
     """Return the weight of each source that takes part: the recipe's, else the manifest's, else by size."""
     if settings.weights is not None:
-        if unknown := [name for name in settings.weights if name not in sources]:
-            raise DataError(f"data.weights names {unknown[0]}, but the sources are: {', '.join(sources)}")
         return dict(settings.weights)
     return {name: count if weight is None else weight for name, (weight, count) in sources.items()}

@@ -11,26 +11,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsv3_megatron.data.source.hashing import key_of, uniform
+
 MARKS = 3  # tokens a document grows by
 
 
 @dataclass(frozen=True)
 class Middle:
-    """The marks of a tokenizer, and the random cuts of a seed."""
+    """The marks of a tokenizer, and the cuts of documents.
+
+    Which documents are rearranged, and where they are cut, is a function of their shard's content and of their number
+    in it, not of a run's seed: a packing serves every run.
+    """
 
     begin: int
     hole: int
     end: int
-    seed: int
 
-    def chosen(self, documents: int, rate: float, key: int) -> np.ndarray:
-        """Return which of a shard's documents are rearranged: [documents] bool. ``key`` names the shard."""
-        return np.random.default_rng([self.seed, key]).random(documents) < rate
+    def chosen(self, documents: int, rate: float, shard: bytes) -> np.ndarray:
+        """Return which of a shard's documents are rearranged: [documents] bool. ``shard``: SHA-256 of its .bin."""
+        return uniform(key_of("fill in the middle", shard.hex()), np.arange(documents)) < rate
 
-    def cuts(self, length: int, document: int, key: int) -> tuple[int, int]:
+    def cuts(self, length: int, document: int, shard: bytes) -> tuple[int, int]:
         """Return where prefix and middle end, 0 <= first <= second <= length (the end token is not counted)."""
-        random = np.random.default_rng([self.seed, key, document, 1])
-        first, second = sorted(random.integers(0, length + 1, size=2).tolist())
+        drawn = uniform(key_of("cuts", shard.hex()), 2 * document + np.arange(2))
+        first, second = sorted((drawn * (length + 1)).astype(int).tolist())
         return first, second
 
     def segments(self, length: int, cuts: tuple[int, int]) -> list[int | tuple[int, int]]:

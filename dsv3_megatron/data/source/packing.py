@@ -7,7 +7,69 @@ leaves a fraction of a percent of the places empty.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
+
+from dsv3_megatron.data.source.fim import MARKS, Middle
+from dsv3_megatron.data.source.hashing import hashed, key_of
+from dsv3_megatron.data.source.shards import Split
+
+# All that reading a piece needs beside the tokens: a training run opens no .idx.
+PIECE = np.dtype(
+    [
+        ("document", "<u4"),  # its number in the shard
+        ("position", "<u8"),  # where the document begins in the .bin, in tokens
+        ("document_length", "<u4"),  # in the .bin, with its end token
+        ("offset", "<u4"),  # of the piece in the document's stream, which marks make longer
+        ("length", "<u4"),
+        ("rearranged", "u1"),  # 1 = the stream is the document in fill-in-the-middle order
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PackingRule:
+    """What decides a packing beside the shard."""
+
+    sequence_length: int
+    fim_rate: float = 0.0
+    fim: Middle | None = None
+
+    def of(self, split: Split) -> PackingRule:
+        """Return the rule of a split: held-out text is read as it stands."""
+        return self if split == "train" else replace(self, fim_rate=0.0, fim=None)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What every packed sequence of a shard is made of."""
+
+    pieces: np.ndarray  # [pieces] of PIECE, sequence after sequence
+    starts: np.ndarray  # [sequences + 1] uint32: first piece of each sequence
+
+
+def pack(lengths: np.ndarray, rule: PackingRule, shard: bytes) -> Packing:
+    """Return the packing of a shard's documents.
+
+    Args:
+        lengths: [documents], the end token counted.
+        shard: SHA-256 of its .bin, which decides what looks random.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    chosen = np.zeros(len(lengths), dtype=bool)
+    if rule.fim_rate and rule.fim is not None:
+        chosen = rule.fim.chosen(len(lengths), rule.fim_rate, shard)
+    document, offset, length = cut(lengths + MARKS * chosen, rule.sequence_length)
+    bins = best_fit(length, rule.sequence_length)
+    # Best fit sorts by length, and no place in a sequence should mean a length.
+    order = np.lexsort((hashed(key_of("order in a sequence", shard.hex()), np.arange(len(bins))), bins))
+    pieces = np.empty(len(bins), dtype=PIECE)
+    pieces["document"], pieces["offset"], pieces["length"] = document, offset, length
+    pieces["position"] = (np.cumsum(lengths) - lengths)[document]
+    pieces["document_length"], pieces["rearranged"] = lengths[document], chosen[document]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=0))])
+    return Packing(pieces[order], starts.astype(np.uint32))
 
 
 def cut(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

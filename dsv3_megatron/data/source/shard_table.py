@@ -85,25 +85,37 @@ class ShardTable:
     def row(self, number: int) -> ShardRow:
         """Return what the table says of a shard."""
         row = self.rows[number]
-        source, split, part, index = (int(row[key]) for key in ("source", "split", "part", "number"))
         origin = row["origin_sha256"].tobytes()
         return ShardRow(
-            name=f"{self.names[source]}/{SPLITS[split]}_{f'p{part:03d}_' if part else ''}{index:05d}",
-            source=source,
-            split=SPLITS[split],
-            part=part,
-            bin_sha256=row["bin_sha256"].tobytes(),
+            name=self.name(number),
+            split=SPLITS[row["split"]],
+            bin_sha256=self.bin_sha256(number),
             idx_sha256=row["idx_sha256"].tobytes(),
             origin_sha256=None if origin == _NOTHING else origin,
             **{
                 key: int(row[key])
-                for key in ("documents", "tokens", "bin_bytes", "idx_bytes", "first_file", "first_row")
+                for key in (
+                    "source",
+                    "part",
+                    "documents",
+                    "tokens",
+                    "bin_bytes",
+                    "idx_bytes",
+                    "first_file",
+                    "first_row",
+                )
             },
         )
 
     def name(self, number: int) -> str:
         """Return the path of a shard's files in the folder, without suffix."""
-        return self.row(number).name
+        row = self.rows[number]
+        part = f"p{row['part']:03d}_" if row["part"] else ""
+        return f"{self.names[row['source']]}/{SPLITS[row['split']]}_{part}{row['number']:05d}"
+
+    def bin_sha256(self, number: int) -> bytes:
+        """Return the SHA-256 of a shard's tokens: what tells it from every other, wherever it lies."""
+        return bytes(self.rows["bin_sha256"][number].tobytes())
 
     def range_of(self, source: int, split: Split) -> range:
         """Return the numbers of the shards of a source (its number in the manifest) and split."""

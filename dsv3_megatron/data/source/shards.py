@@ -193,7 +193,7 @@ def _indexed_dataset() -> Any:
     from dsv3_megatron.megatron.host import adapt_host
 
     adapt_host()
-    from megatron.core.datasets import indexed_dataset
+    from megatron.core.datasets import indexed_dataset  # as above
 
     return indexed_dataset
 

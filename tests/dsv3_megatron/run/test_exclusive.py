@@ -12,7 +12,6 @@ import time
 import pytest
 
 from dsv3_megatron.checkpoint.manifest import sync_folder
-from dsv3_megatron.data.source.indexed import _one_at_a_time
 from dsv3_megatron.run.exclusive import NO_FLOCK, STALE_SECONDS, discard, exclusive, owner_of
 from launcher.command_line.last_words import ERROR_FILE, Failure, _Host
 
@@ -99,9 +98,9 @@ def test_a_lock_that_was_taken_meanwhile_is_left_to_its_owner(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_entry_is_made_and_last_words_are_said_without_flock(tmp_path, no_flock, monkeypatch, capfd):
-    with _one_at_a_time(tmp_path / "cache" / "packing-1"):
-        assert (tmp_path / "cache" / "packing.lock.held").exists()
+def test_last_words_are_said_without_flock(tmp_path, no_flock, monkeypatch, capfd):
+    with exclusive(tmp_path / "lock"):
+        assert (tmp_path / "lock.held").exists()
     error_file = tmp_path / "attempt_0" / "0" / "error.json"
     error_file.parent.mkdir(parents=True)
     monkeypatch.setenv(ERROR_FILE, str(error_file))

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.data.source.blend import CYCLE, Blend
 from dsv3_megatron.data.source.fim import Middle, restored
-from dsv3_megatron.data.source.indexed import PackedShards, PackingRule, make_packing
-from dsv3_megatron.data.source.packing import best_fit, cut
+from dsv3_megatron.data.source.indexed import PackedShards
+from dsv3_megatron.data.source.open_files import OpenFiles
+from dsv3_megatron.data.source.packing import PackingRule, best_fit, cut, pack
+from dsv3_megatron.data.source.packing_files import OpenPacking, PackingFiles, make_ready, seal
 from dsv3_megatron.data.source.samples import Sample, step_batches
 from dsv3_megatron.data.source.shard_table import open_table, write_table
 from dsv3_megatron.data.source.shards import Manifest, ShardWriter, Source
@@ -16,7 +18,7 @@ from parallel.errors import DataError
 from testing.lanes import examples
 
 START, END, PAD = 0, 1, 2
-FIM = Middle(begin=4, hole=3, end=5, seed=7)
+FIM = Middle(begin=4, hole=3, end=5)
 
 
 def slow_best_fit(lengths, capacity):
@@ -55,7 +57,7 @@ def test_pieces_cover_every_place_of_every_document_once(lengths, capacity):
 def test_real_lengths_leave_hardly_a_place_empty():
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(6, 1.3, 20_000).astype(int), 1, None)  # documents of a few hundred tokens
-    packing = make_packing(lengths, PackingRule(4096, seed=1), key=5)
+    packing = pack(lengths, PackingRule(4096), bytes(32))
     waste = 1 - lengths.sum() / ((len(packing.starts) - 1) * 4096)
     assert 0 <= waste < 0.002
 
@@ -80,18 +82,22 @@ def shards(tmp_path_factory):
     return folder, open_table(folder, manifest), found
 
 
-def packed(shards, source, *, fim_rate=0.0, isolate=False, seed=1, length=64, **more):
+def packed(shards, source, *, fim_rate=0.0, isolate=False, seed=1, length=64, place=None, **more):
     folder, table, found = shards
-    rule = PackingRule(length, seed, fim_rate, FIM if fim_rate else None)
+    number = list(found).index(source)
+    rule = PackingRule(length, fim_rate, FIM if fim_rate else None)
+    files = PackingFiles(folder, place or folder / "packing", table, "digest", 60_000, number, "train", rule)
+    make_ready([files])
+    seal([files])
+    opened = OpenFiles()
     return PackedShards(
-        folder,
-        list(map(table.row, table.range_of(list(found).index(source), "train"))),
-        rule,
+        [OpenPacking(files, opened)],
         name=source,
+        seed=seed,
         start_token=START,
         pad_token=PAD,
-        cache=str(folder / "cache"),
         isolate=isolate,
+        files=opened,
         **more,
     )
 
@@ -132,7 +138,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch(shards, fim_rate):
 @given(st.lists(st.integers(6, 99), min_size=0, max_size=40), st.integers(0, 1000))
 def test_fill_in_the_middle_is_prefix_suffix_middle_and_can_be_undone(tokens, document):
     original = np.asarray([*tokens, END])
-    first, second = FIM.cuts(len(tokens), document, key=9)
+    first, second = FIM.cuts(len(tokens), document, bytes(32))
     assert 0 <= first <= second <= len(tokens)
     stream = []
     for segment in FIM.segments(len(original), (first, second)):
@@ -149,12 +155,15 @@ def test_epochs_hold_the_same_samples_in_another_order(shards):
     assert first != second and sorted(first) == sorted(second)
 
 
-def test_a_packing_is_read_back_from_the_cache(shards, monkeypatch):
+def test_a_packing_is_made_once_and_serves_every_seed(shards, monkeypatch):
     before = [packed(shards, "c").sample(n).tokens.tolist() for n in range(5)]
-    monkeypatch.setattr("dsv3_megatron.data.source.indexed.make_packing", None)  # a second making would fail
+    monkeypatch.setattr("dsv3_megatron.data.source.packing_files.pack", None)  # a second making would fail
     assert [packed(shards, "c").sample(n).tokens.tolist() for n in range(5)] == before
-    monkeypatch.undo()
-    assert [packed(shards, "c", seed=2).sample(n).tokens.tolist() for n in range(5)] != before
+    other = packed(shards, "c", seed=2)
+    assert [other.sample(n).tokens.tolist() for n in range(5)] != before
+    mine = packed(shards, "c")
+    every = [sorted(source.sample(n).tokens.tolist() for n in range(source.count)) for source in (mine, other)]
+    assert every[0] == every[1], "a seed orders sequences, and does not change them"
 
 
 class Numbered:
@@ -176,7 +185,10 @@ def test_a_blend_keeps_weights_in_any_stretch_and_skips_no_sample(weights, start
         numbers = [n for s, n in taken if s == source]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
         assert abs(len(numbers) - 300 * weight / sum(weights)) < 2.1
-    assert sum(blend.locate(CYCLE)[1] == 0 for _ in range(1)) == 0
+    from_the_start = [blend.locate(n) for n in range(CYCLE + 300)]  # and over the end of a cycle
+    for source in range(len(weights)):
+        numbers = [n for s, n in from_the_start if s == source]
+        assert numbers == list(range(len(numbers)))
 
 
 def test_a_weight_too_small_to_ever_come_is_refused():
@@ -188,19 +200,25 @@ def test_the_order_of_samples_is_the_same_under_any_dp_and_after_a_resume(shards
     sources = [packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"]
     blend = Blend(sources, [0.5, 0.3, 0.2], list("abc"))
 
+    def row_of(values):
+        return tuple(np.asarray(value).tolist() for value in values)
+
     def step(first, batch, dp, micro):
         rows = []
         for rank in range(dp):
             for part in step_batches(
                 blend, first=first, global_batch=batch, micro_batch=micro, dp_rank=rank, dp=dp
             ):  # fmt: skip
-                rows += [
-                    tuple(part[key][i].tolist() for i in range(micro)) for key in ("tokens", "labels", "documents")
-                ][:1]
-        return [row for group in rows for row in group]
+                keys = ("tokens", "labels", "loss_mask", "documents")
+                rows += [row_of(part[key][i] for key in keys) for i in range(micro)]
+        return rows
+
+    def sample_of(source, number):
+        sample = source.sample(number)
+        return row_of((sample.tokens, sample.labels, sample.weights, sample.documents))
 
     batches = (8, 8, 16, 24)  # a ramp
-    whole = [blend.sample(n).tokens.tolist() for n in range(sum(batches))]
+    whole = [sample_of(blend, n) for n in range(sum(batches))]
     for dp, micro in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 2)):
         first, seen = 0, []
         for batch in batches:
@@ -209,7 +227,7 @@ def test_the_order_of_samples_is_the_same_under_any_dp_and_after_a_resume(shards
         assert seen == whole, (dp, micro)
     fresh = Blend([packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"], [0.5, 0.3, 0.2], list("abc"))
     for resumed_at in range(0, sum(batches), 5):  # what a resumed run knows is this number
-        assert fresh.sample(resumed_at).tokens.tolist() == whole[resumed_at]
+        assert sample_of(fresh, resumed_at) == whole[resumed_at]
 
 
 def test_windows_that_are_isolated_end_where_a_document_ends():
