@@ -90,7 +90,7 @@ lint: $(STAMP)
 	$(BIN)/tally lint --ignore 'tally/*' --fail-level style --slow-checks off docker/Dockerfile docker/Dockerfile.cpu
 
 docs: $(STAMP)
-	$(BIN)/python launcher/reference.py
+	$(BIN)/python launcher/views/reference.py
 	$(BIN)/python -m pytest tests/docs
 
 bench: $(STAMP)

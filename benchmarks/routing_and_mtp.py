@@ -58,7 +58,7 @@ def acceptance(directory: Path) -> tuple[list[float], list[float]]:
         states = []
         handle = model.mtp.register_forward_hook(lambda module, inputs, output: states.append(output))
         agreed, chained, counted = torch.zeros(depths), torch.zeros(depths), torch.zeros(depths)
-        for number in range(trained.data.held_out_count):
+        for number in range(trained.data.held_out.count):
             batch = make_batch([trained.data.held_out.sample(number)])
             model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
             main, *drafts = (model.output_layer(s)[0].argmax(-1)[:, 0] for s in states.pop().chunk(1 + depths))

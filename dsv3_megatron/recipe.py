@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3_megatron.checkpoint.settings import CheckpointSettings
+from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings
+from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.model.freeze import check_freeze
 from dsv3_megatron.model.settings import ModelSettings
@@ -37,6 +39,7 @@ class Recipe(BaseModel):
     )
     optim: OptimSettings
     data: DataSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings
     health: HealthSettings = HealthSettings()
     cluster: ClusterSettings
@@ -51,6 +54,12 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"run.hang_seconds = {self.run.hang_seconds:g} is not below run.abort_seconds = "
                 f"{self.run.abort_seconds:g}, after which nobody is left to tell; lower it"
+            )
+        self.evaluate.check()
+        if self.evaluate.tasks and self.data.source in ("synthetic", "recall"):
+            raise RecipeError(
+                f"evaluate.tasks = {list(self.evaluate.tasks)} are text, but data.source = {self.data.source} has no "
+                "tokenizer; use data=stdlib or data=indexed, or leave the tasks out"
             )
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
@@ -133,6 +142,7 @@ class Recipe(BaseModel):
     def _check_curves(self) -> None:
         """Phases must follow each other in tokens, and moving ones must say where they go."""
         Regime(self.optim, self.data.sequence_length)
+        mixture_of_recipe(self.data)
 
     def layout(self, world_size: int) -> Layout:
         """Return who holds what on ``world_size`` ranks. Raises LayoutError when the degrees do not fit."""

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dsv3_megatron.metrics.names import NAMES
+from dsv3_megatron.metrics.names import FAMILIES, NAMES
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
 from launcher.command_line.recipe_files import DATA
@@ -81,11 +81,11 @@ def load(path: Path) -> Dashboard:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RecipeError(f"{path.name}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
-    known = set(NAMES.values())
+    known = {*NAMES.values(), *(f"{family}/*" for family in FAMILIES)}
     for section in dashboard.sections:
         for panel in section.panels:
             for name in panel.y:
-                if name.removesuffix("/*") not in known:
+                if not {name, name.removesuffix("/*")} & known:
                     raise RecipeError(
                         f"{path.name}: panel {panel.title!r} shows {name}, which no run logs; there are: "
                         f"{', '.join(sorted(known))}"

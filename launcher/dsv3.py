@@ -22,6 +22,7 @@ dsv3 COMMAND key=value ...: pretrain DeepSeek-V3-class models
   layout           who holds what on any number of ranks
   submit           submit a recipe to SLURM, and look after it
   prepare-data     raw documents to token shards
+  data             look into shards: data trace names the documents of a step
   train-tokenizer  a byte-level BPE tokenizer from raw documents
   evaluate         held-out loss of a run
   generate         continue a text

@@ -19,7 +19,7 @@ from dsv3_megatron.checkpoint.hugging_face.config import config_from_settings
 from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.names import CONFIG
-from dsv3_megatron.data.tokenizer_identity import check_trained_with, tokenizer_of_run
+from dsv3_megatron.data.tokenizer_identity import check_trained_with, described, tokenizer_of_run
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically
@@ -80,15 +80,16 @@ def main(given: ExportArguments) -> int:
         scales=scales,
     )
     tokenizer = tokenizer_to_export(recipe, Path(given.run))
-    trained_with = read_content(checkpoint.path).get("tokenizer")
-    check_trained_with(checkpoint.path, trained_with, tokenizer, allowed=False)
+    content = read_content(checkpoint.path)
+    check_trained_with(checkpoint.path, content.get("tokenizer"), tokenizer, allowed=False)
+    trained_with = {"tokenizer": described(tokenizer), "data": content.get("data")}
     (output / INDEX).unlink(missing_ok=True)  # what is there is incomplete from here on
     write_atomically(output / RECIPE, (Path(given.run) / RECIPE).read_text())  # says whose files these are
     tokens = {} if tokenizer is None else write_tokenizer(tokenizer, recipe, output)
     write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     shown = ProgressLine("exporting")
     processes = given.processes or min(8, os.cpu_count() or 1)
-    size = export(shards, output, processes=processes, progress=shown.files)
+    size = export(shards, output, processes=processes, progress=shown.files, trained_with=trained_with)
     shown.close()
     print(f"{checkpoint.path} -> {output}: {show_bytes(size)} of {given.dtype} weights, verified")
     if not tokens:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config, text_model, told_by_config
-from dsv3_megatron.checkpoint.hugging_face.headers import holds_weights
+from dsv3_megatron.checkpoint.hugging_face.headers import holds_weights, read_trained_with
 from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.read import FILES, TOKENIZER
-from dsv3_megatron.data.tokenizer_identity import check_rows, described
+from dsv3_megatron.data.tokenizer_identity import check_rows, described, other_tokenizer
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
@@ -48,6 +48,7 @@ class ImportArguments(Arguments):
         None, description="recipe that says the rest; null = the export's own, else a shipped one of the shape"
     )
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="of the weights; null = as they are, FP8 as BF16")
+    allow_other: bool = Field(False, description="take a tokenizer that the weights were not trained with")
     processes: PositiveInt | None = Field(None, description="files read at once; null = one a core, 8 at most")
 
 
@@ -65,6 +66,13 @@ def main(given: ImportArguments) -> int:
     directory = RunDirectory(writable_folder(Path(given.output)))
     recipe = recipe_of(model, folder, given, precision_of(config, given.dtype, weights))
     tokenizer = tokenizer_of(folder, model)
+    if difference := other_tokenizer(read_trained_with(folder, "tokenizer"), tokenizer):
+        if not given.allow_other:
+            raise CheckpointError(
+                f"input = {folder}: its weights were trained with {difference}; restore the tokenizer of the export, "
+                "or set allow_other=true"
+            )
+        print(f"its weights were trained with {difference}: allow_other = true")
     if weights:
         size = import_weights(weights, directory, recipe, given, tokenizer)
         print(f"{folder} -> {directory.path}: {show_bytes(size)} of weights, checksummed")
@@ -182,6 +190,7 @@ def import_weights(
         processes=given.processes or min(8, os.cpu_count() or 1),
         progress=shown.files,
         tokenizer=described(tokenizer),
+        trained_on=read_trained_with(weights.folder, "data"),
     )
     shown.close()
     keep_scales(weights, directory.published_scales)

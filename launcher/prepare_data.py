@@ -2,103 +2,100 @@
 
     python launcher/prepare_data.py input=code,web.jsonl.zst weights=0.3,0.7 output=shards tokenizer=tokenizer.json
 
-Inputs are files or folders: JSON lines (.jsonl), Parquet, plain text, source code; .gz and .zst unpacked on the way.
-A plain file is one document; a row's document is its `field`. Started again after a kill, it goes on where it stood.
+Inputs are files or folders: rows of JSON (.jsonl, .json), Parquet, plain text, source code; .gz, .zst, .bz2 and .xz are
+unpacked on the way. A plain file is one document; a row's document is its `field`. Started again after a kill, it goes
+on where it stood. On several nodes each makes a part=3/16, and launcher/data.py merge joins them.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
+from dsv3_megatron.data.prepare.inputs import printable
+from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
-from launcher.command_line.typed import command
+from launcher.command_line.typed import as_typed, command
+from launcher.data_commands.words import part_of, path_list, source_lines, warnings
 from parallel.errors import RecipeError
-from parallel.units import parse_count, show_bytes, show_count
+from parallel.units import parse_bytes, parse_count, show_count
 
 
 class PrepareArguments(Arguments):
     """What the command takes."""
 
-    input: str = Field(description="files and folders, separated by commas")
+    input: str = Field(description="files and folders, separated by commas; a comma in a name is written \\,")
     output: str = Field(description="folder for the shards")
     tokenizer: str = Field(
         description="a tokenizer.json (launcher/train_tokenizer.py makes one), or a published model's folder"
     )
     weights: str | None = Field(None, description="share of samples of each input; default: by their tokens")
     field: str = Field("text", description="the field of a row that holds its document")
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(0.005, description="share of documents never trained on")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.005, description="share of documents never trained on; at least one of each input, unless 0"
+    )
     deduplicate: bool = Field(False, description="keep the first of documents that are the same to the byte")
+    deduplicate_memory: Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)] = Field(
+        1 << 30, description="memory for finding them, such as 4GiB; the rest lies on disk"
+    )
     split_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="share of the tokens joining marks and line breaks that are spelled in two"
     )
     seed: NonNegativeInt = Field(1234, description="of the tokens that are split")
     shard_tokens: Annotated[PositiveInt, BeforeValidator(parse_count)] = Field(
-        64_000_000, description="tokens of a shard, about; what a kill can cost"
+        64_000_000, description="tokens of a shard at most, about; what a kill can cost each worker"
     )
+    part: str | None = Field(None, description="make one part of several, 3/16, into OUTPUT/parts; merge joins them")
     max_bad: NonNegativeInt = Field(1000, description="stop when more documents than this cannot be read")
-    workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read and encode")
+    max_torn: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] = Field(
+        64 << 20, description="stop when more bytes than this of damaged files cannot be read, such as 64MiB"
+    )
+    workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read, encode and write")
 
 
 @takes(PrepareArguments, __doc__)
 def main(given: PrepareArguments) -> int:
     """Prepare the data; return the exit code."""
 
-    inputs = _list(given.input)
+    inputs = path_list(given.input)
     try:
-        weights = tuple(float(w) for w in _list(given.weights)) if given.weights else None
+        weights = tuple(float(w) for w in given.weights.strip("[]").split(",")) if given.weights else None
     except ValueError:
         raise RecipeError(f"weights = {given.weights} are not numbers; write one for each input: 0.3,0.7") from None
-    if weights is not None and (len(weights) != len(inputs) or min(weights) <= 0):
+    if weights is not None and (len(weights) != len(inputs) or not min(weights) > 0):
         raise RecipeError(f"weights = {given.weights}: give {len(inputs)} numbers above 0, one for each input")
-    common = set(PrepareOptions.__dataclass_fields__) - {"inputs", "weights"}
-    options = PrepareOptions(inputs=inputs, weights=weights, **given.model_dump(include=common))
+    common = set(PrepareOptions.__dataclass_fields__) - {"inputs", "weights", "part"}
+    options = PrepareOptions(
+        inputs=inputs, weights=weights, part=part_of(given.part), **given.model_dump(include=common)
+    )  # fmt: skip
     line = ProgressLine("encoding")
 
     def progress(done: int, total: int, tokens: int) -> None:
         line.update(done, total, f"{show_count(tokens)} tokens")
 
-    manifest = prepare(options, workers=given.workers, progress=progress, tell=_tell)
+    made = prepare(options, workers=given.workers, progress=progress, tell=_tell)
     line.close()
-    _report(manifest, given.output)
+    print("\n".join(source_lines(made.counted if isinstance(made, Part) else made.sources)))
+    for example in made.bad_examples:
+        _tell(f"    {example}")
+    output = printable(given.output)
+    if isinstance(made, Part):
+        print(f"part {made.part} of {made.parts} is in {printable(options.folder)}; when all are made: "
+              f"{as_typed('python launcher/data.py')} merge input={output} output={output}")  # fmt: skip
+        return 0
+    for warning in warnings(made.sources, given.held_out):
+        _tell(f"    {warning}")
+    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
     return 0
-
-
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _report(manifest: Any, output: str) -> None:
-    """Print what became of each input."""
-    for source in manifest.sources:
-        splits = {split: totals.tokens for split, totals in source.shards.items()}
-        print(
-            f"{source.name}: {source.documents:,} documents of {source.files:,} files, {show_bytes(source.text_bytes)} "
-            f"-> {splits['train']:,} training and {splits['held_out']:,} held-out tokens in "
-            f"{sum(totals.shards for totals in source.shards.values())} shards"
-        )
-        notes = {
-            "the same as another": source.duplicates,
-            "empty": source.empty,
-            "not readable": source.bad,
-            "files of unknown kind": source.ignored_files,
-        }
-        if any(notes.values()):
-            print("    left out: " + ", ".join(f"{count:,} {what}" for what, count in notes.items() if count))
-    if not any(source.shards["held_out"].shards for source in manifest.sources):
-        print("    no document was held out, and training needs some: raise held_out", file=sys.stderr)
-    for example in manifest.bad_examples:
-        print(f"    {example}", file=sys.stderr)
-    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
 
 
 if __name__ == "__main__":

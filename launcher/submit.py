@@ -22,6 +22,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
+from dsv3_megatron.data.tasks.read import check_tasks
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.recipe import Recipe
@@ -123,9 +124,11 @@ def plan(job: Job) -> None:
 def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
     """Write the script and submit it, ``chain`` times; return the exit code.
 
-    Raises: DataError: it would have nothing to read. ClusterError: another job of the run is there, or SLURM refuses.
+    Raises: DataError: it would have nothing to read, or a task file is none. ClusterError: another job of the run is
+    there, or SLURM refuses.
     """
     job.recipe.data.check_source()
+    check_tasks(job.recipe.evaluate)
     for point in job.points:
         if not test_only and (active := active_jobs(point.directory)):
             raise ClusterError(

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from dsv3_megatron.data.prepare.documents import BLOCK_BYTES, blocks, files_of, texts
+from dsv3_megatron.data.prepare.documents import Lost, Span, SpanReader
+from dsv3_megatron.data.prepare.inputs import check_distinct, files_of, printable
+from dsv3_megatron.data.prepare.plan import text_bytes
 from dsv3_megatron.data.tokenizer import Tokenizer
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
+from launcher.data_commands.words import path_list
 from parallel.errors import DataError
 from parallel.units import parse_count
+
+_RUN_CHARACTERS = 1 << 20  # that are learned from, or left out, at a stretch
 
 
 class TokenizerArguments(Arguments):
@@ -40,40 +46,57 @@ class TokenizerArguments(Arguments):
 def main(given: TokenizerArguments) -> int:
     """Train the tokenizer; return the exit code."""
 
-    inputs = [part.strip() for part in given.input.split(",") if part.strip()]
-    found = {"documents": 0, "characters": 0, "bad": 0}
+    inputs = path_list(given.input)
+    found = _Found()
     tokenizer = Tokenizer.train(_sample(inputs, given.field, given.sample, found), given.vocab_size, "vocab_size")
-    if not found["documents"]:
-        raise DataError(f"input = {given.input} holds no readable document; check field = {given.field}")
+    if not found.documents:
+        told = f": {found.first}" if found.first else ""
+        raise DataError(f"input = {printable(given.input)} holds no readable document{told}; check the input and field")
     try:
         tokenizer.save(given.output)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"output = {given.output} cannot be written ({error}); name another file") from None
-    learned, bad = f"{found['documents']:,} documents, {found['characters']:,} characters", found["bad"]
-    print(f"{given.output}: {tokenizer.vocab_size:,} tokens learned from {learned}" + (f"; {bad:,} bad" if bad else ""))
+    learned = f"{found.documents:,} documents, {found.characters:,} characters"
+    left_out = f"; {found.lost:,} not readable" if found.lost else ""
+    print(f"{printable(given.output)}: {tokenizer.vocab_size:,} tokens learned from {learned}{left_out}")
+    if found.first:
+        print(f"    such as {found.first}", file=sys.stderr)
     return 0
 
 
-def _sample(inputs: list[str], field: str, limit: int, found: dict[str, int]) -> Iterator[str]:
-    """Yield documents of all inputs, whole blocks of them evenly spread, until ``limit`` characters."""
+@dataclass
+class _Found:
+    documents: int = 0
+    characters: int = 0
+    lost: int = 0  # rows and places that could not be read
+    first: str = ""  # of them
 
-    files = [path for name in inputs for path in files_of(name)[0]]
-    total = sum(path.stat().st_size for path in files)
-    stride = max(1, total // limit)
-    line, done = ProgressLine("reading"), 0
-    for number, block in enumerate(blocks(files)):
-        done += block.size
-        line.update(done, total, f"{found['documents']:,} documents")
-        if number % stride and total > BLOCK_BYTES:
-            continue
-        documents, bad = texts(block, field)
-        found["bad"] += len(bad)
-        for text in documents:
-            if found["characters"] >= limit:
-                break
-            found["documents"] += 1
-            found["characters"] += len(text)
-            yield text
+
+def _sample(inputs: tuple[str, ...], field: str, limit: int, found: _Found) -> Iterator[str]:
+    """Yield documents of all inputs, runs of them evenly spread, until ``limit`` characters."""
+
+    each = [files_of(name) for name in inputs]
+    check_distinct(inputs, each)
+    files = [file for one in each for file in one.files]
+    total = sum(file.size for file in files)
+    stride = max(1, sum(map(text_bytes, files)) // limit)
+    line, done, characters = ProgressLine("reading"), 0, 0
+    for file in files:
+        reader = SpanReader(Span(file), field)
+        for row in reader:
+            line.update(done + reader.disk, total, f"{found.documents:,} documents")
+            if isinstance(row, Lost):
+                found.lost += max(row.rows, 1)
+                found.first = found.first or str(row)
+                continue
+            run, characters = characters // _RUN_CHARACTERS, characters + len(row.text)
+            if run % stride == 0 and row.text:
+                found.documents += 1
+                found.characters += len(row.text)
+                yield row.text
+            if found.characters >= limit:
+                return line.close()
+        done += file.size
     line.close()
 
 

@@ -135,7 +135,12 @@ def train(visit: Visit, recipe_words: tuple[str, ...], directory: Path, **watche
         return seen.parts
 
     run.build_parts = build_and_show
-    run.build_data = lambda *given, **more: replace(data(*given, **more), held_out_count=HELD_OUT)
+
+    def read_less(*given: Any, **more: Any) -> Any:
+        found = data(*given, **more)
+        return replace(found, held_out=found.held_out.of_at_most(HELD_OUT))
+
+    run.build_data = read_less
     try:
         run.run(recipe, World(0, 1, 0), seen, resolved_yaml(recipe))
     finally:

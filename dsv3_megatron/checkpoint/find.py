@@ -79,6 +79,7 @@ class Found:
         freeze: what was not trained (``model.freeze``): it holds no optimizer state and no average of that.
         checked: whether its files carry checksums of their pieces; else they were read whole before they are trusted.
         tokenizer: of the text it was trained on: its sha256 and name; None where there was none, or it does not say.
+        data: the text its samples are counted in (data/identity.py); None likewise.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Found:
     updates: int | None = None
     checked: bool = True
     tokenizer: dict[str, str] | None = None
+    data: dict[str, Any] | None = None
     freeze: tuple[str, ...] = ()
 
     @classmethod
@@ -101,6 +103,7 @@ class Found:
             content.get("updates"),
             checked=content["format"] >= 2,
             tokenizer=content.get("tokenizer"),
+            data=content.get("data"),
             freeze=tuple(content.get("freeze", ())),
         )
 

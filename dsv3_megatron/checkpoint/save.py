@@ -115,6 +115,7 @@ class Saver:
         tell: Tell,
         *,
         tokenizer: dict[str, str] | None = None,
+        data: dict[str, Any] | None = None,
     ):
         """Save into ``folder``.
 
@@ -122,12 +123,14 @@ class Saver:
             recipe: the resolved recipe, stored with every checkpoint.
             tell: gets an event's name and values, on rank 0: ``saved``, ``save_failed``, ``save_given_up``.
             tokenizer: of the text, as the manifest describes it; None where there is none.
+            data: the text, likewise.
         """
         self.folder, self.settings = folder, settings
         self.saved_step: int | None = None
         self.is_late = False  # a save is due by time, as agreed between the steps
         self._begun = time.monotonic()  # the last save, or the run
-        self._parts, self._recipe, self._tell, self._tokenizer = parts, recipe, tell, tokenizer
+        self._parts, self._recipe, self._tell = parts, recipe, tell
+        self._text = {"tokenizer": tokenizer, "data": data}
         self._save: _Save | None = None
         self._is_first = dist.get_rank() == 0
         token = [uuid.uuid4().hex[:8]]
@@ -301,7 +304,7 @@ class Saver:
             "optimizer": True,
             "freeze": list(self._parts.recipe.model.freeze),
             "updates": save.updates,
-            "tokenizer": self._tokenizer,
+            **self._text,
         }
         write_file(save.partial / MANIFEST, manifest_text(save.progress, files, facts).encode())
         sync_folder(save.partial)

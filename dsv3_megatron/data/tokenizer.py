@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
+from dsv3_megatron.data.source.hashing import uniform
 from dsv3_megatron.data.tokenizer_files.names import (
     ALSO_CALLED,
     CONFIG,
@@ -181,6 +182,12 @@ class Tokenizer:
         found = self._engine.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray([*encoding.ids, self.end], dtype=np.int32) for encoding in found]
 
+    def encode_prompts(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids [T] int32 of each text, in which the name of a special token is that token: what transformers
+        makes of it with an export's tokenizer. Nothing is put before or after it."""
+        found = self._of_prompts.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Return the ids [T] int32 of any bytes: UTF-8 as text, a byte that is none as the token of that byte.
 
@@ -206,16 +213,17 @@ class Tokenizer:
         """Return the bytes that ids stand for, whether or not they are text; special tokens are left out."""
         return b"".join(self._bytes_of_tokens[int(number)] for number in ids)
 
-    def split_joined(self, ids: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+    def split_joined(self, ids: np.ndarray, share: float, key: int) -> np.ndarray:
         """Return ids where about ``share`` of the tokens that join marks with line breaks are spelled in two.
 
         Without it a prompt that ends in a line break after a mark would be spelled as the model has never seen it
-        (arXiv 2412.19437 section 4.1; the share is not published). The text does not change.
+        (arXiv 2412.19437 section 4.1; the share is not published). The text does not change. Which ones is a function
+        of ``key``, the document's.
         """
         if not share or not len(ids):
             return ids
         joined = np.flatnonzero(self._is_joined[ids])
-        chosen = joined[random.random(len(joined)) < share]
+        chosen = joined[uniform(key, np.arange(len(joined))) < share]
         if not len(chosen):
             return ids
         pieces = np.split(ids, chosen)
@@ -227,6 +235,10 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Return how many bytes of text each token stands for: [vocabulary] int32, 0 for special tokens."""
         return np.asarray([len(text) for text in self._bytes_of_tokens], dtype=np.int32)
+
+    @cached_property
+    def _of_prompts(self) -> Engine:
+        return Engine.from_str(self._engine.to_str())  # which does not say that special tokens are encoded as text
 
     @cached_property
     def _spelling(self) -> Spelling:

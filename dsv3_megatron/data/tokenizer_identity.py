@@ -40,10 +40,9 @@ def check_trained_with(
     difference = other_tokenizer(trained_with, tokenizer)
     if difference and not allowed:
         raise CheckpointError(
-            f"{place} was trained with {difference}; prepare the data with its tokenizer, or set "
-            "data.allow_other_tokenizer=true"
+            f"{place} was trained with {difference}; prepare the data with its tokenizer, or set data.allow_other=true"
         )
-    return f"{place} was trained with {difference}: data.allow_other_tokenizer = true" if difference else None
+    return f"{place} was trained with {difference}: data.allow_other = true" if difference else None
 
 
 def check_rows(tokenizer: Tokenizer, rows: int, place: str | Path) -> None:

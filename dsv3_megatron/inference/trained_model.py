@@ -14,6 +14,7 @@ from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.checkpoint.find import Found, choose_checkpoint
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
+from dsv3_megatron.data.identity import other_text
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
 from dsv3_megatron.data.tokenizer import Tokenizer
@@ -57,15 +58,16 @@ def trained_model(
     weights: Weights = "trained",
     *,
     with_data: bool = True,
+    other_data: bool = False,
 ) -> Iterator[TrainedModel]:
     """Load the newest valid checkpoint of a run, or the one of ``step``, for as long as the block lasts.
 
     ``weights``: those trained, or their average over the last steps (optim.ema_decay).
     Text is read and written by the tokenizer that the run directory keeps, else by the data's; ``with_data=False`` asks
-    for data only where the run keeps none. A run that was trained on Transformer Engine runs on the torch backend where
-    there is none, with a note.
-    Raises: CheckpointError: there is none, it is damaged, it holds no average, or data and run have different
-    tokenizers. DataError: the run's tokenizer does not fit the model.
+    for data only where the run keeps none. ``other_data``: the recipe's data was named in place of the run's own. A run
+    that was trained on Transformer Engine runs on the torch backend where there is none, with a note.
+    Raises: CheckpointError: there is none, it is damaged, it holds no average, data and run have different tokenizers,
+    or the run's own data was exchanged. DataError: the run's tokenizer does not fit the model.
     """
     path = choose_checkpoint(directory, step, _read_for(weights)).path
     content = read_content(path)
@@ -76,13 +78,18 @@ def trained_model(
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
     own = tokenizer_of_run(directory, recipe.model.vocab_size)
-    data, allowed = None, recipe.data.allow_other_tokenizer
+    data, allowed = None, recipe.data.allow_other
     check_trained_with(path, content.get("tokenizer"), own, allowed=False)
     if with_data or own is None:
         data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
         trained_with = content.get("tokenizer") or described(own)
         if told := check_trained_with(path, trained_with, data.tokenizer, allowed=allowed):
             notes.append(told)
+        difference = None if other_data or allowed else other_text(content.get("data"), data.identity)
+        if difference:
+            raise CheckpointError(
+                f"{path} was trained on {difference}; restore those, or name the folder to evaluate on: data=FOLDER"
+            )
     tokenizer = own if own is not None or data is None else data.tokenizer
     with processes(world, device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = build_parts(alone, alone.layout(1), device)

@@ -21,6 +21,10 @@ from dsv3_megatron.run.resilient import ResilientFiles
 class StepMetrics:
     """One line of metrics.jsonl. Losses are means over the tokens of the whole global batch, in nats.
 
+    ``samples`` is the number of the first sample that the next step reads: it runs ahead of ``tokens`` by what a
+    roll-back or an exclusion has stepped over. ``excluded_tokens`` are the places of this step's sequences that
+    documents left out by name would fill (null where none are).
+
     ``loss`` is the training objective (lm + weighted MTP + weighted balance), ``mtp_loss`` the unweighted mean over
     MTP depths, ``balance_loss`` the weighted sum over layers. ``bubble_fraction`` is the measured share of the step
     that ranks waited for their pipeline neighbours, mean over ranks; ``mfu`` is null where the device's peak is not in
@@ -28,12 +32,15 @@ class StepMetrics:
     loads averaged over about a hundred steps; ``layer_violation`` the batch's by MoE layer, MTP modules last.
     ``rerouted_choices`` and ``dropped_choices`` count token-expert choices for which an expert had no room (null
     where experts have no capacity). ``skipped`` counts steps skipped so far. ``slowest_rank`` took ``slowest_ratio``
-    times the median rank's seconds for the same work when last compared. ``memory_peak_bytes`` is the most that
-    ``memory_peak_rank`` has held since it started, of all ranks the largest (null where one rank is all there is).
+    times the median rank's seconds for the same work when last compared. ``data_seconds`` is how long the rank that
+    waited longest for its samples has waited, next to nothing where reading ahead keeps up. ``memory_peak_bytes`` is
+    the most that ``memory_peak_rank`` has held since it started, of all ranks the largest (null where one rank is all
+    there is).
     """
 
     step: int
     tokens: int
+    samples: int
     loss: float
     lm_loss: float
     mtp_loss: float | None
@@ -59,6 +66,7 @@ class StepMetrics:
     update_seconds: float | None = None
     slowest_rank: int | None = None
     slowest_ratio: float | None = None
+    excluded_tokens: int | None = None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

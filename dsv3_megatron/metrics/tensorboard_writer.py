@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.metrics.names import NAMES, grouped
+from dsv3_megatron.metrics.names import grouped, of_event
 from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.run.resilient import ResilientFiles
 from parallel.errors import PackageError
@@ -45,7 +45,7 @@ class TensorBoardRun:
 
     def write(self, metrics: StepMetrics) -> None:
         """Log one step."""
-        self._add([self._summary.scalar(name, value) for name, value in grouped(asdict(metrics))], metrics.step)
+        self._add([self._summary.scalar(key, value) for key, value in grouped(asdict(metrics))], metrics.step)
 
     def loads(self, step: int, loads: np.ndarray) -> None:
         """Log for every MoE layer, of loads [L, E], the histogram of its experts' loads over their mean."""
@@ -54,7 +54,7 @@ class TensorBoardRun:
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Log an evaluation."""
-        scalars = [self._summary.scalar(NAMES[k], v) for k, v in values.items() if k != "step" and k in NAMES]
+        scalars = [self._summary.scalar(key, value) for key, value in of_event(name, values).items()]
         self._add(scalars, values.get("step", 0))
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_megatron.metrics.names import NAMES, grouped
+from dsv3_megatron.metrics.names import NAMES, grouped, of_event
 from dsv3_megatron.metrics.row_numbers import RowNumbers
 from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.model.costs import count_parameters
@@ -94,7 +94,7 @@ class WandbRun:
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Log an evaluation; its newest values are in the summary too."""
-        numbers = {NAMES[k]: v for k, v in values.items() if k != "step" and k in NAMES}
+        numbers = of_event(name, values)
         self._log(numbers)
         self._run.summary.update(numbers)
 

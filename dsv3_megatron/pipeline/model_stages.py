@@ -18,9 +18,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import set_streams
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from dsv3_megatron.model.depth_masks import KEY, DepthMasks
+from dsv3_megatron.pipeline.scores import is_likeliest, sequence_scores
 from dsv3_megatron.precision.products import Fp8Products
 from parallel.pipeline.actions import Action
 from parallel.pipeline.engine import Task
@@ -38,7 +40,14 @@ class _Plain:
 
 
 class ModelStages:
-    """The stages of this rank: implements parallel.pipeline.engine.Stages."""
+    """The stages of this rank: implements parallel.pipeline.engine.Stages.
+
+    Attributes:
+        loss: [2] float64, of the step: sum of losses of the tokens that count, and how many they are, over the
+            microbatches whose last stage is here.
+        scores: of an evaluation: the sequences' scores (pipeline.scores) [B, 3], by microbatch whose last stage is
+            here.
+    """
 
     def __init__(
         self,
@@ -56,7 +65,7 @@ class ModelStages:
             chunks: stage -> module.
             ddps: the same, wrapped for gradient reduction.
             last_stage: of the whole model.
-            message: shape [S, B, H], dtype and device of what passes between stages.
+            message: shape [S, B, H], dtype and device of what passes between stages; S and B are the batches' own.
             embedding_is_shared: the last stage here uses the embedding of the first, which is here too.
             always_splits: the layers were built to leave their weight gradients to ``backward_dw``, in every schedule.
         """
@@ -72,18 +81,21 @@ class ModelStages:
         self._planned = self._splits = self._training = False
         self._always_splits = always_splits
         self._reduced: set[int] = set()
+        self.scores: dict[int, Tensor] = {}
         self.loss = torch.zeros(2, dtype=torch.float64, device=message[2])
         self.last_stage_microbatches = 0
         self.mtp_depth_decay = 1.0  # set by the trainer: a phase
 
     def begin(self, kinds: Set[str], batches: list[Batch], *, training: bool) -> None:
-        """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on.
-        ``kinds``, of the schedule's actions on all ranks (``Schedule.kinds``), say how passes are run."""
+        """Prepare for a step over ``batches``, one per microbatch of the schedule: [B, S] tokens, labels and so on, all
+        of one shape. ``kinds``, of the schedule's actions on all ranks (``Schedule.kinds``), say how passes are run."""
         self._planned, self._splits = "FB" in kinds, self._always_splits or not kinds.isdisjoint({"FB", "I", "W"})
         self._batches, self._training = batches, training
+        self._message = (self._message_shape(batches[0]), *self._message[1:])
         Fp8Products.step += 1  # weights may have changed since the last one
         self._reduced.clear()
         self.loss.zero_()
+        self.scores.clear()
         depths = sum(key.startswith(KEY) for key in batches[0])
         self.mtp_positions = torch.zeros(depths, dtype=torch.float64, device=self.loss.device)
         self.last_stage_microbatches = 0
@@ -95,6 +107,12 @@ class ModelStages:
             chunk.set_is_first_microbatch()
         for config in self._configs:
             config.delay_wgrad_compute = self._splits
+
+    def _message_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Return [S, B, H] of what passes between stages: an evaluation's sequences may be shorter, and more of them in
+        a microbatch, than training's. Under tensor parallelism a rank holds its share of the tokens."""
+        count, length = batch["tokens"].shape
+        return length // self._configs[0].tensor_model_parallel_size, count, self._message[0][-1]
 
     # -- what the engine calls -----------------------------------------------------------------------------------------
 
@@ -150,13 +168,14 @@ class ModelStages:
                 batch["tokens"],
                 batch["position_ids"],
                 batch.get("documents"),
-                labels=batch["labels"],
+                labels=batch["labels"] if self._training else None,  # without them the last stage returns logits
                 loss_mask=self._mask(batch),
             )
         if self._training:
             self._live[action.stage, action.microbatch] = _Plain(activation, output)
         self._emit_output(task, output)
-        self._count_loss(action, output)
+        if action.stage == self._last:
+            self._count_loss(action, output if self._training else self._score(action, output))
 
     def _plain_backward(self, task: Task) -> None:
         action = task.action
@@ -182,7 +201,8 @@ class ModelStages:
         )
         if forward:
             self._live[forward.action.stage, forward.action.microbatch] = forward_plan
-            self._count_loss(forward.action, output)
+            if forward.action.stage == self._last:
+                self._count_loss(forward.action, output)
 
     def _plan(self, task: Task) -> TransformerModelChunkSchedulePlan:
         """Return the plan of a forward and of the backward that will follow it."""
@@ -222,15 +242,21 @@ class ModelStages:
         return DepthMasks.of(batch, self.mtp_depth_decay) or batch["loss_mask"]
 
     def _count_loss(self, action: Action, losses: Tensor) -> None:
-        """Add a microbatch's losses [B, S] over the tokens that count, where the last stage has made them."""
-        if action.stage < self._last:
-            return
+        """Add a microbatch's losses [B, S] over the tokens that count."""
         mask = self._batches[action.microbatch]["loss_mask"].double()
         self.loss += torch.stack([(losses.detach().double() * mask).sum(), mask.sum()])
         batch = self._batches[action.microbatch]
         for depth in range(len(self.mtp_positions)):
             self.mtp_positions[depth] += batch[f"{KEY}{depth + 1}"].sum()
         self.last_stage_microbatches += 1
+
+    def _score(self, action: Action, logits: Tensor) -> Tensor:
+        """Keep the scores of an evaluation's microbatch, and return its losses [B, S] from logits [B, S, V / TP]."""
+        batch = self._batches[action.microbatch]
+        chosen = is_likeliest(logits, batch["labels"], self._chunks[action.stage].pg_collection.tp)
+        losses = vocab_parallel_cross_entropy(logits, batch["labels"])  # as in training; overwrites float32 logits
+        self.scores[action.microbatch] = sequence_scores(losses, chosen, batch["loss_mask"])
+        return losses
 
     def _gradient(self, task: Task) -> Tensor:
         """Return the gradient of a stage's output. On the last stage it is that of the summed loss: gradients are

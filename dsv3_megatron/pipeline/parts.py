@@ -104,6 +104,13 @@ class Parts:
         return self.layout.coordinates(dist.get_rank())["dp"]
 
     @property
+    def reads_samples(self) -> bool:
+        """Whether a stage here looks at the text: the first reads tokens, the last labels (and with multi-token
+        prediction tokens), and every one the documents where they are isolated."""
+        ends = (0, len(self.layers_of_stages) - 1)
+        return self.recipe.data.isolate_documents or any(stage in self.chunks for stage in ends)
+
+    @property
     def configs(self) -> list[MLATransformerConfig]:
         """The configurations of this rank's stages."""
         return [chunk.config for chunk in self.chunks.values()]

@@ -73,6 +73,8 @@ class Events:
         newest: the last of them, oldest first.
         marked: the last of those that a curve shows (``MARKED``).
         held_out: step -> held-out loss.
+        sources: held-out source -> step -> loss.
+        tasks: task -> step -> accuracy.
         started, latest: time of the first start and of the newest event, ISO 8601.
     """
 
@@ -80,6 +82,8 @@ class Events:
         self.newest: deque[dict[str, Any]] = deque(maxlen=_NEWEST)
         self.marked: deque[dict[str, Any]] = deque(maxlen=_NEWEST)
         self.held_out: dict[int, float] = {}
+        self.sources: dict[str, dict[int, float]] = {}
+        self.tasks: dict[str, dict[int, float]] = {}
         self.started: str | None = None
         self.latest: str | None = None
 
@@ -91,13 +95,19 @@ class Events:
             self.started = event["time"]
         if event["event"] == "held_out":
             self.held_out[event["step"]] = event["held_out_loss"]
+            for key, loss in event.items():
+                if key.startswith("held_out/"):
+                    self.sources.setdefault(key.removeprefix("held_out/"), {})[event["step"]] = loss
+        if event["event"] == "task":
+            self.tasks.setdefault(event["task"], {})[event["step"]] = event["acc"]
         if event["event"] in MARKED and "step" in event:
             self.marked.append(event)
 
     @property
     def steps(self) -> set[int]:
         """Steps at which something happened that a curve shows."""
-        return {event["step"] for event in self.marked} | self.held_out.keys()
+        measured = (self.held_out, *self.tasks.values())
+        return {event["step"] for event in self.marked}.union(*measured)
 
 
 @dataclass(frozen=True)
@@ -122,11 +132,10 @@ class RunFacts:
         """Return a metric by tokens consumed, thinned."""
         return self.steps.curve(key)
 
-    def held_out(self) -> list[Point]:
-        """Return the held-out losses by tokens consumed."""
+    def by_tokens(self, values: dict[int, float]) -> list[Point]:
+        """Return what was measured at steps by tokens consumed."""
         tokens = self.steps.tokens_at
-        points = sorted(self.events.held_out.items())
-        return [(float(tokens.get(step, 0)), loss) for step, loss in points if step in tokens or not step]
+        return [(float(tokens.get(n, 0)), value) for n, value in sorted(values.items()) if n in tokens or not n]
 
     @cached_property
     def regime(self) -> Regime:

@@ -26,8 +26,9 @@ def page(facts: RunFacts) -> str:
     """Return the report as one document. Its own policy forbids a browser to load anything from anywhere."""
     refresh = "" if facts.finished else f'<meta http-equiv="refresh" content="{_REFRESH_SECONDS}">'
     sections = "".join(
-        f"<section{' class=full' if title in WIDE else ''}><h2>{title}</h2>{panel(facts)}</section>"
+        f"<section{' class=full' if title in WIDE else ''}><h2>{title}</h2>{content}</section>"
         for title, panel in PANELS.items()
+        if (content := panel(facts))
     )
     name = escape(facts.recipe.run.name)
     return (

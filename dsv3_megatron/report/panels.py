@@ -6,18 +6,32 @@ import re
 from collections.abc import Callable
 from html import escape
 
+from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.report.charts import Chart, Series, draw, heat_map
 from dsv3_megatron.report.facts import RunFacts
 from parallel.units import BINARY
 
 _PLAN_POINTS = 300
+_COLOURS = 5  # that a chart has
 
 
 def losses(facts: RunFacts) -> str:
     """Main, MTP and held-out loss."""
     series = [Series("next token", facts.curve("lm_loss")), Series("MTP", facts.curve("mtp_loss"))]
-    series.append(Series("held out", facts.held_out(), "dots"))
+    series.append(Series("held out", facts.by_tokens(facts.events.held_out), "dots"))
     return draw(Chart(series, "tokens", "nats per token", lambda v: f"{v:.3f}", _marks(facts)))
+
+
+def held_out(facts: RunFacts) -> str:
+    """Held-out loss of every source."""
+    series = [Series(name, facts.by_tokens(values)) for name, values in sorted(facts.events.sources.items())]
+    return draw(Chart(series, "tokens", "nats per token", lambda v: f"{v:.3f}"))
+
+
+def tasks(facts: RunFacts) -> str:
+    """Accuracy in every task."""
+    series = [Series(name, facts.by_tokens(values)) for name, values in sorted(facts.events.tasks.items())]
+    return draw(Chart(series, "tokens", "share right (acc)", lambda v: f"{v:.3f}"))
 
 
 def learning_rate(facts: RunFacts) -> str:
@@ -28,6 +42,23 @@ def learning_rate(facts: RunFacts) -> str:
 def batch(facts: RunFacts) -> str:
     """The batch over the whole budget, with the present position."""
     return _plan(facts, "sequences a step", facts.regime.global_batch, lambda v: f"{v:g}")
+
+
+def mixture(facts: RunFacts) -> str:
+    """The shares of the sources over the whole budget, the largest four apart; "" where the recipe names none."""
+    curve = mixture_of_recipe(facts.recipe.data)
+    if curve is None:
+        return ""
+    whole = facts.budget_tokens
+    planned = [(t, curve(t)) for t in (whole * i // _PLAN_POINTS for i in range(_PLAN_POINTS + 1))]
+    by_size = sorted(curve.names, key=lambda name: -max(shares[name] for _, shares in planned))
+    apart = by_size if len(by_size) <= _COLOURS else by_size[: _COLOURS - 1]
+    series = [Series(name, [(t, shares[name]) for t, shares in planned], "area") for name in apart]
+    if rest := by_size[len(apart) :]:
+        others = [(t, sum(shares[name] for name in rest)) for t, shares in planned]
+        series.append(Series(f"{len(rest)} others", others, "area"))
+    now = facts.last["tokens"] if facts.last else 0
+    return draw(Chart(series, "tokens", "share of samples", lambda v: f"{v:.0%}", [(now, "now")], from_zero=True))
 
 
 def _plan(facts: RunFacts, name: str, value: Callable[[int], float], show: Callable[[float], str]) -> str:
@@ -153,9 +184,12 @@ def _marks(facts: RunFacts) -> list[tuple[float, str]]:
 
 PANELS: dict[str, Callable[[RunFacts], str]] = {
     "Loss": losses,
+    "Held-out loss by source": held_out,
+    "Tasks": tasks,
     "Gradient norm": gradient_norm,
     "Learning rate": learning_rate,
     "Batch": batch,
+    "Mixture of sources": mixture,
     "Expert load": expert_load,
     "Balance of experts": max_violation,
     "Throughput": throughput,

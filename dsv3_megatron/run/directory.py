@@ -53,6 +53,10 @@ class RunDirectory:
         """One JSON object for each thing that is no step: started, resumed, saved, save_failed."""
         return self.path / "events.jsonl"
 
+    def excluded(self, sha256: str) -> Path:
+        """What of the data some starts of the run left out (data.exclude); events.jsonl says which starts."""
+        return self.path / f"excluded_{sha256[:8]}.jsonl"
+
     @property
     def finished(self) -> Path:
         """There once the run has consumed its steps or tokens: a scheduler that sees it need not start it again."""

@@ -28,7 +28,7 @@ def run_lock(directory: str | Path, warn: Callable[[str], None] = lambda text: N
     path = Path(directory) / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path)
+        _take(path, lambda who: f"run.directory = {path.parent} is in use by {who}; stop it, or name another run.name")
     except OSError as error:  # a directory that cannot be written is refused, with its reason, by RunDirectory.create
         if error.errno in FULL:
             warn(f"warning: {path} cannot be written ({error.strerror}); nothing keeps another job out of this run")
@@ -38,15 +38,25 @@ def run_lock(directory: str | Path, warn: Callable[[str], None] = lambda text: N
         yield
 
 
-def _take(path: Path) -> None:
+@contextmanager
+def held(path: Path, in_use: Callable[[str], str]) -> Iterator[None]:
+    """Hold a lock as :func:`run_lock` does, at any path whose folder exists.
+
+    ``in_use``: says in one line what cannot be, given who holds it.
+    Raises: RunInUseError: with that line. OSError: the file cannot be made.
+    """
+    _take(path, in_use)
+    with beating(path):
+        yield
+
+
+def _take(path: Path, in_use: Callable[[str], str]) -> None:
     while (owner := take(path, since=datetime.now(UTC).isoformat(timespec="seconds"))) is not None:
         age = age_seconds(path)
         if owner and not _is_gone(owner, age):
             job = f"job {owner['job']}, " if owner.get("job") else ""
-            raise RunInUseError(
-                f"run.directory = {path.parent} is in use by {job}process {owner['process']} on {owner['host']} "
-                f"(last sign of life {show_duration(age)} ago); stop it, or name another run.name"
-            )
+            life = f"last sign of life {show_duration(age)} ago"
+            raise RunInUseError(in_use(f"{job}process {owner['process']} on {owner['host']} ({life})"))
         discard(path, owner)
 
 

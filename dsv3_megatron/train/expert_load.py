@@ -6,6 +6,7 @@ Legend: L MoE layers of the model, those of the multi-token-prediction modules l
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -58,27 +59,30 @@ def update_biases(parts: Parts, loads: dict[int, Tensor], speed: float) -> None:
             router.expert_bias.copy_(update_expert_bias(router.expert_bias, loads[number], speed=speed))
 
 
-def gather_loads_and_memory(
-    parts: Parts, loads: dict[int, Tensor], peak_bytes: int
+def gather_loads(
+    parts: Parts, loads: dict[int, Tensor], facts: Sequence[float]
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return, on every rank, the loads of the whole model and every rank's ``peak_bytes``: one exchange, one wait.
+    """Return, on every rank, the loads of the whole model and every rank's ``facts``: one exchange, one wait.
 
-    Returns: [L, E] float64, None where no router counts; [ranks] float64.
+    Args:
+        facts: numbers of this rank, such as the bytes it has held; as many on every rank.
+    Returns: [L, E] float64, None where no router counts; [facts, ranks] float64.
     """
     model = parts.recipe.model
     layers = model.num_moe_layers + (model.num_nextn_predict_layers if model.num_moe_layers else 0)
-    size, rank = layers * (model.n_routed_experts + 1), dist.get_rank()
-    both = torch.zeros(size + dist.get_world_size(), dtype=torch.float64, device=parts.device)
-    table, peaks = both[:size].view(layers, model.n_routed_experts + 1), both[size:]
+    size, ranks = layers * (model.n_routed_experts + 1), dist.get_world_size()
+    both = torch.zeros(size + len(facts) * ranks, dtype=torch.float64, device=parts.device)
+    table, of_ranks = both[:size].view(layers, model.n_routed_experts + 1), both[size:].view(len(facts), ranks)
     for number, load in loads.items():
         table[number, :-1] = load
         table[number, -1:] = 1  # so many ranks hold this layer; a slice is filled, one number is copied from the host
-    peaks[rank : rank + 1] = peak_bytes
+    for row, fact in zip(of_ranks, facts):
+        row[dist.get_rank() : dist.get_rank() + 1] = fact
     dist.all_reduce(both)
     found = both.cpu().numpy()
     rows = found[:size].reshape(table.shape)
     whole = rows[:, :-1] / rows[:, -1:] if layers and (rows[:, -1] > 0).all() else None
-    return whole, found[size:]
+    return whole, found[size:].reshape(len(facts), ranks)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_megatron.data.exclude import Exclusion
+from dsv3_megatron.data.tasks.results import TaskResult
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.metrics.step_metrics import JsonLines, MetricsWriter, StepMetrics, append_event
 from dsv3_megatron.pipeline.parts import Parts
@@ -69,6 +71,11 @@ class Journal:
             for name, text in tokenizer.files().items():
                 self.files.replace(self.directory.path / name, text)
 
+    def keep_exclusion(self, exclusion: Exclusion) -> None:
+        """Keep what is left out, whatever becomes of the file that said so."""
+        if self.speaks and exclusion.sha256 is not None:
+            self.files.replace(self.directory.excluded(exclusion.sha256), exclusion.text)
+
     def note(self, text: str) -> None:
         """Tell a person."""
         if self.speaks:
@@ -99,6 +106,12 @@ class Journal:
             writer.event("held_out", {**values, "step": step})
         if self.speaks:
             self._reporter.evaluation(step, values)
+
+    def task(self, step: int, result: TaskResult) -> None:
+        """Keep what was achieved in a task."""
+        for writer in self._writers:
+            writer.event("task", {"step": step, **result.values()})
+        self.note(f"step {step}: {result.line()}")
 
     def rewind(self, step: int) -> None:
         """Drop the steps after ``step`` from metrics.jsonl: the run does them again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from dsv3_megatron.checkpoint.save import Saver, describe_save
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
+from dsv3_megatron.data.source.shard_folder import ShardFolder
+from dsv3_megatron.data.tasks.requests import EncodedTask, read_tasks
 from dsv3_megatron.data.tokenizer_identity import described
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
@@ -30,7 +32,10 @@ from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.garbage import GarbageCollection
 from dsv3_megatron.train.callbacks.metrics import Metrics
 from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
+from dsv3_megatron.train.callbacks.sources import Sources
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
+from dsv3_megatron.train.callbacks.tasks import Tasks
+from dsv3_megatron.train.data.ready import ready_together
 from dsv3_megatron.train.journal import Journal, Reporter
 from dsv3_megatron.train.run_directory import create_for_all_hosts, held_by_rank_0
 from dsv3_megatron.train.start import check_start, load_start
@@ -58,7 +63,8 @@ def run(
     check_start(recipe)
     device = choose_device(recipe.run.device, world)
     remarks = check_precision(recipe, backend_name(recipe.backend, device), device)
-    data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
+    recipe.data.check_source()
+    folder = ShardFolder.of(recipe.data) if recipe.data.source == "indexed" else None
     with processes(world, device, recipe.run.start_seconds), held_by_rank_0(recipe.run.directory, reporter.note):
         if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
             if world.rank == 0:
@@ -66,19 +72,32 @@ def run(
             return {"stopped_by_signal": True}
         watchdog = watchdog_of(recipe, world, device)
         try:
+            with watchdog.phase("making the data ready", recipe.run.start_seconds):
+                place = ready_together(folder, reporter.note) if folder else None
+                with agreed():
+                    data = build_data(
+                        recipe.data,
+                        vocab_size=recipe.model.vocab_size,
+                        seed=recipe.run.seed,
+                        folder=folder,
+                        place=place,
+                    )
+                    tasks = read_tasks(recipe.evaluate, data.tokenizer, recipe.data.sequence_length)
             with watchdog.phase("building the model", recipe.run.start_seconds):
                 parts = build_parts(recipe, layout, device)
             set_timeouts(longest_wait_seconds(recipe.run))
             parts.watchdog = watchdog
-            trainer = prepare_trainer(parts, data, reporter, resolved_recipe)
-            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ())):
+            trainer = prepare_trainer(parts, data, reporter, resolved_recipe, tasks)
+            for line in (*remarks, *(data.tokenizer.notes if data.tokenizer else ()), *data.notes):
                 trainer.journal.note(line)
             return trainer.train(signals)
         finally:
             watchdog.close()
 
 
-def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recipe: str) -> Trainer:
+def prepare_trainer(
+    parts: Parts, data: Data, reporter: Reporter, resolved_recipe: str, tasks: Sequence[EncodedTask] = ()
+) -> Trainer:
     """Make the run directory, load the newest valid checkpoint if there is one, open the metrics."""
     recipe, directory = parts.recipe, RunDirectory(parts.recipe.run.directory)
     journal = Journal(directory, reporter, speaks=dist.get_rank() == 0)
@@ -92,18 +111,19 @@ def prepare_trainer(parts: Parts, data: Data, reporter: Reporter, resolved_recip
         resolved_recipe,
         lambda name, values: journal.event(name, values, describe_save(name, values)),
         tokenizer=described(data.tokenizer),
+        data=data.identity.described() if data.identity else None,
     )
     with watchdog.phase("loading a checkpoint", recipe.run.checkpoint_seconds):
-        start = load_start(parts, directory, journal, data.tokenizer)
+        start = load_start(parts, directory, journal, data)
     saver.saved_step = start.saved_step
-    trainer = Trainer(parts, data, callbacks_of(parts, data, saver), journal, start.progress)
+    trainer = Trainer(parts, data, callbacks_of(parts, data, saver, tasks), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
         journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished)
         journal.keep_tokenizer(data.tokenizer)
     return trainer
 
 
-def callbacks_of(parts: Parts, data: Data, saver: Saver) -> list[Callback]:
+def callbacks_of(parts: Parts, data: Data, saver: Saver, tasks: Sequence[EncodedTask] = ()) -> list[Callback]:
     """Return what happens beside the steps: after a step in this order, at the end in reverse.
 
     What a step's line of metrics needs comes before it is written; a roll-back comes after that, and before an
@@ -116,11 +136,14 @@ def callbacks_of(parts: Parts, data: Data, saver: Saver) -> list[Callback]:
     if health.straggler_every_steps and parts.layout.world_size > 1:
         callbacks.append(Stragglers(health, parts))
     callbacks += [
+        Sources(data),
         Metrics(recipe),
         BadSteps(health, saver),
         Evaluation(data, recipe.run.evaluate_every_steps, is_first=dist.get_rank() == 0),
-        Saving(saver),
     ]
+    if tasks:
+        callbacks.append(Tasks(tasks, recipe.evaluate.every_steps))
+    callbacks.append(Saving(saver))
     if recipe.run.collect_garbage_every_steps:
         callbacks.append(GarbageCollection(recipe.run.collect_garbage_every_steps))
     return callbacks

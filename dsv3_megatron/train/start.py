@@ -18,6 +18,8 @@ from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
 from dsv3_megatron.checkpoint.find import Found, load_chosen, load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.data.identity import check_counted_in
+from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_trained_with
 from dsv3_megatron.optim.regime import Regime
@@ -47,16 +49,22 @@ class Start:
     saved_step: int | None = None
 
 
-def load_start(parts: Parts, directory: RunDirectory, journal: Journal, tokenizer: Tokenizer | None) -> Start:
+def load_start(parts: Parts, directory: RunDirectory, journal: Journal, data: Data) -> Start:
     """Fill this rank from the newest valid checkpoint, if there is one. All ranks together.
 
-    ``tokenizer``: of the data.
-    Raises: CheckpointError: all are damaged, or of another model or tokenizer, or ``run.resume`` says otherwise.
+    ``data``: that it will be trained on.
+    Raises: CheckpointError: all are damaged, or of another model, other data or another tokenizer, or ``run.resume``
+    says otherwise.
     """
     recipe = parts.recipe
 
     def check_and_load(found: Found) -> list[str]:
-        return [*_check_tokenizer(found.path, found, parts, tokenizer), *load_checkpoint(found, parts, training=True)]
+        told = _check_tokenizer(found.path, found, parts, data.tokenizer)
+        samples = Progress.of(found.progress).samples
+        told += check_counted_in(
+            str(found.path), found.data, data.identity, samples=samples, allowed=recipe.data.allow_other
+        )
+        return [*told, *load_checkpoint(found, parts, training=True)]
 
     start, notes = load_chosen(
         recipe,
@@ -66,7 +74,7 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal, tokenize
     )
     if (found := start.found) is None:
         if recipe.run.start_from:
-            _load_other_run(recipe.run.start_from, parts, journal, tokenizer)
+            _load_other_run(recipe.run.start_from, parts, journal, data.tokenizer)
         return Start(Progress())
     progress = Progress.of(found.progress)
     where = f"{found.path} (step {progress.step}, {progress.tokens:,} tokens)"
@@ -82,7 +90,7 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal, tokenize
 
 def _check_tokenizer(place: str | Path, found: Found, parts: Parts, tokenizer: Tokenizer | None) -> list[str]:
     """Return a line where the data's tokenizer is another one, and may be. Raises CheckpointError: it may not."""
-    allowed = parts.recipe.data.allow_other_tokenizer
+    allowed = parts.recipe.data.allow_other
     line = check_trained_with(place, found.tokenizer, tokenizer, allowed=allowed)
     return [line] if line else []
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 from torch import Tensor
 
-from dsv3_megatron.checkpoint import te_amaxes
 from dsv3_megatron.metrics.step_metrics import peak_memory_bytes
 from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
@@ -22,7 +20,7 @@ from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.train.expert_load import (
-    gather_loads_and_memory,
+    gather_loads,
     max_violation,
     step_loads,
     step_overflow,
@@ -57,6 +55,7 @@ class StepResult:
     bubble_fraction: float | None
     pipeline_seconds: float
     memory_peaks: np.ndarray  # the most each rank has held so far, bytes: [ranks] float64
+    data_waits: np.ndarray  # seconds each rank has waited for its samples: [ranks] float64
     skipped: bool
 
     @property
@@ -102,12 +101,14 @@ def train_step(
     batches: list[Batch],
     values: StepValues,
     may_update: Callable[[float, float], bool] = lambda loss, norm: True,
+    waited_seconds: float = 0.0,
 ) -> StepResult:
     """Train on one global batch, of which ``batches`` are this data-parallel rank's microbatches.
 
     ``may_update``: asked with the step's loss and gradient norm, the same on all ranks, before anything is changed;
     where it says no, weights, moments and router biases stay as they are. An average of the weights (``parts.ema``) is
     the caller's to wait for there, and to update afterwards (callbacks/average.py).
+    ``waited_seconds``: how long this rank has waited for the batches, to be reported with the others'.
     """
     for config in parts.configs:
         config.mtp_loss_scaling_factor = values.mtp_weight
@@ -128,7 +129,7 @@ def train_step(
     finish_gradients(list(parts.ddps.values()), parts.groups, tokens=tokens, embedding_copy=parts.embedding_copy)
     loads = step_loads(parts)
     set_learning_rate(parts.optimizer, values.learning_rate)
-    lm_loss = _mean_loss(parts, total)
+    lm_loss = mean_loss(parts, total)
     parts.optimizer.prepare_grads()
     grad_norm = float(parts.optimizer.get_grad_norm())
     updated = may_update(lm_loss, grad_norm) and clip_and_step(parts.optimizer, grad_norm)
@@ -138,7 +139,7 @@ def train_step(
     measured = parts.layout.pp > 1 and parts.device.type == "cpu"
     bubble = _mean_over_world(waited / pipeline_seconds, parts) if measured else None
     mtp_loss, mtp_objective = _mtp_losses(parts, values, tokens)
-    whole_loads, peaks = gather_loads_and_memory(parts, loads, peak_memory_bytes(parts.device))
+    whole_loads, (peaks, waits) = gather_loads(parts, loads, (peak_memory_bytes(parts.device), waited_seconds))
     return StepResult(
         lm_loss=lm_loss,
         mtp_loss=mtp_loss,
@@ -150,30 +151,9 @@ def train_step(
         bubble_fraction=bubble,
         pipeline_seconds=pipeline_seconds,
         memory_peaks=peaks,
+        data_waits=waits,
         skipped=not updated,
     )
-
-
-@torch.no_grad()
-def evaluate_batches(parts: Parts, batches: list[Batch]) -> float:
-    """Return the next-token loss of batches (this data-parallel rank's), in nats per token over all ranks."""
-    amaxes = parts.extra_states.get(te_amaxes.NAME)
-    with _without_mtp(parts), amaxes.untouched() if isinstance(amaxes, te_amaxes.TeAmaxes) else nullcontext():
-        total, _ = run_pipeline(parts, batches, training=False)
-    return _mean_loss(parts, total)
-
-
-@contextmanager
-def _without_mtp(parts: Parts) -> Iterator[None]:
-    """Leave the MTP modules out for as long as the block lasts: they only serve training."""
-    before = {stage: (c.config.mtp_num_layers, c.mtp_process) for stage, c in parts.chunks.items()}
-    for chunk in parts.chunks.values():
-        chunk.config.mtp_num_layers, chunk.mtp_process = None, False
-    try:
-        yield
-    finally:
-        for stage, chunk in parts.chunks.items():
-            chunk.config.mtp_num_layers, chunk.mtp_process = before[stage]
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -193,8 +173,8 @@ def _counted_tokens(parts: Parts, batches: list[Batch]) -> Tensor:
 # -- what a step reports -----------------------------------------------------------------------------------------------
 
 
-def _mean_loss(parts: Parts, total: Tensor) -> float:
-    """Return sum / tokens over the last stage's ranks. TP ranks hold the same number, so one of them counts."""
+def mean_loss(parts: Parts, total: Tensor) -> float:
+    """Return sum / tokens of ``total`` over the last stage's ranks: of TP ranks, which hold the same, one counts."""
     total = total if parts.groups.tp.rank() == 0 else torch.zeros_like(total)
     dist.all_reduce(total)
     return (total[0] / total[1]).item()

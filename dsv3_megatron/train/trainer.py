@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.source.build import Data
-from dsv3_megatron.data.source.samples import step_batches
 from dsv3_megatron.health.step_guard import stop_agreed
 from dsv3_megatron.health.stop_signals import StopSignals
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.train.data.batches import BatchReader
 from dsv3_megatron.train.journal import Journal
 from dsv3_megatron.train.progress import Progress
 from dsv3_megatron.train.step import StepResult, StepValues, train_step
@@ -28,8 +29,7 @@ class CompletedStep:
         global_batch: its sequences over all ranks.
         tokens: of the whole batch.
         seconds: from the first sample to the last metric, on this rank.
-        data_seconds: the share of them that making the samples took.
-        columns: of metrics.jsonl, filled in by callbacks before the one that writes it.
+        columns: more of metrics.jsonl; callbacks before the one that writes it may add to them.
     """
 
     values: StepValues
@@ -37,7 +37,6 @@ class CompletedStep:
     global_batch: int
     tokens: int
     seconds: float
-    data_seconds: float
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,24 +93,46 @@ class Trainer:
         self.regime = Regime(self.recipe.optim, self.recipe.data.sequence_length)
         self.first_step, self.stopped = progress.step, False
         self.summary: dict[str, Any] = {"before": None, "after": None}
+        self._reader = BatchReader(parts, data, self.regime)
+        self._signals: StopSignals | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether the run has consumed its steps or tokens."""
+        """Whether the run has consumed its steps or tokens, or a source that it must not read twice."""
         run = self.recipe.run
         by_steps = run.steps is not None and self.progress.step >= run.steps
-        return by_steps or (run.tokens is not None and self.progress.tokens >= run.tokens)
+        by_tokens = run.tokens is not None and self.progress.tokens >= run.tokens
+        return by_steps or by_tokens or self.ended_source is not None
+
+    @property
+    def ended_source(self) -> str | None:
+        """Why the text of the run is at its end; None where the next step has all its samples."""
+        source, samples = self.data.train, self.progress.samples
+        left = source.samples_until_end(samples) if isinstance(source, Blend) else None
+        if left is None or self._reader.following(self.progress).next - samples <= left:
+            return None
+        assert isinstance(source, Blend)
+        return source.why_ended()
+
+    def last_sample(self) -> int | None:
+        """Return about how many samples the run will have read at its end; None where nothing limits it."""
+        run, length = self.recipe.run, self.recipe.data.sequence_length
+        by_steps = None if run.steps is None else self.regime.tokens_of_step(run.steps)
+        tokens = min((limit for limit in (by_steps, run.tokens) if limit is not None), default=None)
+        return None if tokens is None else self.progress.samples + max(0, tokens - self.progress.tokens) // length
 
     def train(self, signals: StopSignals) -> dict[str, Any]:
         """Train to the end, or until a signal asks to stop; return the summary. Saves in both cases."""
         try:
             return self._train(signals)
         finally:
+            self._reader.close()
             for callback in reversed(self.callbacks):
                 callback.close()
 
     def _train(self, signals: StopSignals) -> dict[str, Any]:
         start = time.perf_counter()
+        self._signals = signals
         with signals:
             if not self.is_over(signals):  # it may have been asked to stop while it was starting
                 for callback in self.callbacks:
@@ -119,6 +140,9 @@ class Trainer:
                 while not self.is_over(signals):
                     self.step()
             self.stopped = not self.finished
+            if reason := self.ended_source:
+                self.summary["ended"] = reason
+                self.journal.event("source_ended", {"step": self.progress.step, "reason": reason}, f"ended: {reason}")
         for callback in reversed(self.callbacks):
             callback.end(self)
         counted = {name: value for name, value in asdict(self.progress).items() if name != "health"}
@@ -143,6 +167,12 @@ class Trainer:
             agreed = agreed[len(each) :]
         return bool(stop)
 
+    def asked_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop; all ranks ask together. For what takes long beside the steps: a
+        batch job has minutes left then."""
+        wanted = self._signals is not None and self._signals.wanted
+        return bool(stop_agreed(wanted, self.parts.device)[0])
+
     def step(self) -> None:
         """Do one optimizer step, and what follows a step."""
         completed = self._train_on_next_batch()
@@ -153,26 +183,19 @@ class Trainer:
 
     def _train_on_next_batch(self) -> CompletedStep:
         start = time.perf_counter()
-        progress, batch = self.progress, self.regime.global_batch(self.progress.tokens)
+        progress, values = self.progress, self._values()
         self.parts.watchdog.enter("the samples of a step")
-        batches = step_batches(
-            self.data.train,
-            first=progress.samples,
-            global_batch=batch,
-            micro_batch=self.recipe.optim.micro_batch,
-            dp_rank=self.parts.data_rank,
-            dp=self.parts.layout.dp,
-        )
-        values = self._values()
-        data_seconds = time.perf_counter() - start
-        result = train_step(self.parts, batches, values, self._may_update)
+        read = self._reader.take(progress)
+        result = train_step(self.parts, read.microbatches, values, self._may_update, read.waited_seconds)
         self.parts.watchdog.leave()
+        batch = read.samples.count
         tokens = batch * self.recipe.data.sequence_length
         progress.step += 1
-        progress.samples += batch
+        progress.samples = read.samples.next
         progress.tokens += tokens
         progress.skipped += result.skipped
-        return CompletedStep(values, result, batch, tokens, time.perf_counter() - start, data_seconds)
+        columns = {} if read.excluded_tokens is None else {"excluded_tokens": read.excluded_tokens}
+        return CompletedStep(values, result, batch, tokens, time.perf_counter() - start, columns)
 
     def _values(self) -> StepValues:
         """Return what the regime says of the step that follows."""

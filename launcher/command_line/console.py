@@ -84,6 +84,9 @@ class ConsoleReporter:
         text = f"held-out loss {values['held_out_loss']:.4f}"
         if "bits_per_byte" in values:
             text += f" = {values['bits_per_byte']:.4f} bits per byte"
+        sources = {key.removeprefix("held_out/"): value for key, value in values.items() if key.startswith("held_out/")}
+        if len(sources) > 1:
+            text += f" ({', '.join(f'{name} {value:.4f}' for name, value in sources.items())})"
         self._line(f"step {step}: {text}")
 
     def note(self, text: str) -> None:

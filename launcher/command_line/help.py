@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.recipe_files import GROUPS, options, own_folders
-from launcher.command_line.schema import Key, first_sentence, items_of, keys_of
+from launcher.command_line.schema import Key, first_sentence, items_of, keys_of, words_of
 from launcher.command_line.typed import as_typed
 
 _NAME, _WIDTH = 36, 118  # columns
@@ -40,7 +40,7 @@ def _recipe_lines() -> Iterator[str]:
         else:
             yield _line(key)
     for model in items_of(Recipe):
-        yield _wrapped(f"each {model.__name__.lower()}:", first_sentence(model))
+        yield _wrapped(f"each {words_of(model.__name__)}:", first_sentence(model))
         yield from map(_line, keys_of(model))
 
 

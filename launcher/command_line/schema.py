@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,12 @@ def _kind(annotation: Any, limits: str = "") -> str:
         return f"list of {_kind(arguments[0])}" if arguments else "list"
     if origin is dict:
         return f"mapping of {_kind(arguments[0])} to {_kind(arguments[1])}"
-    return (_KINDS.get(annotation) or getattr(annotation, "__name__", str(annotation)).lower()) + limits
+    return (_KINDS.get(annotation) or words_of(getattr(annotation, "__name__", str(annotation)))) + limits
+
+
+def words_of(name: str) -> str:
+    """Return the name of a class as words: ``MixturePhase``, mixture phase."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 def _limits(metadata: Sequence[Any]) -> str:

@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from dsv3_megatron.data.tasks.read import check_tasks
 from dsv3_megatron.preflight.world import check_world
 from launcher.command_line.arguments import HELP
 from launcher.command_line.compose import compose
@@ -35,6 +36,7 @@ def train(words: Sequence[str]) -> int:
     if size := world_size(options):
         check_world(recipe, World(rank=0, size=size, local_rank=0))
     recipe.data.check_source()
+    check_tasks(recipe.evaluate)
     sys.stdout.flush()
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(PRETRAIN), *rest]
     os.execv(sys.executable, command)

@@ -14,6 +14,7 @@ COMMANDS = {  # dsv3 NAME -> the script of launcher/
     "layout": "layout",
     "submit": "submit",
     "prepare-data": "prepare_data",
+    "data": "data",
     "train-tokenizer": "train_tokenizer",
     "evaluate": "evaluate",
     "generate": "generate",

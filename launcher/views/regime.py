@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from dsv3_megatron.data.mixture.phases import MixtureCurve, MixturePiece, mixture_of_recipe
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import RecipeError
@@ -28,16 +31,25 @@ def show_regime(recipe: Recipe, *, as_json: bool, at: int | None = None, svg: Pa
     ``svg``: where to; None = ``<recipe>_regime.svg``.
     """
     regime = Regime(recipe.optim, recipe.data.sequence_length)
+    mixture = mixture_of_recipe(recipe.data)
     if at is not None:
         values = values_at(regime, at)
-        return json.dumps(values) if as_json else "\n".join(f"{name:<16} {value}" for name, value in values.items())
+        shares = mixture(at) if mixture else {}
+        if as_json:
+            return json.dumps(values | ({"mixture": shares} if mixture else {}))
+        named = {**values, **{f"share of {name}": f"{share:.4g}" for name, share in shares.items()}}
+        return "\n".join(f"{name:<16} {value}" for name, value in named.items())
     end = _end(recipe, regime)
     rows = [values_at(regime, tokens) for tokens in moments(regime, end)]
+    mixed = [] if mixture is None else [piece for piece in mixture.pieces if piece.start < end]
     if as_json:
-        return json.dumps({"recipe": recipe.recipe, "tokens": end, "steps": _step(regime, end), "phases": rows})
+        found: dict[str, Any] = {"recipe": recipe.recipe, "tokens": end, "steps": _step(regime, end), "phases": rows}
+        if mixed:
+            found["mixture"] = [_phase(piece) for piece in mixed]
+        return json.dumps(found)
     svg = svg or Path(f"{recipe.recipe}_regime.svg")
-    plot(recipe.recipe, regime, end, svg)
-    return f"{_table(recipe, regime, rows, end)}\nplot: {svg}"
+    plot(recipe.recipe, regime, end, svg, mixture)
+    return f"{_table(recipe, regime, rows, end)}{_table_of_shares(regime, mixture, mixed)}\nplot: {svg}"
 
 
 def values_at(regime: Regime, tokens: int) -> dict[str, float | int]:
@@ -52,6 +64,11 @@ def moments(regime: Regime, end: int) -> list[int]:
     for curve in regime.curves().values():
         found |= {edge for piece in curve.pieces for edge in (piece.start, piece.end) if edge <= end}
     return sorted(found)
+
+
+def edges_of(mixture: MixtureCurve, end: int) -> list[int]:
+    """Return the token counts at which a phase of the mixture begins, and that of the end of the run."""
+    return sorted({piece.start for piece in mixture.pieces if piece.start < end} | {end})
 
 
 def _end(recipe: Recipe, regime: Regime) -> int:
@@ -93,6 +110,28 @@ def _table(recipe: Recipe, regime: Regime, rows: list[dict[str, float | int]], e
     return "\n".join(lines)
 
 
+def _phase(piece: MixturePiece) -> dict[str, Any]:
+    """Return a phase of the mixture as plain values; ``until`` null: the last."""
+    at, to = ({name: float(share) for name, share in table.items()} for table in (piece.first, piece.last))
+    return {"tokens": piece.start, "until": piece.end, "at": at, "to": to}
+
+
+def _table_of_shares(regime: Regime, mixture: MixtureCurve | None, pieces: Sequence[MixturePiece]) -> str:
+    """Return the phases of the mixture as a table, "" where the recipe names none."""
+    if mixture is None:
+        return ""
+    widths = {name: max(14, len(name)) for name in ("tokens", "step", *mixture.names)}
+    lines = ["", "", "share of samples of each source:", ""]
+    lines.append("  ".join(f"{name:>{width}}" for name, width in widths.items()))
+    for piece in pieces:
+        shown = {"tokens": _exact(piece.start), "step": f"{_step(regime, piece.start):,}"}
+        for name in mixture.names:
+            first, last = (f"{float(table.get(name, 0)):.4g}" for table in (piece.first, piece.last))
+            shown[name] = first if first == last else f"{first} to {last}"
+        lines.append("  ".join(f"{shown[name]:>{width}}" for name, width in widths.items()))
+    return "\n".join(lines)
+
+
 def _exact(tokens: int) -> str:
     """Return a token count without rounding: 14.633T, 25,369,247,744."""
     short = show_count(tokens) if tokens else "0"
@@ -103,7 +142,7 @@ def _exact(tokens: int) -> str:
     return f"{tokens:,}" if tokens >= 1000 else short
 
 
-def plot(name: str, regime: Regime, end: int, path: Path) -> None:
+def plot(name: str, regime: Regime, end: int, path: Path, mixture: MixtureCurve | None = None) -> None:
     """Draw every curve over the tokens of the run. Raises RecipeError when the file cannot be written."""
     import matplotlib  # half a second, which the other forms need not wait for  # a second to import, for plot= alone
 
@@ -111,13 +150,20 @@ def plot(name: str, regime: Regime, end: int, path: Path) -> None:
     import matplotlib.pyplot as plt  # after its backend is chosen
     from matplotlib.ticker import FuncFormatter
 
-    edges = moments(regime, end)
+    edges = sorted({*moments(regime, end), *(edges_of(mixture, end) if mixture else ())})
     ticks = sorted({round(end * i / _POINTS) for i in range(_POINTS + 1)} | {max(0, e - 1) for e in edges} | {*edges})
-    figure, axes = plt.subplots(len(COLUMNS), 1, sharex=True, figsize=(9, 9), layout="constrained")
+    count = len(COLUMNS) + (mixture is not None)
+    figure, axes = plt.subplots(count, 1, sharex=True, figsize=(9, 1.8 * count), layout="constrained")
     for axis, column in zip(axes, COLUMNS):
         curve = getattr(regime, column)
         axis.plot(ticks, [curve(tokens) for tokens in ticks], color="#1f5fa8", linewidth=1.6)
         axis.set_ylabel(_TITLES[column], rotation=0, ha="right", va="center")
+    if mixture is not None:
+        shares = [mixture(tokens) for tokens in ticks]
+        axes[-1].stackplot(ticks, [[each[name] for each in shares] for name in mixture.names], labels=mixture.names)
+        axes[-1].set_ylabel("share of samples", rotation=0, ha="right", va="center")
+        axes[-1].legend(loc="center left", fontsize="small", ncols=-(-len(mixture.names) // 6))
+    for axis in axes:
         axis.set_ylim(bottom=0)
         axis.margins(x=0.01)
         axis.spines[["top", "right"]].set_visible(False)

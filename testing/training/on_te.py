@@ -12,8 +12,9 @@ import torch.utils.deterministic
 from dsv3_megatron.model import te_attention
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.evaluation.scoring import evaluate_batches
 from dsv3_megatron.train.facts import run_facts
-from dsv3_megatron.train.step import StepValues, evaluate_batches, train_step
+from dsv3_megatron.train.step import StepValues, train_step
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.te.calls import calls, forget

@@ -10,12 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3_megatron.data.source.samples import Sample, Synthetic, step_batches
+from dsv3_megatron.data.exclude import Exclusion
+from dsv3_megatron.data.source.samples import Sample, Synthetic
 from dsv3_megatron.model.initialise import _matrices, global_name
 from dsv3_megatron.model.stage import is_routed_expert
+from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.train.build import build_parts
+from dsv3_megatron.train.data.batches import BatchReader
+from dsv3_megatron.train.progress import Progress
 from dsv3_megatron.train.step import StepResult, StepValues, train_step
 from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
@@ -66,16 +70,23 @@ def small_recipe(*overrides: str) -> Recipe:
 
 
 def step_batches_of(parts: Parts, number: int = 0, source: Any = None) -> list[dict[str, Tensor]]:
-    """Return this rank's microbatches of step ``number``; of Synthetic samples where no ``source`` is given."""
+    """Return this rank's microbatches of step ``number``, as the trainer reads them; of Synthetic samples where no
+    ``source`` is given."""
     recipe = parts.recipe
-    return step_batches(
-        source or Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5),
-        first=number * recipe.optim.global_batch,
-        global_batch=recipe.optim.global_batch,
-        micro_batch=recipe.optim.micro_batch,
-        dp_rank=parts.data_rank,
-        dp=parts.layout.dp,
-    )
+    regime = Regime(recipe.optim, recipe.data.sequence_length)
+    source = source or Synthetic(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
+    reader = BatchReader(parts, reading(source), regime)
+    tokens = regime.tokens_of_step(number)
+    try:
+        progress = Progress(step=number, tokens=tokens, samples=tokens // recipe.data.sequence_length)
+        return reader.take(progress).microbatches
+    finally:
+        reader.close()
+
+
+def reading(source: Any) -> Any:
+    """Return what a reader of batches asks of a run's data: samples of ``source``, none of them excluded."""
+    return SimpleNamespace(train=source, exclusion=Exclusion())
 
 
 def train_rank(case: Case) -> dict[str, Any]:

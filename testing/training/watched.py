@@ -103,7 +103,7 @@ def _trainer(recipe: Any, world: World) -> Trainer:
     parts = build_parts(recipe, recipe.layout(world.size), device)
     parts.watchdog = watchdog_of(recipe, world, device)
     data = build_data(recipe.data, vocab_size=recipe.model.vocab_size, seed=recipe.run.seed)
-    data = replace(data, held_out_count=2)
+    data = replace(data, held_out=data.held_out.of_at_most(2))
     return prepare_trainer(parts, data, SilentReporter(), resolved_yaml(recipe))
 
 
@@ -178,7 +178,7 @@ def objects_after(steps: Sequence[int]) -> list[Counter[str]]:
 
 
 def _numbers(result: StepResult) -> dict[str, Any]:
-    measured = {"pipeline_seconds", "bubble_fraction", "memory_peaks"}
+    measured = {"pipeline_seconds", "bubble_fraction", "memory_peaks", "data_waits"}
     values = {name: value for name, value in asdict(result).items() if name not in measured}
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
 

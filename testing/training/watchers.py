@@ -7,23 +7,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import dsv3_megatron.train.build as build_module
+import dsv3_megatron.train.evaluation.scoring as scoring
 from dsv3_megatron.checkpoint.find import Found, load_newest
 from dsv3_megatron.checkpoint.hugging_face.export import export, shards_of
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.data.source.samples import evaluation_batches
+from dsv3_megatron.data.tasks.requests import Request
 from dsv3_megatron.megatron.replaced import replaced
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.report.page import write_report
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.saving import Saving
-from dsv3_megatron.train.step import evaluate_batches
+from dsv3_megatron.train.evaluation.scoring import evaluate_batches, score_requests
 from dsv3_megatron.train.trainer import Callback, Trainer
 from parallel.pipeline.live_memory import LiveMemory
 
@@ -43,6 +46,15 @@ def saver_of(trainer: Trainer) -> Saver:
 def evaluate(trainer: Trainer) -> None:
     """Evaluate on held-out data."""
     _callback(trainer, Evaluation).evaluate(trainer)
+
+
+def _score_requests(trainer: Trainer) -> None:
+    """Score requests of several lengths, in rounds that are shorter than training's sequences and wider."""
+    full, random = trainer.recipe.data.sequence_length, np.random.default_rng(trainer.progress.step)
+    lengths = random.integers(2, full + 1, size=12)
+    requests = [Request(random.integers(0, trainer.recipe.model.vocab_size, n + 1), int(n) // 2) for n in lengths]
+    with replaced(scoring, "GRAIN", 4):
+        assert score_requests(trainer.parts, requests) is not None
 
 
 def _save(trainer: Trainer, *, beside: bool = False) -> None:
@@ -124,6 +136,7 @@ def _measure_memory(trainer: Trainer) -> Any:
 
 WATCHERS: dict[str, Callable[[Trainer], Any]] = {
     "evaluate": evaluate,
+    "score requests": _score_requests,
     "save": _save,
     "save beside": save_beside,
     "load elsewhere": _load_elsewhere,

@@ -40,7 +40,7 @@ NOT_RUN = {
     r"python launcher/plan\.py .*search=true": "minutes, and writes into recipes/; composed",
     r"python launcher/plan\.py (?!.*(show=|--fast))": "measures for a minute, tests/launcher does; by formulae",
     r"python launcher/dashboard\.py .*entity=": "needs a server; without entity",
-    r"python launcher/reference\.py": "rewrites a page of the repository, which a test compares; its help",
+    r"python launcher/views/reference\.py": "rewrites a page of the repository, which a test compares; its help",
 }
 STAND_INS = (  # what a page leaves to the reader, or takes too many steps for
     (r"\bNAME\b", "dsv3_tiny"), (r"input=FOLDER", "input=exported"), (r"run\.steps=\d+", "run.steps=2"),
@@ -113,6 +113,7 @@ def folder(tmp_path_factory):
     (folder / "code").mkdir()
     for module in (importlib, shlex, shutil):
         shutil.copy(module.__file__, folder / "code" / f"{module.__name__}.py")
+    (folder / "quiz.jsonl").write_text('{"context": "import ", "choices": ["os", "sys"], "answer": 0}\n')
     text = b'{"text": "' + b"a few words of the web " * 40 + b'"}\n'
     (folder / "web.jsonl.zst").write_bytes(zstandard.compress(text * 20))
     torch.set_num_threads(1)
@@ -123,7 +124,7 @@ def folder(tmp_path_factory):
         assert in_process("launcher/export_hf.py", ["run=runs/demo", "output=exported"]) == 0
         publish(folder / "Moonlight-16B-A3B", old_text(folder / "general"), steps=2)
         own_text(folder / "own")
-        words = ["input=code", "output=tokenizer.json", "vocab_size=300"]
+        words = ["input=code,web.jsonl.zst", "output=tokenizer.json", "vocab_size=300"]
         assert in_process("launcher/train_tokenizer.py", words) == 0
         published = "runs/moonlight_16b_published"
         words = ["input=Moonlight-16B-A3B", f"output={published}", "recipe=moonlight_16b", "processes=1"]
@@ -131,6 +132,11 @@ def folder(tmp_path_factory):
         for text in ("own", "general"):
             words = [f"input={text}", f"output={text}_shards", f"tokenizer={published}", "held_out=0.1"]
             assert in_process("launcher/prepare_data.py", words) == 0
+        words = ["input=code,web.jsonl.zst", "output=shards", "tokenizer=tokenizer.json", "held_out=0.03"]
+        assert in_process("launcher/prepare_data.py", words) == 0
+        words = ["recipe=dsv3_tiny", "data=indexed", "data.path=shards", "run.steps=2", "run.name=mine", *TINY]
+        assert in_process("launcher/pretrain.py", words) == 0
+    (folder / "leave_out.jsonl").write_text('{"samples": [3, 5]}\n')
     shutil.copytree(folder / published, folder / "runs" / "moonlight_16b")
     shutil.copytree(folder / "runs" / "demo", folder / "runs" / "dsv3_tiny")
     return folder

@@ -21,6 +21,10 @@ def assert_same(mine, theirs, where, rel=1e-5):
             assert a[field] == pytest.approx(b[field], rel=rel), (where, a["step"], field)
 
 
+def held_out(run):
+    return json.loads((run / "summary.json").read_text())["after"]
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Two sources of random words, weighted 3 to 1."""
@@ -61,6 +65,10 @@ def test_a_run_over_shards_reads_the_same_in_any_layout_and_after_a_resume(shard
     for name, (world, layout) in layouts.items():
         assert refusal(train(world, *over, *layout, f"run.directory={tmp_path}/{name}")) is None
         assert_same(steps(tmp_path / name), one, name)
+        assert held_out(tmp_path / name) == pytest.approx(held_out(tmp_path / "one"), rel=1e-5)
+    losses = held_out(tmp_path / "one")
+    assert min(losses[f"held_out/{name}"] for name in ("00_a", "01_b")) < losses["held_out_loss"]
+    assert max(losses[f"held_out/{name}"] for name in ("00_a", "01_b")) > losses["held_out_loss"]
     for step, world in lives:
         train(world, *over, f"run.steps={step}", f"run.directory={tmp_path}/torn")
     assert_same(steps(tmp_path / "torn"), one, "stopped and resumed")

@@ -106,8 +106,8 @@ def test_other_shards_at_the_same_place_do_not_resume_a_run(place, run, tmp_path
     again = keys(place, tmp_path / "shards", tmp_path / "run", "run.steps=2")
     said = refusal(train(1, *again))
     assert f"was trained with tokenizer {names[0]}, not {names[1]}; " in said and "\n" not in said
-    notes = train(1, *again, "data.allow_other_tokenizer=true")
-    assert refusal(notes) is None and any("data.allow_other_tokenizer = true" in note for note in notes)
+    notes = train(1, *again, "data.allow_other=true")
+    assert refusal(notes) is None and any("data.allow_other = true" in note for note in notes)
     assert Tokenizer.load(tmp_path / "run").name == names[1], "the run goes on with the other one"
     assert refusal(train(1, *again, "run.steps=3")) is None, "and need not be told again"
 
@@ -115,14 +115,34 @@ def test_other_shards_at_the_same_place_do_not_resume_a_run(place, run, tmp_path
 def test_weights_of_another_tokenizer_do_not_begin_a_run(place, run, tmp_path):
     new = keys(place, place / "shards_other", tmp_path / "new", f"run.start_from={run}")
     said = refusal(train(1, *new))
-    assert f"run.start_from = {run} was trained with tokenizer" in said and "data.allow_other_tokenizer=true" in said
-    assert refusal(train(1, *new, "data.allow_other_tokenizer=true")) is None
+    assert f"run.start_from = {run} was trained with tokenizer" in said and "data.allow_other=true" in said
+    assert refusal(train(1, *new, "data.allow_other=true")) is None
     same = keys(place, place / "shards_one", tmp_path / "same", f"run.start_from={run}")
     assert refusal(train(1, *same)) is None
 
 
 def imported(folder, output, *more):
     return import_hf.main([f"input={folder}", f"output={output}", "processes=1", *more])
+
+
+def test_an_export_names_what_it_was_trained_with_and_an_import_takes_no_other_tokenizer(
+    place, run, exported, tmp_path, capsys
+):
+    content = read_content(newest_valid(run / "checkpoints")[0])
+    metadata = json.loads((exported / "model.safetensors.index.json").read_text())["metadata"]
+    assert metadata["trained_with"] == {"tokenizer": content["tokenizer"], "data": content["data"]}
+    shutil.copytree(exported, tmp_path / "changed")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(place / "other" / file, tmp_path / "changed" / file)
+    names = [Tokenizer.load(place / name).name for name in ("one", "other")]
+    with pytest.raises(CheckpointError) as refused:
+        imported(tmp_path / "changed", tmp_path / "refused")
+    assert f"its weights were trained with tokenizer {names[0]}, not {names[1]}; " in str(refused.value)
+    assert imported(tmp_path / "changed", tmp_path / "wanted", "allow_other=true") == 0
+    assert "allow_other = true" in capsys.readouterr().out
+    assert imported(exported, tmp_path / "run") == 0
+    stored = read_content(newest_valid(tmp_path / "run" / "checkpoints")[0])
+    assert stored["trained_on"] == content["data"] and stored["tokenizer"] == content["tokenizer"]
 
 
 def test_an_import_knows_its_tokenizer(place, run, exported, tmp_path, capsys):
@@ -146,7 +166,7 @@ def test_an_import_knows_its_tokenizer(place, run, exported, tmp_path, capsys):
 def test_an_import_with_another_models_tokenizer_is_not_evaluated_on_the_data(place, exported, tmp_path):
     wrong = shutil.copytree(exported, tmp_path / "wrong")
     shutil.copyfile(place / "other" / "tokenizer.json", wrong / "tokenizer.json")
-    assert imported(wrong, tmp_path / "run") == 0
+    assert imported(wrong, tmp_path / "run", "allow_other=true") == 0
     with pytest.raises(CheckpointError, match="was trained with tokenizer .*, not ") as error:
         evaluate.main([f"run={tmp_path / 'run'}"])
     assert "\n" not in str(error.value)

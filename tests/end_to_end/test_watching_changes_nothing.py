@@ -37,8 +37,8 @@ SCHEDULES = {
 }
 STEPS = 4
 # Every watcher, in two orders. (To load back is to save first.)
-ALL = (("evaluate", "save beside"), ("measure memory", "load back"), ("load elsewhere", "report"))
-ALL += (("export", "profile", "evaluate"),)
+ALL = (("evaluate", "score requests", "save beside"), ("measure memory", "load back"), ("load elsewhere", "report"))
+ALL += (("export", "profile", "evaluate", "score requests"),)
 ALL_BACKWARDS = tuple(names[::-1] for names in ALL[::-1])
 WITH_AVERAGE = frozenset({"average", "report", "stragglers"})
 EVERYTHING = frozenset(ALWAYS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -69,3 +70,28 @@ def test_phases_and_steps_agree(capsys):
     # 14.331T after the ramp in steps of 62.9M tokens, and the ramp: 469B at a batch that grows linearly in tokens.
     ramp = 469e9 / 4096 * math.log(15360 / 3072) / (15360 - 3072)
     assert found["steps"] == pytest.approx(14.331e12 / (15360 * 4096) + ramp, rel=3e-3)
+
+
+ANNEALED = [
+    "recipe=dsv3_tiny", "data=indexed", "data.path=shards", "run.steps=null", "run.tokens=4M",
+    "data.mixture=[{until: 2M, at: {web: 3, code: 1}}, {until: 4M, shape: linear, to: {code: 1, math: 3}}]",
+]  # fmt: skip
+
+
+def test_a_mixture_is_part_of_the_regime(tmp_path, capsys):
+    assert main([*ANNEALED, "show=regime", "at=3M", "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mixture"] == {"web": 0.375, "code": 0.25, "math": 0.375}
+    assert main([*ANNEALED, "show=regime", "at=3M"]) == 0
+    assert "share of math    0.375" in capsys.readouterr().out
+    assert main([*ANNEALED, "show=regime", "format=json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["mixture"]
+    web, math = {"web": 0.75, "code": 0.25}, {"code": 0.25, "math": 0.75}
+    assert rows == [
+        {"tokens": 0, "until": 2_000_000, "at": web, "to": web},
+        {"tokens": 2_000_000, "until": 4_000_000, "at": web, "to": math},
+    ]
+    svg = tmp_path / "regime.svg"
+    assert main([*ANNEALED, "show=regime", f"svg={svg}"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^ +2M +489 +0.75 to 0 +0.25 +0 to 0.75$", table, re.M), table
+    assert svg.read_text().count('<g id="axes') == 6

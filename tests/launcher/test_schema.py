@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.recipe_files import GROUPS, RECIPES
 from launcher.command_line.schema import dotted, items_of, keys_of, unknown_key
-from launcher.reference import opening_sentence
+from launcher.views.reference import opening_sentence
 
 
 class Piece(BaseModel):

@@ -34,7 +34,7 @@ STEP = {
     "item: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": (1, "and for the norm"),
     "item: dsv3_megatron/train/step.py _balance_loss": (1, "reported"),
     "tolist: dsv3_megatron/train/step.py _mtp_losses": (1, "reported"),
-    "to host: dsv3_megatron/train/expert_load.py gather_loads_and_memory": (1, "reported"),
+    "to host: dsv3_megatron/train/expert_load.py gather_loads": (1, "reported"),
     "event.synchronize: dsv3_megatron/train/ema.py Ema._update": (1, "in a thread of its own"),
 }  # fmt: skip
 MOE = "megatron/core/transformer/moe/"

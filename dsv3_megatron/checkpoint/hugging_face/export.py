@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dsv3_megatron.checkpoint.find import Found
 from dsv3_megatron.checkpoint.hugging_face.done import facts_if_done, forget_marks, mark_done
-from dsv3_megatron.checkpoint.hugging_face.headers import INDEX
+from dsv3_megatron.checkpoint.hugging_face.headers import INDEX, TRAINED_WITH
 from dsv3_megatron.checkpoint.hugging_face.names import Published, our_shapes, published_tensors
 from dsv3_megatron.checkpoint.hugging_face.published_scales import kept_scales
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
@@ -214,10 +214,12 @@ def export(
     *,
     processes: int,
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
+    trained_with: dict[str, Any] | None = None,
 ) -> int:
     """Write the files of a model (:func:`shards_of`) and their index; return the bytes of tensors.
 
     Args:
+        trained_with: the tokenizer and the text, as the checkpoint's manifest describes them: kept in the index.
         processes: workers; each holds one shard in memory.
         progress: told (shards done, shards, bytes done) after each shard.
     """
@@ -232,7 +234,9 @@ def export(
     for other in folder.glob("model-*.safetensors"):
         if other.name not in kept:  # of an export with other shard sizes
             other.unlink()
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    known = {name: facts for name, facts in (trained_with or {}).items() if facts is not None}
+    metadata = {"total_size": size, **({TRAINED_WITH: known} if known else {})}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     forget_marks(folder)
     return size

@@ -10,12 +10,14 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from parallel.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TRAINED_WITH = "trained_with"  # in the metadata of an index that an export wrote: tokenizer and text by their digests
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OTHERS = (".gguf", ".npz", ".h5", ".msgpack", ".onnx")
 # Pickles of trainers that hold no weights.
@@ -53,6 +55,17 @@ def holds_weights(folder: Path) -> bool:
             f"{others[0]}{and_more(others)}: weights are read from safetensors alone; fetch the model's safetensors"
         )
     return False
+
+
+def read_trained_with(folder: Path, what: str) -> dict[str, Any] | None:
+    """Return what an export's index says of the ``tokenizer`` or the ``data`` that its model was trained with; None
+    where there is no index, or another program wrote it."""
+    try:
+        found = json.loads((folder / INDEX).read_text())["metadata"][TRAINED_WITH][what]
+        described = {"sha256": found["sha256"], "name": found["name"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if all(isinstance(value, str) for value in described.values()) else None
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

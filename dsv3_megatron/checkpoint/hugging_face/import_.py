@@ -61,6 +61,7 @@ def import_weights(
     processes: int,
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
     tokenizer: dict[str, str] | None = None,
+    trained_on: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``checkpoints/step_00000000`` from safetensors; return it.
 
@@ -70,6 +71,7 @@ def import_weights(
         processes: workers; each holds one tensor in memory.
         progress: told (files done, files, bytes done) after each file.
         tokenizer: of the model, as a manifest describes it; None where it came without one.
+        trained_on: the text, where the export says which. A run that goes on from here counts its samples in its own.
     Raises: CheckpointError: a file is damaged or holds what is no finite number.
     """
     partial = checkpoints / f".{folder_name(0)}.import"
@@ -82,7 +84,8 @@ def import_weights(
         records.append(record)
         size += record["bytes"]
         progress(number + 1, len(jobs), size)
-    return _finish(sources.model, partial, checkpoints / folder_name(0), records, recipe, tokenizer)
+    text = {"tokenizer": tokenizer, "trained_on": trained_on}
+    return _finish(sources.model, partial, checkpoints / folder_name(0), records, recipe, text)
 
 
 def _jobs(sources: Sources, partial: Path, dtype: str | None) -> list[_Job]:
@@ -141,7 +144,7 @@ def _finish(
     target: Path,
     records: list[dict[str, Any]],
     recipe: str,
-    tokenizer: dict[str, str] | None,
+    text: dict[str, dict[str, Any] | None],
 ) -> Path:
     """Describe what the workers have written as one checkpoint, and put it in its place."""
     boxes: dict[str, list[Described]] = {}
@@ -159,7 +162,7 @@ def _finish(
     files |= write_description(pickle.dumps(describe_pieces(boxes, places)), partial)
     files[RECIPE] = write_file(partial / RECIPE, recipe.encode())
     progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
-    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False, "tokenizer": tokenizer}
+    facts: dict[str, Any] = {"layout": None, "extra": [], "optimizer": False, **text}
     write_file(partial / MANIFEST, manifest_text(progress, files, facts).encode())
     forget_marks(partial)
     sync_folder(partial)

@@ -1,259 +1,372 @@
-"""Raw documents in files of many kinds -> texts, in blocks that any process can read for itself.
+"""Raw documents in files of many kinds -> texts, each with the file and row that it comes from.
 
-The order of blocks and of documents in them depends on the inputs alone, so that a run that was interrupted, or that
-has more workers, makes the same shards. What cannot be read is counted and named by file and line, never guessed at.
+What cannot be read is named by file and line and counted in rows, or in bytes where nobody can know how many rows it
+held; it is never guessed at, and one bad row costs one row.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-import zlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
-from parallel.errors import DataError
+from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content
+from dsv3_megatron.data.prepare.inputs import InputFile, printable
+from dsv3_megatron.data.prepare.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
 
-BLOCK_BYTES = 1 << 20
-_READ_BYTES = 1 << 20
-LINES, TABLE, TEXT = (".jsonl", ".ndjson"), (".parquet",), (".txt", ".md", ".rst", ".tex")
-# fmt: off
-CODE = (
-    ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt",
-    ".scala", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".pl", ".lua", ".jl", ".r", ".m", ".swift", ".cs", ".fs",
-    ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp", ".el", ".sh", ".bash", ".ps1", ".sql", ".html", ".css", ".scss",
-    ".vue", ".yaml", ".yml", ".toml", ".cmake", ".proto", ".v", ".sv", ".vhd", ".f90", ".asm", ".s", ".zig", ".nim",
-    ".dart", ".tf",
-)
-# fmt: on
-PACKED = (".gz", ".zst")
+_HEAD_BYTES = 1 << 20
+_TABLE_ROWS = 1024  # of a table read at a time
+_START = Place()
 
 
-@dataclass(frozen=True)
-class Bad:
-    """Something that could not be read, and where."""
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text.
+
+    Args:
+        raw: the same as UTF-8.
+        file: number of its file.
+        row: line, or row of a table, from 1; number of the value where a file is no lines; 0 where the file is the
+            document.
+    """
+
+    text: str
+    raw: bytes
+    file: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What could not be read, and where.
+
+    Args:
+        line: from 1; None = the whole file.
+        rows: how many documents, where that is known.
+        size: bytes of those rows.
+        disk: bytes on disk that held nobody knows how many rows.
+    """
 
     path: str
-    line: int | None  # from 1; None = the whole file
+    line: int | None
     why: str
+    rows: int = 1
+    size: int = 0
+    disk: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}{'' if self.line is None else f':{self.line}'}: {self.why}"
 
 
 @dataclass(frozen=True)
-class Block:
-    """A unit of work: some lines of a file, a row group of a table, or a few whole files."""
+class Span:
+    """A part of a file that is read at once.
 
-    kind: Literal["lines", "table", "files"]
-    path: str
-    first: int = 0  # number of the first line (from 1) or of the row group (from 0)
-    lines: bytes = b""
-    files: tuple[str, ...] = ()
-    size: int = 0  # bytes of input it stands for, as on disk
-    bad: tuple[Bad, ...] = ()  # found while cutting
-
-
-def files_of(path: str | Path) -> tuple[list[Path], int]:
-    """Return the files under an input that hold documents, in a fixed order, and how many others there are.
-
-    Raises: DataError: there is no such input, or nothing in it can be read.
+    Args:
+        first, stop: of a file of rows, bytes of its content: the lines that begin there. Of a table, row groups. To
+            its end where ``stop`` is None. A text is always read whole, as is a file of rows that is no lines.
+        place: from where ``first`` is looked for.
     """
-    root = Path(path)
-    if not root.exists():
-        raise DataError(f"input = {path} does not exist; name a file or a folder")
-    if root.is_file():
-        if kind_of(root) is None:
-            raise DataError(f"input = {path} is of no known kind; known are {', '.join((*LINES, *TABLE, *TEXT))}, code")
-        return [root], 0
-    every = sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink())
-    known = [p for p in every if kind_of(p) is not None]
-    if not known:
-        raise DataError(f"input = {path} holds no file of a known kind ({', '.join((*LINES, *TABLE, *TEXT))}, code)")
-    return known, len(every) - len(known)
+
+    file: InputFile
+    first: int = 0
+    stop: int | None = None
+    place: Place = _START
 
 
-def kind_of(path: Path) -> Literal["lines", "table", "files"] | None:
-    """Return how a file is read, by its name; None when it holds no documents."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED:
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    if last in LINES:
-        return "lines"
-    if last in TABLE:
-        return "table" if path.suffix.lower() in TABLE else None
-    return "files" if last in TEXT + CODE else None
+@dataclass
+class SpanReader:
+    """Reads the documents of a span; once, in order.
 
+    ``ended``: nothing of the file follows the span. ``place``: the last from where reading can begin. ``disk``: bytes
+    of the file that were read. ``foreign``: the file, by its content, holds no documents.
+    """
 
-def blocks(files: list[Path]) -> Iterator[Block]:
-    """Yield the blocks of files in order. Small files share one."""
-    group: list[str] = []
-    size = 0
-    for path in files:
-        kind = kind_of(path)
-        if group and (kind != "files" or size >= BLOCK_BYTES):
-            yield Block("files", group[0], files=tuple(group), size=size)
-            group, size = [], 0
-        if kind == "files":
-            group.append(str(path))
-            size += path.stat().st_size
-        elif kind == "lines":
-            yield from _line_blocks(path)
+    span: Span
+    text_field: str
+    ended: bool = field(default=True, init=False)
+    foreign: bool = field(default=False, init=False)
+    place: Place = field(default=_START, init=False)
+    disk: int = field(default=0, init=False)
+
+    def __iter__(self) -> Iterator[Document | Lost]:
+        self._path = printable(self.span.file.path)
+        yield from {"rows": self._rows, "table": self._table, "text": self._text}[self.span.file.kind]()
+        if self.ended:
+            self.disk = self.span.file.size
+
+    # -- rows of JSON --------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> Iterator[Document | Lost]:
+        file = self.span.file
+        layout = layout_of(file, self.text_field)
+        if layout == "lines":
+            yield from self._lines()
+        elif self.span.first:
+            return  # the span that begins the file reads all of it
+        elif layout == "values":
+            yield from self._values()
+        elif layout == "foreign":
+            self.foreign = True
         else:
-            yield from _table_blocks(path)
-    if group:
-        yield Block("files", group[0], files=tuple(group), size=size)
+            yield Lost(self._path, None, f"is {layout}; convert it to UTF-8", rows=0, disk=file.size)
 
-
-def texts(block: Block, field: str) -> tuple[list[str], list[Bad]]:
-    """Return the documents of a block, and what in it is none."""
-    read = {"lines": _texts_of_lines, "table": _texts_of_table, "files": _texts_of_files}[block.kind]
-    found, bad = read(block, field)
-    return found, [*block.bad, *bad]
-
-
-# -- lines of JSON -----------------------------------------------------------------------------------------------------
-
-
-class _TornError(Exception):
-    """A compressed file ends in the middle, or is damaged."""
-
-
-def _open_chunks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the unpacked content of a file, chunk by chunk, with how many bytes on disk were read for it."""
-    with path.open("rb") as file:
-        unpacker: Any = None
-        while raw := file.read(_READ_BYTES):
-            size = len(raw)
-            if path.suffix.lower() not in PACKED:
-                yield raw, size
-                continue
-            while raw:  # a file may hold several compressed streams in a row
-                unpacker = unpacker or _unpacker(path)
-                try:
-                    chunk = unpacker.decompress(raw)
-                except Exception as error:  # zlib.error, zstandard.ZstdError
-                    raise _TornError(f"damaged ({error})") from None
-                raw = unpacker.unused_data if unpacker.eof else b""
-                unpacker = None if unpacker.eof else unpacker
-                yield chunk, size
-                size = 0
-        if unpacker is not None:
-            raise _TornError("truncated: its last compressed stream has no end")
-
-
-def _unpacker(path: Path) -> object:
-    if path.suffix.lower() == ".gz":
-        return zlib.decompressobj(wbits=31)
-    import zstandard  # for compressed input alone
-
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-def _line_blocks(path: Path) -> Iterator[Block]:
-    first, size, parts, length = 1, 0, [], 0
-    bad: tuple[Bad, ...] = ()
-    try:
-        for chunk, read in _open_chunks(path):
-            parts.append(chunk)
-            length, size = length + len(chunk), size + read
-            if length < BLOCK_BYTES or (cut := (data := b"".join(parts)).rfind(b"\n") + 1) == 0:
-                continue
-            yield Block("lines", str(path), first, data[:cut], size=size)
-            first += data.count(b"\n", 0, cut)
-            parts, length, size = [data[cut:]], len(data) - cut, 0
-    except (_TornError, OSError) as error:
-        data = b"".join(parts)
-        whole, _, _ = data.rpartition(b"\n")  # the line that the damage cuts is not a document
-        bad = (Bad(str(path), first + whole.count(b"\n") + bool(whole), str(error)),)
-        parts = [whole]
-    if (data := b"".join(parts)) or bad:
-        yield Block("lines", str(path), first, data, size=size, bad=bad)
-
-
-def _texts_of_lines(block: Block, field: str) -> tuple[list[str], list[Bad]]:
-    found, bad = [], []
-    for number, line in enumerate(block.lines.split(b"\n"), block.first):
-        if not line.strip():
-            continue
+    def _lines(self) -> Iterator[Document | Lost]:
         try:
-            found.append(_text_of_row(json.loads(line), field))
+            for number, line in self._numbered():
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip(b" \t\r\n\0"):
+                    yield from self._line(number, line)
+        except _CutError as cut:
+            yield self._torn(cut.torn, cut.number, cut.line)
+
+    def _numbered(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (number, line) of the lines that begin inside the span. Raises _CutError where the file is torn."""
+        first, stop, self.place = self.span.first, self.span.stop, self.span.place
+        at, number = self.place.content, self.place.lines + 1  # of the line that is being put together
+        parts: list[bytes] = []
+        skipping = first > at  # until the first line that begins at ``first`` or later
+        try:
+            for chunk in chunks(self.span.file, self.place.disk):
+                data, here = chunk.data, at + sum(map(len, parts))
+                self.disk = chunk.disk
+                if chunk.member is not None and (stop is None or here < stop):
+                    self.place = Place(chunk.member, here, number - 1)
+                if skipping:
+                    cut = data.find(b"\n", max(0, first - 1 - at)) + 1
+                    number += data.count(b"\n", 0, cut or len(data))
+                    at += cut or len(data)
+                    if not cut:
+                        continue
+                    data, skipping = data[cut:], False
+                lines = data.split(b"\n")
+                parts.append(lines.pop(0))
+                while lines:
+                    if stop is not None and at >= stop:
+                        break
+                    line = b"".join(parts)
+                    yield number, line
+                    number, at, parts = number + 1, at + len(line) + 1, [lines.pop(0)]
+                if stop is not None and at >= stop:
+                    self.ended = False
+                    return
+        except TornError as torn:
+            if not skipping:  # else a span before this one tells
+                raise _CutError(torn, number, b"".join(parts)) from None
+            return
+        if line := b"".join(parts):
+            yield number, line
+
+    def _line(self, number: int, line: bytes) -> Iterator[Document | Lost]:
+        try:
+            text = line.decode()
         except UnicodeDecodeError as error:
-            bad.append(Bad(block.path, number, f"byte {error.start} is not UTF-8"))
-        except json.JSONDecodeError as error:
-            bad.append(Bad(block.path, number, f"is no JSON: {error.msg} at character {error.pos + 1}"))
-        except ValueError as error:
-            bad.append(Bad(block.path, number, str(error)))
-    return found, bad
+            yield Lost(self._path, number, f"byte {error.start} is not UTF-8", size=len(line))
+            return
+        for value in line_values(text.lstrip("\ufeff\0").rstrip("\0")):
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                for row in value:
+                    yield self._row(row, number, len(line) // len(value))
+            else:
+                yield self._row(value, number, len(line))
 
+    def _values(self) -> Iterator[Document | Lost]:
+        stream, number = ValueStream(), 0
+        decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        torn = None
+        pieces = chunks(self.span.file)
+        while True:
+            try:
+                chunk = next(pieces, None)
+            except TornError as error:
+                chunk, torn = None, error
+            text = decoder.decode(b"" if chunk is None else chunk.data, final=chunk is None)
+            for value, size in stream.feed(text, final=chunk is None and torn is None):
+                number += 1
+                yield self._row(value, number, size)
+            if chunk is None:
+                break
+            self.disk = chunk.disk
+        if torn is not None:
+            yield self._torn(torn, number + 1, stream.rest())
 
-def _text_of_row(row: object, field: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(f"is {type(row).__name__}, not an object with a field {field!r}")
-    if field not in row:
-        raise ValueError(f"has no field {field!r}; it has {', '.join(map(repr, list(row)[:6]))}")
-    text = row[field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {field!r} is {type(text).__name__}, not text")
-    text.encode()  # JSON can spell half a surrogate pair, which is no text
-    return text
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-def _table_blocks(path: Path) -> Iterator[Block]:
-    import pyarrow.parquet  # for Parquet input alone
-
-    try:
-        groups = pyarrow.parquet.ParquetFile(path).num_row_groups
-    except Exception as error:  # pyarrow has kinds of its own for each way of being damaged
-        yield Block("table", str(path), -1, size=path.stat().st_size, bad=(Bad(str(path), None, _first_line(error)),))
-        return
-    for group in range(groups):
-        yield Block("table", str(path), group, size=path.stat().st_size // groups)
-
-
-def _texts_of_table(block: Block, field: str) -> tuple[list[str], list[Bad]]:
-    if block.first < 0:
-        return [], []
-    import pyarrow.parquet  # for Parquet input alone
-
-    try:
-        table = pyarrow.parquet.ParquetFile(block.path)
-        if field not in table.schema_arrow.names:
-            have = ", ".join(map(repr, table.schema_arrow.names[:6]))
-            return [], [Bad(block.path, None, f"has no column {field!r}; it has {have}")]
-        before = sum(table.metadata.row_group(group).num_rows for group in range(block.first))
-        rows = table.read_row_group(block.first, columns=[field])[field].to_pylist()
-    except Exception as error:
-        return [], [Bad(block.path, None, f"row group {block.first}: {_first_line(error)}")]
-    found, bad = [], []
-    for number, text in enumerate(rows, before + 1):
+    def _row(self, row: object, number: int, size: int) -> Document | Lost:
         try:
-            found.append(_text_of_row({field: text}, field))
+            text = text_of(row, self.text_field)
+            return Document(text, text.encode(), self.span.file.number, number)
+        except UnicodeEncodeError as error:
+            lone = ord(error.object[error.start])
+            why = "holds bytes that are not UTF-8" if 0xDC80 <= lone <= 0xDCFF else "holds half a surrogate pair"
+            return Lost(self._path, number, why, size=size)
         except ValueError as error:
-            bad.append(Bad(block.path, number, str(error)))
-    return found, bad
+            return Lost(self._path, number, str(error), size=row.size if isinstance(row, Unreadable) else size)
+
+    def _torn(self, torn: TornError, number: int, rest: bytes) -> Lost:
+        if (disk := self.span.file.size - torn.disk) > 0:
+            return Lost(self._path, number, f"{torn}; {disk:,} bytes on disk from here on", rows=0, disk=disk)
+        return Lost(self._path, number, str(torn), size=len(rest))
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def _table(self) -> Iterator[Document | Lost]:
+        import pyarrow.parquet  # for Parquet input alone
+
+        file, name = self.span.file, self.text_field
+        try:
+            table = pyarrow.parquet.ParquetFile(file.path)
+            metadata = table.metadata
+            stop = metadata.num_row_groups if self.span.stop is None else self.span.stop
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            names = table.schema_arrow.names
+        except Exception as error:  # pyarrow has kinds of its own for each way of being damaged
+            yield Lost(self._path, None, _first_line(error), rows=0, disk=file.size)
+            return
+        self.ended = stop >= len(groups)
+        if name not in names:
+            mine = groups[self.span.first : stop]
+            rows, size = sum(g.num_rows for g in mine), sum(g.total_byte_size for g in mine)
+            if rows:
+                have = ", ".join(map(repr, names[:6]))
+                yield Lost(self._path, None, f"has no column {name!r}; it has {have}", rows=rows, size=size)
+            return
+        for number in range(self.span.first, stop):
+            before = sum(group.num_rows for group in groups[:number])
+            done = 0
+            try:
+                for batch in table.iter_batches(_TABLE_ROWS, row_groups=[number], columns=[name], use_threads=False):
+                    for value in _bytes_or_values(batch.column(0)):
+                        done += 1
+                        yield self._cell(value, before + done)
+            except Exception as error:
+                size = (
+                    groups[number].total_byte_size * (groups[number].num_rows - done) // max(1, groups[number].num_rows)
+                )
+                why = f"row group {number}: {_first_line(error)}"
+                yield Lost(self._path, before + done + 1, why, rows=groups[number].num_rows - done, size=size)
+            self.disk = file.size * (number + 1) // len(groups)
+
+    def _cell(self, value: object, number: int) -> Document | Lost:
+        if not isinstance(value, bytes):
+            return self._row({self.text_field: value}, number, 0)
+        try:
+            return Document(value.decode(), value, self.span.file.number, number)
+        except UnicodeDecodeError as error:
+            why = f"field {self.text_field!r}: byte {error.start} is not UTF-8"
+            return Lost(self._path, number, why, size=len(value))
+
+    # -- whole files ---------------------------------------------------------------------------------------------------
+
+    def _text(self) -> Iterator[Document | Lost]:
+        file, data = self.span.file, b""
+        try:
+            data = content(file)
+            if encoding := _other_encoding(data[:4]):
+                yield Lost(self._path, None, f"is {encoding}; convert it to UTF-8", size=len(data))
+                return
+            text = data.decode("utf-8-sig")
+            yield Document(text, text.encode(), file.number, 0)
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            yield Lost(self._path, line, f"byte {error.start} is not UTF-8", size=len(data))
+        except TornError as torn:
+            yield Lost(self._path, None, str(torn), size=file.size)
+
+
+class _CutError(Exception):
+    """A torn file, with the line that the damage cuts."""
+
+    def __init__(self, torn: TornError, number: int, line: bytes):
+        super().__init__(str(torn))
+        self.torn, self.number, self.line = torn, number, line
+
+
+def text_of(row: object, name: str) -> str:
+    """Return the text of a row. Raises ValueError saying why it has none."""
+    if isinstance(row, Unreadable):
+        raise ValueError(row.why)
+    if not isinstance(row, dict):
+        raise ValueError(f"is {type(row).__name__}, not an object with a field {name!r}")
+    if name not in row:
+        raise ValueError(f"has no field {name!r}; it has {', '.join(map(repr, list(row)[:6]))}")
+    if not isinstance(row[name], str):
+        raise ValueError(f"field {name!r} is {type(row[name]).__name__}, not text")
+    return row[name]
+
+
+def layout_of(file: InputFile, name: str) -> str:
+    """Return how the values of a file of rows lie in it, by its beginning: ``lines`` (one a line), ``values`` (an
+    array, or one after another), ``foreign`` (a .json of something else), or the encoding that it is in."""
+    head, whole = b"", True
+    try:
+        for chunk in chunks(file):
+            head += chunk.data
+            if b"\n" in head.lstrip() or len(head) >= _HEAD_BYTES:
+                whole = chunk.disk >= file.size
+                break
+    except TornError:
+        pass  # told where the rows are read
+    if encoding := _other_encoding(head[:4]):
+        return encoding
+    text = head.decode("utf-8", "replace").lstrip("\ufeff\0 \t\r\n")
+    is_json = ".json" in (part.lower() for part in PurePath(file.path).suffixes[-2:])
+    if is_json and text and not re.search(re.escape(json.dumps(name)) + r"\s*:", text):
+        return "foreign"
+    return _layout(text, whole)
+
+
+def _layout(text: str, whole: bool) -> Literal["lines", "values"]:
+    line, newline, _ = text.partition("\n")
+    if not newline and not whole:
+        return "values" if line.startswith("[") or _value_ends_in(text) else "lines"
+    values: list[Any] = list(line_values(line))
+    if len(values) != 1:
+        return "values" if len(values) > 1 and not isinstance(values[0], Unreadable) else "lines"
+    if isinstance(values[0], list):
+        return "values" if any(isinstance(row, dict) for row in values[0]) else "lines"
+    if not isinstance(values[0], Unreadable):
+        return "lines"
+    if line.strip() in ("[", "{"):
+        return "values"
+    try:  # a value may take several lines
+        value, _ = value_at(text, 0, final=whole)
+    except IncompleteError:
+        return "values" if text.startswith("[") else "lines"
+    return "lines" if isinstance(value, Unreadable) else "values"
+
+
+def _value_ends_in(text: str) -> bool:
+    try:
+        return not isinstance(value_at(text, 0, final=False)[0], Unreadable)
+    except IncompleteError:
+        return False
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """Return the encoding of text that is no UTF-8, by its first four bytes: a mark, or the zeros of wide letters."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    wide = len(head) == 4 and (head[0] == head[2] == 0 != head[1] or head[1] == head[3] == 0 != head[0])
+    return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+
+
+def _bytes_or_values(column: Any) -> list[object]:
+    """Return the cells of a column, text as bytes: one that is no UTF-8 must not cost the others."""
+    import pyarrow as pa  # for Parquet input alone
+
+    kinds = pa.types
+    if kinds.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if kinds.is_string(column.type):
+        column = column.cast(pa.binary())
+    elif kinds.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return column.to_pylist()
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# -- whole files -------------------------------------------------------------------------------------------------------
-
-
-def _texts_of_files(block: Block, field: str) -> tuple[list[str], list[Bad]]:
-    found, bad = [], []
-    for name in block.files:
-        try:
-            data = b"".join(chunk for chunk, _ in _open_chunks(Path(name)))
-            found.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            bad.append(Bad(name, data.count(b"\n", 0, error.start) + 1, f"byte {error.start} is not UTF-8"))
-        except (_TornError, OSError) as error:
-            bad.append(Bad(name, None, str(error)))
-    return found, bad

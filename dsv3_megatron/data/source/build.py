@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.exclude import Exclusion, find_excluded, read_exclusion
+from dsv3_megatron.data.identity import DataIdentity
+from dsv3_megatron.data.mixture.blend import Blend
+from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.mixture.phases import mixture_of
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source import stdlib
-from dsv3_megatron.data.source.blend import Blend
+from dsv3_megatron.data.source.held_out import SEED, HeldOut, HeldOutSource
 from dsv3_megatron.data.source.indexed import PackedShards
 from dsv3_megatron.data.source.open_files import OpenFiles
 from dsv3_megatron.data.source.packing_files import OpenPacking
-from dsv3_megatron.data.source.samples import Recall, SampleSource, Synthetic, TokenWindows
+from dsv3_megatron.data.source.samples import ORDER, Recall, SampleSource, Synthetic, TokenWindows
 from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_identity import check_rows
 from parallel.errors import DataError
 
-HELD_OUT_SEQUENCES = 64  # evaluated at most, so that an evaluation costs about as much as a few steps
+_ENDLESS = 32  # sequences that are held out of a source which makes as many as it is asked for
 
 
 @dataclass(frozen=True)
 class Data:
-    """A run's data: training samples, held-out samples, and how to read tokens as text."""
+    """A run's data: training samples, the held-out ones that are evaluated, how to read tokens as text, and which text
+    it is."""
 
     train: SampleSource
-    held_out: SampleSource
-    held_out_count: int
+    held_out: HeldOut
     tokenizer: Tokenizer | None
+    identity: DataIdentity | None = None  # None where samples are made from a seed
+    exclusion: Exclusion = field(default_factory=Exclusion)  # what is left out
+    notes: tuple[str, ...] = ()  # what a person should know of the sources, in a line each
 
-    def bytes_per_token(self) -> float | None:
-        """Return the bytes of text a held-out token stands for, on average over what is evaluated; None if no text."""
-        if self.tokenizer is None or not self.held_out_count:
+    def held_out_bytes(self) -> np.ndarray | None:
+        """Return how many bytes of text each held-out sequence that is evaluated predicts, [count] int64; None if no
+        text."""
+        if self.tokenizer is None:
             return None
         lengths = self.tokenizer.token_bytes()
-        samples = [self.held_out.sample(n) for n in range(self.held_out_count)]
-        return float(lengths[np.concatenate([s.labels[s.weights > 0] for s in samples])].mean())
+        samples = (self.held_out.sample(n) for n in range(self.held_out.count))
+        return np.asarray([lengths[s.labels[s.weights > 0]].sum() for s in samples], dtype=np.int64)
 
 
 def build(
@@ -56,21 +66,36 @@ def build(
         place: of packings that the ranks have made ready together; None = this process makes what is missing.
     Raises: DataError: the source is missing or does not fit the model.
     """
-    length = settings.sequence_length
     settings.check_source()
+    exclusion = read_exclusion(settings.exclude) if settings.exclude else Exclusion()
+    if settings.source == "indexed":
+        return _shards(settings, vocab_size, seed, exclusion, folder, place)
+    if exclusion.documents:
+        raise DataError(
+            f"data.exclude = {exclusion.path}, line {exclusion.documents[0].line} names a document, which is for token "
+            f"shards; data={settings.source} knows samples alone"
+        )
+    return replace(_without_shards(settings, vocab_size, seed), exclusion=exclusion)
+
+
+def _without_shards(settings: DataSettings, vocab_size: int, seed: int) -> Data:
+    length = settings.sequence_length
     if settings.source == "synthetic":
         # The held-out stream has a seed of its own: no sample of it is ever trained on but by chance.
-        return Data(Synthetic(vocab_size, length, seed), Synthetic(vocab_size, length, seed + 1), 32, None)
+        return _made(settings, Synthetic(vocab_size, length, seed), Synthetic(vocab_size, length, seed + 1))
     if settings.source == "recall":
         if length < (least := 8 * Recall.SLOTS):
             raise DataError(f"data.sequence_length = {length}, but data=recall needs {least} tokens at least; raise it")
         if vocab_size <= (least := Recall.FIRST_NOISE):
             raise DataError(f"model.vocab_size = {vocab_size}, but data=recall needs {least + 1} at least; raise it")
-        return Data(Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1), 32, None)
-    if settings.source == "stdlib":
-        tokenizer, train, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
-        return _windows(tokenizer, train, held_out, settings, seed)
-    return _shards(settings, vocab_size, seed, folder, place)
+        return _made(settings, Recall(vocab_size, length, seed), Recall(vocab_size, length, seed + 1))
+    tokenizer, tokens, held_out = stdlib.load(settings.cache, vocab_size, settings.held_out)
+    return _windows(tokenizer, tokens, held_out, settings, seed)
+
+
+def _made(settings: DataSettings, train: SampleSource, held_out: SampleSource) -> Data:
+    out = HeldOutSource(settings.source, held_out, _ENDLESS)
+    return Data(train, HeldOut([out], settings.held_out_sequences), None)
 
 
 def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, settings: DataSettings, seed: int) -> Data:
@@ -82,11 +107,22 @@ def _windows(tokenizer: Tokenizer, train: np.ndarray, held_out: np.ndarray, sett
                 "shorten it, or change data.held_out"
             )
     end = tokenizer.end if settings.isolate_documents else None
-    out = TokenWindows(held_out, length, seed, shuffle=False, end=end)
-    return Data(TokenWindows(train, length, seed, end=end), out, min(out.count, HELD_OUT_SEQUENCES), tokenizer)
+    out = TokenWindows(held_out, length, SEED, end=end)
+    parts = HeldOut([HeldOutSource(settings.source, out, out.count)], settings.held_out_sequences)
+    digest = hashlib.sha256(np.ascontiguousarray(train).data).hexdigest()
+    name = f"the standard library's {len(train):,} tokens ({digest[:8]})"
+    identity = DataIdentity(digest, name, ORDER)
+    return Data(TokenWindows(train, length, seed, end=end), parts, tokenizer, identity)
 
 
-def _shards(settings: DataSettings, vocab_size: int, seed: int, folder: ShardFolder | None, place: Path | None) -> Data:
+def _shards(
+    settings: DataSettings,
+    vocab_size: int,
+    seed: int,
+    exclusion: Exclusion,
+    folder: ShardFolder | None,
+    place: Path | None,
+) -> Data:
     folder = folder or ShardFolder.of(settings)
     tokenizer, manifest = folder.tokenizer, folder.manifest
     check_rows(tokenizer, vocab_size, folder.path)
@@ -105,6 +141,7 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int, folder: ShardFol
         pad_token=tokenizer.end if tokenizer.pad is None else tokenizer.pad,
         isolate=settings.isolate_documents,
         files=files,
+        excluded=find_excluded(folder.path, manifest, folder.table, exclusion) if exclusion.documents else None,
     )
     names = [source.name for source in manifest.sources]
     train = {
@@ -116,17 +153,20 @@ def _shards(settings: DataSettings, vocab_size: int, seed: int, folder: ShardFol
     if not train:
         raise DataError(f"data.path = {folder.path} holds no training document; prepare it with a lower held_out")
     given = {source.name: source.weight for source in manifest.sources}
-    weights = _weights(settings, {name: (given[name], source.count) for name, source in train.items()})
-    blend = Blend(list(train.values()), [weights[name] for name in train], list(train))
-    out = [packing for packing in opened if packing.files.split == "held_out"]
-    held_out = packed(out, name="held_out", shuffle=False)
-    if not held_out.count:
+    curve = mixture_of(settings, {name: (given[name], source.count) for name, source in train.items()})
+    kept = {name: source for name, source in train.items() if name in curve.names}
+    blend = Blend(kept, Mixture(curve, settings.sequence_length), settings.at_source_end)
+    notes = tuple(f"source {name} of {folder.path} is in no phase of the mixture, and is not read"
+                  for name in names if name not in kept)  # fmt: skip
+    out = {
+        names[packing.files.source]: packed([packing], name=f"{names[packing.files.source]}/held_out", seed=SEED)
+        for packing in opened
+        if packing.files.split == "held_out"
+    }
+    if not out:
         raise DataError(f"data.path = {folder.path} holds no held-out document; prepare it with a higher held_out")
-    return Data(blend, held_out, min(held_out.count, HELD_OUT_SEQUENCES), tokenizer)
-
-
-def _weights(settings: DataSettings, sources: dict[str, tuple[float | None, int]]) -> dict[str, float]:
-    """Return the weight of each source that takes part: the recipe's, else the manifest's, else by size."""
-    if settings.weights is not None:
-        return dict(settings.weights)
-    return {name: count if weight is None else weight for name, (weight, count) in sources.items()}
+    parts = [HeldOutSource(name, source, source.count) for name, source in out.items()]
+    tokens = sum(source.shards["train"].tokens for source in manifest.sources)
+    name = f"shards {manifest.table_sha256[:8]} ({tokens:,} tokens)"
+    identity = DataIdentity(manifest.table_sha256, name, ORDER)
+    return Data(blend, HeldOut(parts, settings.held_out_sequences), tokenizer, identity, exclusion, notes)

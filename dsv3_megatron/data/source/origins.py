@@ -107,7 +107,7 @@ def _origins(folder: str | Path, table: ShardTable, shard: int) -> np.ndarray:
 def _loaded(path: str, sha256: bytes, documents: int) -> np.ndarray:
     """Return the origins [documents] of a shard; ``sha256`` tells one file of this path from another."""
     try:
-        found = np.load(path)
+        found = np.load(path, mmap_mode="r")  # of which a page is read, or as many as a search takes
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder anew") from None
     if len(found) != documents:

@@ -8,6 +8,7 @@ those may change with its versions.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_megatron.data.source.hashing import hashed, key_of, uniform
-
-ORDER = 2  # version of which sample a number is: a run that goes on under another one reads other samples
+ORDER = 2  # by which sample numbers become sequences: raised whenever the same settings would read another sequence
 
 
 @dataclass(frozen=True)
@@ -173,15 +172,66 @@ def make_batch(samples: list[Sample], masks: list[float] | None = None) -> dict[
     return batch
 
 
+def blank_batches(count: int, micro_batch: int, sequence_length: int) -> list[dict[str, Tensor]]:
+    """Return ``count`` microbatches without text, for stages that look at none: only their shapes mean something."""
+    ids = torch.zeros(micro_batch, sequence_length, dtype=torch.int64)
+    blank = {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.zeros(micro_batch, sequence_length)}
+    return [dict(blank) for _ in range(count)]
+
+
+SampleRange = tuple[int, int]  # numbers from the first up to the second, which is not one of them
+
+
+def sample_numbers(first: int, count: int, excluded: Sequence[SampleRange] = ()) -> tuple[Sequence[int], int]:
+    """Return the next ``count`` sample numbers from ``first`` on, and where the step that follows begins.
+
+    Args:
+        excluded: ranges that are stepped over, ascending, apart from each other.
+    """
+    numbers: list[int] = []
+    for start, stop in excluded:
+        if stop <= first:
+            continue
+        if first + count - len(numbers) <= start:
+            break
+        numbers += range(first, start)
+        first = stop
+    if not numbers:
+        return range(first, first + count), first + count
+    numbers += range(first, first + count - len(numbers))
+    return numbers, numbers[-1] + 1
+
+
+def numbers_before(stop: int, count: int, excluded: Sequence[SampleRange] = ()) -> list[int]:
+    """Return the ``count`` sample numbers of the step after which the next one begins at ``stop``: what
+    :func:`sample_numbers` returned for it, wherever it began. Fewer where there are no more."""
+    numbers: list[int] = []
+    for start, after in (*reversed(excluded), (0, 0)):
+        if after > stop:
+            stop = min(stop, start)
+            continue
+        taken = range(max(after, stop - (count - len(numbers))), stop)
+        numbers[:0] = taken
+        if len(numbers) == count:
+            break
+        stop = start
+    return numbers
+
+
 def step_batches(
     source: SampleSource, *, first: int, global_batch: int, micro_batch: int, dp_rank: int, dp: int
 ) -> list[dict[str, Tensor]]:
-    """Return one data-parallel rank's microbatches of a step.
+    """Return one data-parallel rank's microbatches of a step of samples ``first`` to ``first + global_batch - 1``."""
+    return share_of_step(source, range(first, first + global_batch), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
 
-    The step's samples are ``first`` to ``first + global_batch - 1``; rank d takes the d-th of ``dp`` equal runs.
-    """
-    share = global_batch // dp
-    mine = range(first + dp_rank * share, first + (dp_rank + 1) * share)
+
+def share_of_step(
+    source: SampleSource, numbers: Sequence[int], *, micro_batch: int, dp_rank: int, dp: int
+) -> list[dict[str, Tensor]]:
+    """Return one data-parallel rank's microbatches of a step of these samples: rank d takes the d-th of ``dp`` equal
+    runs of them."""
+    share = len(numbers) // dp
+    mine = numbers[dp_rank * share : (dp_rank + 1) * share]
     return [make_batch([source.sample(n) for n in mine[i : i + micro_batch]]) for i in range(0, share, micro_batch)]
 
 

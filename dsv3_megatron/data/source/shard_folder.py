@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source import packing_files
 from dsv3_megatron.data.source.fim import Middle
@@ -69,7 +70,7 @@ class ShardFolder:
             lambda tokenizer: packing_rule(settings.sequence_length, settings.fim_rate, tokenizer, settings.path),
             cache=settings.cache,
             tokenizer=settings.tokenizer,
-            sources=settings.weights,
+            sources=None if (given := mixture_of_recipe(settings)) is None else given.names,
         )
 
     def choose_place(self) -> Path:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -79,7 +80,11 @@ class Source(BaseModel):
     text_bytes: int = 0
     duplicates: int = 0
     empty: int = 0
-    bad: int = 0
+    bad: int = Field(0, description="rows and whole texts that could not be read")
+    bad_bytes: int = Field(0, description="in those rows and texts")
+    torn: int = Field(0, description="places from which on a file could not be read")
+    torn_bytes: int = Field(0, description="on disk, from there on: nobody knows how many rows they held")
+    skipped: int = Field(0, description="links that are not followed")
     shards: dict[Split, Totals] = Field(default_factory=_no_shards)
 
 
@@ -193,22 +198,31 @@ def _indexed_dataset() -> Any:
     from dsv3_megatron.megatron.host import adapt_host
 
     adapt_host()
-    from megatron.core.datasets import indexed_dataset  # as above
+    from megatron.core.datasets import indexed_dataset  # likewise
 
     return indexed_dataset
 
 
+_INDEX_MARK = b"MMIDIDX\0\0"
+_DTYPE_CODES = {np.dtype("<i4"): 4, np.dtype("<u2"): 8}  # megatron-core's numbers for them
+
+
 class ShardWriter:
-    """One shard while it is written: beside its place, under a name that no reader looks for."""
+    """One shard while it is written: beside its place, under a name that no reader looks for.
+
+    Writes what megatron-core's ``IndexedDatasetBuilder`` writes, to the byte, without importing torch: many processes
+    write at once, and each would hold it in memory.
+    """
 
     def __init__(self, folder: Path, name: str, vocab_size: int):
         """Write ids below ``vocab_size``, in two bytes each where they fit, else in four."""
-        library = _indexed_dataset()
         self._folder, self._name, self._vocab_size = folder, name, vocab_size
         self._partial = folder / f"{name}.partial"
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        dtype = library.DType.optimal_dtype(vocab_size)
-        self._builder = library.IndexedDatasetBuilder(f"{self._partial}.bin", dtype=dtype)
+        self._dtype = token_dtype(vocab_size)
+        self._bin = open(f"{self._partial}.bin", "wb")  # noqa: SIM115  (commit closes it)
+        self._digest = hashlib.sha256()
+        self._lengths: list[int] = []
         self._origins: list[np.ndarray] | None = None
         self.documents = self.tokens = 0
 
@@ -221,13 +235,16 @@ class ShardWriter:
         """
         before = self.documents
         for document in documents:
-            # megatron-core's builder would wrap it, and the shard would hold another token
+            # it would be wrapped, and the shard would hold another token
             if len(document) and not 0 <= int(document.min()) <= int(document.max()) < self._vocab_size:
                 raise DataError(
                     f"{self._name}: token {int(document.max())} is none of the tokenizer's {self._vocab_size} ids; "
                     "name another tokenizer"
                 )
-            self._builder.add_document(document, [len(document)])
+            data = document.astype(self._dtype).tobytes()
+            self._bin.write(data)
+            self._digest.update(data)
+            self._lengths.append(len(document))
             self.documents += 1
             self.tokens += len(document)
         if origins is not None:
@@ -239,7 +256,8 @@ class ShardWriter:
 
     def commit(self) -> Shard:
         """Finish the files, put them in their place and return what the table says of them."""
-        self._builder.finalize(f"{self._partial}.idx")
+        self._bin.close()
+        Path(f"{self._partial}.idx").write_bytes(self._index())
         suffixes = ["bin", "idx"]
         origins = None if self._origins is None else np.concatenate(self._origins)
         if origins is not None:
@@ -248,7 +266,8 @@ class ShardWriter:
         sha256, sizes = {}, {}
         for suffix in suffixes:
             partial = Path(f"{self._partial}.{suffix}")
-            sha256[suffix], sizes[suffix] = file_sha256(partial), partial.stat().st_size
+            sha256[suffix] = self._digest.hexdigest() if suffix == "bin" else file_sha256(partial)
+            sizes[suffix] = partial.stat().st_size
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, self._folder / f"{self._name}.{suffix}")
@@ -263,3 +282,19 @@ class ShardWriter:
             first_file=first[0],
             first_row=first[1],
         )
+
+    def _index(self) -> bytes:
+        """Return the .idx: of each document its length, where it begins in the .bin, and that it is one sequence."""
+        lengths = np.asarray(self._lengths, dtype="<i8")
+        begins = (np.cumsum(lengths) - lengths) * self._dtype.itemsize
+        head = struct.pack("<QBQQ", 1, _DTYPE_CODES[self._dtype], len(lengths), len(lengths) + 1)
+        ends = np.arange(len(lengths) + 1, dtype="<i8")
+        return _INDEX_MARK + head + lengths.astype("<i4").tobytes() + begins.tobytes() + ends.tobytes()
+
+
+def read_lengths(folder: str | Path, name: str) -> np.ndarray:
+    """Return the tokens of each document of a shard, end tokens included: [documents] int64."""
+    with open(Path(folder) / f"{name}.idx", "rb") as file:
+        file.seek(len(_INDEX_MARK) + 9)
+        documents, _ = struct.unpack("<QQ", file.read(16))
+        return np.frombuffer(file.read(4 * documents), dtype="<i4").astype(np.int64)

@@ -1,12 +1,16 @@
-"""The held-out loss: before the first step, every so many steps, and at the end."""
+"""The held-out loss, of every source and of all: before the first step, every so many steps, and at the end."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from dsv3_megatron.data.source.build import Data
-from dsv3_megatron.data.source.samples import evaluation_batches
-from dsv3_megatron.train.step import evaluate_batches
+from dsv3_megatron.data.source.held_out import HeldOut
+from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.train.evaluation.scoring import Scores, score
 from dsv3_megatron.train.trainer import Callback, CompletedStep, Trainer
 
 
@@ -15,8 +19,8 @@ class Evaluation(Callback):
 
     def __init__(self, data: Data, every_steps: int, *, is_first: bool):
         """``every_steps``: 0 = at the start and the end only."""
-        self._data, self._every = data, every_steps
-        self._bytes_per_token = data.bytes_per_token() if is_first else None
+        self._held_out, self._every = data.held_out, every_steps
+        self._bytes = data.held_out_bytes() if is_first else None
 
     def begin(self, trainer: Trainer) -> None:
         """Measure what the run begins with."""
@@ -33,16 +37,28 @@ class Evaluation(Callback):
             trainer.summary["after"] = self.evaluate(trainer)
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
-        """Return the held-out loss, in nats per token, and on rank 0 bits per byte where the data is text."""
-        batches = evaluation_batches(
-            self._data.held_out,
-            count=self._data.held_out_count,
-            micro_batch=trainer.recipe.optim.micro_batch,
-            dp_rank=trainer.parts.data_rank,
-            dp=trainer.parts.layout.dp,
-        )
-        values = {"held_out_loss": evaluate_batches(trainer.parts, batches)}
-        if self._bytes_per_token:
-            values["bits_per_byte"] = values["held_out_loss"] / math.log(2) / self._bytes_per_token
+        """Return the held-out losses (``losses``), bits per byte on rank 0 alone."""
+        values = losses(trainer.parts, self._held_out, self._bytes)
         trainer.journal.evaluation(trainer.progress.step, values)
         return values
+
+
+def losses(parts: Parts, held_out: HeldOut, text_bytes: np.ndarray | None) -> dict[str, float]:
+    """Return ``held_out_loss``, in nats per token of all that is evaluated, and ``held_out/SOURCE`` of each source;
+    where the data is text, also ``bits_per_byte`` and ``bits_per_byte/SOURCE``.
+
+    Args:
+        text_bytes: [count] that each sequence predicts (``Data.held_out_bytes``); None = no text.
+    """
+    scores = score(parts, held_out, held_out.count, parts.recipe.optim.micro_batch)
+    return dict(_losses(scores, held_out, text_bytes))
+
+
+def _losses(scores: Scores, held_out: HeldOut, text_bytes: np.ndarray | None) -> Iterator[tuple[str, float]]:
+    whole = ("held_out_loss", "bits_per_byte", range(held_out.count))
+    each = ((f"held_out/{name}", f"bits_per_byte/{name}", numbers) for name, numbers in held_out.ranges.items())
+    for loss_key, bits_key, numbers in (whole, *each):
+        chosen = slice(numbers.start, numbers.stop)
+        yield loss_key, scores[chosen].loss
+        if text_bytes is not None:
+            yield bits_key, float(-scores[chosen].log_likelihoods.sum() / math.log(2) / text_bytes[chosen].sum())

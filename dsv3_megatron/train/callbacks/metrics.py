@@ -30,6 +30,7 @@ class Metrics(Callback):
         metrics = StepMetrics(
             step=progress.step,
             tokens=progress.tokens,
+            samples=progress.samples,
             loss=result.objective,
             lm_loss=result.lm_loss,
             mtp_loss=result.mtp_loss,
@@ -59,11 +60,12 @@ class Metrics(Callback):
             "tokens_per_second": step.tokens / seconds,
             "tflops_per_device": tflops,
             "mfu": tflops / peak if peak else None,
+            "data_seconds": float(step.result.data_waits.max()),
         }
         if device.type == "cpu":  # a GPU's work is done later than the host has asked for it: its parts tell nothing
             pipeline = step.result.pipeline_seconds
-            rest = seconds - step.data_seconds - pipeline
-            values |= {"data_seconds": step.data_seconds, "pipeline_seconds": pipeline, "update_seconds": rest}
+            rest = seconds - values["data_seconds"] - pipeline
+            values |= {"pipeline_seconds": pipeline, "update_seconds": rest}
         return values
 
     def _loads(self, result: StepResult) -> dict[str, Any]:

@@ -49,14 +49,14 @@ def run_case(case):
                     module.register_forward_hook(lambda *unused: time.sleep(0.01))
         return built[-1]
 
-    def step(parts, batches, values, may_update):
+    def step(parts, *given):
         nonlocal calls
         calls += 1
         kind = case.get("faults", {}).get(calls)
         if kind == "bad batch":
             hook = parts.whole_model.output_layer.register_forward_hook(lambda m, i, o: (100 * o[0], *o[1:]))
             try:
-                return original(parts, batches, values, may_update)
+                return original(parts, *given)
             finally:
                 hook.remove()
         if kind in ("nan", "inf", "1e4") and rank() == 1:
@@ -70,7 +70,7 @@ def run_case(case):
             poisoned.start_grad_sync = poison
         if kind in ("term", "usr1") and rank() == 1:
             os.kill(os.getpid(), {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}[kind])
-        return original(parts, batches, values, may_update)
+        return original(parts, *given)
 
     trainer_module.train_step, run_module.build_parts = step, remember
     try:

@@ -21,7 +21,14 @@ from parallel.layout import Layout
 KINDS = {"int": 3, "float": 0.5, "int | None": 2, "float | None": 0.25, "list[float] | None": [0.5, 0.75]}
 METRICS = StepMetrics(**{field.name: KINDS[field.type] for field in fields(StepMetrics)})
 LOADS = np.arange(32.0).reshape(2, 16)
-HELD_OUT = {"held_out_loss": 1.5, "bits_per_byte": 0.75, "step": 3}
+HELD_OUT = {
+    "held_out_loss": 1.5, "bits_per_byte": 0.75, "held_out/web": 1.25, "bits_per_byte/web": 0.5, "step": 3,
+}  # fmt: skip
+EVENTS = {
+    "evaluation/held_out_loss": 1.5, "evaluation/bits_per_byte": 0.75, "held_out/web": 1.25, "bits_per_byte/web": 0.5,
+    "tasks/quiz/acc": 0.25, "tasks/quiz/acc_norm": 0.5,
+}  # fmt: skip
+TASK = {"task": "quiz", "examples": 4, "acc": 0.25, "acc_norm": 0.5, "step": 3}
 
 
 def nothing_is_refused(name, values, text):
@@ -50,6 +57,7 @@ def life(directory, step, *words):
         writer.write(replace(METRICS, step=step))
         writer.loads(step, LOADS)
         writer.event("held_out", {**HELD_OUT, "step": step})
+        writer.event("task", {**TASK, "step": step})
         writer.close()
 
 
@@ -80,7 +88,16 @@ def test_the_offline_file_holds_every_metric(offline):
     for name, value in grouped(asdict(METRICS)):
         assert name in found, f"{name} is not among {sorted(found)}"
         assert float(found[name]) == value
-    assert float(found["evaluation/held_out_loss"]) == 1.5 and float(found["evaluation/bits_per_byte"]) == 0.75
+    measured = {name: float(found[name]) for name in EVENTS}
+    assert measured == EVENTS
+
+
+def test_tensorboard_holds_what_was_measured_under_the_same_names(offline):
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    read = module.EventAccumulator(str(offline[0] / "tensorboard")).Reload()
+    for name, value in EVENTS.items():
+        assert [(event.step, event.value) for event in read.Scalars(name)] == [(3, value), (4, value)], name
 
 
 def test_expert_load_is_a_histogram_of_every_layer(offline):

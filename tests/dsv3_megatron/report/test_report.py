@@ -5,11 +5,13 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.settings import MixturePhase
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, short, thinned
 from dsv3_megatron.report.facts import read_run
@@ -50,7 +52,18 @@ def run(tmp_path_factory):
     stamp = "2026-01-01T00:0{}:00+00:00"
     events = [
         {"event": "started", "time": stamp.format(0)},
-        {"event": "held_out", "time": stamp.format(1), "step": 20, "held_out_loss": 1.5, "bits_per_byte": 1.0},
+        {
+            "event": "held_out",
+            "time": stamp.format(1),
+            "step": 20,
+            "held_out_loss": 1.5,
+            "bits_per_byte": 1.0,
+            "held_out/<i>web": 1.25,
+            "bits_per_byte/<i>web": 0.5,
+            "held_out/code": 1.75,
+        },
+        {"event": "task", "time": stamp.format(1), "step": 20, "task": "quiz", "acc": 0.25, "acc_norm": 0.5},
+        {"event": "task", "time": stamp.format(2), "step": 21, "task": "quiz", "acc": 0.75},
         {"event": "saved", "time": stamp.format(1), "step": 20, "path": "step_20", "stall_seconds": 1.0},
         {"event": "resumed", "time": stamp.format(2), "step": 20, "path": "step_20"},
         {"event": "skipped", "time": stamp.format(3), "step": 40, "reason": "<b>gradient</b>"},
@@ -70,6 +83,30 @@ def test_every_panel_is_filled(run):
     text = (run / "report.html").read_text()
     assert "60 of 200" in text and "skipped</dt><dd>1" in text and "0123456789"[:9] in text
     assert "skipped at step 40" in text and "resumed at step 20" in text
+
+
+def test_a_mixture_is_drawn_where_the_recipe_has_one(run):
+    facts = read_run(run)
+    assert "Mixture of sources" not in page(facts), "this recipe has none"
+    tables = {
+        "at": {f"s{n}": n + 1 for n in range(7)},
+        "to": {"s0": 1},
+        "shape": "linear",
+        "until": facts.budget_tokens,
+    }
+    changed = facts.recipe.data.model_copy(update={"mixture": (MixturePhase(**tables),)})
+    facts = replace(facts, recipe=facts.recipe.model_copy(update={"data": changed}))
+    panel = PANELS["Mixture of sources"](facts)
+    assert all(f"</i>{name}<" in panel for name in ("s0", "s6", "s5", "s4", "3 others"))
+    assert "Mixture of sources" in page(facts)
+
+
+def test_sources_and_tasks_have_curves(run):
+    facts = read_run(run)
+    assert facts.by_tokens(facts.events.sources["code"]) == [(20 * 4096, 1.75)]
+    assert facts.by_tokens(facts.events.tasks["quiz"]) == [(20 * 4096, 0.25), (21 * 4096, 0.75)]
+    assert "&lt;i&gt;web <b>1.250</b>" in PANELS["Held-out loss by source"](facts)
+    assert "quiz <b>0.750</b>" in PANELS["Tasks"](facts)
 
 
 def test_what_others_wrote_cannot_become_markup(run):

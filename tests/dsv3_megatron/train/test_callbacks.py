@@ -1,19 +1,23 @@
 """What happens beside the steps, on real ranks: who holds the most memory, and when garbage is collected."""
 
 import gc
+import json
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dsv3_megatron.train.evaluation.scoring as scoring
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.report.panels import memory
 from launcher.command_line.console import step_line
 from testing.ranks import run_ranks
-from testing.training.whole_runs import refusal, run_here, steps
+from testing.training.whole_runs import events, refusal, run_here, steps
 
 MIB = 1 << 20
+TEXT = ("data=stdlib", "model.vocab_size=512", "data.held_out_sequences=4")
 FAILS = ("optim.learning_rate=1e30", "health.skip_limit=1", "health.skip_sigma=null")
 
 
@@ -165,3 +169,35 @@ def test_a_step_leaves_no_tensor_to_the_collector(tmp_path):
     *left, seen = run_ranks(2, tensors_in_cycles, [*cases, ([*words, f"run.directory={tmp_path}/control"], True)])
     assert dict(zip(schedules, left, strict=True)) == {name: [[[]], [[]]] for name in schedules}
     assert seen == [[[(7,)]], [[(7,)]]], "what is left is found"
+
+
+def stopped_in_a_task(overrides):
+    """Train; rank 1 is asked to stop in the first round of requests. Returns how many rounds there were."""
+    original, rounds = scoring.score, []
+
+    def score(parts, source, *given):
+        if isinstance(source, scoring._FilledUp):
+            rounds.append(source)
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return original(parts, source, *given)
+
+    scoring.score = score
+    try:
+        return refusal(run_here(list(overrides))), len(rounds)
+    finally:
+        scoring.score = original
+
+
+def test_a_request_to_stop_ends_the_tasks_and_saves_the_step(tmp_path):
+    row = {"context": "def ", "choices": ["read(", "(((", "return", " x"], "answer": 0}
+    (tmp_path / "many.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    words = [*TEXT, "run.steps=5", f"run.directory={tmp_path}/run", f"evaluate.tasks=[{tmp_path}/many.jsonl]"]
+    found = run_ranks(2, stopped_in_a_task, [[*words, "evaluate.every_steps=2"]])[0]
+    assert found == [(None, 1), (None, 1)]
+    run = tmp_path / "run"
+    assert [line["step"] for line in steps(run)] == [1, 2]
+    assert [event["step"] for event in events(run, "tasks_left_out")] == [2] and not events(run, "task")
+    assert [event["step"] for event in events(run, "saved")] == [2]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["stopped_by_signal"] and summary["after"] is None and "tasks" not in summary

@@ -241,4 +241,4 @@ def test_a_sentencepiece_vocabulary_is_read_to_the_byte(tmp_path):
     assert loaded.decode(document) == text
     assert loaded.token_bytes()[document].sum() == len(text.encode()) + 1  # the blank that it puts first
     assert loaded.decode_bytes(loaded.encode_bytes(b"\xff")).strip() == b"\xff"
-    assert loaded.split_joined(document, 1.0, np.random.default_rng(1)).tolist() == document.tolist()
+    assert loaded.split_joined(document, 1.0, 1).tolist() == document.tolist()

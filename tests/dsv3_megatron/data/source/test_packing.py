@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.source.blend import CYCLE, Blend
+from dsv3_megatron.data.mixture.blend import Blend
+from dsv3_megatron.data.mixture.order import Mixture
+from dsv3_megatron.data.mixture.phases import MixtureCurve
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.source.indexed import PackedShards
 from dsv3_megatron.data.source.open_files import OpenFiles
@@ -14,7 +16,6 @@ from dsv3_megatron.data.source.packing_files import OpenPacking, PackingFiles, m
 from dsv3_megatron.data.source.samples import Sample, step_batches
 from dsv3_megatron.data.source.shard_table import open_table, write_table
 from dsv3_megatron.data.source.shards import Manifest, ShardWriter, Source
-from parallel.errors import DataError
 from testing.lanes import examples
 
 START, END, PAD = 0, 1, 2
@@ -166,68 +167,37 @@ def test_a_packing_is_made_once_and_serves_every_seed(shards, monkeypatch):
     assert every[0] == every[1], "a seed orders sequences, and does not change them"
 
 
-class Numbered:
-    """A source whose sample number n is n."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def sample(self, number):
-        return (self.source, number)
-
-
-@settings(deadline=None, max_examples=examples(25))
-@given(st.lists(st.floats(0.05, 1), min_size=1, max_size=5), st.integers(0, 5 * CYCLE))
-def test_a_blend_keeps_weights_in_any_stretch_and_skips_no_sample(weights, start):
-    blend = Blend([Numbered(i) for i in range(len(weights))], weights, "abcde")
-    taken = [blend.sample(n) for n in range(start, start + 300)]
-    for source, weight in enumerate(weights):
-        numbers = [n for s, n in taken if s == source]
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
-        assert abs(len(numbers) - 300 * weight / sum(weights)) < 2.1
-    from_the_start = [blend.locate(n) for n in range(CYCLE + 300)]  # and over the end of a cycle
-    for source in range(len(weights)):
-        numbers = [n for s, n in from_the_start if s == source]
-        assert numbers == list(range(len(numbers)))
-
-
-def test_a_weight_too_small_to_ever_come_is_refused():
-    with pytest.raises(DataError, match="weight of source tiny"):
-        Blend([Numbered(0), Numbered(1)], [1.0, 1e-9], ["big", "tiny"])
-
-
 def test_the_order_of_samples_is_the_same_under_any_dp_and_after_a_resume(shards):
-    sources = [packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"]
-    blend = Blend(sources, [0.5, 0.3, 0.2], list("abc"))
+    mixture = Mixture(MixtureCurve.constant({"a": 0.5, "b": 0.3, "c": 0.2}), 64)
+    blend = Blend({name: packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"}, mixture)
+
+    def rows(samples):
+        return [tuple(getattr(s, field).tolist() for field in ("tokens", "labels", "documents")) for s in samples]
+
+    def row_of(values):
+        return tuple(np.asarray(value).tolist() for value in values)
 
     def row_of(values):
         return tuple(np.asarray(value).tolist() for value in values)
 
     def step(first, batch, dp, micro):
-        rows = []
+        found = []
         for rank in range(dp):
-            for part in step_batches(
-                blend, first=first, global_batch=batch, micro_batch=micro, dp_rank=rank, dp=dp
-            ):  # fmt: skip
-                keys = ("tokens", "labels", "loss_mask", "documents")
-                rows += [row_of(part[key][i] for key in keys) for i in range(micro)]
-        return rows
-
-    def sample_of(source, number):
-        sample = source.sample(number)
-        return row_of((sample.tokens, sample.labels, sample.weights, sample.documents))
+            for part in step_batches(blend, first=first, global_batch=batch, micro_batch=micro, dp_rank=rank, dp=dp):
+                found += zip(*(part[field].tolist() for field in ("tokens", "labels", "documents")))
+        return found
 
     batches = (8, 8, 16, 24)  # a ramp
-    whole = [sample_of(blend, n) for n in range(sum(batches))]
+    whole = rows(blend.sample(n) for n in range(sum(batches)))
     for dp, micro in ((1, 1), (1, 4), (2, 2), (4, 1), (4, 2)):
         first, seen = 0, []
         for batch in batches:
             seen += step(first, batch, dp, micro)
             first += batch
         assert seen == whole, (dp, micro)
-    fresh = Blend([packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"], [0.5, 0.3, 0.2], list("abc"))
+    fresh = Blend({name: packed(shards, name, fim_rate=0.3, isolate=True) for name in "abc"}, mixture)
     for resumed_at in range(0, sum(batches), 5):  # what a resumed run knows is this number
-        assert sample_of(fresh, resumed_at) == whole[resumed_at]
+        assert rows([fresh.sample(resumed_at)]) == [whole[resumed_at]]
 
 
 def test_windows_that_are_isolated_end_where_a_document_ends():

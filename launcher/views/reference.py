@@ -1,6 +1,6 @@
 """Write docs/recipes.md: every group, file and key of a recipe, from the schema itself.
 
-python launcher/reference.py [output=docs/recipes.md]      (make docs; a test keeps the page in step)
+python launcher/views/reference.py [output=docs/recipes.md]      (make docs; a test keeps the page in step)
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
 from launcher.command_line.output import write_output
 from launcher.command_line.recipe_files import GROUPS, RECIPES, options
-from launcher.command_line.schema import Key, first_sentence, items_of, keys_of
+from launcher.command_line.schema import Key, first_sentence, items_of, keys_of, words_of
 
 _HEAD = """# Recipes: every key
 
-<!-- Written by `python launcher/reference.py` (`make docs`); edit the settings it is made from, not this page. -->
+<!-- Written by `python launcher/views/reference.py` (`make docs`); edit the settings that it is made from. -->
 
 ```bash
 python launcher/pretrain.py recipe=dsv3_tiny optim.learning_rate=1e-3 --cfg job   # what a command line comes to
@@ -93,7 +93,7 @@ def _sections() -> Iterator[str]:
     yield from (_row(key) for key in outermost if not key.is_section)
     yield ""
     for model in items_of(Recipe):
-        yield from _section(f"each {model.__name__.lower()} of a list", model, "")
+        yield from _section(f"each {words_of(model.__name__)} of a list", model, "")
 
 
 def _section(name: str, model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Which source every sample of a run comes from, and several sources as one."""

@@ -1,0 +1,166 @@
+"""The files under an input: which are read, how, in what order, and what is left out, with the reason."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from parallel.errors import DataError
+
+Kind = Literal["rows", "table", "text"]
+ROWS, TABLE, TEXT = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".md", ".rst", ".tex")
+# fmt: off
+CODE = (
+    ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt",
+    ".scala", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".pl", ".lua", ".jl", ".r", ".m", ".swift", ".cs", ".fs",
+    ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp", ".el", ".sh", ".bash", ".ps1", ".sql", ".html", ".css", ".scss",
+    ".vue", ".yaml", ".yml", ".toml", ".cmake", ".proto", ".v", ".sv", ".vhd", ".f90", ".asm", ".s", ".zig", ".nim",
+    ".dart", ".tf",
+)
+# fmt: on
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+KNOWN = f"{', '.join((*ROWS, *TABLE, *TEXT))}, code"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that holds documents.
+
+    Args:
+        path: as the system knows it; bytes of a name that are no text stand in it as surrogates.
+        name: what people read: the path inside its input, printable.
+        number: from 0, among the files of its input.
+        size: bytes on disk.
+    """
+
+    path: str
+    name: str
+    number: int
+    kind: Kind
+    size: int
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it must be unpacked."""
+        return Path(self.path).suffix.lower() in COMPRESSED
+
+
+@dataclass
+class Found:
+    """The files of an input, in a fixed order, and what else was there."""
+
+    files: list[InputFile] = field(default_factory=list)
+    ignored: int = 0  # files of unknown kind
+    skipped: list[str] = field(default_factory=list)  # links that are not followed, each with the reason
+
+
+def printable(path: str | Path) -> str:
+    """Return a path as text that can be written anywhere: bytes that are no UTF-8 as ``\\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def kind_of(path: str | Path) -> Kind | None:
+    """Return how a file is read, by its name; None when it holds no documents."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
+    if compressed:
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    if last in ROWS:
+        return "rows"
+    if last in TABLE:
+        return None if compressed else "table"
+    return "text" if last in TEXT + CODE else None
+
+
+def files_of(path: str | Path) -> Found:
+    """Return the files under an input.
+
+    A link inside the input is followed to a file of a Hugging Face cache (``snapshots/...`` to ``blobs/...``), and to
+    what is inside the input under a name that is not read by itself; every file is read once. Others are skipped.
+    Raises: DataError: there is no such input, or nothing in it can be read.
+    """
+    root = Path(path)
+    shown = printable(root)
+    if not root.exists():
+        raise DataError(f"input = {shown} does not exist; name a file or a folder (a comma in a name is written \\,)")
+    if root.is_file():
+        kind = kind_of(root)
+        if kind is None:
+            raise DataError(f"input = {shown} is of no known kind; known are {KNOWN}")
+        return Found([InputFile(str(root), printable(root.name), 0, kind, root.stat().st_size)])
+    found = _walk(root)
+    if not found.files:
+        skipped = f"; skipped: {found.skipped[0]}" if found.skipped else ""
+        raise DataError(f"input = {shown} holds no file of a known kind ({KNOWN}){skipped}")
+    return found
+
+
+def check_distinct(inputs: tuple[str, ...], found: list[Found]) -> None:
+    """Raise DataError where two inputs share a file: its documents would count twice."""
+    seen: dict[str, str] = {}
+    for given, each in zip(inputs, found):
+        for file in each.files:
+            other = seen.setdefault(os.path.realpath(file.path), given)
+            if other is not given:
+                which = "is named twice" if os.path.realpath(given) == os.path.realpath(other) else (
+                    f"and input = {printable(other)} share {printable(file.path)}"
+                )  # fmt: skip
+                raise DataError(f"input = {printable(given)} {which}; leave one out, and weigh it with weights")
+
+
+def _walk(root: Path) -> Found:
+    found = Found()
+    plain: dict[Path, Path] = {}  # name -> the file itself
+    links, unknown = [], []
+    for folder, inner, names in os.walk(root):
+        for name in [*names, *(name for name in inner if Path(folder, name).is_symlink())]:
+            path = Path(folder, name)
+            if path.is_symlink():
+                links.append(path)
+            elif path.is_file():  # no socket or pipe
+                if kind_of(path) is None:
+                    unknown.append(path)
+                else:
+                    plain[path] = path
+    real = os.path.realpath(root)
+    taken = {os.path.realpath(path) for path in plain}
+    for link in sorted(links):
+        target = os.path.realpath(link)
+        if reason := _not_followed(link, target, real, taken):
+            if kind_of(link) or os.path.isdir(target):
+                found.skipped.append(f"{printable(link.relative_to(root))}: {reason}")
+            else:
+                found.ignored += 1
+        else:
+            taken.add(target)
+            plain[link] = Path(target)
+    for number, path in enumerate(sorted(plain)):
+        kind = kind_of(path)
+        assert kind is not None, path
+        name = printable(path.relative_to(root))
+        found.files.append(InputFile(str(path), name, number, kind, plain[path].stat().st_size))
+    found.ignored += sum(os.path.realpath(path) not in taken for path in unknown)
+    return found
+
+
+def _not_followed(link: Path, target: str, root: str, taken: set[str]) -> str | None:
+    """Return why a link is skipped, None where it is followed."""
+    if not os.path.exists(target):
+        return "a link to nothing"
+    if os.path.isdir(target):
+        return f"a link to a folder, {printable(target)}; name that as an input of its own"
+    if kind_of(link) is None:
+        return "of unknown kind"
+    if not _inside(target, root) and not any(
+        (cache / "blobs").is_dir() and (cache / "snapshots").is_dir() and _inside(target, os.path.realpath(cache))
+        for cache in Path(os.path.abspath(link)).parents
+    ):
+        return f"a link out of the input, to {printable(target)}; name that as an input of its own"
+    return "a link to a file that is read under another name" if target in taken else None
+
+
+def _inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder

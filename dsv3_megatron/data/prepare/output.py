@@ -1,0 +1,124 @@
+"""The folder that shards are made in: whose it is, what was begun there, and what is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dsv3_megatron.data.prepare.encode import Done
+from dsv3_megatron.data.source.shards import MANIFEST, Source
+from dsv3_megatron.run.files import cut_json_lines, iterate_json_lines, read_json, write_json
+from dsv3_megatron.run.lock import held
+from parallel.errors import DataError
+
+WORK, PARTS, PART = ".prepare", "parts", "part.json"
+
+
+class Part(BaseModel):
+    """One of the parts that shards were made in, with all that merging them needs beside the tasks' own files.
+
+    Args:
+        digest: of inputs, options and tokenizer: the same for the parts of a whole.
+        sources: before anything is counted.
+        counted: with the counts of this part. Copies are found when parts are merged, and only then is something held
+            out of small sources.
+        skipped: links of the input that were not followed.
+    """
+
+    part: int
+    parts: int
+    digest: str
+    tokenizer_sha256: str
+    vocab_size: int
+    options: dict[str, Any]
+    sources: list[Source]
+    counted: list[Source]
+    bad_examples: list[str]
+    skipped: list[str]
+
+
+class Output:
+    """A folder that shards are made in."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.work = self.folder / WORK
+        self._journal = self.work / "tasks.jsonl"
+        self._begun = self.work / "begun.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others out of the folder for as long as the block lasts.
+
+        Raises: DataError: it cannot be written, or holds something else. RunInUseError: another process works there.
+        """
+        if self.folder.is_file():
+            raise DataError(f"output = {self.folder} is a file; name a folder")
+        names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
+        if names - {PARTS} and not names & {MANIFEST, PART, WORK}:
+            raise DataError(f"output = {self.folder} is not empty and not of prepare_data; name another folder")
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            lock = held(
+                self.work / "lock", lambda who: f"output = {self.folder} is in use by {who}; wait for it, or stop it"
+            )
+            with lock:
+                yield
+        except PermissionError as error:
+            raise DataError(f"output = {self.folder} cannot be written ({error.strerror}); name another") from None
+        finally:
+            if (self.folder / MANIFEST).exists() and self.work.is_dir() and not any(self.work.iterdir()):
+                self.work.rmdir()
+
+    def begin(self, fingerprint: str) -> list[Done]:
+        """Return the tasks that an earlier run of the same work has done.
+
+        ``fingerprint``: of inputs, options and tokenizer. Raises: DataError: the folder is of other ones.
+        """
+        earlier = read_json(self._begun).get("fingerprint")
+        if earlier is None and any(entry.name != "lock" for entry in self.work.iterdir()):
+            earlier = "of an older version, or torn"
+        if earlier not in (None, fingerprint):
+            raise self.other()
+        write_json(self._begun, {"fingerprint": fingerprint})
+        cut_json_lines(self._journal, lambda _: True)  # a line that a kill has torn
+        return self.done()
+
+    def done(self) -> list[Done]:
+        """Return the tasks of the journal. Raises: DataError: it is damaged."""
+        try:
+            return [Done.model_validate(line) for line in iterate_json_lines(self._journal)]
+        except ValidationError as error:
+            said = str(error).splitlines()[0]
+            raise DataError(f"{self._journal} cannot be read ({said}); remove {self.folder}") from None
+
+    def keep(self, done: Done) -> None:
+        """Write in the journal that a task is done; its files are on the disk."""
+        with self._journal.open("a") as file:
+            file.write(json.dumps(done.model_dump(mode="json")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Remove what only the work needed; what readers look for is written."""
+        shutil.rmtree(self.work)
+
+    def forget(self) -> None:
+        """Remove a work that came to nothing, so that another can be begun in the folder."""
+        shutil.rmtree(self.work)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def other(self) -> DataError:
+        """Return what to say of a folder that was made of something else."""
+        return DataError(
+            f"output = {self.folder} was made of other inputs, options or another tokenizer; "
+            "name another folder, or remove it"
+        )

@@ -1,0 +1,1 @@
+"""Which documents a step of a run has read."""

@@ -1,0 +1,41 @@
+"""Token shards made ready by all ranks of a run: each looks at its share of the files and packs its share of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dsv3_megatron.data.source.shard_folder import ShardFolder
+from parallel.agree import agreed, from_first
+
+TOLD_SECONDS = 10.0  # between two lines
+
+
+def ready_together(folder: ShardFolder, tell: Callable[[str], None]) -> Path:
+    """Return the place of packings that are ready. All ranks together; no rank looks at more than its share of files.
+
+    Raises: DataError: a file is missing or cut, or the packings cannot be kept where all ranks find them.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    place = from_first(folder.choose_place)
+    with agreed(any_counts=True):  # a file that is cut is met by the rank whose share it is in
+        folder.make_ready(place, (rank, ranks), _Progress(tell if rank == 0 else lambda _: None))
+    with agreed(looked=rank == 0):
+        if rank == 0:
+            folder.seal(place)
+    return place
+
+
+class _Progress:
+    """Tells now and then how far the first rank's share is: the others' are as large."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        self._tell, self._told = tell, time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        if of and time.monotonic() - self._told >= TOLD_SECONDS:
+            self._told = time.monotonic()
+            self._tell(f"packing documents into sequences: {done:,} of {of:,} files of this rank's share")

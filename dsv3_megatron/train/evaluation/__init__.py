@@ -1,0 +1,1 @@
+"""What the model makes of text that it is not trained on."""

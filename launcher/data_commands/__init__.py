@@ -1,0 +1,1 @@
+"""Commands over data, and what they share."""
