@@ -1,8 +1,7 @@
 """The order of samples: a pure function of the seed and of how many sequences were consumed.
 
 Nothing is remembered between steps. Sample number i of a run is always the same sequence, so a resumed run, a run on
-other ranks and a run with another microbatch see the same samples in the same order. No generator of NumPy decides it:
-those may change with its versions.
+other ranks and a run with another microbatch see the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -106,8 +105,8 @@ class Synthetic:
 
     def sample(self, number: int) -> Sample:
         """Return sequence ``number``."""
-        first, second = uniform(key_of("synthetic", self.seed), 2 * number + np.arange(2))
-        start, step = int(first * self.vocab_size), 1 + int(second * 4)
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=number << 64))
+        start, step = random.integers(self.vocab_size), 1 + random.integers(4)
         return Sample.of_ids((start + step * np.arange(self.sequence_length + 1)) % self.vocab_size)
 
 
@@ -129,18 +128,14 @@ class Recall:
 
     def sample(self, number: int) -> Sample:
         """Return sequence ``number``; about a quarter of the tokens after the facts are questions."""
+        random = np.random.Generator(np.random.Philox(key=self.seed, counter=number << 64))
         length, facts = self.sequence_length, self.sequence_length // 8
-
-        def drawn(what: str, count: int, below: int) -> np.ndarray:
-            numbers = uniform(key_of("recall", self.seed, number, what), np.arange(count))
-            return (numbers * below).astype(np.int64)
-
-        tokens = self.FIRST_NOISE + drawn("noise", length, self.vocab_size - self.FIRST_NOISE)
-        values = drawn("values", self.SLOTS, self.VALUES)
-        shuffled = np.argsort(hashed(key_of("recall", self.seed, number, "places"), np.arange(facts)), kind="stable")
-        tokens[shuffled[: self.SLOTS]] = np.arange(self.SLOTS) * self.VALUES + values
-        asked = facts + np.flatnonzero(drawn("asked", length - facts, 4) == 0)
-        slots = drawn("slots", len(asked), self.SLOTS)
+        tokens = random.integers(self.FIRST_NOISE, self.vocab_size, length)
+        values = random.integers(self.VALUES, size=self.SLOTS)
+        places = random.choice(facts, self.SLOTS, replace=False)
+        tokens[places] = np.arange(self.SLOTS) * self.VALUES + values
+        asked = facts + np.flatnonzero(random.random(length - facts) < 0.25)
+        slots = random.integers(self.SLOTS, size=len(asked))
         tokens[asked] = self.FIRST_QUESTION + slots
         labels, weights = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32)
         labels[asked] = slots * self.VALUES + values[slots]
