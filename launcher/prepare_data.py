@@ -80,7 +80,7 @@ def main(given: PrepareArguments) -> int:
 
     made = prepare(options, workers=given.workers, progress=progress, tell=_tell)
     line.close()
-    print("\n".join(source_lines(made.sources)))
+    print("\n".join(source_lines(made.counted if isinstance(made, Part) else made.sources)))
     for example in made.bad_examples:
         _tell(f"    {example}")
     output = printable(given.output)

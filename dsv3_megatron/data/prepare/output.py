@@ -26,7 +26,10 @@ class Part(BaseModel):
 
     Args:
         digest: of inputs, options and tokenizer: the same for the parts of a whole.
-        sources: with the counts of this part; copies are not found yet, nor something held out of small sources.
+        sources: before anything is counted.
+        counted: with the counts of this part. Copies are found when parts are merged, and only then is something held
+            out of small sources.
+        skipped: links of the input that were not followed.
     """
 
     part: int
@@ -36,7 +39,9 @@ class Part(BaseModel):
     vocab_size: int
     options: dict[str, Any]
     sources: list[Source]
+    counted: list[Source]
     bad_examples: list[str]
+    skipped: list[str]
 
 
 class Output:

@@ -180,9 +180,9 @@ class _Preparation:
 
     def _part(self, done: list[Done], digest: str) -> Part:
         assert self.options.part is not None
-        sources = self._sources()
+        counted = self._sources()
         for task in done:
-            add_counts(sources[task.key[0]], task.counts)
+            add_counts(counted[task.key[0]], task.counts)
         part = Part(
             part=self.options.part[0],
             parts=self.options.part[1],
@@ -190,8 +190,10 @@ class _Preparation:
             tokenizer_sha256=self.tokenizer.sha256,
             vocab_size=self.tokenizer.vocab_size,
             options=self.options.kept,
-            sources=sources,
+            sources=self._sources(),
+            counted=counted,
             bad_examples=self._examples([line for task in done for line in task.examples]),
+            skipped=self._examples([]),
         )
         write_json(self.folder / PART, part.model_dump(mode="json"))
         return part
