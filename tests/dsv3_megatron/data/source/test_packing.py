@@ -174,9 +174,6 @@ def test_the_order_of_samples_is_the_same_under_any_dp_and_after_a_resume(shards
     def rows(samples):
         return [tuple(getattr(s, field).tolist() for field in ("tokens", "labels", "documents")) for s in samples]
 
-    def row_of(values):
-        return tuple(np.asarray(value).tolist() for value in values)
-
     def step(first, batch, dp, micro):
         found = []
         for rank in range(dp):
