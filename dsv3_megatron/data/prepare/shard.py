@@ -103,9 +103,6 @@ class _Preparation:
             done = self.output.begin(fingerprint)
             self._encode(done)
             done.sort(key=lambda task: task.key)
-            self.tokenizer.save(self.folder / TOKENIZER)
-            for source, found in zip(self._sources(), self.inputs):
-                write_files(self.folder, source.name, found.files)
             return self._whole(done, digest, fingerprint) if self.options.part is None else self._part(done, digest)
 
     def _finished(self, digest: str, fingerprint: str) -> Manifest | Part | None:
@@ -180,6 +177,7 @@ class _Preparation:
 
     def _part(self, done: list[Done], digest: str) -> Part:
         assert self.options.part is not None
+        self._write_beside()
         counted = self._sources()
         for task in done:
             add_counts(counted[task.key[0]], task.counts)
@@ -210,12 +208,18 @@ class _Preparation:
             if not any(task.counts.documents for task in done):
                 self.output.forget()
             raise
+        self._write_beside()
         manifest = write_manifest(
             self.folder, sources, shards, self.tokenizer, {**self.options.kept, "fingerprint": fingerprint},
             self._examples(examples),
         )  # fmt: skip
         self.output.close()
         return manifest
+
+    def _write_beside(self) -> None:
+        self.tokenizer.save(self.folder / TOKENIZER)
+        for source, found in zip(self._sources(), self.inputs):
+            write_files(self.folder, source.name, found.files)
 
     def _examples(self, found: list[str]) -> list[str]:
         skipped = [line for each in self.inputs for line in each.skipped]
