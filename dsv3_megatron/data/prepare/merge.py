@@ -175,8 +175,8 @@ def _check_alike(folders: list[Path], manifests: list[Manifest]) -> None:
     for source in (source for manifest in manifests for source in manifest.sources):
         if weights.setdefault(source.name, source.weight) != source.weight:
             raise DataError(
-                f"source {source.name} has the weight {weights[source.name]} in one folder and {source.weight} in "
-                "another; prepare both with the same"
+                f"source {source.name} has the weights {weights[source.name]} and {source.weight}; "
+                "prepare both with the same"
             )
     if any(weights.values()) and not all(weights.values()):
         some, none = (next(name for name, w in weights.items() if bool(w) is is_so) for is_so in (True, False))

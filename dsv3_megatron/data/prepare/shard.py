@@ -103,9 +103,6 @@ class _Preparation:
             done = self.output.begin(fingerprint)
             self._encode(done)
             done.sort(key=lambda task: task.key)
-            self.tokenizer.save(self.folder / TOKENIZER)
-            for source, found in zip(self._sources(), self.inputs):
-                write_files(self.folder, source.name, found.files)
             return self._whole(done, digest, fingerprint) if self.options.part is None else self._part(done, digest)
 
     def _finished(self, digest: str, fingerprint: str) -> Manifest | Part | None:
@@ -183,6 +180,7 @@ class _Preparation:
         counted = self._sources()
         for task in done:
             add_counts(counted[task.key[0]], task.counts)
+        self._write_names()
         part = Part(
             part=self.options.part[0],
             parts=self.options.part[1],
@@ -210,12 +208,19 @@ class _Preparation:
             if not any(task.counts.documents for task in done):
                 self.output.forget()
             raise
+        self._write_names()
         manifest = write_manifest(
             self.folder, sources, shards, self.tokenizer, {**self.options.kept, "fingerprint": fingerprint},
             self._examples(examples),
         )  # fmt: skip
         self.output.close()
         return manifest
+
+    def _write_names(self) -> None:
+        """Write what the shards need beside them: the tokenizer, and the input files that documents come from."""
+        self.tokenizer.save(self.folder / TOKENIZER)
+        for source, found in zip(self._sources(), self.inputs):
+            write_files(self.folder, source.name, found.files)
 
     def _examples(self, found: list[str]) -> list[str]:
         skipped = [line for each in self.inputs for line in each.skipped]

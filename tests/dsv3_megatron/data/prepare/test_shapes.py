@@ -1,0 +1,154 @@
+"""Shapes of input that people have: every document is read, or counted as lost in rows and bytes; nothing is silent."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import zstandard
+
+from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
+from dsv3_megatron.data.source.shard_table import open_table
+from dsv3_megatron.data.source.shards import open_shard
+from dsv3_megatron.data.tokenizer import Tokenizer
+from parallel.errors import DataError
+
+TEXTS = [f"document {n}: " + "word " * (n % 7) + "naïve" for n in range(60)]
+ROWS = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in TEXTS]
+LINES = b"".join(row + b"\n" for row in ROWS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    Tokenizer.train(TEXTS, 300).save(path)
+    return path
+
+
+def prepared(tmp_path, tokenizer, *inputs, **options):
+    inputs = tuple(os.fspath(path) for path in inputs)
+    given = PrepareOptions(inputs, options.pop("weights", None), str(tmp_path / "out"), str(tokenizer), **options)
+    return prepare(given, workers=1)
+
+
+def texts_of(tmp_path, manifest, tokenizer):
+    engine, found = Tokenizer.load(tokenizer), []
+    for row in open_table(tmp_path / "out", manifest):
+        data = open_shard(tmp_path / "out", row)
+        found += [engine.decode(data.get(n)[:-1]) for n in range(row.documents)]
+    return sorted(found)
+
+
+HALF = len(ROWS) // 2
+SHAPES = {
+    "plain.jsonl": LINES,
+    "joined.jsonl": b"".join(row + (b"\n" if n % 10 == 9 else b" ") for n, row in enumerate(ROWS)),
+    "concatenated.jsonl": b"".join(ROWS),
+    "old_mac.jsonl": LINES.replace(b"\n", b"\r"),
+    "windows.jsonl": LINES.replace(b"\n", b"\r\n"),
+    "marked.jsonl": b"\xef\xbb\xbf" + LINES,
+    "array.jsonl": b"[" + b",\n".join(ROWS) + b"]",
+    "array.json": json.dumps([json.loads(row) for row in ROWS], indent=1).encode(),
+    "c4.json.gz": gzip.compress(LINES),
+    "dolma.json.zst": zstandard.compress(LINES),
+    "rows.jsonl.bz2": bz2.compress(LINES),
+    "rows.jsonl.xz": lzma.compress(LINES),
+    "members.jsonl.gz": gzip.compress(b"".join(row + b"\n" for row in ROWS[:HALF]))
+    + bytes(700)
+    + gzip.compress(b"".join(row + b"\n" for row in ROWS[HALF:]))
+    + bytes(512),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_document_is_read(tmp_path, tokenizer, name):
+    (tmp_path / name).write_bytes(SHAPES[name])
+    manifest = prepared(tmp_path, tokenizer, tmp_path / name)
+    assert texts_of(tmp_path, manifest, tokenizer) == sorted(TEXTS)
+    (source,) = manifest.sources
+    assert (source.documents, source.bad, source.torn, manifest.bad_examples) == (60, 0, 0, [])
+    assert source.shards["held_out"].documents >= 1, "something is held out of a small corpus too"
+
+
+def test_one_bad_row_of_a_table_costs_one_row(tmp_path, tokenizer):
+    cells = [text.encode() for text in TEXTS]
+    cells[7] = b"\xff\xfe bad"
+    column = pa.Array.from_buffers(pa.string(), len(cells), pa.array(cells, pa.binary()).buffers())  # unchecked
+    parquet.write_table(pa.table({"text": column}), tmp_path / "t.parquet", row_group_size=20)
+    manifest = prepared(tmp_path, tokenizer, tmp_path / "t.parquet")
+    (source,) = manifest.sources
+    assert (source.documents, source.bad, source.bad_bytes) == (59, 1, len(cells[7]))
+    assert manifest.bad_examples == [f"{tmp_path}/t.parquet:8: field 'text': byte 0 is not UTF-8"]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
+        (b'{"text": "bad \xff"}', "is not UTF-8"),
+        (b'{"text": "half \\ud800"}', "surrogate"),
+        (b'{"txt": "x"}', "has no field 'text'; it has 'txt'"),
+        (b'{"text": 3}', "field 'text' is int, not text"),
+        (b'{"text": "cut', "Unterminated"),
+    ],
+    ids=["deep", "bytes", "surrogate", "field", "number", "cut"],
+)
+def test_a_bad_line_costs_one_line_and_is_named(tmp_path, tokenizer, row, why):
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*ROWS[:5], row, *ROWS[5:]]) + b"\n")
+    manifest = prepared(tmp_path, tokenizer, tmp_path / "rows.jsonl")
+    (source,) = manifest.sources
+    assert (source.documents, source.bad) == (60, 1) and source.bad_bytes >= len(row) - 1
+    assert manifest.bad_examples[0].startswith(f"{tmp_path}/rows.jsonl:6: ") and why in manifest.bad_examples[0]
+
+
+def test_what_a_damaged_file_loses_is_counted_in_bytes_on_disk(tmp_path, tokenizer):
+    packed = gzip.compress(LINES) + gzip.compress(LINES)
+    first = len(gzip.compress(LINES))
+    damaged = packed[: first + 40] + b"\0\xff" * 20 + packed[first + 80 :]
+    (tmp_path / "rows.jsonl.gz").write_bytes(damaged)
+    (source,) = prepared(tmp_path, tokenizer, tmp_path / "rows.jsonl.gz").sources
+    assert source.documents >= 60 and source.torn == 1
+    assert 0 < source.torn_bytes <= len(damaged) - first
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"other": 1}\n'], ids=["empty", "blank", "no field"])
+def test_an_input_without_documents_is_refused_and_leaves_nothing(tmp_path, tokenizer, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="holds no readable document") as refused:
+        prepared(tmp_path, tokenizer, tmp_path / "rows.jsonl")
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    assert prepared(tmp_path, tokenizer, tmp_path / "rows.jsonl").sources[0].documents == 60
+
+
+def test_a_weight_for_an_input_that_gave_nothing_is_refused_by_name(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").write_bytes(b"\n")
+    with pytest.raises(DataError, match=r"b\.jsonl has the weight 0\.5 and gave no document"):
+        prepared(tmp_path, tokenizer, tmp_path / "a.jsonl", tmp_path / "b.jsonl", weights=(0.5, 0.5))
+
+
+def test_a_hub_cache_is_followed_through_its_links_each_blob_once(tmp_path, tokenizer):
+    cache = tmp_path / "datasets--team--text"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "abc" / "data").mkdir(parents=True)
+    (cache / "blobs" / "0123").write_bytes(LINES)
+    (cache / "snapshots" / "abc" / "data" / "train.jsonl").symlink_to("../../../blobs/0123")
+    (cache / "snapshots" / "abc" / "again.jsonl").symlink_to("../../blobs/0123")
+    manifest = prepared(tmp_path, tokenizer, cache)
+    assert texts_of(tmp_path, manifest, tokenizer) == sorted(TEXTS)
+
+
+def test_names_that_are_no_text_and_names_with_commas_are_read(tmp_path, tokenizer):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "wb") as file:
+        file.write(LINES)
+    (folder / "a,b.jsonl").write_bytes(b'{"txt": 1}\n')
+    manifest = prepared(tmp_path, tokenizer, folder)
+    assert manifest.sources[0].documents == 60 and "a,b.jsonl:1" in manifest.bad_examples[0]
+    manifest.model_dump_json().encode()
