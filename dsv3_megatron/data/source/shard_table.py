@@ -40,6 +40,7 @@ ROW = np.dtype(
 )
 _NAME = re.compile(rf"(.+)/({'|'.join(SPLITS)})(?:_p(\d+))?_(\d+)")
 _THREADS = 32  # a network file system answers many at once, each after milliseconds
+_RUN = 64  # shards that a thread looks at in a row: a task for each would cost more memory than the table
 _NOTHING = bytes(32)
 
 
@@ -209,25 +210,29 @@ def check_files(folder: str | Path, table: ShardTable, share: tuple[int, int] = 
     Raises: DataError: naming the first that is missing or cut.
     """
     rank, ranks = share
-    numbers = range(len(table) * rank // ranks, len(table) * (rank + 1) // ranks)
+    mine = range(len(table) * rank // ranks, len(table) * (rank + 1) // ranks)
+    runs = [mine[at : at + _RUN] for at in range(0, len(mine), _RUN)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for fault in pool.map(lambda run: _first_fault(folder, table, run), runs):
+            if fault is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise DataError(f"{fault}; restore it or prepare the folder anew")
 
-    def fault(number: int) -> str | None:
-        row = table.row(number)
-        for suffix, size in (("bin", row.bin_bytes), ("idx", row.idx_bytes)):
-            file = f"{folder}/{row.name}.{suffix}"
+
+def _first_fault(folder: str | Path, table: ShardTable, run: range) -> str | None:
+    """Return what is wrong with the first file of some shards that is not as it was written; None: all are."""
+    sizes = {suffix: table.rows[f"{suffix}_bytes"][run.start : run.stop].tolist() for suffix in ("bin", "idx")}
+    for at, number in enumerate(run):
+        name = table.name(number)
+        for suffix, expected in sizes.items():
+            file, size = f"{folder}/{name}.{suffix}", expected[at]
             try:
                 found = os.stat(file).st_size
             except OSError as error:
                 return f"{file} is missing ({error.strerror}), the manifest says {size} bytes"
             if found != size:
                 return f"{file} has {found} bytes, the manifest says {size} bytes"
-        return None
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for found in pool.map(fault, numbers):
-            if found is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise DataError(f"{found}; restore it or prepare the folder anew")
+    return None
 
 
 def check_table(folder: str | Path, manifest: Manifest) -> None:
