@@ -155,7 +155,7 @@ def measure(folder: Path, count: int, ranks: int) -> dict[str, Any]:
     own = shards.packings(place)[0]  # of what the rank that is measured packs, nothing is there yet
     for number in range(own.files)[(ranks - 1) % max(1, own.files) :: ranks]:
         own.file(number).unlink()
-    found = {"shards": count, "all_packed_seconds": packed}
+    found: dict[str, Any] = {"shards": count, "all_packed_seconds": packed}
     found["rank"] = in_a_process(folder, (ranks - 1) % max(1, own.files) if own.files < ranks else ranks - 1, ranks)
     found["first_rank"] = in_a_process(folder, 0, ranks)
     found["alone"] = in_a_process(folder, 0, 1)

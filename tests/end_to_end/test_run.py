@@ -31,11 +31,11 @@ def undisturbed(tmp_path_factory):
 full = pytest.mark.full
 
 CONTRACT = {
-    "step", "tokens", "samples", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate", "grad_norm",
-    "global_batch", "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "bubble_fraction",
+    "step", "tokens", "samples", "excluded_tokens", "loss", "lm_loss", "mtp_loss", "balance_loss", "learning_rate",
+    "grad_norm", "global_batch", "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "bubble_fraction",
     "memory_peak_bytes", "max_violation", "max_violation_running", "layer_violation", "rerouted_choices",
-    "dropped_choices", "skipped",
-    "data_seconds", "pipeline_seconds", "update_seconds", "slowest_rank", "slowest_ratio", "memory_peak_rank",
+    "dropped_choices", "skipped", "data_seconds", "pipeline_seconds", "update_seconds", "slowest_rank",
+    "slowest_ratio", "memory_peak_rank",
 }  # fmt: skip
 
 

@@ -320,6 +320,8 @@ def layout_of(file: InputFile, name: str) -> str:
 
 
 def _layout(text: str, whole: bool) -> Literal["lines", "values"]:
+    if re.match(r"\[\s*\{", text):
+        return "values"
     line, newline, _ = text.partition("\n")
     if not newline and not whole:
         return "values" if line.startswith("[") or _value_ends_in(text) else "lines"

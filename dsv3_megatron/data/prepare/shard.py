@@ -177,10 +177,10 @@ class _Preparation:
 
     def _part(self, done: list[Done], digest: str) -> Part:
         assert self.options.part is not None
+        self._write_names()
         counted = self._sources()
         for task in done:
             add_counts(counted[task.key[0]], task.counts)
-        self._write_names()
         part = Part(
             part=self.options.part[0],
             parts=self.options.part[1],

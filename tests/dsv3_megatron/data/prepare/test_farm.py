@@ -1,147 +1,226 @@
-"""prepare_data on several nodes: parts joined are what one process makes, copies found across them, one at a time."""
+"""prepare_data over nodes and processes: parts, merging, copies on disk, something always held out, one at a time."""
 
+import gzip
 import json
-import multiprocessing
 import os
-import time
+import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dsv3_megatron.data.prepare.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
 from dsv3_megatron.data.prepare.encode import HASH
+from dsv3_megatron.data.prepare.inputs import files_of
 from dsv3_megatron.data.prepare.merge import merge
-from dsv3_megatron.data.prepare.output import Output
+from dsv3_megatron.data.prepare.plan import share_of, units_of
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
-from dsv3_megatron.data.source.hashing import hashed
 from dsv3_megatron.data.source.origins import document_origin
 from dsv3_megatron.data.source.shard_table import open_table, verify_checksums
 from dsv3_megatron.data.source.shards import open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
-from launcher import data as data_command
-from parallel.errors import DataError, UserError
+from dsv3_megatron.run.exclusive import me
+from parallel.errors import DataError, RunInUseError
+from testing.lanes import examples
 
-FILES = 6
-MEMORY = 1 << 20
+
+def document(number):
+    chance = random.Random(number)
+    return " ".join(chance.choice(["the", "fox", "f(x):\n", "wörld"]) for _ in range(chance.randrange(3, 40))) + str(
+        number
+    )
+
+
+def rows(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Six files of rows, every seventh of which is a copy of one in another file."""
-    folder = tmp_path_factory.mktemp("farm")
-    (folder / "in").mkdir()
-    for number in range(FILES):
-        rows = [f"row {n} of file {number} " * (1 + n % 5) if n % 7 else f"copy {n}" for n in range(70)]
-        (folder / "in" / f"{number}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    Tokenizer.train(["row of file copy 0123456789 "] * 9, 264).save(folder / "tokenizer.json")
-    return folder
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    Tokenizer.train([document(n) for n in range(100)], 400).save(path)
+    return path
 
 
-def options_of(place, output, **more):
-    given = {"held_out": 0.1, "deduplicate": True, "shard_tokens": 900, **more}
-    return PrepareOptions((str(place / "in"),), None, str(output), str(place / "tokenizer.json"), **given)
+@pytest.fixture
+def inputs(tmp_path):
+    """Two sources: lines in several pieces and small texts; a compressed file. Copies lie across them."""
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "rows.jsonl").write_bytes(rows(document(n % 150) for n in range(200)))
+    for number in range(12):
+        (tmp_path / "web" / f"{number:02d}.txt").write_text(document(140 + number))
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(rows(document(n) for n in range(120, 260))))
+    return tmp_path / "web", tmp_path / "packed.jsonl.gz"
 
 
-def documents_of(folder):
-    """Return split -> the documents' tokens and names, in order."""
-    manifest = read_manifest(folder)
-    table, found = open_table(folder, manifest), {"train": [], "held_out": []}
-    for number, row in enumerate(table):
-        data = open_shard(folder, row)
-        for document in range(row.documents):
-            origin = document_origin(folder, manifest, table, number, document)
-            found[row.split].append((data.get(document).tolist(), origin.file, origin.row))
+def options(inputs, output, tokenizer, **more):
+    base = {"weights": None, "held_out": 0.1, "split_share": 0.0, "shard_tokens": 500}
+    return PrepareOptions(tuple(map(str, inputs)), output=str(output), tokenizer=str(tokenizer), **{**base, **more})
+
+
+def named_documents(folder, tokenizer):
+    """Return (split, source, file, row) -> text of all documents of a folder."""
+    engine, manifest = Tokenizer.load(tokenizer), read_manifest(folder)
+    table, found = open_table(folder, manifest), {}
+    for number, shard in enumerate(table):
+        data = open_shard(folder, shard)
+        for each in range(len(data)):
+            origin = document_origin(folder, manifest, table, number, each)
+            found[shard.split, origin.source, origin.file, origin.row] = engine.decode(data.get(each))
     return found
 
 
-def test_parts_joined_are_what_one_process_makes(place, tmp_path):
-    whole = prepare(options_of(place, tmp_path / "whole"), workers=1)
+def test_an_origin_names_the_file_and_row_of_every_document(tmp_path, inputs, tokenizer):
+    manifest = prepare(options(inputs, tmp_path / "out", tokenizer), workers=1)
+    found = named_documents(tmp_path / "out", tokenizer)
+    assert len(found) == sum(source.documents for source in manifest.sources) == 352
+    for (_, source, file, row), text in found.items():
+        path = inputs[0] / file if source == "00_web" else inputs[1]
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        assert text == (json.loads(raw.splitlines()[row - 1])["text"] if row else raw.decode())
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_parts_become_what_one_process_makes(tmp_path, inputs, tokenizer, deduplicate):
+    more = {"deduplicate": deduplicate, "deduplicate_memory": 5000}  # several files of hashes
+    whole = prepare(options(inputs, tmp_path / "whole", tokenizer, **more), workers=1)
+    documents = [source.documents for source in whole.sources]
+    assert documents == ([152, 108] if deduplicate else [212, 140])
     for part in (3, 1, 2):
-        prepare(options_of(place, tmp_path / "farm", part=(part, 3)), workers=1)
-    joined = merge([str(tmp_path / "farm")], str(tmp_path / "farm"), memory=MEMORY, workers=1)
-    assert documents_of(tmp_path / "farm") == documents_of(tmp_path / "whole")
-    assert joined.sources == whole.sources and joined.table_sha256 == whole.table_sha256
-    (source,) = whole.sources
-    assert source.duplicates == 10 * (FILES - 1), "copies are found across files, and across parts"
-    verify_checksums(tmp_path / "farm", joined)
+        made = prepare(options(inputs, tmp_path / "farm", tokenizer, part=(part, 3), **more), workers=1)
+        assert made.part == part and sum(source.documents for source in made.counted) > 0
+    merged = merge([str(tmp_path / "farm")], str(tmp_path / "farm"), memory=5000, workers=1)
+    assert merged.sources == whole.sources and merged.table_sha256 == whole.table_sha256
+    verify_checksums(tmp_path / "farm", merged)
+    assert named_documents(tmp_path / "farm", tokenizer) == named_documents(tmp_path / "whole", tokenizer)
+    texts = list(named_documents(tmp_path / "whole", tokenizer).values())
+    assert (len(set(texts)) == len(texts)) is deduplicate
 
 
-def test_a_part_that_is_missing_or_of_another_preparation_is_named(place, tmp_path):
-    for part in (1, 3):
-        prepare(options_of(place, tmp_path / "farm", part=(part, 3)), workers=1)
-    with pytest.raises(DataError, match="part 2 of 3 is missing; prepare it with part=2/3"):
-        merge([str(tmp_path / "farm")], str(tmp_path / "out"), memory=MEMORY, workers=1)
-    prepare(options_of(place, tmp_path / "other", part=(2, 3), held_out=0.2), workers=1)
-    with pytest.raises(DataError, match="is a part of another preparation"):
-        merge([str(tmp_path / "farm"), str(tmp_path / "other")], str(tmp_path / "out"), memory=MEMORY, workers=1)
+def test_a_part_that_is_missing_twice_or_of_another_whole_is_refused(tmp_path, inputs, tokenizer):
+    def part(number, output, **more):
+        prepare(options(inputs, tmp_path / output, tokenizer, part=(number, 2), **more), workers=1)
+        return str(tmp_path / output / "parts" / f"{number:03d}_of_002")
+
+    def refused(says, *folders):
+        with pytest.raises(DataError, match=says):
+            merge(folders, str(tmp_path / "joined"), memory=1 << 20, workers=1)
+
+    one, copy, other = part(1, "a"), part(1, "b"), part(2, "c", held_out=0.2)
+    refused("part 2 of 2 is missing; prepare it with part=2/2", one)
+    refused("part 1 of 2 is named twice", one, copy)
+    refused("part of another preparation", one, other)
+    refused("is named twice; leave one out", one, one)
+    refused("no folder that launcher/prepare_data.py wrote", str(tmp_path))
 
 
-def test_the_command_joins_folders_that_were_prepared_each_by_itself(place, tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rows.jsonl").write_bytes((place / "in" / f"{int(name, 16) - 10}.jsonl").read_bytes())
-        options = options_of(place, tmp_path / f"{name}_out", deduplicate=False)
-        prepare(PrepareOptions(**{**vars(options), "inputs": (str(tmp_path / name / "rows.jsonl"),)}), workers=1)
-    words = [f"input={tmp_path}/a_out,{tmp_path}/b_out", f"output={tmp_path}/joined"]
-    assert data_command.main(["merge", *words]) == 0
-    assert "140 documents of 2 files" in capsys.readouterr().out
-    joined, a, b = (documents_of(tmp_path / name) for name in ("joined", "a_out", "b_out"))
-    assert {split: [tokens for tokens, *_ in joined[split]] for split in joined} == {
-        split: [tokens for tokens, *_ in (*a[split], *b[split])] for split in joined
-    }
+def test_folders_are_joined_by_source(tmp_path, inputs, tokenizer):
+    for output, some in (("a", inputs[:1]), ("b", inputs[1:]), ("c", inputs[:1])):
+        prepare(options(some, tmp_path / output, tokenizer), workers=1)
+    before = {name: named_documents(tmp_path / name, tokenizer) for name in "abc"}
+    joined = merge([str(tmp_path / name) for name in "abc"], str(tmp_path / "out"), memory=1 << 20, workers=1)
+    assert [source.name for source in joined.sources] == ["00_web", "00_packed"]
+    assert [source.documents for source in joined.sources] == [424, 140]
+    verify_checksums(tmp_path / "out", joined)
+    assert named_documents(tmp_path / "out", tokenizer) == before["a"] | before["b"]
+    files = (tmp_path / "out" / "00_web" / "files.jsonl").read_text().splitlines()
+    assert len(files) == 2 * 13
+    assert before == {name: named_documents(tmp_path / name, tokenizer) for name in "abc"}, "what is joined stays"
+    prepare(options(inputs[:1], tmp_path / "d", tokenizer, held_out=0.3), workers=1)
+    with pytest.raises(DataError, match=r"was prepared with held_out=0.3, .*held_out=0.1"):
+        merge([str(tmp_path / "a"), str(tmp_path / "d")], str(tmp_path / "no"), memory=1 << 20, workers=1)
 
 
-@pytest.mark.parametrize("memory", [1 << 12, 1 << 30], ids=["many files", "one file"])
-def test_copies_are_found_in_bounded_memory_and_the_first_stays(tmp_path, memory):
-    random, total = np.random.default_rng(0), 5000
-    numbers = random.integers(0, 1500, total)
-    hashes = np.zeros(total, dtype=HASH)
-    hashes["high"] = hashed(1, numbers)
-    hashes["low"] = numbers % 3
-    counts = [1200, 0, 3000, 800]
-    files = []
-    for number, part in enumerate(np.split(hashes, np.cumsum(counts)[:-1])):
-        files.append(tmp_path / f"{number}.npy")
-        np.save(files[-1], part)
-    mark_duplicates(files, counts, memory, tmp_path / "work", tmp_path / "result.npy")
-    seen, expected = set(), []
-    for number in numbers.tolist():
-        expected.append(number in seen)
-        seen.add(number)
-    assert np.load(tmp_path / "result.npy").tolist() == expected
-    assert not any((tmp_path / "work").iterdir())
+@settings(deadline=None, max_examples=examples(60))
+@given(st.lists(st.lists(st.integers(0, 12), max_size=9), max_size=6), st.integers(96, 2000))
+def test_every_copy_but_the_first_is_marked_whatever_the_memory(tmp_path_factory, files, memory):
+    folder = tmp_path_factory.mktemp("hashes")
+    paths = []
+    for number, values in enumerate(files):
+        hashes = np.zeros(len(values), dtype=HASH)
+        hashes["high"], hashes["low"] = np.asarray(values, np.uint64) << np.uint64(60), np.asarray(values, np.uint64)
+        paths.append(folder / f"{number}.npy")
+        np.save(paths[-1], hashes)
+    mark_duplicates(paths, list(map(len, files)), memory, folder / "work", folder / "marked.npy")
+    every = [value for values in files for value in values]
+    assert np.load(folder / "marked.npy").tolist() == [value in every[:n] for n, value in enumerate(every)]
 
 
-def hold(folder, ready):
-    with Output(folder).locked():
-        ready.set()
-        time.sleep(60)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_small_corpus_keeps_one_document_back_with_its_copies(tmp_path, tokenizer, copies):
+    texts = [document(n) for n in range(40)] * copies
+    (tmp_path / "rows.jsonl").write_bytes(rows(texts))
+    found = {}
+    for name, more in {"one": {}, "pieces": {"shard_tokens": 100}}.items():
+        made = prepare(options([tmp_path / "rows.jsonl"], tmp_path / name, tokenizer, held_out=1e-9, **more), workers=1)
+        assert made.sources[0].shards["held_out"].documents == copies
+        assert made.sources[0].shards["train"].documents == 39 * copies
+        documents = named_documents(tmp_path / name, tokenizer)
+        assert sorted(documents.values()) == sorted(texts)
+        found[name] = {place for place in documents if place[0] == "held_out"}
+        verify_checksums(tmp_path / name, made)
+    assert found["one"] == found["pieces"]
 
 
-def test_the_second_of_two_in_one_folder_is_refused_by_name_and_a_dead_one_does_not_count(place, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    holder = context.Process(target=hold, args=(str(tmp_path / "out"), ready))
-    holder.start()
-    try:
-        assert ready.wait(60)
-        with pytest.raises(UserError, match=f"is in use by .*{holder.pid}") as refused:
-            prepare(options_of(place, tmp_path / "out"), workers=1)
-        assert "\n" not in str(refused.value)
-    finally:
-        holder.kill()
-        holder.join()
-    assert prepare(options_of(place, tmp_path / "out"), workers=1).sources[0].documents > 300
+@pytest.mark.parametrize(("texts", "held_out"), [(["only"], 0.1), (["same", "same"], 0.1), (["a", "b"], 0.0)])
+def test_what_cannot_or_must_not_be_held_out_is_trained_on(tmp_path, tokenizer, texts, held_out):
+    (tmp_path / "rows.jsonl").write_bytes(rows(texts))
+    made = prepare(options([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer, held_out=held_out), workers=1)
+    assert made.sources[0].shards["held_out"].documents == 0
+    assert made.sources[0].shards["train"].documents == len(texts)
 
 
-def test_packing_beforehand_in_parts_is_what_a_run_takes(place, tmp_path, capsys):
-    prepare(options_of(place, tmp_path / "out"), workers=1)
-    words = ["pack", f"data={tmp_path}/out", "sequence_length=64", "workers=1"]
-    assert data_command.main([*words, "part=1/2"]) == 0
-    assert "the others are not all there yet" in capsys.readouterr().out
-    assert data_command.main([*words, "part=2/2"]) == 0
-    assert "sequences of 64 tokens in" in capsys.readouterr().out
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "packing").rglob("*") if path.is_file()}
-    assert made and not any(os.fspath(path).endswith(".partial") for path in made)
-    assert data_command.main(words) == 0, "nothing is left to pack"
-    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
+def test_no_document_is_an_error_and_leaves_nothing(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"txt": "x"}\n')
+    (tmp_path / "good.jsonl").write_bytes(rows(["x", "y"]))
+    with pytest.raises(DataError, match=r"holds no readable document: .*rows.jsonl:1: has no field 'text'"):
+        prepare(options([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer), workers=1)
+    assert not (tmp_path / "out").exists()
+    both = [tmp_path / "good.jsonl", tmp_path / "rows.jsonl"]
+    with pytest.raises(DataError, match=r"rows.jsonl has the weight 0.7 and gave no document"):
+        prepare(options(both, tmp_path / "two", tokenizer, weights=(0.3, 0.7)), workers=1)
+    assert not (tmp_path / "two" / "manifest.json").exists()
+
+
+def test_a_folder_in_use_is_refused_by_host_and_process(tmp_path, inputs, tokenizer):
+    work = tmp_path / "out" / ".prepare"
+    work.mkdir(parents=True)
+    (work / "lock").write_text(json.dumps({**me(), "process": os.getppid(), "job": None}))
+    with pytest.raises(RunInUseError, match=rf"output = .*out is in use by process {os.getppid()} on {me()['host']}"):
+        prepare(options(inputs, tmp_path / "out", tokenizer), workers=1)
+    (work / "lock").write_text(json.dumps({**me(), "process": 2**22 + 1, "job": None}))  # no process has that number
+    assert prepare(options(inputs, tmp_path / "out", tokenizer), workers=1).sources[0].documents == 212
+    assert not work.exists()
+
+
+@settings(deadline=None, max_examples=examples(60))
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=40), st.integers(1, 400), st.data())
+def test_pieces_of_a_file_hold_each_line_once_in_order(tmp_path_factory, texts, size, data):
+    path = tmp_path_factory.mktemp("rows") / data.draw(st.sampled_from(["rows.jsonl", "rows.jsonl.gz"]))
+    lines = rows(texts)
+    members = data.draw(st.sampled_from([1, 3]))
+    cuts = [len(lines) * n // members for n in range(members + 1)]
+    packed = b"".join(gzip.compress(lines[a:b]) for a, b in pairwise(cuts))
+    path.write_bytes(packed if path.suffix == ".gz" else lines)
+    file = files_of(path).files[0]
+    found, piece, ended, place = [], 0, False, Span(file).place
+    while not ended:
+        reader = SpanReader(Span(file, piece * size, (piece + 1) * size, place), "text")
+        found += list(reader)
+        piece, ended, place = piece + 1, reader.ended, reader.place
+    assert not any(isinstance(row, Lost) for row in found)
+    assert [(row.text, row.row) for row in found] == [(text, n) for n, text in enumerate(texts, 1)]
+
+
+def test_parts_are_runs_of_the_plan_and_all_of_it(inputs):
+    units = units_of([files_of(path) for path in inputs], 500)
+    pieces = [(unit.source, unit.number, n) for unit in units for n in range(unit.pieces[0], unit.pieces[1] or 1)]
+    for parts in (1, 2, 3, 7, 50):
+        shares = [share_of(units, part, parts) for part in range(1, parts + 1)]
+        dealt = [
+            (u.source, u.number, n) for share in shares for u in share for n in range(u.pieces[0], u.pieces[1] or 1)
+        ]
+        assert dealt == pieces
