@@ -103,12 +103,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     room: dict[int, list[np.ndarray]] = {}  # free places -> bins that have so many
     have = 0  # bit r is set where room[r] is not empty
     opened = 0
-    start = 0
-    while start < len(by_length):
-        length = int(lengths[by_length[start]])
-        stop = start + int(np.searchsorted(-lengths[by_length[start:]], -length, side="right"))
-        waiting = by_length[start:stop]
-        start = stop
+    ends = np.flatnonzero(np.diff(lengths[by_length], append=0))  # the last piece of each length
+    for start, stop in zip([0, *(ends[:-1] + 1).tolist()], (ends + 1).tolist()):
+        waiting, length = by_length[start:stop], int(lengths[by_length[start]])
         while len(waiting):
             fitting = have >> length
             if fitting:

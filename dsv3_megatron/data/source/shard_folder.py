@@ -74,7 +74,13 @@ class ShardFolder:
         )
 
     def choose_place(self) -> Path:
-        """Return where the packings are kept; ask one process and tell the others."""
+        """Return where the packings are kept; ask one process and tell the others.
+
+        Those that are there already are taken where the folder cannot be written too.
+        """
+        beside = self.path / packing_files.PACKINGS
+        if all(packing.index.exists() for packing in self.packings(beside)):
+            return beside
         return packing_files.choose_place(self.path, self.cache)
 
     def packings(self, place: Path) -> list[PackingFiles]:

@@ -15,14 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source import packing_files
+from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.source.fim import Middle, restored
 from dsv3_megatron.data.source.indexed import PackedShards
 from dsv3_megatron.data.source.open_files import OpenFiles
 from dsv3_megatron.data.source.packing import PackingRule
 from dsv3_megatron.data.source.packing_files import OpenPacking, PackingFiles, choose_place, make_ready, seal
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 from dsv3_megatron.data.source.shard_table import open_table, write_table
 from dsv3_megatron.data.source.shards import Manifest, ShardWriter, Source, open_shard
+from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.files import write_json
 from parallel.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -42,6 +47,26 @@ def write_folder(folder, *, shards=7, vocab_size=60_000, documents=40, split="tr
     sources, digest = write_table(folder, [Source(name="a", input="a")], written)
     manifest = Manifest(tokenizer_sha256="", vocab_size=vocab_size, options={}, sources=sources, table_sha256=digest)
     return open_table(folder, manifest), found
+
+
+def write_corpus(folder, splits):
+    """Write a folder as prepare_data leaves it, a shard of each of ``splits``."""
+    tokenizer = Tokenizer.train(["one two three " * 20], 300)
+    tokenizer.save(folder / "tokenizer.json")
+    written = []
+    for number, split in enumerate(splits):
+        writer = ShardWriter(folder, f"a/{split}_{number:05d}", tokenizer.vocab_size)
+        writer.add(tokenizer.encode_documents(["one two three " * 5, "three two one"]))
+        written.append(writer.commit())
+    sources, digest = write_table(folder, [Source(name="a", input="a")], written)
+    manifest = Manifest(
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        options={},
+        sources=sources,
+        table_sha256=digest,
+    )
+    write_json(folder / "manifest.json", manifest.model_dump())
 
 
 def files_of(folder, table, *, vocab_size=60_000, place=None, length=64, fim_rate=0.0, split="train"):
@@ -415,26 +440,7 @@ print(json.dumps([len(os.listdir("/proc/self/fd")), maps.count(".bin"), maps.cou
 
 
 def test_more_shards_than_descriptors_are_read(tmp_path):
-    from dsv3_megatron.data.tokenizer import Tokenizer
-    from dsv3_megatron.run.files import write_json
-
-    tokenizer = Tokenizer.train(["one two three " * 20], 300)
-    tokenizer.save(tmp_path / "tokenizer.json")
-    written = []
-    for number in range(450):
-        split = "held_out" if number < 5 else "train"
-        writer = ShardWriter(tmp_path, f"a/{split}_{number:05d}", tokenizer.vocab_size)
-        writer.add(tokenizer.encode_documents(["one two three " * 5, "three two one"]))
-        written.append(writer.commit())
-    sources, digest = write_table(tmp_path, [Source(name="a", input="a")], written)
-    manifest = Manifest(
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        options={},
-        sources=sources,
-        table_sha256=digest,
-    )
-    write_json(tmp_path / "manifest.json", manifest.model_dump())
+    write_corpus(tmp_path, ["held_out"] * 5 + ["train"] * 445)
     found = subprocess.run(
         [sys.executable, "-c", READ, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )  # fmt: skip
@@ -460,3 +466,22 @@ def test_fill_in_the_middle_can_be_undone_and_is_the_same_for_every_seed(folder)
     )
     rearranged = sum(int(stream[0]) == FIM.begin for stream in streams)
     assert abs(rearranged / len(streams) - 0.5) < 0.1
+
+
+# -- a folder that others have packed ----------------------------------------------------------------------------------
+
+
+def test_packings_that_are_there_are_taken_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    write_corpus(tmp_path, ["train", "held_out"])
+    settings = DataSettings(source="indexed", path=str(tmp_path), sequence_length=64, cache=str(tmp_path / "cache"))
+    build(settings, vocab_size=512, seed=1)
+
+    def refuse(*given, **more):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(packing_files, "pack", None)  # nothing is packed again
+    assert ShardFolder.of(settings).choose_place() == tmp_path / "packing"
+    build(settings, vocab_size=512, seed=1)
+    other = settings.model_copy(update={"sequence_length": 32})
+    assert ShardFolder.of(other).choose_place() == tmp_path / "cache" / "packing"
