@@ -47,14 +47,19 @@ def check_counted_in(
 
     Args:
         place: the checkpoint, for messages.
-        stored: what its manifest says; None where an earlier version wrote it, or its text was made from a seed.
+        stored: what its manifest says; None where an earlier version wrote it.
         now: of the data; None where it is made from a seed.
         samples: that were consumed.
         allowed: whether the text may be another one.
     Raises: CheckpointError: it is another one, and not allowed.
     """
-    if stored is None or now is None or not samples:
+    if now is None or not samples:
         return []
+    if stored is None:
+        return [
+            f"warning: {place} was saved by an earlier version, which ordered samples otherwise: from sample "
+            f"{samples:,} on, some sequences are read again and others not at all"
+        ]
     if difference := other_text(stored, now):
         if not allowed:
             raise CheckpointError(

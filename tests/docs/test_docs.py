@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher import dashboard, demo, evaluate, export_hf, generate, import_hf, plan, reference
+from launcher import dashboard, demo, evaluate, export_hf, generate, import_hf, plan
 from launcher.command_line.compose import compose, compose_config
 from launcher.command_line.recipe_files import RECIPES, options
+from launcher.views import reference
 from launcher.views.reference import reference as written_reference
 from parallel.errors import UserError
 from testing.pages import DOCKER_FILES, PAGES, commands, shell_lines
