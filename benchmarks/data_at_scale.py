@@ -11,10 +11,8 @@ with tokens, and is timed on one shard of 64M tokens.
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.work import machine
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source.packing import PackingRule, pack
 from dsv3_megatron.data.source.shard_folder import ShardFolder
@@ -152,15 +151,15 @@ def measure(folder: Path, count: int, ranks: int) -> dict[str, Any]:
     start = time.perf_counter()
     shards = ShardFolder.of(settings_of(folder))
     place = shards.choose_place()
-    shards.make_ready(place, (1, 2))
-    shards.make_ready(place, (0, 2))
+    shards.make_ready(place)
     packed = time.perf_counter() - start
     shards.seal(place)
-    own = shards.packings(place)[0]  # of what the rank that is measured packs, nothing is there yet
-    for number in range(own.files)[(ranks - 1) % max(1, own.files) :: ranks]:
+    own = shards.packings(place)[0]
+    rank = (ranks - 1) % own.files  # one that has a share; of what it packs, nothing is there yet
+    for number in range(own.files)[rank::ranks]:
         own.file(number).unlink()
     found: dict[str, Any] = {"shards": count, "all_packed_seconds": packed}
-    found["rank"] = in_a_process(folder, (ranks - 1) % max(1, own.files) if own.files < ranks else ranks - 1, ranks)
+    found["rank"] = in_a_process(folder, rank, ranks)
     found["first_rank"] = in_a_process(folder, 0, ranks)
     found["alone"] = in_a_process(folder, 0, 1)
     return found
@@ -190,7 +189,7 @@ def main() -> None:
     each = packing_seconds()
     result = {
         "command": " ".join(["python -m benchmarks.data_at_scale", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "machine": machine(),
         "ranks": ranks, "packing_seconds_of_a_shard": each,
         "packing_seconds_of_a_rank": each * -(-shards // ranks), "rows": rows,
     }  # fmt: skip
@@ -206,6 +205,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["as_rank"]:
-        builtins.print(json.dumps(as_rank(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+        print(json.dumps(as_rank(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
     else:
         main()

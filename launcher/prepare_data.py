@@ -21,7 +21,7 @@ from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
-from launcher.data_commands.words import part_of, path_list, source_lines, warnings
+from launcher.data_commands.words import part_of, path_list, source_lines, tell, warnings
 from parallel.errors import RecipeError
 from parallel.units import parse_bytes, parse_count, show_count
 
@@ -78,24 +78,20 @@ def main(given: PrepareArguments) -> int:
     def progress(done: int, total: int, tokens: int) -> None:
         line.update(done, total, f"{show_count(tokens)} tokens")
 
-    made = prepare(options, workers=given.workers, progress=progress, tell=_tell)
+    made = prepare(options, workers=given.workers, progress=progress, tell=tell)
     line.close()
     print("\n".join(source_lines(made.counted if isinstance(made, Part) else made.sources)))
     for example in made.bad_examples:
-        _tell(f"    {example}")
+        tell(f"    {example}")
     output = printable(given.output)
     if isinstance(made, Part):
         print(f"part {made.part} of {made.parts} is in {printable(options.folder)}; when all are made: "
               f"{as_typed('python launcher/data.py')} merge input={output} output={output}")  # fmt: skip
         return 0
     for warning in warnings(made.sources, given.held_out):
-        _tell(f"    {warning}")
+        tell(f"    {warning}")
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
     return 0
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

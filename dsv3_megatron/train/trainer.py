@@ -108,11 +108,9 @@ class Trainer:
     def ended_source(self) -> str | None:
         """Why the text of the run is at its end; None where the next step has all its samples."""
         source, samples = self.data.train, self.progress.samples
-        left = source.samples_until_end(samples) if isinstance(source, Blend) else None
-        if left is None or self._reader.following(self.progress).next - samples <= left:
+        if not isinstance(source, Blend) or (left := source.samples_until_end(samples)) is None:
             return None
-        assert isinstance(source, Blend)
-        return source.why_ended()
+        return source.why_ended() if self._reader.following(self.progress).next - samples > left else None
 
     def last_sample(self) -> int | None:
         """Return about how many samples the run will have read at its end; None where nothing limits it."""

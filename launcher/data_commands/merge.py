@@ -9,7 +9,6 @@ linked where they can be, else copied; what was joined may be removed afterwards
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -18,7 +17,7 @@ from dsv3_megatron.data.prepare.inputs import printable
 from dsv3_megatron.data.prepare.merge import merge
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.typed import command
-from launcher.data_commands.words import path_list, source_lines, warnings
+from launcher.data_commands.words import path_list, source_lines, tell, warnings
 from parallel.units import parse_bytes
 
 
@@ -37,14 +36,10 @@ class MergeArguments(Arguments):
 def main(given: MergeArguments) -> int:
     """Join the folders; return the exit code."""
     manifest = merge(
-        path_list(given.input), given.output, memory=given.deduplicate_memory, workers=given.workers, tell=_tell
+        path_list(given.input), given.output, memory=given.deduplicate_memory, workers=given.workers, tell=tell
     )
     print("\n".join(source_lines(manifest.sources)))
     for line in (*manifest.bad_examples, *warnings(manifest.sources, float(str(manifest.options["held_out"])))):
-        _tell(f"    {line}")
+        tell(f"    {line}")
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
     return 0
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)

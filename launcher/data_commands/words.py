@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 from dsv3_megatron.data.source.shards import Source
@@ -10,6 +11,11 @@ from parallel.errors import RecipeError
 from parallel.units import show_bytes
 
 _QUOTES = "'\""
+
+
+def tell(line: str) -> None:
+    """Tell a person what is no result."""
+    print(line, file=sys.stderr)
 
 
 def path_list(text: str, key: str = "input") -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class Finishing:
                 source = sources[entry.source]
                 source.documents -= len(copies)
                 source.duplicates += len(copies)
-                source.tokens -= int(read_lengths(entry.work, entry.shard.name)[copies].sum())
+                source.tokens -= int(read_lengths(entry.work, entry.shard, self.vocab_size)[copies].sum())
                 source.text_bytes -= int(np.load(file)["text_bytes"][copies].sum())
 
     def _held_out_of_small(
@@ -154,10 +154,10 @@ class Finishing:
             if entry.kept is None:
                 whole.append((entry.work, entry.shard, name))
             else:
-                kept = [(str(entry.work), entry.shard.name, np.flatnonzero(entry.kept))]
+                kept = [(str(entry.work), entry.shard, np.flatnonzero(entry.kept))]
                 rewritten.append(_Rewrite(str(self.folder), name, self.vocab_size, kept))
         for source, places in chosen.items():
-            kept = [(str(entry.work), entry.shard.name, np.asarray(documents)) for entry, documents in places]
+            kept = [(str(entry.work), entry.shard, np.asarray(documents)) for entry, documents in places]
             rewritten.append(_Rewrite(str(self.folder), name_of(source, "held_out"), self.vocab_size, kept))
         for each in self.sources:
             (self.folder / each.name).mkdir(parents=True, exist_ok=True)
@@ -226,15 +226,15 @@ class _Rewrite:
     folder: str
     name: str
     vocab_size: int
-    kept: list[tuple[str, str, np.ndarray]]
+    kept: list[tuple[str, Shard, np.ndarray]]
 
 
 def _rewrite(given: _Rewrite) -> Shard:
     writer = ShardWriter(Path(given.folder), given.name, given.vocab_size)
-    for work, name, documents in given.kept:
-        tokens = np.memmap(f"{work}/{name}.bin", dtype=token_dtype(given.vocab_size), mode="r")
-        ends = np.cumsum(read_lengths(work, name))
-        origins = np.load(f"{work}/{name}.origin.npy")
+    for work, shard, documents in given.kept:
+        tokens = np.memmap(f"{work}/{shard.name}.bin", dtype=token_dtype(given.vocab_size), mode="r")
+        ends = np.cumsum(read_lengths(work, shard, given.vocab_size))
+        origins = np.load(f"{work}/{shard.name}.origin.npy")
         begins = np.concatenate([[0], ends[:-1]])
         for document in documents:
             writer.add([tokens[begins[document] : ends[document]]], origins[document : document + 1])

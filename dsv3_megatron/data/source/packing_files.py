@@ -30,7 +30,7 @@ import numpy as np
 from dsv3_megatron.data.source.open_files import OpenFiles
 from dsv3_megatron.data.source.packing import PIECE, PackingRule, pack
 from dsv3_megatron.data.source.shard_table import ShardTable
-from dsv3_megatron.data.source.shards import Split, token_dtype
+from dsv3_megatron.data.source.shards import Split, read_lengths
 from parallel.errors import DataError
 
 VERSION = 2  # of what a packing holds: another one has another folder
@@ -41,8 +41,6 @@ _MAGIC = b"dsv3pack"
 _COUNTS = np.dtype([("pieces", "<u8"), ("sequences", "<u8")])
 _INDEX = np.dtype([("sequences", "<u8"), ("place", "<u8")])  # before a shard; of its packing in its file, in bytes
 _START = np.dtype("<u4")
-_IDX_HEAD = struct.Struct("<9sQBQQ")  # megatron-core: magic, version, code of the type, sequences, documents
-_IDX_CODES = {"<u2": 8, "<i4": 4}  # megatron-core's numbers of the types that ids lie in
 _THREADS = 32  # for looking at files: a network file system answers many at once
 
 
@@ -129,24 +127,11 @@ class PackingFiles:
             os.fsync(file.fileno())
 
     def lengths(self, shard: int) -> np.ndarray:
-        """Return the lengths [documents] int32 of a shard's documents, read from its .idx.
+        """Return the lengths [documents] int64 of a shard's documents, read from its .idx.
 
         Raises: DataError: the file is not what the table says.
         """
-        row, path = self.table.row(shard), f"{self.folder}/{self.table.name(shard)}.idx"
-        try:
-            with open(path, "rb") as file:
-                head = file.read(_IDX_HEAD.size)
-                lengths = np.fromfile(file, dtype="<i4", count=row.documents)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
-        expected = (b"MMIDIDX\x00\x00", 1, _IDX_CODES[token_dtype(self.vocab_size).str], row.documents)
-        if len(head) < _IDX_HEAD.size or _IDX_HEAD.unpack(head)[:4] != expected or lengths.sum() != row.tokens:
-            raise DataError(
-                f"{path} does not hold {row.documents} documents of {row.tokens} tokens as the table of shards says; "
-                "restore it or prepare the folder anew"
-            )
-        return lengths
+        return read_lengths(self.folder, self.table.row(shard), self.vocab_size)
 
     def missing(self) -> list[Path]:
         """Return the .pack files that are not there, or not whole."""

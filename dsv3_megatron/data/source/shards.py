@@ -204,6 +204,7 @@ def _indexed_dataset() -> Any:
 
 
 _INDEX_MARK = b"MMIDIDX\0\0"
+_INDEX_HEAD = struct.Struct("<9sQBQQ")  # megatron-core: mark, version, code of the type, sequences, documents and one
 _DTYPE_CODES = {np.dtype("<i4"): 4, np.dtype("<u2"): 8}  # megatron-core's numbers for them
 
 
@@ -287,14 +288,35 @@ class ShardWriter:
         """Return the .idx: of each document its length, where it begins in the .bin, and that it is one sequence."""
         lengths = np.asarray(self._lengths, dtype="<i8")
         begins = (np.cumsum(lengths) - lengths) * self._dtype.itemsize
-        head = struct.pack("<QBQQ", 1, _DTYPE_CODES[self._dtype], len(lengths), len(lengths) + 1)
+        head = _INDEX_HEAD.pack(_INDEX_MARK, 1, _DTYPE_CODES[self._dtype], len(lengths), len(lengths) + 1)
         ends = np.arange(len(lengths) + 1, dtype="<i8")
-        return _INDEX_MARK + head + lengths.astype("<i4").tobytes() + begins.tobytes() + ends.tobytes()
+        return head + lengths.astype("<i4").tobytes() + begins.tobytes() + ends.tobytes()
 
 
-def read_lengths(folder: str | Path, name: str) -> np.ndarray:
-    """Return the tokens of each document of a shard, end tokens included: [documents] int64."""
-    with open(Path(folder) / f"{name}.idx", "rb") as file:
-        file.seek(len(_INDEX_MARK) + 9)
-        documents, _ = struct.unpack("<QQ", file.read(16))
-        return np.frombuffer(file.read(4 * documents), dtype="<i4").astype(np.int64)
+class _Counted(_Named, Protocol):
+    @property
+    def documents(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+def read_lengths(folder: str | Path, shard: _Counted, vocab_size: int) -> np.ndarray:
+    """Return the tokens of each document of a shard, end tokens included: [documents] int64.
+
+    Raises: DataError: the .idx is not that of the shard.
+    """
+    path = f"{folder}/{shard.name}.idx"
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_INDEX_HEAD.size)
+            lengths = np.fromfile(file, dtype="<i4", count=shard.documents).astype(np.int64)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
+    expected = (_INDEX_MARK, 1, _DTYPE_CODES[token_dtype(vocab_size)], shard.documents)
+    if len(head) < _INDEX_HEAD.size or _INDEX_HEAD.unpack(head)[:4] != expected or lengths.sum() != shard.tokens:
+        raise DataError(
+            f"{path} does not hold {shard.documents} documents of {shard.tokens} tokens as the table of shards says; "
+            "restore it or prepare the folder anew"
+        )
+    return lengths

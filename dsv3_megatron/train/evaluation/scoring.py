@@ -53,18 +53,22 @@ class Scores:
         return Scores(self.log_likelihoods[chosen], self.tokens[chosen], self.greedy[chosen])
 
 
-def score(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> Scores:
-    """Return the scores of the first ``count`` sequences of a source, all of one length, ``micro_batch`` at a time."""
+def score(parts: Parts, source: SampleSource, count: int, micro_batch: int, length: int | None = None) -> Scores:
+    """Return the scores of the first ``count`` sequences of a source, ``micro_batch`` at a time.
+
+    ``length``: of all of them; None = as in training.
+    """
+    length = length or parts.recipe.data.sequence_length
     most = MOST_MICROBATCHES * micro_batch * parts.layout.dp
     runs = [(first, min(most, count - first)) for first in range(0, count, most)]
-    found = np.concatenate([_score_run(parts, _From(source, first), many, micro_batch) for first, many in runs])
+    found = np.concatenate([_score_run(parts, _From(source, first), many, micro_batch, length) for first, many in runs])
     likelihoods, tokens, misses = found.T
     return Scores(likelihoods, tokens, misses == 0)
 
 
-def _score_run(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> np.ndarray:
+def _score_run(parts: Parts, source: SampleSource, count: int, micro_batch: int, length: int) -> np.ndarray:
     """Return the scores [count, 3] of sequences that go through the pipeline in one run of a schedule."""
-    batches = _batches(parts, source, count, micro_batch)
+    batches = _batches(parts, source, count, micro_batch, length)
     found = torch.zeros(
         parts.layout.dp, len(batches), micro_batch, len(FIELDS), dtype=torch.float64, device=parts.device
     )
@@ -88,10 +92,9 @@ class _From:
         return self._source.sample(self._first + number)
 
 
-def _batches(parts: Parts, source: SampleSource, count: int, micro_batch: int) -> list[Batch]:
+def _batches(parts: Parts, source: SampleSource, count: int, micro_batch: int, length: int) -> list[Batch]:
     """Return this rank's microbatches; without text where its stages look at none."""
     if not parts.reads_samples:
-        length = len(source.sample(0).tokens)
         return blank_batches(-(-count // (parts.layout.dp * micro_batch)), micro_batch, length)
     return evaluation_batches(source, count=count, micro_batch=micro_batch, dp_rank=parts.data_rank, dp=parts.layout.dp)
 
@@ -114,7 +117,8 @@ def score_requests(
             return None
         length, micro_batch, most = _round(parts, requests[by_length[0]].length)
         chosen, by_length = by_length[:most], by_length[most:]
-        scores = score(parts, _FilledUp([requests[number] for number in chosen], length), len(chosen), micro_batch)
+        filled = _FilledUp([requests[number] for number in chosen], length)
+        scores = score(parts, filled, len(chosen), micro_batch, length)
         found[chosen] = np.stack([scores.log_likelihoods, scores.tokens, scores.greedy], axis=-1)
     return Scores(found[:, 0], found[:, 1], found[:, 2] > 0)
 
