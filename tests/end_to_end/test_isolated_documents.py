@@ -72,7 +72,10 @@ few, rest = in_lanes(LAYOUTS, *FAST)
     ],
 )
 def test_packed_documents_have_the_gradients_of_documents_alone(tmp_path, depth, layouts):
-    common = ("optim.micro_batch=1", f"model.num_nextn_predict_layers={depth}", "model.num_hidden_layers=8")
+    common = (
+        "data.isolate_documents=true", "optim.micro_batch=1", f"model.num_nextn_predict_layers={depth}",
+        "model.num_hidden_layers=8",
+    )  # fmt: skip
     alone = [row([ids]) for documents in pieces() for ids in documents]
     path = str(tmp_path / "alone.pt")
     ((expected,),) = run_ranks(1, train_rank, [case(alone, *common, save_to=path)])
