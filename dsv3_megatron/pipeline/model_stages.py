@@ -253,7 +253,8 @@ class ModelStages:
     def _score(self, action: Action, logits: Tensor) -> Tensor:
         """Keep the scores of an evaluation's microbatch, and return its losses [B, S] from logits [B, S, V / TP]."""
         batch = self._batches[action.microbatch]
-        chosen = is_likeliest(logits, batch["labels"], self._chunks[action.stage].pg_collection.tp)
+        group, on_cpu = self._chunks[action.stage].pg_collection.tp, logits.device.type == "cpu"
+        chosen = is_likeliest(logits, batch["labels"], group, host_may_wait=on_cpu)
         losses = vocab_parallel_cross_entropy(logits, batch["labels"])  # as in training; overwrites float32 logits
         self.scores[action.microbatch] = sequence_scores(losses, chosen, batch["loss_mask"])
         return losses

@@ -30,7 +30,7 @@ STEP = {
     "to device, not waited for: parallel/device.py to_device": (
         4 * MICROBATCHES + 1, "tokens, positions, labels and mask of a microbatch; the count of tokens"),
     "item: dsv3_megatron/train/gradients.py finish_gradients": (1, "gradients are divided by the tokens of all ranks"),
-    "item: dsv3_megatron/train/step.py _mean_loss": (1, "the guard asks for the loss before weights change"),
+    "item: dsv3_megatron/train/step.py mean_loss": (1, "the guard asks for the loss before weights change"),
     "item: megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": (1, "and for the norm"),
     "item: dsv3_megatron/train/step.py _balance_loss": (1, "reported"),
     "tolist: dsv3_megatron/train/step.py _mtp_losses": (1, "reported"),
@@ -118,7 +118,7 @@ def test_an_evaluation_waits_as_forwards_do(ranks):
     both = {place: times for place, (times, _) in layer.items()}
     expected = {place: min(times, IN_FORWARD.get(place, times)) for place, times in both.items()}
     for kind in counted.keys() - {"last"}:
-        many = waits(counted[kind], "evaluation")["item: dsv3_megatron/train/step.py _mean_loss"]
+        many = waits(counted[kind], "evaluation")["to host: dsv3_megatron/train/evaluation/scoring.py _score_run"]
         found = waits(counted[kind], "evaluation, pipeline")
         found.pop("to device: transformer_engine/pytorch/utils.py _empty_tensor", None)  # made once a process
         assert found == {place: many * times for place, times in expected.items()}

@@ -34,7 +34,13 @@ def chosen_of(tied):
         none = torch.full_like(part, -1.0)  # labels that are nowhere the likeliest
         none[..., -1] = 0.0
         away = torch.zeros_like(labels)
-        return [is_likeliest(*each, dist.group.WORLD).tolist() for each in ((part, labels), (none, away))]
+        return [
+            [
+                is_likeliest(*each, dist.group.WORLD, host_may_wait=waits).tolist()
+                for each in ((part, labels), (none, away))
+            ]
+            for waits in (True, False)
+        ]
     finally:
         stop_processes()
 
@@ -44,7 +50,7 @@ def test_of_equally_likely_tokens_the_first_is_chosen(ranks):
     cases = [2, 5, 10_000]
     for tied, found in zip(cases, run_ranks(ranks, chosen_of, cases)):
         logits, labels = logits_and_labels(tied)
-        for chosen, none in found:
+        for chosen, none in (both for each in found for both in each):
             assert torch.equal(torch.tensor(chosen), logits.argmax(-1) == labels)
             assert torch.tensor(chosen)[:, ::3].all() and not torch.tensor(none).any()
 
