@@ -3,7 +3,8 @@
     python -m benchmarks.data_rates [output=FILE.json]
 
 Rows of the Python standard library's source as jsonl.zst. Preparing (reading, unpacking, parsing, encoding, writing,
-checksums) and tokenizers' own encode_batch over the same texts in memory take turns in one run; both use all cores.
+checksums) and tokenizers' own encode_batch over the same texts in memory take turns in one run, once with one process
+and one thread, and once with all cores on each side.
 Reading: packed samples of 4,096 tokens from shards, fill-in-the-middle and isolation on, one process.
 """
 
@@ -24,11 +25,11 @@ from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.stdlib import source_files
 from dsv3_megatron.data.tokenizer import Tokenizer
 
-ROUNDS, TARGET_BYTES, SAMPLES = 5, 10_000_000, 300
+ROUNDS, TARGET_BYTES, SAMPLES = 3, 60_000_000, 300
 
 
 def corpus(folder: Path) -> tuple[list[str], Path]:
-    """Return the texts, some 10 MB of them, and the file that holds them as rows."""
+    """Return the texts, some 60 MB of them, and the file that holds them as rows."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in source_files()]
     texts *= max(1, TARGET_BYTES // sum(map(len, texts)))
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -37,21 +38,25 @@ def corpus(folder: Path) -> tuple[list[str], Path]:
     return texts, path
 
 
-def prepare_seconds(folder: Path, rows: Path) -> tuple[float, float]:
-    """Return (wall seconds of preparing, of which until the first block came back: the start of the workers)."""
+def prepare_seconds(folder: Path, rows: Path, workers: int) -> float:
+    """Return the wall seconds of preparing, the start of the workers included."""
     output = folder / "out"
     shutil.rmtree(output, ignore_errors=True)
     options = PrepareOptions(
         (str(rows),), None, str(output), str(folder / "tokenizer.json"), held_out=0.02, split_share=0.1
     )
-    first: list[float] = []
     start = time.perf_counter()
-    prepare(
-        options,
-        workers=os.cpu_count() or 1,
-        progress=lambda *_: first.append(time.perf_counter()) if not first else None,
-    )
-    return time.perf_counter() - start, first[0] - start  # a block of 1 MB in it
+    prepare(options, workers=workers)
+    return time.perf_counter() - start
+
+
+def encode_seconds(tokenizer: Tokenizer, texts: list[str], workers: int) -> float:
+    """Return the wall seconds of tokenizers' own encode_batch."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"  # read at every call
+    start = time.perf_counter()
+    for first in range(0, len(texts), 1000):  # all at once, it would hold gigabytes of encodings
+        tokenizer._engine.encode_batch(texts[first : first + 1000], add_special_tokens=False)
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -62,15 +67,18 @@ def main() -> None:
         size = sum(len(text.encode()) for text in texts)
         trained = Tokenizer.train(texts[:: max(1, len(texts) // 100)], 8_000)
         trained.save(folder / "tokenizer.json")
-        ours, theirs, starts = [], [], []
+        cores = os.cpu_count() or 1
+        seconds: dict[str, list[float]] = {}
         for _ in range(ROUNDS):
-            start = time.perf_counter()
-            trained._engine.encode_batch(texts, add_special_tokens=False)
-            theirs.append(time.perf_counter() - start)
-            seconds, starting = prepare_seconds(folder, rows)
-            ours.append(seconds)
-            starts.append(starting)
-        ratio = statistics.median(t / o for t, o in zip(theirs, ours))
+            for workers in sorted({1, cores}):
+                theirs = encode_seconds(trained, texts, workers)
+                seconds.setdefault(f"encode_batch, {workers}", []).append(theirs)
+                seconds.setdefault(f"prepare, {workers}", []).append(prepare_seconds(folder, rows, workers))
+
+        def faster(one: str, other: str) -> float:
+            """Return how many times faster one is than the other: the median of the pairs."""
+            return statistics.median(o / s for s, o in zip(seconds[one], seconds[other]))
+
         # Imported late: workers import this file too, and should not wait for torch.
         from dsv3_megatron.data.settings import DataSettings
         from dsv3_megatron.data.source.build import build
@@ -87,21 +95,22 @@ def main() -> None:
             train.sample(number)
         reading = SAMPLES * 4096 / (time.perf_counter() - start)
         found = {
-            "cores": os.cpu_count(),
-            "load_at_the_end": os.getloadavg()[0],  # a busy machine stretches both sides, and the start of workers most
+            "cores": cores,
+            "load_at_the_end": os.getloadavg()[0],  # a busy machine stretches both sides
             "text_bytes": size,
-            "prepare_megabytes_per_second": size / statistics.median(ours) / 1e6,
-            "encode_batch_megabytes_per_second": size / statistics.median(theirs) / 1e6,
-            "prepare_over_encode_batch": ratio,
-            "first_block_seconds": statistics.median(starts),
-            "seconds": {"prepare": ours, "encode_batch": theirs},
+            "prepare_megabytes_per_second": size / statistics.median(seconds[f"prepare, {cores}"]) / 1e6,
+            "prepare_over_encode_batch, one process": faster("prepare, 1", "encode_batch, 1"),
+            "prepare_over_encode_batch, all cores": faster(f"prepare, {cores}", f"encode_batch, {cores}"),
+            "prepare, all cores over one": faster(f"prepare, {cores}", "prepare, 1"),
+            "encode_batch, all cores over one": faster(f"encode_batch, {cores}", "encode_batch, 1"),
+            "seconds": seconds,
             "open_and_pack_seconds": opening,
             "read_tokens_per_second": reading,
         }
     finally:
         shutil.rmtree(folder)
     for name, value in found.items():
-        print(f"{name:<36} {value:.3g}" if isinstance(value, float) else f"{name:<36} {value}")
+        print(f"{name:<40} {value:.3g}" if isinstance(value, float) else f"{name:<40} {value}")
     output = next((word.split("=", 1)[1] for word in sys.argv[1:] if word.startswith("output=")), None)
     if output:
         Path(output).write_text(json.dumps(found, indent=1))
