@@ -17,10 +17,10 @@ from typing import Any, Literal
 from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content
 from dsv3_megatron.data.prepare.inputs import InputFile, printable
 from dsv3_megatron.data.prepare.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
+from dsv3_megatron.data.prepare.lines import START, CutError, Lines
 
 _HEAD_BYTES = 1 << 20
 _TABLE_ROWS = 1024  # of a table read at a time
-_START = Place()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,15 @@ class Span:
     file: InputFile
     first: int = 0
     stop: int | None = None
-    place: Place = _START
+    place: Place = START
 
 
 @dataclass
 class SpanReader:
     """Reads the documents of a span; once, in order.
+
+    Args:
+        lines: of the reader before this one, which may have unpacked some of the file already.
 
     ``ended``: nothing of the file follows the span. ``place``: the last from where reading can begin. ``disk``: bytes
     of the file that were read. ``foreign``: the file, by its content, holds no documents.
@@ -88,9 +91,10 @@ class SpanReader:
 
     span: Span
     text_field: str
+    lines: Lines | None = None
     ended: bool = field(default=True, init=False)
     foreign: bool = field(default=False, init=False)
-    place: Place = field(default=_START, init=False)
+    place: Place = field(default=START, init=False)
     disk: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Document | Lost]:
@@ -116,51 +120,19 @@ class SpanReader:
             yield Lost(self._path, None, f"is {layout}; convert it to UTF-8", rows=0, disk=file.size)
 
     def _lines(self) -> Iterator[Document | Lost]:
+        span = self.span
+        if self.lines is None or not self.lines.can_read(span.file, span.first, span.place):
+            self.lines = Lines(span.file, span.place)
         try:
-            for number, line in self._numbered():
+            for number, line in self.lines.read(span.first, span.stop):
+                self.disk = self.lines.disk
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip(b" \t\r\n\0"):
                     yield from self._line(number, line)
-        except _CutError as cut:
+        except CutError as cut:
             yield self._torn(cut.torn, cut.number, cut.line)
-
-    def _numbered(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (number, line) of the lines that begin inside the span. Raises _CutError where the file is torn."""
-        first, stop, self.place = self.span.first, self.span.stop, self.span.place
-        at, number = self.place.content, self.place.lines + 1  # of the line that is being put together
-        parts: list[bytes] = []
-        skipping = first > at  # until the first line that begins at ``first`` or later
-        try:
-            for chunk in chunks(self.span.file, self.place.disk):
-                data, here = chunk.data, at + sum(map(len, parts))
-                self.disk = chunk.disk
-                if chunk.member is not None and (stop is None or here < stop):
-                    self.place = Place(chunk.member, here, number - 1)
-                if skipping:
-                    cut = data.find(b"\n", max(0, first - 1 - at)) + 1
-                    number += data.count(b"\n", 0, cut or len(data))
-                    at += cut or len(data)
-                    if not cut:
-                        continue
-                    data, skipping = data[cut:], False
-                lines = data.split(b"\n")
-                parts.append(lines.pop(0))
-                while lines:
-                    if stop is not None and at >= stop:
-                        break
-                    line = b"".join(parts)
-                    yield number, line
-                    number, at, parts = number + 1, at + len(line) + 1, [lines.pop(0)]
-                if stop is not None and at >= stop:
-                    self.ended = False
-                    return
-        except TornError as torn:
-            if not skipping:  # else a span before this one tells
-                raise _CutError(torn, number, b"".join(parts)) from None
-            return
-        if line := b"".join(parts):
-            yield number, line
+        self.disk, self.place, self.ended = self.lines.disk, self.lines.place, self.lines.ended
 
     def _line(self, number: int, line: bytes) -> Iterator[Document | Lost]:
         try:
@@ -275,14 +247,6 @@ class SpanReader:
             yield Lost(self._path, line, f"byte {error.start} is not UTF-8", size=len(data))
         except TornError as torn:
             yield Lost(self._path, None, str(torn), size=file.size)
-
-
-class _CutError(Exception):
-    """A torn file, with the line that the damage cuts."""
-
-    def __init__(self, torn: TornError, number: int, line: bytes):
-        super().__init__(str(torn))
-        self.torn, self.number, self.line = torn, number, line
 
 
 def text_of(row: object, name: str) -> str:
