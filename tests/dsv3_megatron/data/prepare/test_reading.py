@@ -151,6 +151,20 @@ def test_links_of_a_hub_cache_are_followed_once(tmp_path):
         assert len(found.skipped) == (3 if root.name == "r1" else 4)
 
 
+def test_a_file_of_a_hub_cache_in_two_revisions_is_refused(tmp_path, monkeypatch):
+    cache = tmp_path / "datasets--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    for revision, row in (("r1", ROWS[0]), ("r2", ROWS[1])):
+        (cache / "snapshots" / revision / "data").mkdir(parents=True)
+        (cache / "blobs" / revision).write_text(row)
+        (cache / "snapshots" / revision / "data" / "rows.jsonl").symlink_to(f"../../../blobs/{revision}")
+    monkeypatch.chdir(cache)
+    for root in (tmp_path, cache, "snapshots"):
+        with pytest.raises(DataError, match=r"two revisions of data/rows.jsonl, r1 and r2; name one, as input="):
+            files_of(root)
+    assert read(cache / "snapshots" / "r2")[0] == [TEXTS[1]]
+
+
 @pytest.mark.parametrize(
     ("text", "paths"),
     [
