@@ -193,7 +193,7 @@ def test_any_bytes_are_read_or_reported_but_never_crash(tmp_path_factory, data, 
 
 def test_too_many_bad_documents_stop_the_run(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n' + "no\n" * 30)
-    with pytest.raises(DataError, match=r"max_bad = 5 .*rows.jsonl:2: is no JSON"):
+    with pytest.raises(DataError, match=r"max_bad = 5 .*rows.jsonl:2: is not JSON"):
         prepare(options([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer, max_bad=5), workers=1)
     with pytest.raises(DataError, match="is not finished"):
         read_manifest(tmp_path / "out")

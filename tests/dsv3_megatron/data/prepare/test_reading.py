@@ -204,5 +204,5 @@ def test_a_name_that_is_no_text_is_printed_and_kept(tmp_path, capfd, monkeypatch
     assert prepare_data.main([f"input=in/{name}", "output=out", "tokenizer=tokenizer.json", "workers=1"]) == 0
     told = capfd.readouterr()
     told.out.encode(), told.err.encode()
-    assert r"caf\xe9.jsonl:31: is no JSON" in told.err and "left out: 1 not readable (4 B)" in told.out
+    assert r"caf\xe9.jsonl:31: is not JSON" in told.err and "left out: 1 not readable (4 B)" in told.out
     assert json.loads((tmp_path / "out/00_caf_xe9/files.jsonl").read_text())["path"] == r"caf\xe9.jsonl"
