@@ -22,6 +22,8 @@ from dsv3_megatron.data.prepare.lines import START, CutError, Lines
 _HEAD_BYTES = 1 << 20
 _TABLE_ROWS = 1024  # of a table read at a time
 
+Unit = Literal["line", "value", "row"]
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -46,6 +48,7 @@ class Lost:
 
     Args:
         line: from 1; None = the whole file.
+        unit: what ``line`` counts.
         rows: how many documents, where that is known.
         size: bytes of those rows.
         disk: bytes on disk that held nobody knows how many rows.
@@ -57,9 +60,13 @@ class Lost:
     rows: int = 1
     size: int = 0
     disk: int = 0
+    unit: Unit = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}{'' if self.line is None else f':{self.line}'}: {self.why}"
+        if self.line is None:
+            return f"{self.path}: {self.why}"
+        where = f":{self.line}" if self.unit == "line" else f", {self.unit} {self.line:,}"
+        return f"{self.path}{where}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -141,11 +148,9 @@ class SpanReader:
             yield Lost(self._path, number, f"byte {error.start} is not UTF-8", size=len(line))
             return
         for value in line_values(text.lstrip("\ufeff\0").rstrip("\0")):
-            if isinstance(value, list) and value and isinstance(value[0], dict):
-                for row in value:
-                    yield self._row(row, number, len(line) // len(value))
-            else:
-                yield self._row(value, number, len(line))
+            rows = _rows_of(value)
+            for row in rows:
+                yield self._row(row, number, len(line) // len(rows))
 
     def _values(self) -> Iterator[Document | Lost]:
         stream, number = ValueStream(), 0
@@ -160,28 +165,30 @@ class SpanReader:
             text = decoder.decode(b"" if chunk is None else chunk.data, final=chunk is None)
             for value, size in stream.feed(text, final=chunk is None and torn is None):
                 number += 1
-                yield self._row(value, number, size)
+                yield self._row(value, number, size, "value")
             if chunk is None:
                 break
             self.disk = chunk.disk
         if torn is not None:
-            yield self._torn(torn, number + 1, stream.rest())
+            yield self._torn(torn, number + 1, stream.rest(), "value")
 
-    def _row(self, row: object, number: int, size: int) -> Document | Lost:
+    def _row(self, row: object, number: int, size: int, unit: Unit = "line") -> Document | Lost:
         try:
             text = text_of(row, self.text_field)
             return Document(text, text.encode(), self.span.file.number, number)
         except UnicodeEncodeError as error:
             lone = ord(error.object[error.start])
             why = "holds bytes that are not UTF-8" if 0xDC80 <= lone <= 0xDCFF else "holds half a surrogate pair"
-            return Lost(self._path, number, why, size=size)
+            return Lost(self._path, number, why, size=size, unit=unit)
         except ValueError as error:
-            return Lost(self._path, number, str(error), size=row.size if isinstance(row, Unreadable) else size)
+            size = row.size if isinstance(row, Unreadable) else size
+            return Lost(self._path, number, str(error), size=size, unit=unit)
 
-    def _torn(self, torn: TornError, number: int, rest: bytes) -> Lost:
+    def _torn(self, torn: TornError, number: int, rest: bytes, unit: Unit = "line") -> Lost:
         if (disk := self.span.file.size - torn.disk) > 0:
-            return Lost(self._path, number, f"{torn}; {disk:,} bytes on disk from here on", rows=0, disk=disk)
-        return Lost(self._path, number, str(torn), size=len(rest))
+            why = f"{torn}; {disk:,} bytes on disk from here on"
+            return Lost(self._path, number, why, rows=0, disk=disk, unit=unit)
+        return Lost(self._path, number, str(torn), size=len(rest), unit=unit)
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -219,17 +226,18 @@ class SpanReader:
                     groups[number].total_byte_size * (groups[number].num_rows - done) // max(1, groups[number].num_rows)
                 )
                 why = f"row group {number}: {_first_line(error)}"
-                yield Lost(self._path, before + done + 1, why, rows=groups[number].num_rows - done, size=size)
+                rows = groups[number].num_rows - done
+                yield Lost(self._path, before + done + 1, why, rows=rows, size=size, unit="row")
             self.disk = file.size * (number + 1) // len(groups)
 
     def _cell(self, value: object, number: int) -> Document | Lost:
         if not isinstance(value, bytes):
-            return self._row({self.text_field: value}, number, 0)
+            return self._row({self.text_field: value}, number, 0, "row")
         try:
             return Document(value.decode(), value, self.span.file.number, number)
         except UnicodeDecodeError as error:
             why = f"field {self.text_field!r}: byte {error.start} is not UTF-8"
-            return Lost(self._path, number, why, size=len(value))
+            return Lost(self._path, number, why, size=len(value), unit="row")
 
     # -- whole files ---------------------------------------------------------------------------------------------------
 
@@ -249,12 +257,26 @@ class SpanReader:
             yield Lost(self._path, None, str(torn), size=file.size)
 
 
+def _rows_of(value: object) -> list[object]:
+    """Return the rows that a value of a line stands for: elements of arrays, at any depth, that hold objects."""
+    rows, left = [], [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, list) and any(isinstance(row, dict | list) for row in value):
+            left += reversed(value)
+        else:
+            rows.append(value)
+    return rows
+
+
 def text_of(row: object, name: str) -> str:
     """Return the text of a row. Raises ValueError saying why it has none."""
     if isinstance(row, Unreadable):
         raise ValueError(row.why)
     if not isinstance(row, dict):
         raise ValueError(f"is {type(row).__name__}, not an object with a field {name!r}")
+    if not row:
+        raise ValueError(f"has no field {name!r}; it is empty")
     if name not in row:
         raise ValueError(f"has no field {name!r}; it has {', '.join(map(repr, list(row)[:6]))}")
     if not isinstance(row[name], str):
@@ -284,7 +306,7 @@ def layout_of(file: InputFile, name: str) -> str:
 
 
 def _layout(text: str, whole: bool) -> Literal["lines", "values"]:
-    if re.match(r"\[\s*\{", text):
+    if re.match(r"\[\s*[\[{]", text):
         return "values"
     line, newline, _ = text.partition("\n")
     if not newline and not whole:
@@ -293,7 +315,7 @@ def _layout(text: str, whole: bool) -> Literal["lines", "values"]:
     if len(values) != 1:
         return "values" if len(values) > 1 and not isinstance(values[0], Unreadable) else "lines"
     if isinstance(values[0], list):
-        return "values" if any(isinstance(row, dict) for row in values[0]) else "lines"
+        return "values" if any(isinstance(row, dict | list) for row in values[0]) else "lines"
     if not isinstance(values[0], Unreadable):
         return "lines"
     if line.strip() in ("[", "{"):

@@ -43,6 +43,10 @@ def texts_of(tmp_path, manifest, tokenizer):
     return sorted(found)
 
 
+def nested(depth):
+    return b"[" * depth + b",".join(ROWS) + b"]" * depth + b"\n"
+
+
 HALF = len(ROWS) // 2
 SHAPES = {
     "plain.jsonl": LINES,
@@ -51,6 +55,9 @@ SHAPES = {
     "old_mac.jsonl": LINES.replace(b"\n", b"\r"),
     "windows.jsonl": LINES.replace(b"\n", b"\r\n"),
     "marked.jsonl": b"\xef\xbb\xbf" + LINES,
+    "arrays_in_an_array.json": b"[[" + b",".join(ROWS[:HALF]) + b"],\n[" + b",".join(ROWS[HALF:]) + b"]]",
+    "arrays_in_a_line.jsonl": b'{"text": ""}\n' + nested(2),
+    "deep_arrays.jsonl": b'{"text": ""}\n' + nested(700),
     "array.jsonl": b"[" + b",\n".join(ROWS) + b"]",
     "array.json": json.dumps([json.loads(row) for row in ROWS], indent=1).encode(),
     "c4.json.gz": gzip.compress(LINES),
@@ -82,7 +89,7 @@ def test_one_bad_row_of_a_table_costs_one_row(tmp_path, tokenizer):
     manifest = prepared(tmp_path, tokenizer, tmp_path / "t.parquet")
     (source,) = manifest.sources
     assert (source.documents, source.bad, source.bad_bytes) == (59, 1, len(cells[7]))
-    assert manifest.bad_examples == [f"{tmp_path}/t.parquet:8: field 'text': byte 0 is not UTF-8"]
+    assert manifest.bad_examples == [f"{tmp_path}/t.parquet, row 8: field 'text': byte 0 is not UTF-8"]
 
 
 @pytest.mark.parametrize(
