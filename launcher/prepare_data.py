@@ -4,7 +4,8 @@
 
 Inputs are files or folders: rows of JSON (.jsonl, .json), Parquet, plain text, source code; .gz, .zst, .bz2 and .xz are
 unpacked on the way. A plain file is one document; a row's document is its `field`. Started again after a kill, it goes
-on where it stood. On several nodes each makes a part=3/16, and launcher/data.py merge joins them.
+on where it stood. On several nodes each makes a part=3/16, and launcher/data.py merge joins them. With
+sequence_length=4096 the documents are packed too, and a run of that length starts at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
+from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of, path_list, source_lines, tell, warnings
 from parallel.errors import RecipeError
 from parallel.units import parse_bytes, parse_count, show_count
@@ -50,6 +52,8 @@ class PrepareArguments(Arguments):
     shard_tokens: Annotated[PositiveInt, BeforeValidator(parse_count)] = Field(
         64_000_000, description="tokens of a shard at most, about; what a kill can cost each worker"
     )
+    sequence_length: Lengths | None = Field(None, description=AHEAD)
+    fim_rate: FimRate = Field(0.0, description=FIM_RATE)
     part: str | None = Field(None, description="make one part of several, 3/16, into OUTPUT/parts; merge joins them")
     max_bad: NonNegativeInt = Field(1000, description="stop when more documents than this cannot be read")
     max_torn: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] = Field(
@@ -73,12 +77,13 @@ def main(given: PrepareArguments) -> int:
     options = PrepareOptions(
         inputs=inputs, weights=weights, part=part_of(given.part), **given.model_dump(include=common)
     )  # fmt: skip
+    ahead = ahead_of(given.sequence_length, given.fim_rate)
     line = ProgressLine("encoding")
 
     def progress(done: int, total: int, tokens: int) -> None:
         line.update(done, total, f"{show_count(tokens)} tokens")
 
-    made = prepare(options, workers=given.workers, progress=progress, tell=tell)
+    made = prepare(options, workers=given.workers, ahead=ahead, progress=progress, tell=tell)
     line.close()
     print("\n".join(source_lines(made.counted if isinstance(made, Part) else made.sources)))
     for example in made.bad_examples:
@@ -90,6 +95,7 @@ def main(given: PrepareArguments) -> int:
         return 0
     for warning in warnings(made.sources, given.held_out):
         tell(f"    {warning}")
+    print("".join(f"{line}\n" for line in ahead.results(given.output)), end="")
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
     return 0
 

@@ -3,7 +3,8 @@
     python launcher/data.py merge input=shards output=shards
 
 An input that holds parts/ stands for its parts, which become what one node would have made of all of it. Files are
-linked where they can be, else copied; what was joined may be removed afterwards.
+linked where they can be, else copied; what was joined may be removed afterwards. Started again after a kill, it
+makes the same folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dsv3_megatron.data.prepare.inputs import printable
 from dsv3_megatron.data.prepare.merge import merge
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.typed import command
+from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import path_list, source_lines, tell, warnings
 from parallel.units import parse_bytes
 
@@ -29,17 +31,22 @@ class MergeArguments(Arguments):
     deduplicate_memory: Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)] = Field(
         1 << 30, description="memory for finding copies among parts, such as 4GiB; the rest lies on disk"
     )
+    sequence_length: Lengths | None = Field(None, description=AHEAD)
+    fim_rate: FimRate = Field(0.0, description=FIM_RATE)
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that write shards without copies")
 
 
 @takes(MergeArguments, __doc__)
 def main(given: MergeArguments) -> int:
     """Join the folders; return the exit code."""
+    ahead = ahead_of(given.sequence_length, given.fim_rate)
     manifest = merge(
-        path_list(given.input), given.output, memory=given.deduplicate_memory, workers=given.workers, tell=tell
-    )
+        path_list(given.input), given.output, memory=given.deduplicate_memory, workers=given.workers, ahead=ahead,
+        tell=tell,
+    )  # fmt: skip
     print("\n".join(source_lines(manifest.sources)))
     for line in (*manifest.bad_examples, *warnings(manifest.sources, float(str(manifest.options["held_out"])))):
         tell(f"    {line}")
+    print("".join(f"{line}\n" for line in ahead.results(given.output)), end="")
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
     return 0

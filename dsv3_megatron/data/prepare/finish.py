@@ -9,10 +9,8 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from dsv3_megatron.data.prepare.inputs import InputFile
 from dsv3_megatron.data.source.origins import FILES
 from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Source, Split, read_lengths, token_dtype
 from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.processes import in_processes
 from parallel.errors import DataError
 
 SUFFIXES = ("bin", "idx", "origin.npy")
@@ -163,10 +162,7 @@ class Finishing:
             (self.folder / each.name).mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(_LINKS_AT_ONCE) as pool:
             found = list(pool.map(lambda each: put(each[0], each[1], each[2], self.folder, moves=self.moves), whole))
-        if len(rewritten) > 1 and self.workers > 1:
-            with ProcessPoolExecutor(self.workers, get_context("spawn")) as processes:
-                return found + list(processes.map(_rewrite, rewritten))
-        return found + list(map(_rewrite, rewritten))
+        return found + in_processes(_rewrite, rewritten, self.workers)
 
 
 def add_counts(source: Source, counts: Counts) -> None:
@@ -197,26 +193,39 @@ def write_files(folder: Path, source: str, files: Sequence[InputFile]) -> None:
 
 
 def put(work: Path, shard: Shard, name: str, folder: Path, *, moves: bool) -> Shard:
-    """Put the files of a shard in their place under ``name``; return it as it is called there."""
+    """Put the files of a shard in their place under ``name``; return it as it is called there.
+
+    Raises: DataError: one is missing.
+    """
     for suffix in SUFFIXES if shard.origin_sha256 is not None else SUFFIXES[:2]:
         old, new = work / f"{shard.name}.{suffix}", folder / f"{name}.{suffix}"
-        if moves:
-            with suppress(FileNotFoundError):  # moved by a run that was killed after
-                os.replace(old, new)
-        else:
+        if not moves:
             link_or_copy(old, new)
+        elif old.exists():
+            os.replace(old, new)
+        elif not new.exists():  # else moved by a run that was killed after
+            raise _missing(old)
     return shard.model_copy(update={"name": name})
 
 
 def link_or_copy(old: Path, new: Path) -> None:
-    """Make ``new`` the same file as ``old``, or a copy where the file system has no such links."""
+    """Make ``new`` the same file as ``old``, or a copy where the file system has no such links.
+
+    Raises: DataError: ``old`` is missing.
+    """
     new.unlink(missing_ok=True)
     try:
         os.link(old, new)
+    except FileNotFoundError:
+        raise _missing(old) from None
     except OSError:  # another file system, or one without hard links
         partial = new.with_name(f"{new.name}.partial")
         shutil.copyfile(old, partial)
         os.replace(partial, new)
+
+
+def _missing(file: Path) -> DataError:
+    return DataError(f"{file} is missing; restore it, or prepare its folder anew")
 
 
 @dataclass(frozen=True)

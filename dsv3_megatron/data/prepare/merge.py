@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Counts
+from dsv3_megatron.data.begun import PART, PARTS, WORK, typed_command, unfinished
+from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Counts, Done
 from dsv3_megatron.data.prepare.finish import Finishing, add_counts, check_documents, link_or_copy, put
-from dsv3_megatron.data.prepare.output import PART, PARTS, WORK, Output, Part
+from dsv3_megatron.data.prepare.inputs import printable
+from dsv3_megatron.data.prepare.output import Output, Part
+from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.prepare.shard import write_manifest
 from dsv3_megatron.data.source.origins import FILES
 from dsv3_megatron.data.source.shard_table import ShardRow, open_table
@@ -35,35 +38,55 @@ def merge(
     *,
     memory: int,
     workers: int,
+    ahead: PackAhead | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Join folders into ``output`` and return its manifest. Files are linked, or copied where they cannot be; the
-    folders joined stay as they are. A merge that was killed begins again.
+    folders joined stay as they are. A merge that was killed is done again by the same call, one that is done is left.
 
     Args:
         inputs: parts, or finished folders; a folder that holds ``parts`` stands for these.
         memory: bytes for finding copies among parts.
+        ahead: what to pack the joined shards for.
         tell: gets what a person should know, line by line.
-    Raises: DataError: a part is missing, not finished or there twice; tokenizers or options differ.
+    Raises: DataError: a part is missing, not finished or there twice; tokenizers or options differ; the output holds
+    something else; documents cannot be packed as ``ahead`` says. RunInUseError: another process works in the output.
     """
-    folders = _folders(inputs)
+    ahead = ahead or PackAhead()
+    folders = _folders(inputs, Path(output))
     parts = [folder for folder in folders if (folder / PART).exists()]
     if parts and len(parts) < len(folders):
         other = next(folder for folder in folders if folder not in parts)
         raise DataError(f"input = {parts[0]} is a part and {other} is a folder by itself; merge the parts first")
     result = Output(output)
-    if (result.folder / MANIFEST).exists():
-        raise DataError(f"output = {output} is finished already; name another folder, or remove its {MANIFEST}")
+    if (result.folder / PART).exists():
+        raise DataError(f"output = {output} is a part of a preparation; name another folder")
+    if any(folder.resolve() == result.folder.resolve() for folder in folders):
+        raise DataError(
+            f"output = {output} is one of the inputs, and finished; name another folder, or leave it as it is "
+            "(launcher/data.py pack packs it)"
+        )
+    joining = _Parts(parts, memory, workers) if parts else _Folders(folders, tell)
+    ahead.check(joining.tokenizer, folders[0] / TOKENIZER)
+    finished = joining.finished(result)
+    if finished is not None and result.is_tidy and ahead.is_made(result.folder):
+        return finished
     with result.locked():
-        manifest = _join_parts(parts, result, memory, workers) if parts else _join_folders(folders, result, tell)
+        manifest = joining.finished(result)  # by whoever had the lock
+        if manifest is None:
+            command = typed_command("launcher/data.py merge", list(map(printable, inputs)), output=printable(output))
+            result.begin(joining.fingerprint, command)
+            manifest = joining.run(result)
         result.close()
+        ahead.make(result.folder, workers, tell)
     return manifest
 
 
-def _folders(inputs: Sequence[str]) -> list[Path]:
+def _folders(inputs: Sequence[str], output: Path) -> list[Path]:
     found: list[Path] = []
     for given in map(Path, inputs):
-        if (given / PARTS).is_dir() and not (given / MANIFEST).exists():
+        # An output that is finished may be so by the merge of its own parts, which a kill has kept from tidying up.
+        if (given / PARTS).is_dir() and (given.resolve() == output.resolve() or not (given / MANIFEST).exists()):
             found += sorted(path for path in (given / PARTS).iterdir() if path.is_dir())
         elif any((given / name).exists() for name in (PART, MANIFEST, WORK)):
             found.append(given)
@@ -71,7 +94,7 @@ def _folders(inputs: Sequence[str]) -> list[Path]:
             raise DataError(f"input = {given} is no folder that launcher/prepare_data.py wrote; name one")
     for folder in found:
         if not (folder / PART).exists() and not (folder / MANIFEST).exists():
-            raise DataError(f"input = {folder} is not finished; run its launcher/prepare_data.py again")
+            raise DataError(f"input = {folder} {unfinished(folder) or 'is empty; remove it'}")
     seen: set[Path] = set()
     for folder in found:
         if folder.resolve() in seen:
@@ -80,11 +103,71 @@ def _folders(inputs: Sequence[str]) -> list[Path]:
     return found
 
 
+class _Joining:
+    """Folders that fit together, and what becomes of them."""
+
+    tokenizer: Tokenizer
+    fingerprint: str  # of what the joined folder holds
+
+    def finished(self, output: Output) -> Manifest | None:
+        """Return what an earlier merge of the same has finished. Raises DataError: the output is something else."""
+        if not (output.folder / MANIFEST).exists():
+            return None
+        manifest = read_manifest(output.folder)
+        if manifest.options.get("fingerprint") != self.fingerprint:
+            raise DataError(
+                f"output = {output.folder} is finished already, of something else; name another folder, or remove its "
+                f"{MANIFEST}"
+            )
+        return manifest
+
+    def run(self, output: Output) -> Manifest:
+        """Join them."""
+        raise NotImplementedError
+
+
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _join_parts(folders: list[Path], output: Output, memory: int, workers: int) -> Manifest:
-    parts = [_read_part(folder) for folder in folders]
+class _Parts(_Joining):
+    def __init__(self, folders: list[Path], memory: int, workers: int):
+        self._folders, self._memory, self._workers = folders, memory, workers
+        self._parts = [_read_part(folder) for folder in folders]
+        _check_parts(folders, self._parts)
+        self.fingerprint = self._parts[0].digest
+        self.tokenizer = Tokenizer.load(folders[0] / TOKENIZER)
+
+    def run(self, output: Output) -> Manifest:
+        """Finish the tasks of all parts together."""
+        folders, first = self._folders, self._parts[0]
+        tasks = [
+            (folder / WORK / "shards", task)
+            for folder, part in zip(folders, self._parts)
+            for task in _tasks_of(folder, part)
+        ]
+        tasks.sort(key=lambda each: each[1].key)
+        finishing = Finishing(
+            output.folder,
+            output.work,
+            first.sources,
+            first.vocab_size,
+            float(first.options["held_out"]),
+            bool(first.options["deduplicate"]),
+            self._memory,
+            moves=False,
+            workers=self._workers,
+        )
+        done, shards, examples = finishing.run(tasks)
+        for source in done:
+            link_or_copy(folders[0] / source.name / FILES, output.folder / source.name / FILES)
+        examples = [*examples, *first.skipped][:KEPT_EXAMPLES]
+        self.tokenizer.save(output.folder / TOKENIZER)
+        return write_manifest(
+            output.folder, done, shards, self.tokenizer, {**first.options, "fingerprint": self.fingerprint}, examples
+        )
+
+
+def _check_parts(folders: list[Path], parts: list[Part]) -> None:
     first = parts[0]
     for folder, part in zip(folders, parts):
         if part.tokenizer_sha256 != first.tokenizer_sha256:
@@ -100,27 +183,21 @@ def _join_parts(folders: list[Path], output: Output, memory: int, workers: int) 
     if missing := sorted({*range(1, first.parts + 1)} - {*numbers}):
         shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         raise DataError(f"part {shown} of {first.parts} is missing; prepare it with part={missing[0]}/{first.parts}")
-    tasks = [(folder / WORK / "shards", task) for folder in folders for task in Output(folder).done()]
-    tasks.sort(key=lambda each: each[1].key)
-    finishing = Finishing(
-        output.folder,
-        output.work,
-        first.sources,
-        first.vocab_size,
-        float(first.options["held_out"]),
-        bool(first.options["deduplicate"]),
-        memory,
-        moves=False,
-        workers=workers,
-    )
-    done, shards, examples = finishing.run(tasks)
-    for source in done:
-        link_or_copy(folders[0] / source.name / FILES, output.folder / source.name / FILES)
-    examples = [*examples, *first.skipped][:KEPT_EXAMPLES]
-    tokenizer = _tokenizer(folders[0], output)
-    return write_manifest(
-        output.folder, done, shards, tokenizer, {**first.options, "fingerprint": first.digest}, examples
-    )
+
+
+def _tasks_of(folder: Path, part: Part) -> list[Done]:
+    """Return the tasks of a part. Raises: DataError: its journal does not have all that the part has counted."""
+    tasks = Output(folder).done()
+    found = [source.model_copy(deep=True) for source in part.sources]
+    for task in tasks:
+        add_counts(found[task.key[0]], task.counts)
+    if found != part.counted:
+        counts = [sum(source.documents for source in sources) for sources in (found, part.counted)]
+        raise DataError(
+            f"input = {folder} has {counts[0]:,} of its {counts[1]:,} documents in {WORK}, which must be copied with "
+            "it; restore that, or prepare the part anew"
+        )
+    return tasks
 
 
 def _read_part(folder: Path) -> Part:
@@ -135,28 +212,33 @@ def _read_part(folder: Path) -> Part:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def _join_folders(folders: list[Path], output: Output, tell: Callable[[str], None]) -> Manifest:
-    manifests = [read_manifest(folder) for folder in folders]
-    _check_alike(folders, manifests)
-    if manifests[0].options.get("deduplicate"):
-        tell("copies of a document that lie in two of the folders stay: prepare one folder in parts to find them")
-    joined = _Joined(output.folder)
-    for folder, manifest in zip(folders, manifests):
-        joined.add(folder, manifest)
-    sources = list(joined.sources.values())
-    examples = [line for manifest in manifests for line in manifest.bad_examples][:KEPT_EXAMPLES]
-    check_documents(sources, examples)
-    weights = [source.weight for source in sources]
-    options = {
-        **manifests[0].options,
-        "weights": weights if any(weights) else None,
-        "fingerprint": hashlib.blake2b(
-            json.dumps([manifest.table_sha256 for manifest in manifests]).encode(), digest_size=16
-        ).hexdigest(),
-    }
-    return write_manifest(
-        output.folder, sources, joined.shards, _tokenizer(folders[0], output), options, examples
-    )  # fmt: skip
+class _Folders(_Joining):
+    def __init__(self, folders: list[Path], tell: Callable[[str], None]):
+        self._folders, self._tell = folders, tell
+        self._manifests = [read_manifest(folder) for folder in folders]
+        _check_alike(folders, self._manifests)
+        said = json.dumps([manifest.model_dump(mode="json") for manifest in self._manifests])
+        self.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        self.tokenizer = Tokenizer.load(folders[0] / TOKENIZER)
+
+    def run(self, output: Output) -> Manifest:
+        """Join them source by source."""
+        first = self._manifests[0]
+        if first.options.get("deduplicate"):
+            self._tell("copies of a document that lie in two of the folders stay: prepare one folder in parts to find "
+                       "them")  # fmt: skip
+        joined = _Joined(output.folder)
+        for folder, manifest in zip(self._folders, self._manifests):
+            joined.add(folder, manifest)
+        sources = list(joined.sources.values())
+        examples = [line for manifest in self._manifests for line in manifest.bad_examples][:KEPT_EXAMPLES]
+        check_documents(sources, examples)
+        weights = [source.weight for source in sources]
+        options = {
+            **first.options, "weights": weights if any(weights) else None, "fingerprint": self.fingerprint
+        }  # fmt: skip
+        self.tokenizer.save(output.folder / TOKENIZER)
+        return write_manifest(output.folder, sources, joined.shards, self.tokenizer, options, examples)
 
 
 def _check_alike(folders: list[Path], manifests: list[Manifest]) -> None:
@@ -262,9 +344,3 @@ def _moved_origins(folder: Path, shard: Shard, files: int) -> Shard:
     return shard.model_copy(
         update={"origin_sha256": file_sha256(path), "first_file": shard.first_file + files}
     )  # fmt: skip
-
-
-def _tokenizer(folder: Path, output: Output) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    tokenizer.save(output.folder / TOKENIZER)
-    return tokenizer

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dsv3_megatron.data.begun import BEGUN, PART, PARTS, WORK, command_begun
 from dsv3_megatron.data.prepare.encode import Done
 from dsv3_megatron.data.source.shards import MANIFEST, Source
 from dsv3_megatron.run.files import cut_json_lines, iterate_json_lines, read_json, write_json
 from dsv3_megatron.run.lock import held
 from parallel.errors import DataError
 
-WORK, PARTS, PART = ".prepare", "parts", "part.json"
+_LOCK = "lock"
 
 
 class Part(BaseModel):
@@ -51,7 +52,12 @@ class Output:
         self.folder = Path(folder)
         self.work = self.folder / WORK
         self._journal = self.work / "tasks.jsonl"
-        self._begun = self.work / "begun.json"
+        self._begun = self.work / BEGUN
+
+    @property
+    def is_tidy(self) -> bool:
+        """Whether nothing is left of the work: a kill can come after the manifest is written."""
+        return not self.work.exists()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -67,29 +73,40 @@ class Output:
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             lock = held(
-                self.work / "lock", lambda who: f"output = {self.folder} is in use by {who}; wait for it, or stop it"
+                self.work / _LOCK, lambda who: f"output = {self.folder} is in use by {who}; wait for it, or stop it"
             )
             with lock:
                 yield
         except PermissionError as error:
             raise DataError(f"output = {self.folder} cannot be written ({error.strerror}); name another") from None
         finally:
-            if (self.folder / MANIFEST).exists() and self.work.is_dir() and not any(self.work.iterdir()):
+            with suppress(OSError):  # not empty: something was begun, or another process has the lock
                 self.work.rmdir()
+                self.folder.rmdir()
 
-    def begin(self, fingerprint: str) -> list[Done]:
+    def begin(self, fingerprint: str, command: str) -> list[Done]:
         """Return the tasks that an earlier run of the same work has done.
 
-        ``fingerprint``: of inputs, options and tokenizer. Raises: DataError: the folder is of other ones.
+        Args:
+            fingerprint: of inputs, options and tokenizer.
+            command: what was typed; whoever meets the folder unfinished is told to run it again.
+        Raises: DataError: something else was begun in the folder.
         """
         earlier = read_json(self._begun).get("fingerprint")
-        if earlier is None and any(entry.name != "lock" for entry in self.work.iterdir()):
+        if earlier is None and any(not self._may_be_left(entry.name) for entry in self.work.iterdir()):
             earlier = "of an older version, or torn"
         if earlier not in (None, fingerprint):
-            raise self.other()
-        write_json(self._begun, {"fingerprint": fingerprint})
+            raise DataError(
+                f"output = {self.folder} holds what another command began and did not finish; finish it, name another "
+                f"folder, or remove it; it was: {command_begun(self.folder)}"
+            )
+        write_json(self._begun, {"fingerprint": fingerprint, "command": command})
         cut_json_lines(self._journal, lambda _: True)  # a line that a kill has torn
         return self.done()
+
+    def _may_be_left(self, name: str) -> bool:
+        """Return whether a file of the work is no work: of a lock, or of a kill before anything was begun."""
+        return name.startswith((_LOCK, self._begun.name))
 
     def done(self) -> list[Done]:
         """Return the tasks of the journal. Raises: DataError: it is damaged."""
@@ -107,14 +124,20 @@ class Output:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Remove what only the work needed; what readers look for is written."""
-        shutil.rmtree(self.work)
+        """Remove what only the work needed; what readers look for is written. The lock stays while it is held."""
+        self._remove(lambda name: name != _LOCK)
 
     def forget(self) -> None:
         """Remove a work that came to nothing, so that another can be begun in the folder."""
-        shutil.rmtree(self.work)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        self._remove(lambda name: name not in (_LOCK, self._begun.name))
+        self._begun.unlink(missing_ok=True)  # last: a kill before it leaves what the same command begins again
+
+    def _remove(self, which: Callable[[str], bool]) -> None:
+        for entry in filter(lambda entry: which(entry.name), list(self.work.iterdir())):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
 
     def other(self) -> DataError:
         """Return what to say of a folder that was made of something else."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.data.begun import PART, folder_of_part, typed_command
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Done, Encoding, check_limits
 from dsv3_megatron.data.prepare.farm import encode_all
 from dsv3_megatron.data.prepare.finish import Finishing, add_counts, write_files
 from dsv3_megatron.data.prepare.inputs import check_distinct, files_of, printable
-from dsv3_megatron.data.prepare.output import PART, PARTS, Output, Part
+from dsv3_megatron.data.prepare.output import Output, Part
+from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.prepare.plan import share_of, units_of
 from dsv3_megatron.data.source.shard_table import write_table
 from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, Shard, Source, read_manifest
@@ -60,50 +62,87 @@ class PrepareOptions:
         """Where the shards go: ``output``, or a folder of the part's own in it."""
         if self.part is None:
             return Path(self.output)
-        part, parts = self.part
-        return Path(self.output) / PARTS / f"{part:03d}_of_{parts:03d}"
+        return folder_of_part(self.output, *self.part)
+
+    @property
+    def command(self) -> str:
+        """How the command is typed that makes these shards."""
+        given = {name: getattr(self, name) for name in ("output", "tokenizer", "weights", *self._defaults)}
+        keys = {name: value for name, value in given.items() if value != self._defaults.get(name)}
+        joins = {"weights": ",", "part": "/"}
+        shown = {name: joins[name].join(map(str, value)) if name in joins else value for name, value in keys.items()}
+        return typed_command("launcher/prepare_data.py", list(map(printable, self.inputs)), **shown)
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return {each.name: each.default for each in fields(self) if each.default is not MISSING}
 
 
 def prepare(
     options: PrepareOptions,
     *,
     workers: int,
+    ahead: PackAhead | None = None,
     progress: Progress = lambda *_: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Manifest | Part:
     """Write the shards of ``options`` and return their manifest, or of a part what it did; goes on where an earlier
     call was stopped.
 
-    ``tell``: gets what a person should know of the tokenizer, line by line, before the work begins.
+    Args:
+        ahead: what to pack the finished shards for.
+        tell: gets what a person should know of the tokenizer, line by line, before the work begins.
     Raises: DataError: an input is missing or gives nothing, the output holds something else, or too much could not be
-    read. RunInUseError: another process works in the output.
+    read; documents cannot be packed as ``ahead`` says. RunInUseError: another process works in the output.
     """
-    preparation = _Preparation(options, workers, progress)
+    ahead = ahead or PackAhead()
+    if options.part is not None and ahead.lengths:
+        part, parts = options.part
+        raise DataError(
+            f"part = {part}/{parts} cannot be packed into sequences before it is merged; leave sequence_length out "
+            "here, and give it to launcher/data.py merge"
+        )
+    preparation = _Preparation(options, workers, ahead, progress, tell)
     for line in (*preparation.tokenizer.notes, preparation.tokenizer.names.told()):
         tell(line)
     return preparation.run()
 
 
 class _Preparation:
-    def __init__(self, options: PrepareOptions, workers: int, progress: Progress):
-        self.options, self.workers, self.progress = options, workers, progress
+    def __init__(
+        self,
+        options: PrepareOptions,
+        workers: int,
+        ahead: PackAhead,
+        progress: Progress,
+        tell: Callable[[str], None],
+    ):
+        self.options, self.workers, self.ahead, self.progress, self.tell = options, workers, ahead, progress, tell
         self.output = Output(options.folder)
         self.folder = self.output.folder
         self.inputs = [files_of(name) for name in options.inputs]
         check_distinct(options.inputs, self.inputs)
         self.tokenizer = Tokenizer.load(options.tokenizer)
+        ahead.check(self.tokenizer, printable(options.tokenizer))
 
     def run(self) -> Manifest | Part:
         digest, fingerprint = self._digests()
-        if (finished := self._finished(digest, fingerprint)) is not None:
+        finished = self._finished(digest, fingerprint)
+        if isinstance(finished, Part):
+            return finished
+        if finished is not None and self.output.is_tidy and self.ahead.is_made(self.folder):
             return finished
         with self.output.locked():
-            if (finished := self._finished(digest, fingerprint)) is not None:  # by whoever had the lock
-                return finished
-            done = self.output.begin(fingerprint)
-            self._encode(done)
-            done.sort(key=lambda task: task.key)
-            return self._whole(done, digest, fingerprint) if self.options.part is None else self._part(done, digest)
+            made = self._finished(digest, fingerprint)  # by whoever had the lock
+            if made is None:
+                done = self.output.begin(fingerprint, self.options.command)
+                self._encode(done)
+                done.sort(key=lambda task: task.key)
+                made = self._whole(done, digest, fingerprint) if self.options.part is None else self._part(done, digest)
+            if isinstance(made, Manifest):
+                self.output.close()
+                self.ahead.make(self.folder, self.workers, self.tell)
+            return made
 
     def _finished(self, digest: str, fingerprint: str) -> Manifest | Part | None:
         """Return what an earlier run of the same has finished. Raises DataError where it was another."""
@@ -164,11 +203,16 @@ class _Preparation:
 
         lost = [sum(task.counts.bad for task in done), sum(task.counts.torn_bytes for task in done)]
 
+        def check(tasks: list[Done]) -> None:
+            check_limits(lost[0], lost[1], options.max_bad, options.max_torn, lambda: _first_example(tasks))
+
+        check(done)  # the task that went beyond is in the journal, and would pass when the command is run again
+
         def keep(task: Done) -> None:
             self.output.keep(task)
             lost[0] += task.counts.bad
             lost[1] += task.counts.torn_bytes
-            check_limits(lost[0], lost[1], options.max_bad, options.max_torn, lambda: _first_example([*done, task]))
+            check([*done, task])
 
         encode_all(
             units, done, encoding, workers=self.workers, keep=keep,
@@ -209,12 +253,10 @@ class _Preparation:
                 self.output.forget()
             raise
         self._write_names()
-        manifest = write_manifest(
+        return write_manifest(
             self.folder, sources, shards, self.tokenizer, {**self.options.kept, "fingerprint": fingerprint},
             self._examples(examples),
         )  # fmt: skip
-        self.output.close()
-        return manifest
 
     def _write_names(self) -> None:
         """Write what the shards need beside them: the tokenizer, and the input files that documents come from."""

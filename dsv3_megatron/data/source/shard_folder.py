@@ -73,14 +73,18 @@ class ShardFolder:
             sources=None if (given := mixture_of_recipe(settings)) is None else given.names,
         )
 
+    @property
+    def beside(self) -> Path:
+        """Where the packings lie if the folder can be written."""
+        return self.path / packing_files.PACKINGS
+
     def choose_place(self) -> Path:
         """Return where the packings are kept; ask one process and tell the others.
 
         Those that are there already are taken where the folder cannot be written too.
         """
-        beside = self.path / packing_files.PACKINGS
-        if all(packing.index.exists() for packing in self.packings(beside)):
-            return beside
+        if all(packing.index.exists() for packing in self.packings(self.beside)):
+            return self.beside
         return packing_files.choose_place(self.path, self.cache)
 
     def packings(self, place: Path) -> list[PackingFiles]:

@@ -152,7 +152,7 @@ def write_table(folder: str | Path, sources: Sequence[Source], shards: Iterable[
     """
     rows = _rows(sources, shards)
     path = Path(folder) / TABLE
-    temporary = path.with_name(f"{TABLE}.{os.getpid()}.partial")
+    temporary = path.with_name(f"{TABLE}.partial")  # the same after a kill, so that none is left
     with temporary.open("wb") as file:
         np.save(file, rows)
         file.flush()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from dsv3_megatron.data.begun import unfinished
 from parallel.errors import DataError
 
 if TYPE_CHECKING:
@@ -111,10 +112,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        begun = (Path(folder) / ".prepare").exists()
-        what = "was begun and is not finished; run the same launcher/prepare_data.py again" if begun else (
-            "holds no manifest.json; name a folder that launcher/prepare_data.py wrote"
-        )  # fmt: skip
+        what = unfinished(folder) or "holds no manifest.json; name a folder that launcher/prepare_data.py wrote"
         raise DataError(f"data.path = {folder} {what}")
     try:
         manifest = _Version.model_validate_json(path.read_text())

@@ -1,0 +1,73 @@
+"""What was begun in a folder of shards and is not finished: who writes it there finds it again, who reads is told."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsv3_megatron.run.files import read_json
+
+WORK, PARTS, PART = ".prepare", "parts", "part.json"
+BEGUN = "begun.json"  # in WORK: fingerprint of what was begun, and the command that finishes it
+_PART_FOLDER = re.compile(r"(\d+)_of_(\d+)")
+_MOST_INPUTS = 8  # that a line names
+
+
+def folder_of_part(output: str | Path, part: int, parts: int) -> Path:
+    """Return where a part of the shards of ``output`` is made."""
+    return Path(output) / PARTS / f"{part:03d}_of_{parts:03d}"
+
+
+def typed_command(script: str, inputs: Sequence[str], **keys: object) -> str:
+    """Return a command as it is typed; of many inputs the first are named, and dots stand for the rest."""
+    names = [name.replace("\\", "\\\\").replace(",", "\\,") for name in inputs[:_MOST_INPUTS]]
+    words = [f"input={','.join(names)}{',...' if len(inputs) > _MOST_INPUTS else ''}"]
+    words += [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
+    return f"python {script} {' '.join(map(shlex.quote, words))}"
+
+
+def command_begun(folder: str | Path) -> str | None:
+    """Return the command that was begun in a folder and not finished, as it is typed; None where there is none."""
+    work = Path(folder) / WORK
+    if not work.is_dir():
+        return None
+    command = read_json(work / BEGUN).get("command")
+    return command if isinstance(command, str) else "launcher/prepare_data.py"
+
+
+def unfinished(folder: str | Path) -> str | None:
+    """Return what a folder without a manifest is, and what finishes it; None: nothing was begun there."""
+    folder = Path(folder)
+    if (folder / PART).exists():
+        whole = folder.resolve().parent.parent if folder.resolve().parent.name == PARTS else None
+        part = read_json(folder / PART)
+        return f"is part {part.get('part')} of {part.get('parts')}, to be merged with the others: {_merging(whole)}"
+    parts = _parts_of(folder)
+    if (folder / WORK / BEGUN).exists() or (command_begun(folder) is not None and not parts):
+        return f"was begun and is not finished; run the same command again: {command_begun(folder)}"
+    if not parts:
+        return None
+    count = max(of for _, of in parts)
+    made = {number for (number, of), there in parts.items() if there and of == count}
+    if missing := sorted({*range(1, count + 1)} - made):
+        told = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        return (
+            f"holds {len(made)} finished parts of {count}; prepare part {told} with part={missing[0]}/{count}, then "
+            f"merge them: {_merging(folder)}"
+        )
+    return f"holds {count} parts that are not merged; merge them: {_merging(folder)}"
+
+
+def _merging(whole: Path | None) -> str:
+    return typed_command("launcher/data.py merge", [str(whole or "OUTPUT")], output=whole or "OUTPUT")
+
+
+def _parts_of(folder: Path) -> dict[tuple[int, int], bool]:
+    """Return (number, of how many) of the parts in a folder, each with whether it is finished."""
+    found = {}
+    for path in (folder / PARTS).iterdir() if (folder / PARTS).is_dir() else ():
+        if named := _PART_FOLDER.fullmatch(path.name):
+            found[int(named[1]), int(named[2])] = (path / PART).exists()
+    return found
