@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content
+from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content, misnamed
 from dsv3_megatron.data.prepare.inputs import InputFile, printable
 from dsv3_megatron.data.prepare.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
 from dsv3_megatron.data.prepare.lines import START, CutError, Lines
@@ -114,6 +114,10 @@ class SpanReader:
 
     def _rows(self) -> Iterator[Document | Lost]:
         file = self.span.file
+        if (why := self._misnamed()) is not None:
+            if not self.span.first:
+                yield Lost(self._path, None, why, rows=0, disk=file.size)
+            return
         layout = layout_of(file, self.text_field)
         if layout == "lines":
             yield from self._lines()
@@ -125,6 +129,12 @@ class SpanReader:
             self.foreign = True
         else:
             yield Lost(self._path, None, f"is {layout}; convert it to UTF-8", rows=0, disk=file.size)
+
+    def _misnamed(self) -> str | None:
+        try:
+            return misnamed(self.span.file)
+        except OSError as error:
+            return error.strerror or str(error)
 
     def _lines(self) -> Iterator[Document | Lost]:
         span = self.span
@@ -142,11 +152,8 @@ class SpanReader:
         self.disk, self.place, self.ended = self.lines.disk, self.lines.place, self.lines.ended
 
     def _line(self, number: int, line: bytes) -> Iterator[Document | Lost]:
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            yield Lost(self._path, number, f"byte {error.start} is not UTF-8", size=len(line))
-            return
+        # bytes that are not UTF-8 cost a row only where they are in its text
+        text = line.decode("utf-8", "surrogateescape")
         for value in line_values(text.lstrip("\ufeff\0").rstrip("\0")):
             rows = _rows_of(value)
             for row in rows:
@@ -243,9 +250,12 @@ class SpanReader:
 
     def _text(self) -> Iterator[Document | Lost]:
         file, data = self.span.file, b""
+        if (why := self._misnamed()) is not None:
+            yield Lost(self._path, None, why, size=file.size)
+            return
         try:
             data = content(file)
-            if encoding := _other_encoding(data[:4]):
+            if encoding := _other_encoding(data[:8]):
                 yield Lost(self._path, None, f"is {encoding}; convert it to UTF-8", size=len(data))
                 return
             text = data.decode("utf-8-sig")
@@ -296,11 +306,12 @@ def layout_of(file: InputFile, name: str) -> str:
                 break
     except TornError:
         pass  # told where the rows are read
-    if encoding := _other_encoding(head[:4]):
+    if encoding := _other_encoding(head[:8]):
         return encoding
     text = head.decode("utf-8", "replace").lstrip("\ufeff\0 \t\r\n")
     is_json = ".json" in (part.lower() for part in PurePath(file.path).suffixes[-2:])
-    if is_json and text and not re.search(re.escape(json.dumps(name)) + r"\s*:", text):
+    names = {json.dumps(name), json.dumps(name, ensure_ascii=False)}
+    if is_json and whole and text and not any(re.search(re.escape(each) + r"\s*:", text) for each in names):
         return "foreign"
     return _layout(text, whole)
 
@@ -335,10 +346,13 @@ def _value_ends_in(text: str) -> bool:
 
 
 def _other_encoding(head: bytes) -> str | None:
-    """Return the encoding of text that is no UTF-8, by its first four bytes: a mark, or the zeros of wide letters."""
+    """Return the encoding of text that is not UTF-8, by its first eight bytes: a mark, or the zeros of wide letters."""
+    zeros = [not byte for byte in head]
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
-    wide = len(head) == 4 and (head[0] == head[2] == 0 != head[1] or head[1] == head[3] == 0 != head[0])
+    if zeros in ([True, True, True, False] * 2, [False, True, True, True] * 2):
+        return "UTF-32"
+    wide = zeros[:4] in ([True, False] * 2, [False, True] * 2)
     return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 

@@ -80,7 +80,7 @@ def files_of(path: str | Path) -> Found:
 
     A link inside the input is followed to a file of a Hugging Face cache (``snapshots/...`` to ``blobs/...``), and to
     what is inside the input under a name that is not read by itself; every file is read once. Others are skipped.
-    Raises: DataError: there is no such input, nothing in it can be read, or it holds a file of a cache in two revisions.
+    Raises: DataError: there is no such input, nothing in it can be read, or it holds two revisions of a cache's file.
     """
     root = Path(path)
     shown = printable(root)

@@ -240,7 +240,7 @@ def test_a_torn_file_is_reported_by_one_of_its_pieces(tmp_path_factory, size, pe
             found += list(reader)
             lines = reader.lines if keeps else None
     *read, lost = found
-    assert isinstance(lost, Lost) and lost.rows == 1 and lost.line == len(read) + 1
+    assert isinstance(lost, Lost) and bool(lost.rows) != bool(lost.disk) and lost.line == len(read) + 1
     assert [(row.text, row.row) for row in read] == [(text, n) for n, text in enumerate(texts[: len(read)], 1)]
 
 
