@@ -122,6 +122,7 @@ class _Preparation:
         self.folder = self.output.folder
         self.inputs = [files_of(name) for name in options.inputs]
         check_distinct(options.inputs, self.inputs)
+        self.units = units_of(self.inputs, options.shard_tokens)
         self.tokenizer = Tokenizer.load(options.tokenizer)
         ahead.check(self.tokenizer, printable(options.tokenizer))
 
@@ -135,7 +136,7 @@ class _Preparation:
         with self.output.locked():
             made = self._finished(digest, fingerprint)  # by whoever had the lock
             if made is None:
-                done = self.output.begin(fingerprint, self.options.command)
+                done = self.output.begin(f"{digest} {fingerprint}", self.options.command)
                 self._encode(done)
                 done.sort(key=lambda task: task.key)
                 made = self._whole(done, digest, fingerprint) if self.options.part is None else self._part(done, digest)
@@ -159,7 +160,10 @@ class _Preparation:
         return None
 
     def _digests(self) -> tuple[str, str]:
-        """Return digests of what decides the shards: as every node sees it, and with the times of files on this one."""
+        """Return digests of what decides the shards: as every node sees it, and with the times of files on this one.
+
+        The first has the plan in it, too: tasks of another version, cut otherwise, must not be joined with these.
+        """
         names = [printable(given) for given in self.options.inputs]
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([self.options.kept, self.tokenizer.sha256, _source_names(tuple(names))]).encode())
@@ -168,6 +172,7 @@ class _Preparation:
             digest.update(f"{file.name}:{file.size}\n".encode())
             times.update(f"{Path(file.path).stat().st_mtime_ns}\n".encode())
         whole = hashlib.blake2b(digest.digest() + times.digest(), digest_size=16)
+        digest.update(json.dumps([(unit.source, len(unit.files), unit.piece_bytes) for unit in self.units]).encode())
         return digest.hexdigest(), whole.hexdigest()
 
     def _sources(self) -> list[Source]:
@@ -183,8 +188,7 @@ class _Preparation:
 
     def _encode(self, done: list[Done]) -> None:
         options = self.options
-        units = units_of(self.inputs, options.shard_tokens)
-        units = units if options.part is None else share_of(units, *options.part)
+        units = self.units if options.part is None else share_of(self.units, *options.part)
         total = sum(unit.size for unit in units)  # of a file that several parts read, all of it
         before = sum(task.counts.tokens for task in done)
         encoding = Encoding(

@@ -276,3 +276,19 @@ def test_parts_are_runs_of_the_plan_and_all_of_it(inputs):
             (u.source, u.number, n) for share in shares for u in share for n in range(u.pieces[0], u.pieces[1] or 1)
         ]
         assert dealt == pieces
+
+
+def test_tasks_that_another_version_has_cut_otherwise_are_not_joined(tmp_path, inputs, tokenizer, monkeypatch):
+    given = options(inputs, tmp_path / "out", tokenizer)
+    parts = [options(inputs, tmp_path / "parts", tokenizer, part=(n, 2)) for n in (1, 2)]
+    with monkeypatch.context() as killed:
+        killed.setattr("dsv3_megatron.data.prepare.shard.Finishing.run", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(given, workers=1)
+    prepare(parts[0], workers=1)
+    monkeypatch.setattr("dsv3_megatron.data.prepare.plan.BYTES_PER_TOKEN", 2)
+    with pytest.raises(DataError, match="another command began and did not finish"):
+        prepare(given, workers=1)
+    prepare(parts[1], workers=1)
+    with pytest.raises(DataError, match="part"):
+        merge([str(tmp_path / "parts")], tmp_path / "parts", memory=1 << 20, workers=1)
