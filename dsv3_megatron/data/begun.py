@@ -54,7 +54,7 @@ def unfinished(folder: str | Path) -> str | None:
     if missing := sorted({*range(1, count + 1)} - made):
         told = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         return (
-            f"holds {len(made)} finished parts of {count}; prepare part {told} with part={missing[0]}/{count}, then "
+            f"has {len(made)} of {count} parts finished; prepare part {told} too (part={missing[0]}/{count}), then "
             f"merge them: {_merging(folder)}"
         )
     return f"holds {count} parts that are not merged; merge them: {_merging(folder)}"

@@ -14,6 +14,7 @@ import os
 from pydantic import Field, PositiveInt
 
 from dsv3_megatron.data.prepare.pack import CACHE, pack_share, packed
+from dsv3_megatron.data.source.shard_folder import ShardFolder
 from launcher.command_line.arguments import Arguments, takes
 from launcher.data_commands.lengths import FIM_RATE, LENGTH, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of
@@ -38,7 +39,8 @@ def main(given: PackArguments) -> int:
     """Pack; return the exit code."""
     number, parts = part_of(given.part) or (1, 1)
     for settings in ahead_of(given.sequence_length, given.fim_rate).settings(given.data, given.cache):
-        place = pack_share(settings, (number, parts), given.workers)
+        place = ShardFolder.of(settings).choose_place()
+        pack_share(settings, place, (number, parts), given.workers)
         try:
             print(packed(settings, place))
         except DataError:

@@ -94,7 +94,7 @@ def _folders(inputs: Sequence[str], output: Path) -> list[Path]:
             raise DataError(f"input = {given} is no folder that launcher/prepare_data.py wrote; name one")
     for folder in found:
         if not (folder / PART).exists() and not (folder / MANIFEST).exists():
-            raise DataError(f"input = {folder} {unfinished(folder) or 'is empty; remove it'}")
+            raise DataError(f"input = {folder} {unfinished(folder) or 'is no part and no finished folder; remove it'}")
     seen: set[Path] = set()
     for folder in found:
         if folder.resolve() in seen:

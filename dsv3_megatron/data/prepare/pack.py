@@ -54,28 +54,28 @@ class PackAhead:
 
         Raises: DataError: it cannot be written there, or a shard is damaged.
         """
-        for settings in self.settings(folder, cache=folder):  # never elsewhere: a full disk is to be said
+        for settings in self.settings(folder):
             tell(f"packing into sequences of {settings.sequence_length:,} tokens")
-            packed(settings, pack_share(settings, (1, 1), workers))
+            beside = ShardFolder.of(settings).beside  # never elsewhere: that the disk is full is to be said
+            pack_share(settings, beside, (1, 1), workers)
+            packed(settings, beside)
 
     def results(self, folder: str | Path) -> list[str]:
         """Return what :meth:`make` has made, a line for each length."""
         return [packed(settings, ShardFolder.of(settings).beside) for settings in self.settings(folder)]
 
 
-def pack_share(settings: DataSettings, part: tuple[int, int], workers: int) -> Path:
+def pack_share(settings: DataSettings, place: Path, part: tuple[int, int], workers: int) -> None:
     """Make one part of the packings that a run with ``settings`` reads; :func:`packed` says when all are there.
 
     Args:
+        place: folder of the packings.
         part: its number from 1, and how many there are: several nodes make one each.
-    Returns: the folder of the packings.
     Raises: DataError: a shard is damaged, or the place cannot be written.
     """
-    place = ShardFolder.of(settings).choose_place()
     number, parts = part
     shares = [((number - 1) * workers + worker, parts * workers) for worker in range(workers)]
     in_processes(partial(_make_share, settings, place), shares, workers)
-    return place
 
 
 def packed(settings: DataSettings, place: Path) -> str:

@@ -121,6 +121,70 @@ def test_a_part_that_is_missing_twice_or_of_another_whole_is_refused(tmp_path, i
     refused("no folder that launcher/prepare_data.py wrote", str(tmp_path))
 
 
+def test_an_unfinished_folder_says_what_it_is(tmp_path, inputs, tokenizer):
+    out = tmp_path / "out"
+
+    def reads(folder, says):
+        with pytest.raises(DataError, match=says):
+            read_manifest(folder)
+
+    made = prepare(options(inputs, out, tokenizer, part=(2, 3)), workers=1)
+    assert made.part == 2
+    merging = rf"python launcher/data.py merge input={out} output={out}$"
+    reads(out / "parts/002_of_003", rf"002_of_003 is part 2 of 3, to be merged with the others: {merging}")
+    reads(out, rf"out has 1 of 3 parts finished; prepare part 1, 3 too \(part=1/3\), then merge them: {merging}")
+    for number in (1, 3):
+        prepare(options(inputs, out, tokenizer, part=(number, 3)), workers=1)
+    reads(out, rf"out holds 3 parts that are not merged; merge them: {merging}")
+    (out / "parts/003_of_003/part.json").unlink()
+    reads(out / "parts/003_of_003", r"is not finished; run the same command again: python .* part=3/3$")
+    with pytest.raises(DataError, match=r"input = .*003_of_003 was begun and is not finished; run the same command"):
+        merge([str(out)], str(out), memory=1 << 20, workers=1)
+    (tmp_path / "begun/.prepare").mkdir(parents=True)  # by a version that kept no command
+    reads(tmp_path / "begun", r"is not finished; run the same command again: launcher/prepare_data.py$")
+    (tmp_path / "other").mkdir()
+    reads(tmp_path / "other", r"other holds no manifest.json; name a folder that launcher/prepare_data.py wrote")
+
+
+def test_a_part_that_was_copied_without_its_tasks_is_refused(tmp_path, inputs, tokenizer):
+    for number in (1, 2):
+        prepare(options(inputs, tmp_path / "out", tokenizer, part=(number, 2)), workers=1)
+    work = tmp_path / "out/parts/002_of_002/.prepare"
+    journal = (work / "tasks.jsonl").read_text().splitlines(keepends=True)
+    for kept, says in ((journal[:-1], r"002_of_002 has \d+ of its \d+ documents"), ([], r"has 0 of its \d+ documents")):
+        (work / "tasks.jsonl").write_text("".join(kept))
+        with pytest.raises(DataError, match=says):
+            merge([str(tmp_path / "out")], str(tmp_path / "joined"), memory=1 << 20, workers=1)
+    (work / "tasks.jsonl").write_text("".join(journal))
+    shard = next(work.rglob("*.bin"))
+    shard.rename(tmp_path / "away")
+    with pytest.raises(DataError, match=rf"{shard} is missing; restore it, or prepare its folder anew"):
+        merge([str(tmp_path / "out")], str(tmp_path / "joined"), memory=1 << 20, workers=1)
+    (tmp_path / "away").rename(shard)
+    assert merge([str(tmp_path / "out")], str(tmp_path / "joined"), memory=1 << 20, workers=1).sources
+
+
+def test_what_is_merged_is_not_written_over(tmp_path, inputs, tokenizer):
+    def refused(says, *folders, output):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DataError, match=says):
+            merge([str(tmp_path / folder) for folder in folders], str(tmp_path / output), memory=1 << 20, workers=1)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    for number in (1, 2):
+        prepare(options(inputs, tmp_path / "farm", tokenizer, part=(number, 2)), workers=1)
+    parts = ["farm/parts/001_of_002", "farm/parts/002_of_002"]
+    refused("is a part of a preparation; name another folder", *parts, output=parts[0])
+    for output, some in (("a", inputs[:1]), ("b", inputs[1:])):
+        prepare(options(some, tmp_path / output, tokenizer), workers=1)
+    refused("is one of the inputs, and finished; name another folder", "a", "b", output="a")
+    refused("is finished already, of something else; name another folder", *parts, output="a")
+    first = merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "ab"), memory=1 << 20, workers=1)
+    again = merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "ab"), memory=1 << 20, workers=1)
+    assert first == again, "done is done"
+    refused("is finished already, of something else", "b", "a", output="ab")
+
+
 def test_folders_are_joined_by_source(tmp_path, inputs, tokenizer):
     for output, some in (("a", inputs[:1]), ("b", inputs[1:]), ("c", inputs[:1])):
         prepare(options(some, tmp_path / output, tokenizer), workers=1)

@@ -52,6 +52,11 @@ def restore(folder, state):
             (folder / name).write_bytes(content)
 
 
+def of_nobody(name):
+    """Return a name that this process gives to a file as one that is killed would have given it."""
+    return name.replace(f".{os.getpid()}.", f".{NOBODY}.")
+
+
 def without_locks(state):
     return {name: content for name, content in state.items() if not Path(name).name.startswith("lock")}
 
@@ -64,7 +69,7 @@ def states_of(folder):
     def look(event, args):
         watching = _watch.pop()
         try:
-            state = tree(folder)
+            state = {of_nobody(name): content for name, content in tree(folder).items()}
             if lock := state.get(".prepare/lock"):
                 state[".prepare/lock"] = json.dumps({**json.loads(lock), "process": NOBODY}).encode()
             if not states or states[-1] != state:
@@ -74,7 +79,7 @@ def states_of(folder):
                         states.append({**state, path: content[: len(content) // 2]})
                 opened.clear()
             if event == "open" and str(args[0]).startswith(f"{folder}/"):
-                opened.add(os.path.relpath(args[0], folder))
+                opened.add(of_nobody(os.path.relpath(args[0], folder)))
         finally:
             _watch.append(watching)
 

@@ -200,6 +200,17 @@ def test_too_many_bad_documents_stop_the_run(tmp_path, tokenizer):
         read_manifest(tmp_path / "out")
 
 
+def test_a_limit_that_was_passed_stays_passed_when_the_command_is_run_again(tmp_path, tokenizer):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n' + "no\n" * 4)
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for _ in range(3):  # each task alone is within it
+        with pytest.raises(DataError, match=r"more than max_bad = 5 documents could not be read"):
+            prepare(options(inputs, tmp_path / "out", tokenizer, max_bad=5), workers=1)
+    made = prepare(options(inputs, tmp_path / "out", tokenizer, max_bad=8), workers=1)
+    assert [source.bad for source in made.sources] == [4, 4]
+
+
 def test_an_output_of_other_options_is_refused_and_a_finished_one_is_left(tmp_path, tokenizer):
     write_rows(tmp_path / "rows.jsonl", [document(n) for n in range(20)])
     first = prepare(options([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer), workers=1)

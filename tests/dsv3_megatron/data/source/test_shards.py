@@ -240,6 +240,23 @@ def test_ids_lie_as_megatron_core_writes_them(vocab_size):
     assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size)).newbyteorder("<")
 
 
+@pytest.mark.parametrize("vocab_size", [65_499, 129_280])
+def test_a_shard_is_to_the_byte_what_megatron_core_writes(tmp_path, vocab_size):
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    chance = np.random.default_rng(7)
+    documents = [chance.integers(0, vocab_size, size=length) for length in (5, 1, 300, 2)]
+    documents.append(np.asarray([0, vocab_size - 1]))
+    write_shard(tmp_path, "ours", documents, vocab_size=vocab_size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        builder.add_document(torch.from_numpy(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
 def test_origins_lie_beside_the_shard_one_a_document(folder):
     stored = np.load(folder / "a/train_00001.origin.npy")
     assert stored.dtype == ORIGIN and stored.tolist() == [(0, 4), (0, 4), (2, 0)]
