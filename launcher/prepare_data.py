@@ -10,12 +10,14 @@ sequence_length=4096 the documents are packed too, and a run of that length star
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
+from dsv3_megatron.data.mixture.phases import MixtureCurve
 from dsv3_megatron.data.prepare.inputs import printable
 from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
@@ -71,8 +73,10 @@ def main(given: PrepareArguments) -> int:
         weights = tuple(float(w) for w in given.weights.strip("[]").split(",")) if given.weights else None
     except ValueError:
         raise RecipeError(f"weights = {given.weights} are not numbers; write one for each input: 0.3,0.7") from None
-    if weights is not None and (len(weights) != len(inputs) or not min(weights) > 0):
-        raise RecipeError(f"weights = {given.weights}: give {len(inputs)} numbers above 0, one for each input")
+    if weights is not None:
+        if len(weights) != len(inputs) or not all(0 < weight < math.inf for weight in weights):
+            raise RecipeError(f"weights = {given.weights}: give {len(inputs)} numbers above 0, one for each input")
+        MixtureCurve.constant(dict(zip(map(printable, inputs), weights)), key="weights")  # as training will
     common = set(PrepareOptions.__dataclass_fields__) - {"inputs", "weights", "part"}
     options = PrepareOptions(
         inputs=inputs, weights=weights, part=part_of(given.part), **given.model_dump(include=common)

@@ -21,7 +21,7 @@ from dsv3_megatron.data.prepare.plan import text_bytes
 from dsv3_megatron.data.tokenizer import Tokenizer
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
-from launcher.data_commands.words import path_list
+from launcher.data_commands.words import path_list, tell
 from parallel.errors import DataError
 from parallel.units import parse_count
 
@@ -60,7 +60,7 @@ def main(given: TokenizerArguments) -> int:
     left_out = f"; {found.lost:,} not readable" if found.lost else ""
     print(f"{printable(given.output)}: {tokenizer.vocab_size:,} tokens learned from {learned}{left_out}")
     if found.first:
-        print(f"    such as {found.first}", file=sys.stderr)
+        tell(f"    such as {found.first}")
     return 0
 
 

@@ -1,5 +1,16 @@
 """What a user can cause. The lowest package holds these so that every other can raise them."""
 
+from __future__ import annotations
+
+import re
+
+_BREAKS_LINES = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def one_line(text: str) -> str:
+    """Return a text that is quoted as given, such as the name of a file, so that it can't break a line in two."""
+    return _BREAKS_LINES.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class UserError(Exception):
     """A mistake a user can fix. The message is one line: field and value, why it cannot be, what to do."""
@@ -8,8 +19,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        text = super().__str__().replace("\n", "\\n")  # values are quoted as given, and the message stays one line
-        return f"{self.kind}: {text}"
+        return f"{self.kind}: {one_line(super().__str__())}"
 
 
 class RankFault(Exception):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -31,9 +33,20 @@ def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> 
         if speaks:
             print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         sys.stderr.close()
         return 0
+
+
+def _reader_left() -> bool:
+    """Return whether the reader of what is printed, such as head, has enough: other pipes may break too."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or no file
+            poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 class SilentReporter:

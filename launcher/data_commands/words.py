@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dsv3_megatron.data.source.shards import Source
-from parallel.errors import RecipeError
+from parallel.errors import RecipeError, one_line
 from parallel.units import show_bytes
 
 _QUOTES = "'\""
@@ -15,7 +15,7 @@ _QUOTES = "'\""
 
 def tell(line: str) -> None:
     """Tell a person what is no result."""
-    print(line, file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
 
 
 def path_list(text: str, key: str = "input") -> tuple[str, ...]:

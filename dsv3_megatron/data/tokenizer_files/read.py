@@ -21,6 +21,7 @@ from parallel.errors import DataError
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tiktoken.model", "tokenizer.model")  # the first that a folder has is read
+_POINTER = "version https://git-lfs."
 MOST_TOKENS = 1 << 24  # no embedding has so many rows
 # Letters with and apart from their accents, ligatures, full width, blanks in a row and at the end, line breaks, rare
 # characters: what a normaliser changes, and what a vocabulary without bytes does not know.
@@ -64,18 +65,47 @@ def read_engine(path: Path) -> tuple[Engine, tuple[str, ...]]:
     if path.suffix == ".model":
         return convert(path, PROBE), ()
     try:
-        content = json.loads(text := path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(_POINTER):
+            raise DataError(
+                f"tokenizer {path} is a pointer of Git LFS to the file; fetch the file itself: git lfs pull"
+            )
+        content = json.loads(text)
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise ValueError("it holds no tokenizer's model")
         off = _switch_off(content)
         engine = Engine.from_str(json.dumps(content) if off else text)
-    except Exception as error:  # the library raises bare Exception
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and where it panics not even that
         raise DataError(f"tokenizer {path} cannot be read ({error}); name a Hugging Face tokenizer.json") from None
-    for token in content.get("added_tokens") or ():
-        if (found := engine.token_to_id(token["content"])) != token["id"]:
-            raise DataError(
-                f"tokenizer {path} says that {token['content']} is token {token['id']}, but the tokenizers library "
-                f"reads {found}: ids before it have no token; give them tokens of their own"
-            )
+    _check_ids(path, engine, content)
     return engine, tuple(f"tokenizer {path}: {line}" for line in off)
+
+
+def _check_ids(path: Path, engine: Engine, content: dict[str, Any]) -> None:
+    """Raise DataError where an id has two tokens, or an added token another id than its file says."""
+    names: dict[int, str] = {}
+    for name, number in engine.get_vocab().items():
+        if (other := names.setdefault(number, name)) != name:
+            first, second = sorted((other, name))
+            raise DataError(
+                f"tokenizer {path}: tokens {first!r} and {second!r} both have the id {number}; give each its own"
+            )
+    vocabulary = content["model"].get("vocab")
+    for token in content.get("added_tokens") or ():
+        name, number = token["content"], token["id"]
+        if (found := engine.token_to_id(name)) == number:
+            continue
+        if isinstance(vocabulary, dict) and name in vocabulary:
+            why = f"in its vocabulary it is token {vocabulary[name]}; write that"
+        elif number in names:
+            why = f"that id is {names[number]!r}; give it another"
+        else:
+            why = "ids before it have no token; give them tokens of their own"
+        raise DataError(
+            f"tokenizer {path} says that {name} is token {number}, but the tokenizers library reads {found}: {why}"
+        )
 
 
 def _switch_off(content: dict[str, Any]) -> list[str]:

@@ -112,6 +112,21 @@ def moved(content):
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 70_100, "content": "<late>"})
 
 
+def doubled(content):
+    """Two tokens of one id: the library takes it, and cannot read what it writes."""
+    vocabulary = content["model"]["vocab"]
+    *_, before, last = sorted(vocabulary, key=vocabulary.get)
+    vocabulary[last] = vocabulary[before]
+
+
+def word_again(content):
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 380, "content": "def", "special": False})
+
+
+def taken(content):
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 300, "content": "<new>"})
+
+
 def word_piece():
     engine = Engine(models.WordPiece(unk_token="[UNK]"))
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
@@ -143,7 +158,20 @@ REFUSED = {
     "bytes that are missing": (lambda c: byte_level(alphabet=False).to_str(), "no token for .* of the 243 bytes"),
     "blanks thrown away": (lambda c: cutting().to_str(), "loses text"),
     "no end": (lambda c: byte_level(special=()).to_str(), "no token that ends a document; name it as eos_token"),
-    "no tokenizer": (lambda c: "[1]", "cannot be read"),
+    "no tokenizer": (lambda c: "[1]", "cannot be read .it holds no tokenizer"),
+    "an object of something else": (lambda c: '{"version": "1.0"}', "cannot be read .it holds no tokenizer"),
+    "no model": (lambda c: '{"model": null}', "cannot be read .it holds no tokenizer"),
+    "a pointer to it": (
+        lambda c: "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "Git LFS .*pull",
+    ),
+    "two tokens of one id": (lambda c: saved_content(c, doubled), "'.*' and '.*' both have the id 321"),
+    "a word added under another id": (lambda c: saved_content(c, word_again), "def is token 380.* vocabulary .*it is "),
+    "an added token of an id that is taken": (lambda c: saved_content(c, taken), "<new> is token 300.*that id is "),
+    "one that the library panics at": (
+        lambda c: saved_content(c, lambda content: content["model"].update(continuing_subword_prefix="####")),
+        "cannot be read",
+    ),
 }
 
 

@@ -1,0 +1,47 @@
+"""What ends a command, and lines that stay lines whatever stands in them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launcher import prepare_data
+from launcher.command_line.console import guarded
+from launcher.data_commands.words import tell
+from parallel.errors import DataError, RecipeError
+
+
+def test_a_reader_that_has_enough_is_no_failure():
+    code = (
+        "import sys; from launcher.command_line.console import guarded\n"
+        "sys.exit(guarded(lambda _: [print('x' * 1000) for _ in range(10_000)] and 5))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0 and b"Traceback" not in process.stderr.read()
+
+
+def test_a_pipe_that_broke_elsewhere_is_no_success():
+    """Such as the one to a process that was to help: the command has not done what it was asked for."""
+
+    def command(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        guarded(command)
+
+
+def test_control_characters_of_a_name_neither_break_a_line_nor_reach_the_terminal(capsys):
+    name = "new\nline\r\x1b[31m \u2028.jsonl\tb"
+    tell(f"{name}:1: is not JSON")
+    assert capsys.readouterr().err == "new\\nline\\r\\x1b[31m \\u2028.jsonl\tb:1: is not JSON\n"
+    assert str(DataError(name)) == "data: new\\nline\\r\\x1b[31m \\u2028.jsonl\tb"
+
+
+@pytest.mark.parametrize("weights", ["inf,1", "1,nan", "nan,1", "1e30,1", "0,1", "1", "-1,2", "a,b"])
+def test_weights_that_training_would_refuse_are_refused_before_preparing(tmp_path, weights):
+    words = [f"input={tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"output={tmp_path}/out", "tokenizer=none"]
+    with pytest.raises(RecipeError, match="^recipe: weights"):
+        prepare_data.main([*words, f"weights={weights}"])
