@@ -112,5 +112,5 @@ def _left_out(source: Source) -> list[str]:
     if source.ignored_files:
         found.append(f"{_counted(source.ignored_files, 'file')} of unknown kind")
     if source.skipped:
-        found.append(_counted(source.skipped, "link"))
+        found.append(f"{source.skipped:,} skipped (links, pipes, hidden files)")
     return found

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from dsv3_megatron.data.prepare.documents import Document, Lost, Span, SpanReader
+from dsv3_megatron.data.prepare.inputs import check_unchanged
 from dsv3_megatron.data.prepare.lines import Lines
 from dsv3_megatron.data.prepare.plan import Key, Task
 from dsv3_megatron.data.source.hashing import key_of
@@ -150,6 +151,7 @@ class _TaskWork:
                     raise StoppedError
                 upcoming = ahead.submit(next, batches, None)
                 self._take(batch)
+        check_unchanged(span.file for span in self.task.spans)  # before what was read of them counts
         for split in SPLITS:
             self._commit(split)
         assert self.last is not None

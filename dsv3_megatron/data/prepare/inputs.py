@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from parallel.errors import DataError
+from parallel.units import show_bytes
 
 Kind = Literal["rows", "table", "text"]
 ROWS, TABLE, TEXT = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt", ".md", ".rst", ".tex")
@@ -21,6 +24,7 @@ CODE = (
 )
 # fmt: on
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_AGAIN = "prepare again from inputs that stay as they are, into another folder"
 KNOWN = f"{', '.join((*ROWS, *TABLE, *TEXT))}, code"
 
 
@@ -33,6 +37,7 @@ class InputFile:
         name: what people read: the path inside its input, printable.
         number: from 0, among the files of its input.
         size: bytes on disk.
+        mtime_ns: when it was last written.
     """
 
     path: str
@@ -40,6 +45,7 @@ class InputFile:
     number: int
     kind: Kind
     size: int
+    mtime_ns: int
 
     @property
     def compressed(self) -> bool:
@@ -53,7 +59,7 @@ class Found:
 
     files: list[InputFile] = field(default_factory=list)
     ignored: int = 0  # files of unknown kind
-    skipped: list[str] = field(default_factory=list)  # links that are not followed, each with the reason
+    skipped: list[str] = field(default_factory=list)  # links, pipes and hidden files, each with the reason
 
 
 def printable(path: str | Path) -> str:
@@ -80,23 +86,53 @@ def files_of(path: str | Path) -> Found:
 
     A link inside the input is followed to a file of a Hugging Face cache (``snapshots/...`` to ``blobs/...``), and to
     what is inside the input under a name that is not read by itself; every file is read once. Others are skipped.
-    Raises: DataError: there is no such input, nothing in it can be read, or it holds two revisions of a cache's file.
+    Names that begin with a dot are not read. Raises: DataError: there is no such input, nothing in it can be read, it
+    holds something that this user may not read, or two revisions of a cache's file.
     """
     root = Path(path)
     shown = printable(root)
-    if not root.exists():
-        raise DataError(f"input = {shown} does not exist; name a file or a folder (a comma in a name is written \\,)")
-    if root.is_file():
-        kind = kind_of(root)
-        if kind is None:
-            raise DataError(f"input = {shown} is of no known kind; known are {KNOWN}")
-        return Found([InputFile(str(root), printable(root.name), 0, kind, root.stat().st_size)])
-    found = _walk(root)
+    try:
+        if not root.exists():
+            raise DataError(
+                f"input = {shown} does not exist; name a file or a folder (a comma in a name is written \\,)"
+            )
+        if root.is_file():
+            kind = kind_of(root)
+            if kind is None:
+                raise DataError(f"input = {shown} is of no known kind; known are {KNOWN}")
+            return Found([_file(root, printable(root.name), 0, kind)])
+        found = _walk(root)
+    except PermissionError as error:
+        name = printable(error.filename or root)
+        raise DataError(f"input = {shown}: {name} may not be read ({error.strerror}); change its permissions") from None
     _check_revisions(shown, found.files)
     if not found.files:
         skipped = f"; skipped: {found.skipped[0]}" if found.skipped else ""
         raise DataError(f"input = {shown} holds no file of a known kind ({KNOWN}){skipped}")
     return found
+
+
+def check_unchanged(files: Iterable[InputFile]) -> None:
+    """Raise DataError where a file is no longer what it was when it was found: some of it was read, and some not."""
+    for file in files:
+        name = printable(file.path)
+        try:
+            now = os.stat(file.path)
+        except OSError as error:
+            raise DataError(f"{name} is gone ({error.strerror}) while it was read; {_AGAIN}") from None
+        if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+            was, size = show_bytes(file.size), show_bytes(now.st_size)
+            raise DataError(f"{name} has changed while it was read (it had {was}, and has {size}); {_AGAIN}")
+
+
+def check_outside(output: str | Path, inputs: Iterable[str]) -> None:
+    """Raise DataError where the output is inside an input: what is written would be read."""
+    real = os.path.realpath(output)
+    for given in inputs:
+        if os.path.isdir(given) and _inside(real, os.path.realpath(given)):
+            raise DataError(
+                f"output = {printable(output)} is inside input = {printable(given)}; name a folder outside of it"
+            )
 
 
 def check_distinct(inputs: tuple[str, ...], found: list[Found]) -> None:
@@ -112,20 +148,43 @@ def check_distinct(inputs: tuple[str, ...], found: list[Found]) -> None:
                 raise DataError(f"input = {printable(given)} {which}; leave one out, and weigh it with weights")
 
 
+def _file(path: Path, name: str, number: int, kind: Kind) -> InputFile:
+    """Raises: PermissionError."""
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    found = path.stat()
+    return InputFile(str(path), name, number, kind, found.st_size, found.st_mtime_ns)
+
+
 def _walk(root: Path) -> Found:
+    """Raises: PermissionError."""
     found = Found()
     plain: dict[Path, Path] = {}  # name -> the file itself
     links, unknown = [], []
-    for folder, inner, names in os.walk(root):
-        for name in [*names, *(name for name in inner if Path(folder, name).is_symlink())]:
+    for folder, inner, names in os.walk(root, onerror=_refuse):
+        for name in [each for each in inner if each.startswith(".")]:
+            found.skipped.append(f"{printable(Path(folder, name).relative_to(root))}: a hidden folder")
+            inner.remove(name)
+        inner.sort()
+        for name in sorted([*names, *(name for name in inner if Path(folder, name).is_symlink())]):
             path = Path(folder, name)
-            if path.is_symlink():
-                links.append(path)
-            elif path.is_file():  # no socket or pipe
-                if kind_of(path) is None:
-                    unknown.append(path)
+            shown = printable(path.relative_to(root))
+            if name.startswith("."):
+                if kind_of(path):
+                    found.skipped.append(f"{shown}: a hidden file")
                 else:
-                    plain[path] = path
+                    found.ignored += 1
+            elif path.is_symlink():
+                links.append(path)
+            elif not path.is_file():
+                if kind_of(path):
+                    found.skipped.append(f"{shown}: not a file, but a pipe, a socket or a device")
+                else:
+                    found.ignored += 1
+            elif kind_of(path) is None:
+                unknown.append(path)
+            else:
+                plain[path] = path
     real = os.path.realpath(root)
     taken = {os.path.realpath(path) for path in plain}
     for link in sorted(links):
@@ -141,8 +200,7 @@ def _walk(root: Path) -> Found:
     for number, path in enumerate(sorted(plain)):
         kind = kind_of(path)
         assert kind is not None, path
-        name = printable(path.relative_to(root))
-        found.files.append(InputFile(str(path), name, number, kind, plain[path].stat().st_size))
+        found.files.append(_file(path, printable(path.relative_to(root)), number, kind))
     found.ignored += sum(os.path.realpath(path) not in taken for path in unknown)
     return found
 
@@ -159,6 +217,10 @@ def _check_revisions(shown: str, files: list[InputFile]) -> None:
                     f"input = {shown} holds two revisions of {printable(name)}, {printable(other)} and "
                     f"{printable(revision)}; name one, as input={printable(before)}/snapshots/{printable(revision)}"
                 )
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _not_followed(link: Path, target: str, root: str, taken: set[str]) -> str | None:

@@ -30,7 +30,7 @@ class Part(BaseModel):
         sources: before anything is counted.
         counted: with the counts of this part. Copies are found when parts are merged, and only then is something held
             out of small sources.
-        skipped: links of the input that were not followed.
+        skipped: what of the input was not read, each with the reason.
     """
 
     part: int

@@ -18,7 +18,7 @@ from dsv3_megatron.data.begun import PART, folder_of_part, typed_command
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Done, Encoding, check_limits
 from dsv3_megatron.data.prepare.farm import encode_all
 from dsv3_megatron.data.prepare.finish import Finishing, add_counts, write_files
-from dsv3_megatron.data.prepare.inputs import check_distinct, files_of, printable
+from dsv3_megatron.data.prepare.inputs import check_distinct, check_outside, check_unchanged, files_of, printable
 from dsv3_megatron.data.prepare.output import Output, Part
 from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.prepare.plan import share_of, units_of
@@ -120,6 +120,7 @@ class _Preparation:
         self.options, self.workers, self.ahead, self.progress, self.tell = options, workers, ahead, progress, tell
         self.output = Output(options.folder)
         self.folder = self.output.folder
+        check_outside(options.output, options.inputs)
         self.inputs = [files_of(name) for name in options.inputs]
         check_distinct(options.inputs, self.inputs)
         self.units = units_of(self.inputs, options.shard_tokens)
@@ -138,6 +139,7 @@ class _Preparation:
             if made is None:
                 done = self.output.begin(f"{digest} {fingerprint}", self.options.command)
                 self._encode(done)
+                check_unchanged(file for found in self.inputs for file in found.files)  # since a task has read them
                 done.sort(key=lambda task: task.key)
                 made = self._whole(done, digest, fingerprint) if self.options.part is None else self._part(done, digest)
             if isinstance(made, Manifest):
@@ -147,7 +149,11 @@ class _Preparation:
 
     def _finished(self, digest: str, fingerprint: str) -> Manifest | Part | None:
         """Return what an earlier run of the same has finished. Raises DataError where it was another."""
-        if (self.folder / MANIFEST).exists():
+        try:
+            there = (self.folder / MANIFEST).exists()
+        except PermissionError as error:
+            raise DataError(f"output = {self.folder} may not be read ({error.strerror}); name another") from None
+        if there:
             manifest = read_manifest(self.folder)
             if manifest.options.get("fingerprint") != fingerprint:
                 raise self.output.other()
@@ -170,7 +176,7 @@ class _Preparation:
         times = hashlib.blake2b(json.dumps([names, self.options.part]).encode(), digest_size=16)
         for file in (file for found in self.inputs for file in found.files):
             digest.update(f"{file.name}:{file.size}\n".encode())
-            times.update(f"{Path(file.path).stat().st_mtime_ns}\n".encode())
+            times.update(f"{file.mtime_ns}\n".encode())
         whole = hashlib.blake2b(digest.digest() + times.digest(), digest_size=16)
         digest.update(json.dumps([(unit.source, len(unit.files), unit.piece_bytes) for unit in self.units]).encode())
         return digest.hexdigest(), whole.hexdigest()

@@ -85,7 +85,7 @@ class Source(BaseModel):
     bad_bytes: int = Field(0, description="in those rows and texts")
     torn: int = Field(0, description="places from which on a file could not be read")
     torn_bytes: int = Field(0, description="on disk, from there on: nobody knows how many rows they held")
-    skipped: int = Field(0, description="links that are not followed")
+    skipped: int = Field(0, description="links that are not followed, pipes, hidden files and folders")
     shards: dict[Split, Totals] = Field(default_factory=_no_shards)
 
 

@@ -116,7 +116,9 @@ def test_one_bad_cell_of_a_table_costs_one_row(tmp_path):
     assert (lost.rows, lost.line, lost.size) == (1, 7, 2)
 
 
-@pytest.mark.parametrize("encoding", ["utf-32-le", "utf-32-be", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-32-le", "utf-32-be", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("name", ["rows.jsonl", "page.txt"])
 def test_another_encoding_is_named(tmp_path, encoding, name):
     (tmp_path / name).write_bytes("\n".join(ROWS).encode(encoding))

@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
+from dsv3_megatron.data.prepare.farm import encode_all
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.shard_table import open_table
 from dsv3_megatron.data.source.shards import open_shard
@@ -213,3 +214,95 @@ def test_names_that_are_no_text_and_names_with_commas_are_read(tmp_path, tokeniz
     manifest = prepared(tmp_path, tokenizer, folder)
     assert manifest.sources[0].documents == 60 and "a,b.jsonl:1" in manifest.bad_examples[0]
     manifest.model_dump_json().encode()
+
+
+def test_what_is_no_file_or_hidden_is_skipped_and_reported(tmp_path, tokenizer):
+    folder = tmp_path / "in"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "._a.jsonl").write_bytes(b"\0\5\x16\7")
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.py").write_text("x = 1")
+    os.mkfifo(folder / "b.jsonl")
+    os.mkfifo(folder / "pipe")
+    manifest = prepared(tmp_path, tokenizer, folder)
+    (source,) = manifest.sources
+    assert (source.documents, source.skipped, source.ignored_files) == (60, 3, 1)
+    assert sorted(manifest.bad_examples) == [
+        "._a.jsonl: a hidden file",
+        ".ipynb_checkpoints: a hidden folder",
+        "b.jsonl: not a file, but a pipe, a socket or a device",
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_refused_before_work_begins(tmp_path, tokenizer):
+    check_what_may_not_be_read(tmp_path, tokenizer)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_what_somebody_else_may_not_read_is_refused_before_work_begins(tmp_path, tokenizer):
+    for folder in (tmp_path, *tmp_path.parents[:2], tokenizer.parent):
+        folder.chmod(0o755)
+    tmp_path.chmod(0o777)
+    os.seteuid(65534)
+    try:
+        check_what_may_not_be_read(tmp_path, tokenizer)
+    finally:
+        os.seteuid(0)
+
+
+def check_what_may_not_be_read(tmp_path, tokenizer):
+    folder = tmp_path / "in"
+    (folder / "locked").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "locked" / "c.jsonl").write_bytes(LINES)
+    (folder / "locked").chmod(0)
+    for given in (folder, folder / "locked" / "c.jsonl"):
+        with pytest.raises(DataError, match=r"input = .*locked.* may not be read \(Permission denied\)"):
+            prepared(tmp_path, tokenizer, given)
+    (folder / "locked").chmod(0o700)
+    (folder / "locked" / "c.jsonl").chmod(0)
+    with pytest.raises(DataError, match=r"c.jsonl may not be read \(Permission denied\); change its permissions"):
+        prepared(tmp_path, tokenizer, folder)
+    (tmp_path / "out").mkdir(mode=0)
+    with pytest.raises(DataError, match="output = .*out may not be read"):
+        prepared(tmp_path, tokenizer, folder / "a.jsonl")
+    (tmp_path / "out").chmod(0o700)
+
+
+def test_an_output_inside_an_input_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(DataError, match=r"output = .*/out is inside input = .*; name a folder outside of it"):
+        prepared(tmp_path, tokenizer, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["gone", "replaced", "longer", "cut"])
+def test_an_input_that_changes_while_it_is_read_is_an_error(tmp_path, tokenizer, change, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINES)
+
+    def changed(*arguments, **keys):
+        if change == "gone":
+            path.unlink()
+        else:
+            path.write_bytes({"replaced": LINES[::-1], "longer": LINES * 2, "cut": LINES[:-700]}[change])
+        return encode_all(*arguments, **keys)
+
+    monkeypatch.setattr("dsv3_megatron.data.prepare.shard.encode_all", changed)
+    with pytest.raises(DataError, match=r"rows.jsonl (is gone|has changed) .*while it was read.*into another folder"):
+        prepared(tmp_path, tokenizer, path)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_input_that_changes_after_its_task_is_an_error(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINES)
+
+    def changed(*arguments, **keys):
+        encode_all(*arguments, **keys)
+        path.write_bytes(LINES * 2)
+
+    monkeypatch.setattr("dsv3_megatron.data.prepare.shard.encode_all", changed)
+    with pytest.raises(DataError, match=r"rows.jsonl has changed while it was read"):
+        prepared(tmp_path, tokenizer, path)
