@@ -87,7 +87,11 @@ def main(given: PrepareArguments) -> int:
     def progress(done: int, total: int, tokens: int) -> None:
         line.update(done, total, f"{show_count(tokens)} tokens")
 
-    made = prepare(options, workers=given.workers, ahead=ahead, progress=progress, tell=tell)
+    def tell_beside(said: str) -> None:
+        line.close()
+        tell(said)
+
+    made = prepare(options, workers=given.workers, ahead=ahead, progress=progress, tell=tell_beside)
     line.close()
     print("\n".join(source_lines(made.counted if isinstance(made, Part) else made.sources)))
     for example in made.bad_examples:
@@ -99,7 +103,8 @@ def main(given: PrepareArguments) -> int:
         return 0
     for warning in warnings(made.sources, given.held_out):
         tell(f"    {warning}")
-    print("".join(f"{line}\n" for line in ahead.results(given.output)), end="")
+    for packed in ahead.results(given.output):
+        print(packed)
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
     return 0
 

@@ -154,9 +154,10 @@ class ProgressLine:
         self._show(f"{done}/{count} files, {show_bytes(size_bytes)}, {show_bytes(rate)}/s", last=done == count)
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Leave the line as it is; what is shown after it gets a line of its own."""
         if self._open:
             print(file=sys.stderr)
+            self._open = False
 
     def _rate(self, done: int) -> float:
         if self._start_bytes is None:

@@ -47,6 +47,7 @@ def main(given: MergeArguments) -> int:
     print("\n".join(source_lines(manifest.sources)))
     for line in (*manifest.bad_examples, *warnings(manifest.sources, float(str(manifest.options["held_out"])))):
         tell(f"    {line}")
-    print("".join(f"{line}\n" for line in ahead.results(given.output)), end="")
+    for packed in ahead.results(given.output):
+        print(packed)
     print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
     return 0

@@ -85,7 +85,10 @@ def packed(settings: DataSettings, place: Path) -> str:
     """
     folder, files = ShardFolder.of(settings), OpenFiles()
     folder.seal(place)
-    sequences = sum(int(OpenPacking(packing, files).sequences[-1]) for packing in folder.packings(place))
+    packings = folder.packings(place)
+    for packing in packings:
+        packing.tidy()  # sealing does it too, unless a kill came between
+    sequences = sum(int(OpenPacking(packing, files).sequences[-1]) for packing in packings)
     return f"{sequences:,} sequences of {settings.sequence_length:,} tokens in {place}"
 
 

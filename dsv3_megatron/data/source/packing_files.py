@@ -165,8 +165,13 @@ class PackingFiles:
             np.save(file, index)
             file.flush()
             os.fsync(file.fileno())
-        for left in self._base.glob(f"{self.split}*.partial"):  # by makers that were killed
-            left.unlink(missing_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what makers that were killed have left, of a packing that is ready: nobody needs it any more."""
+        for left in self._base.glob(f"{self.split}*.partial"):
+            with suppress(OSError):  # a folder that cannot be written is read all the same
+                left.unlink(missing_ok=True)
 
     def _counts(self, number: int) -> np.ndarray | None:
         """Return (pieces, sequences) of the shards of a .pack file; None where it is not there, or torn."""

@@ -220,3 +220,21 @@ def test_merging_folders_killed_after_any_step(place, tmp_path, every):
         f"python launcher/data.py merge input={folders[0]},{folders[1]},{folders[2]} output={out}",
         every,
     )
+
+
+@pytest.mark.full
+def test_a_command_that_resumes_can_be_killed_too(place, tmp_path):
+    out = tmp_path / "out"
+    for number in (1, 2):
+        prepared(place, "ab", out, part=(number, 2))
+    with states_of(out) as states:
+        joined([out], out, AHEAD)
+    whole = tree(out)
+    for number in range(0, len(states), 23):
+        restore(out, states[number])
+        with states_of(out) as later:
+            joined([out], out, AHEAD)
+        for second in range(0, len(later), 9):
+            restore(out, later[second])
+            joined([out], out, AHEAD)
+            assert tree(out) == whole, f"killed after step {number}, and after step {second} of what resumed"
