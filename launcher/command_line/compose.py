@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.overrides import quoted
-from launcher.command_line.recipe_files import GROUPS, RECIPES, options, own_folders
+from launcher.command_line.recipe_files import GROUPS, RECIPES, check_numbers, options, own_folders
 from launcher.command_line.schema import dotted, nearest, unknown_key
 from parallel.errors import RecipeError
 
@@ -47,6 +47,8 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     if stored:
         return _from_file(Path(stored[-1].partition("=")[2]), [o for o in overrides if o not in stored])
     folders = own_folders(_searchpath(overrides))
+    for file in (file for folder in folders for group in GROUPS for file in sorted((folder / group).glob("*.yaml"))):
+        check_numbers(file)
     overrides = [_checked(override, folders) for override in overrides]
     if folders:
         overrides = _with_searchpath(overrides, folders)
@@ -127,6 +129,7 @@ def load_resolved(path: Path) -> Recipe:
         raise RecipeError(
             f"{path} does not exist; name the directory of a run that was started by launcher/pretrain.py"
         )
+    check_numbers(path)
     try:
         return build(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError) as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import yaml
 
 from parallel.errors import RecipeError
 
@@ -41,6 +44,42 @@ def own_folders(searchpath: Sequence[str] = ()) -> list[Path]:
                 if shipped.is_file() and shipped.read_bytes() != file.read_bytes():
                     raise RecipeError(f"{file} has the name of a shipped file ({shipped}) and differs; rename it")
     return folders
+
+
+def check_numbers(file: Path) -> None:
+    """Refuse numbers of a recipe file that YAML 1.1 reads otherwise than people: by sixties, and by eights.
+
+    Raises: RecipeError: naming the first one, its line, and what to write.
+    """
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # whoever reads the file says so
+    for key, node in _plain_scalars(root, ""):
+        text = node.value
+        by_eights = re.fullmatch(r"[-+]?0[0-7_]+", text) is not None
+        if ":" not in text and not by_eights:
+            continue
+        read = yaml.safe_load(text)
+        if isinstance(read, str) or (by_eights and read == int(text)):
+            continue
+        name = key.rpartition(".")[2]
+        mend = f"write {'' if name.isdecimal() else f'{name}: '}'{text}'"
+        mend += f", or {int(text)} without the zero in front" if by_eights else " in quotes"
+        place = f"{file}:{node.start_mark.line + 1}"
+        raise RecipeError(f"{place}: {key} = {text} is the number {read} to YAML; {mend}")
+
+
+def _plain_scalars(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """Yield the values without quotes that YAML takes for numbers, with their dotted keys."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _plain_scalars(value, f"{key}.{name.value}".lstrip("."))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _plain_scalars(value, f"{key}.{index}".lstrip("."))
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.endswith((":int", ":float")):
+        yield key, node
 
 
 def options(group: str, folders: Sequence[Path] | None = None) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import dsv3
 from launcher.command_line import start_ranks, typed
-from launcher.command_line.compose import compose
+from launcher.command_line.compose import compose, resolved_yaml
 from launcher.command_line.recipe_files import RECIPES, options
 from launcher.command_line.start_ranks import split_torchrun, world_size
 from parallel.errors import UserError
@@ -108,6 +108,41 @@ def test_a_file_of_ones_own_never_silently_loses_to_a_shipped_one(tmp_path, monk
     own.write_text("name: bf16\n")
     with pytest.raises(UserError, match="has the name of a shipped file"):
         compose(["recipe=dsv3_tiny"])
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("time_limit: 4:00:00", "time_limit = 4:00:00 is the number 14400 to YAML; write time_limit: '4:00:00'"),
+        ("slurm: {memory: 1:30}", "slurm.memory = 1:30 is the number 90 to YAML; write memory: '1:30'"),
+        ("slurm: {setup: [echo, 010]}", "slurm.setup.1 = 010 is the number 8 to YAML; write '010', or 10 without"),
+        ("slurm:\n  memory: 0_20", "slurm.memory = 0_20 is the number 16 to YAML"),
+    ],
+)
+def test_a_number_that_yaml_reads_otherwise_than_people_is_refused_by_its_line(tmp_path, monkeypatch, line, says):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "recipes" / "cluster" / "ours.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"name: ours\nnodes: 2\ngpus_per_node: 4\n{line}\n")
+    for words in (["recipe=dsv3_tiny", "cluster=ours"], ["recipe=dsv3_tiny"]):
+        with pytest.raises(UserError) as caught:
+            compose(words)
+        assert f"{own}:{line.count(chr(10)) + 4}: {says}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_that_mean_the_same_to_yaml_and_to_people_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "recipes" / "cluster" / "ours.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("name: ours\nnodes: 02\ngpus_per_node: 4\ntime_limit: '4:00:00'\nslurm: {memory: 4_000}\n")
+    recipe = compose(["recipe=dsv3_tiny", "cluster=ours"])
+    assert (recipe.cluster.nodes, recipe.cluster.time_limit, recipe.cluster.slurm.memory) == (2, "4:00:00", "4000")
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(resolved_yaml(recipe))
+    assert compose([f"recipe={resolved}"]).cluster == recipe.cluster
+    resolved.write_text(resolved_yaml(recipe).replace("'4:00:00'", "4:00:00"))
+    with pytest.raises(UserError, match="cluster.time_limit = 4:00:00 is the number 14400 to YAML"):
+        compose([f"recipe={resolved}"])
 
 
 def test_what_is_installed_names_its_commands_dsv3(monkeypatch):
