@@ -131,7 +131,7 @@ def _parse(here: str, line: str) -> Origin | SampleRange:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        raise DataError(f"{here} is no JSON: {_short(line)}; {_FORM}") from None
+        raise DataError(f"{here} is not JSON: {_short(line)}; {_FORM}") from None
     if isinstance(value, dict) and ("samples" in value) != ({"source", "file", "row"} <= value.keys()):
         if "samples" in value and (found := _sample_range(value["samples"])):
             return found

@@ -71,10 +71,11 @@ def source_lines(sources: Sequence[Source]) -> list[str]:
     for source in sources:
         splits = {split: totals.tokens for split, totals in source.shards.items()}
         shards = sum(totals.shards for totals in source.shards.values())
-        made = f"{splits['train']:,} training and {splits['held_out']:,} held-out tokens in {shards:,} shards"
+        made = f"{splits['train']:,} training and {splits['held_out']:,} held-out tokens in {_counted(shards, 'shard')}"
+        read = f"{_counted(source.documents, 'document')} of {_counted(source.files, 'file')}"
         lines.append(
-            f"{source.name}: {source.documents:,} documents of {source.files:,} files, {show_bytes(source.text_bytes)} "
-            f"-> {made if shards else f'{source.tokens:,} tokens'}"
+            f"{source.name}: {read}, {show_bytes(source.text_bytes)} -> "
+            f"{made if shards else f'{source.tokens:,} tokens'}"
         )
         if left_out := _left_out(source):
             lines.append(f"    left out: {', '.join(left_out)}")
@@ -93,6 +94,10 @@ def warnings(sources: Sequence[Source], held_out: float) -> list[str]:
     return lines
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _left_out(source: Source) -> list[str]:
     found = []
     if source.duplicates:
@@ -102,10 +107,10 @@ def _left_out(source: Source) -> list[str]:
     if source.bad:
         found.append(f"{source.bad:,} not readable ({show_bytes(source.bad_bytes)})")
     if source.torn:
-        places = "place" if source.torn == 1 else "places"
-        found.append(f"{show_bytes(source.torn_bytes)} on disk in {source.torn:,} damaged {places}")
+        places = _counted(source.torn, "damaged place")
+        found.append(f"{show_bytes(source.torn_bytes)} on disk in {places}")
     if source.ignored_files:
-        found.append(f"{source.ignored_files:,} files of unknown kind")
+        found.append(f"{_counted(source.ignored_files, 'file')} of unknown kind")
     if source.skipped:
-        found.append(f"{source.skipped:,} links")
+        found.append(_counted(source.skipped, "link"))
     return found

@@ -55,7 +55,7 @@ def test_folders_that_were_prepared_each_by_itself_are_joined(place, tmp_path, c
     words = [f"input={tmp_path}/out0,{tmp_path}/out1", f"output={tmp_path}/joined"]
     assert data.main(["merge", *words]) == 0
     said = capsys.readouterr().out
-    assert counts == [70, 70] and said.count("70 documents of 1 files") == 2 and "train on it: " in said
+    assert counts == [70, 70] and said.count("70 documents of 1 file,") == 2 and "train on it: " in said
 
 
 def test_packing_beforehand_in_parts_is_what_a_run_takes(place, tmp_path, capsys):

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content
+from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content, misnamed
 from dsv3_megatron.data.prepare.inputs import InputFile, printable
 from dsv3_megatron.data.prepare.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
+from dsv3_megatron.data.prepare.lines import START, CutError, Lines
 
 _HEAD_BYTES = 1 << 20
 _TABLE_ROWS = 1024  # of a table read at a time
-_START = Place()
+
+Unit = Literal["line", "value", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Lost:
 
     Args:
         line: from 1; None = the whole file.
+        unit: what ``line`` counts.
         rows: how many documents, where that is known.
         size: bytes of those rows.
         disk: bytes on disk that held nobody knows how many rows.
@@ -57,9 +60,13 @@ class Lost:
     rows: int = 1
     size: int = 0
     disk: int = 0
+    unit: Unit = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}{'' if self.line is None else f':{self.line}'}: {self.why}"
+        if self.line is None:
+            return f"{self.path}: {self.why}"
+        where = f":{self.line}" if self.unit == "line" else f", {self.unit} {self.line:,}"
+        return f"{self.path}{where}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,15 @@ class Span:
     file: InputFile
     first: int = 0
     stop: int | None = None
-    place: Place = _START
+    place: Place = START
 
 
 @dataclass
 class SpanReader:
     """Reads the documents of a span; once, in order.
+
+    Args:
+        lines: of the reader before this one, which may have unpacked some of the file already.
 
     ``ended``: nothing of the file follows the span. ``place``: the last from where reading can begin. ``disk``: bytes
     of the file that were read. ``foreign``: the file, by its content, holds no documents.
@@ -88,9 +98,10 @@ class SpanReader:
 
     span: Span
     text_field: str
+    lines: Lines | None = None
     ended: bool = field(default=True, init=False)
     foreign: bool = field(default=False, init=False)
-    place: Place = field(default=_START, init=False)
+    place: Place = field(default=START, init=False)
     disk: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Document | Lost]:
@@ -103,6 +114,10 @@ class SpanReader:
 
     def _rows(self) -> Iterator[Document | Lost]:
         file = self.span.file
+        if (why := self._misnamed()) is not None:
+            if not self.span.first:
+                yield Lost(self._path, None, why, rows=0, disk=file.size)
+            return
         layout = layout_of(file, self.text_field)
         if layout == "lines":
             yield from self._lines()
@@ -115,65 +130,34 @@ class SpanReader:
         else:
             yield Lost(self._path, None, f"is {layout}; convert it to UTF-8", rows=0, disk=file.size)
 
-    def _lines(self) -> Iterator[Document | Lost]:
+    def _misnamed(self) -> str | None:
         try:
-            for number, line in self._numbered():
+            return misnamed(self.span.file)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def _lines(self) -> Iterator[Document | Lost]:
+        span = self.span
+        if self.lines is None or not self.lines.can_read(span.file, span.first, span.place):
+            self.lines = Lines(span.file, span.place)
+        try:
+            for number, line in self.lines.read(span.first, span.stop):
+                self.disk = self.lines.disk
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip(b" \t\r\n\0"):
                     yield from self._line(number, line)
-        except _CutError as cut:
+        except CutError as cut:
             yield self._torn(cut.torn, cut.number, cut.line)
-
-    def _numbered(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (number, line) of the lines that begin inside the span. Raises _CutError where the file is torn."""
-        first, stop, self.place = self.span.first, self.span.stop, self.span.place
-        at, number = self.place.content, self.place.lines + 1  # of the line that is being put together
-        parts: list[bytes] = []
-        skipping = first > at  # until the first line that begins at ``first`` or later
-        try:
-            for chunk in chunks(self.span.file, self.place.disk):
-                data, here = chunk.data, at + sum(map(len, parts))
-                self.disk = chunk.disk
-                if chunk.member is not None and (stop is None or here < stop):
-                    self.place = Place(chunk.member, here, number - 1)
-                if skipping:
-                    cut = data.find(b"\n", max(0, first - 1 - at)) + 1
-                    number += data.count(b"\n", 0, cut or len(data))
-                    at += cut or len(data)
-                    if not cut:
-                        continue
-                    data, skipping = data[cut:], False
-                lines = data.split(b"\n")
-                parts.append(lines.pop(0))
-                while lines:
-                    if stop is not None and at >= stop:
-                        break
-                    line = b"".join(parts)
-                    yield number, line
-                    number, at, parts = number + 1, at + len(line) + 1, [lines.pop(0)]
-                if stop is not None and at >= stop:
-                    self.ended = False
-                    return
-        except TornError as torn:
-            if not skipping:  # else a span before this one tells
-                raise _CutError(torn, number, b"".join(parts)) from None
-            return
-        if line := b"".join(parts):
-            yield number, line
+        self.disk, self.place, self.ended = self.lines.disk, self.lines.place, self.lines.ended
 
     def _line(self, number: int, line: bytes) -> Iterator[Document | Lost]:
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            yield Lost(self._path, number, f"byte {error.start} is not UTF-8", size=len(line))
-            return
+        # bytes that are not UTF-8 cost a row only where they are in its text
+        text = line.decode("utf-8", "surrogateescape")
         for value in line_values(text.lstrip("\ufeff\0").rstrip("\0")):
-            if isinstance(value, list) and value and isinstance(value[0], dict):
-                for row in value:
-                    yield self._row(row, number, len(line) // len(value))
-            else:
-                yield self._row(value, number, len(line))
+            rows = _rows_of(value)
+            for row in rows:
+                yield self._row(row, number, len(line) // len(rows))
 
     def _values(self) -> Iterator[Document | Lost]:
         stream, number = ValueStream(), 0
@@ -188,28 +172,30 @@ class SpanReader:
             text = decoder.decode(b"" if chunk is None else chunk.data, final=chunk is None)
             for value, size in stream.feed(text, final=chunk is None and torn is None):
                 number += 1
-                yield self._row(value, number, size)
+                yield self._row(value, number, size, "value")
             if chunk is None:
                 break
             self.disk = chunk.disk
         if torn is not None:
-            yield self._torn(torn, number + 1, stream.rest())
+            yield self._torn(torn, number + 1, stream.rest(), "value")
 
-    def _row(self, row: object, number: int, size: int) -> Document | Lost:
+    def _row(self, row: object, number: int, size: int, unit: Unit = "line") -> Document | Lost:
         try:
             text = text_of(row, self.text_field)
             return Document(text, text.encode(), self.span.file.number, number)
         except UnicodeEncodeError as error:
             lone = ord(error.object[error.start])
             why = "holds bytes that are not UTF-8" if 0xDC80 <= lone <= 0xDCFF else "holds half a surrogate pair"
-            return Lost(self._path, number, why, size=size)
+            return Lost(self._path, number, why, size=size, unit=unit)
         except ValueError as error:
-            return Lost(self._path, number, str(error), size=row.size if isinstance(row, Unreadable) else size)
+            size = row.size if isinstance(row, Unreadable) else size
+            return Lost(self._path, number, str(error), size=size, unit=unit)
 
-    def _torn(self, torn: TornError, number: int, rest: bytes) -> Lost:
+    def _torn(self, torn: TornError, number: int, rest: bytes, unit: Unit = "line") -> Lost:
         if (disk := self.span.file.size - torn.disk) > 0:
-            return Lost(self._path, number, f"{torn}; {disk:,} bytes on disk from here on", rows=0, disk=disk)
-        return Lost(self._path, number, str(torn), size=len(rest))
+            why = f"{torn}; {disk:,} bytes on disk from here on"
+            return Lost(self._path, number, why, rows=0, disk=disk, unit=unit)
+        return Lost(self._path, number, str(torn), size=len(rest), unit=unit)
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -247,25 +233,29 @@ class SpanReader:
                     groups[number].total_byte_size * (groups[number].num_rows - done) // max(1, groups[number].num_rows)
                 )
                 why = f"row group {number}: {_first_line(error)}"
-                yield Lost(self._path, before + done + 1, why, rows=groups[number].num_rows - done, size=size)
+                rows = groups[number].num_rows - done
+                yield Lost(self._path, before + done + 1, why, rows=rows, size=size, unit="row")
             self.disk = file.size * (number + 1) // len(groups)
 
     def _cell(self, value: object, number: int) -> Document | Lost:
         if not isinstance(value, bytes):
-            return self._row({self.text_field: value}, number, 0)
+            return self._row({self.text_field: value}, number, 0, "row")
         try:
             return Document(value.decode(), value, self.span.file.number, number)
         except UnicodeDecodeError as error:
             why = f"field {self.text_field!r}: byte {error.start} is not UTF-8"
-            return Lost(self._path, number, why, size=len(value))
+            return Lost(self._path, number, why, size=len(value), unit="row")
 
     # -- whole files ---------------------------------------------------------------------------------------------------
 
     def _text(self) -> Iterator[Document | Lost]:
         file, data = self.span.file, b""
+        if (why := self._misnamed()) is not None:
+            yield Lost(self._path, None, why, size=file.size)
+            return
         try:
             data = content(file)
-            if encoding := _other_encoding(data[:4]):
+            if encoding := _other_encoding(data[:8]):
                 yield Lost(self._path, None, f"is {encoding}; convert it to UTF-8", size=len(data))
                 return
             text = data.decode("utf-8-sig")
@@ -277,12 +267,16 @@ class SpanReader:
             yield Lost(self._path, None, str(torn), size=file.size)
 
 
-class _CutError(Exception):
-    """A torn file, with the line that the damage cuts."""
-
-    def __init__(self, torn: TornError, number: int, line: bytes):
-        super().__init__(str(torn))
-        self.torn, self.number, self.line = torn, number, line
+def _rows_of(value: object) -> list[object]:
+    """Return the rows that a value of a line stands for: elements of arrays, at any depth, that hold objects."""
+    rows, left = [], [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, list) and any(isinstance(row, dict | list) for row in value):
+            left += reversed(value)
+        else:
+            rows.append(value)
+    return rows
 
 
 def text_of(row: object, name: str) -> str:
@@ -291,6 +285,8 @@ def text_of(row: object, name: str) -> str:
         raise ValueError(row.why)
     if not isinstance(row, dict):
         raise ValueError(f"is {type(row).__name__}, not an object with a field {name!r}")
+    if not row:
+        raise ValueError(f"has no field {name!r}; it is empty")
     if name not in row:
         raise ValueError(f"has no field {name!r}; it has {', '.join(map(repr, list(row)[:6]))}")
     if not isinstance(row[name], str):
@@ -310,17 +306,18 @@ def layout_of(file: InputFile, name: str) -> str:
                 break
     except TornError:
         pass  # told where the rows are read
-    if encoding := _other_encoding(head[:4]):
+    if encoding := _other_encoding(head[:8]):
         return encoding
     text = head.decode("utf-8", "replace").lstrip("\ufeff\0 \t\r\n")
     is_json = ".json" in (part.lower() for part in PurePath(file.path).suffixes[-2:])
-    if is_json and text and not re.search(re.escape(json.dumps(name)) + r"\s*:", text):
+    names = {json.dumps(name), json.dumps(name, ensure_ascii=False)}
+    if is_json and whole and text and not any(re.search(re.escape(each) + r"\s*:", text) for each in names):
         return "foreign"
     return _layout(text, whole)
 
 
 def _layout(text: str, whole: bool) -> Literal["lines", "values"]:
-    if re.match(r"\[\s*\{", text):
+    if re.match(r"\[\s*[\[{]", text):
         return "values"
     line, newline, _ = text.partition("\n")
     if not newline and not whole:
@@ -329,7 +326,7 @@ def _layout(text: str, whole: bool) -> Literal["lines", "values"]:
     if len(values) != 1:
         return "values" if len(values) > 1 and not isinstance(values[0], Unreadable) else "lines"
     if isinstance(values[0], list):
-        return "values" if any(isinstance(row, dict) for row in values[0]) else "lines"
+        return "values" if any(isinstance(row, dict | list) for row in values[0]) else "lines"
     if not isinstance(values[0], Unreadable):
         return "lines"
     if line.strip() in ("[", "{"):
@@ -349,10 +346,13 @@ def _value_ends_in(text: str) -> bool:
 
 
 def _other_encoding(head: bytes) -> str | None:
-    """Return the encoding of text that is no UTF-8, by its first four bytes: a mark, or the zeros of wide letters."""
+    """Return the encoding of text that is not UTF-8, by its first eight bytes: a mark, or the zeros of wide letters."""
+    zeros = [not byte for byte in head]
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
-    wide = len(head) == 4 and (head[0] == head[2] == 0 != head[1] or head[1] == head[3] == 0 != head[0])
+    if zeros in ([True, True, True, False] * 2, [False, True, True, True] * 2):
+        return "UTF-32"
+    wide = zeros[:4] in ([True, False] * 2, [False, True] * 2)
     return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 

@@ -80,7 +80,7 @@ def files_of(path: str | Path) -> Found:
 
     A link inside the input is followed to a file of a Hugging Face cache (``snapshots/...`` to ``blobs/...``), and to
     what is inside the input under a name that is not read by itself; every file is read once. Others are skipped.
-    Raises: DataError: there is no such input, or nothing in it can be read.
+    Raises: DataError: there is no such input, nothing in it can be read, or it holds two revisions of a cache's file.
     """
     root = Path(path)
     shown = printable(root)
@@ -92,6 +92,7 @@ def files_of(path: str | Path) -> Found:
             raise DataError(f"input = {shown} is of no known kind; known are {KNOWN}")
         return Found([InputFile(str(root), printable(root.name), 0, kind, root.stat().st_size)])
     found = _walk(root)
+    _check_revisions(shown, found.files)
     if not found.files:
         skipped = f"; skipped: {found.skipped[0]}" if found.skipped else ""
         raise DataError(f"input = {shown} holds no file of a known kind ({KNOWN}){skipped}")
@@ -144,6 +145,20 @@ def _walk(root: Path) -> Found:
         found.files.append(InputFile(str(path), name, number, kind, plain[path].stat().st_size))
     found.ignored += sum(os.path.realpath(path) not in taken for path in unknown)
     return found
+
+
+def _check_revisions(shown: str, files: list[InputFile]) -> None:
+    """Raise DataError where a cache of Hugging Face's holds a file in two revisions: both would be read."""
+    seen: dict[tuple[str, str], str] = {}
+    for file in files:
+        before, snapshots, after = os.path.abspath(file.path).rpartition("/snapshots/")
+        if snapshots and os.path.isdir(f"{before}/blobs"):
+            revision, _, name = after.partition("/")
+            if (other := seen.setdefault((before, name), revision)) != revision:
+                raise DataError(
+                    f"input = {shown} holds two revisions of {printable(name)}, {printable(other)} and "
+                    f"{printable(revision)}; name one, as input={printable(before)}/snapshots/{printable(revision)}"
+                )
 
 
 def _not_followed(link: Path, target: str, root: str, taken: set[str]) -> str | None:

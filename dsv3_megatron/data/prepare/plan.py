@@ -17,8 +17,8 @@ from dsv3_megatron.data.prepare.inputs import Found, InputFile
 
 BYTES_PER_TOKEN = 4  # of text: a task makes about one shard
 UNPACKED_TIMES = 3  # what a compressed file grows by, about
-TASKS_AT_LEAST = 32  # of a corpus that is not tiny, so that there is work for all cores
-LEAST_BYTES = 16 << 20
+TASKS_AT_LEAST = 64  # of a corpus that is not tiny, so that there is work for all cores
+LEAST_BYTES = 4 << 20
 
 Key = tuple[int, int, int]  # source, unit, piece
 

@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="it is not UTF-8"):
         read_exclusion(tmp_path / "bytes")
-    with pytest.raises(DataError, match="line 1 is no JSON: {samples"):
+    with pytest.raises(DataError, match="line 1 is not JSON: {samples"):
         read_exclusion(written(tmp_path, "{samples: [1, 2]}"))
 
 

@@ -1,20 +1,24 @@
 """prepare_data over nodes and processes: parts, merging, copies on disk, something always held out, one at a time."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.prepare import compressed
 from dsv3_megatron.data.prepare.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
 from dsv3_megatron.data.prepare.encode import HASH
 from dsv3_megatron.data.prepare.inputs import files_of
+from dsv3_megatron.data.prepare.lines import Lines
 from dsv3_megatron.data.prepare.merge import merge
 from dsv3_megatron.data.prepare.plan import share_of, units_of
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
@@ -270,13 +274,61 @@ def test_pieces_of_a_file_hold_each_line_once_in_order(tmp_path_factory, texts, 
     packed = b"".join(gzip.compress(lines[a:b]) for a, b in pairwise(cuts))
     path.write_bytes(packed if path.suffix == ".gz" else lines)
     file = files_of(path).files[0]
+    workers, keeps = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    kept: list[Lines | None] = [None] * workers
     found, piece, ended, place = [], 0, False, Span(file).place
-    while not ended:
-        reader = SpanReader(Span(file, piece * size, (piece + 1) * size, place), "text")
-        found += list(reader)
-        piece, ended, place = piece + 1, reader.ended, reader.place
+    with mock.patch.object(compressed, "_READ_BYTES", data.draw(st.sampled_from([3, 50, 1 << 18]))):
+        while not ended:
+            worker = data.draw(st.integers(0, workers - 1))
+            reader = SpanReader(Span(file, piece * size, (piece + 1) * size, place), "text", kept[worker])
+            found += list(reader)
+            if keeps:
+                kept[worker] = reader.lines
+            piece, ended, place = piece + 1, reader.ended, data.draw(st.sampled_from([place, reader.place]))
     assert not any(isinstance(row, Lost) for row in found)
     assert [(row.text, row.row) for row in found] == [(text, n) for n, text in enumerate(texts, 1)]
+
+
+@settings(deadline=None, max_examples=examples(60))
+@given(st.integers(20, 400), st.integers(1, 100), st.booleans())
+def test_a_torn_file_is_reported_by_one_of_its_pieces(tmp_path_factory, size, percent, keeps):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl.gz"
+    texts = [f"{n} {hashlib.sha256(b'%d' % n).hexdigest()}" for n in range(40)]
+    packed = gzip.compress(rows(texts))
+    path.write_bytes(packed[: len(packed) * percent // 101])
+    file = files_of(path).files[0]
+    found, lines = [], None
+    with mock.patch.object(compressed, "_READ_BYTES", 64):
+        for piece in range(-(-len(rows(texts)) // size) + 1):
+            reader = SpanReader(Span(file, piece * size, (piece + 1) * size), "text", lines)
+            found += list(reader)
+            lines = reader.lines if keeps else None
+    *read, lost = found
+    assert isinstance(lost, Lost) and bool(lost.rows) != bool(lost.disk) and lost.line == len(read) + 1
+    assert [(row.text, row.row) for row in read] == [(text, n) for n, text in enumerate(texts[: len(read)], 1)]
+
+
+def test_a_worker_unpacks_a_file_once_however_many_pieces_it_reads(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    content = rows([f"{n} {hashlib.sha256(b'%d' % n).hexdigest()}" for n in range(20_000)])
+    path.write_bytes(gzip.compress(content))
+    file = files_of(path).files[0]
+    unpacked = 0
+
+    def counted(*arguments):
+        nonlocal unpacked
+        for chunk in compressed.chunks(*arguments):
+            unpacked += len(chunk.data)
+            yield chunk
+
+    lines, size, documents = None, len(content) // 20, 0
+    with mock.patch("dsv3_megatron.data.prepare.lines.chunks", counted):
+        for piece in range(0, 21, 2):  # every other one: another worker has those between
+            reader = SpanReader(Span(file, piece * size, (piece + 1) * size), "text", lines)
+            documents += sum(1 for _ in reader)
+            lines = reader.lines
+    assert documents == pytest.approx(10_000, abs=100)
+    assert unpacked <= len(content)
 
 
 def test_parts_are_runs_of_the_plan_and_all_of_it(inputs):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def test_a_truncated_file_keeps_its_whole_lines_and_is_counted(tmp_path, pack):
     path.write_bytes(path.read_bytes()[:-200])
     found, bad = bad_of(path)
     assert found == rows[: len(found)] and 100 < len(found) < 400
-    assert bad == [f":{len(found) + 1}: cut short: its last compressed stream has no end"]
+    assert bad[0].startswith(f":{len(found) + 1}: cut short: its last compressed stream has no end") and len(bad) == 1
 
 
 @settings(deadline=None, max_examples=examples(60))
@@ -188,12 +189,12 @@ def test_any_bytes_are_read_or_reported_but_never_crash(tmp_path_factory, data, 
     path = tmp_path_factory.mktemp("any") / name
     path.write_bytes(data)
     found, bad = bad_of(path)
-    assert found or bad or not data.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n\0")
+    assert found or bad or re.fullmatch(r"[\s\0\ufeff,\[\]]*", data.decode("utf-8", "replace"))
 
 
 def test_too_many_bad_documents_stop_the_run(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n' + "no\n" * 30)
-    with pytest.raises(DataError, match=r"max_bad = 5 .*rows.jsonl:2: is no JSON"):
+    with pytest.raises(DataError, match=r"max_bad = 5 .*rows.jsonl:2: is not JSON"):
         prepare(options([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer, max_bad=5), workers=1)
     with pytest.raises(DataError, match="is not finished"):
         read_manifest(tmp_path / "out")

@@ -116,7 +116,7 @@ def test_one_bad_cell_of_a_table_costs_one_row(tmp_path):
     assert (lost.rows, lost.line, lost.size) == (1, 7, 2)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-32-le", "utf-32-be", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "page.txt"])
 def test_another_encoding_is_named(tmp_path, encoding, name):
     (tmp_path / name).write_bytes("\n".join(ROWS).encode(encoding))
@@ -149,6 +149,20 @@ def test_links_of_a_hub_cache_are_followed_once(tmp_path):
         said = "; ".join(found.skipped)
         assert "a link out of the input" in said and "a link to nothing" in said and "a link to a folder" in said
         assert len(found.skipped) == (3 if root.name == "r1" else 4)
+
+
+def test_a_file_of_a_hub_cache_in_two_revisions_is_refused(tmp_path, monkeypatch):
+    cache = tmp_path / "datasets--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    for revision, row in (("r1", ROWS[0]), ("r2", ROWS[1])):
+        (cache / "snapshots" / revision / "data").mkdir(parents=True)
+        (cache / "blobs" / revision).write_text(row)
+        (cache / "snapshots" / revision / "data" / "rows.jsonl").symlink_to(f"../../../blobs/{revision}")
+    monkeypatch.chdir(cache)
+    for root in (tmp_path, cache, "snapshots"):
+        with pytest.raises(DataError, match=r"two revisions of data/rows.jsonl, r1 and r2; name one, as input="):
+            files_of(root)
+    assert read(cache / "snapshots" / "r2")[0] == [TEXTS[1]]
 
 
 @pytest.mark.parametrize(
@@ -190,5 +204,5 @@ def test_a_name_that_is_no_text_is_printed_and_kept(tmp_path, capfd, monkeypatch
     assert prepare_data.main([f"input=in/{name}", "output=out", "tokenizer=tokenizer.json", "workers=1"]) == 0
     told = capfd.readouterr()
     told.out.encode(), told.err.encode()
-    assert r"caf\xe9.jsonl:31: is no JSON" in told.err and "left out: 1 not readable (4 B)" in told.out
+    assert r"caf\xe9.jsonl:31: is not JSON" in told.err and "left out: 1 not readable (4 B)" in told.out
     assert json.loads((tmp_path / "out/00_caf_xe9/files.jsonl").read_text())["path"] == r"caf\xe9.jsonl"

@@ -43,6 +43,10 @@ def texts_of(tmp_path, manifest, tokenizer):
     return sorted(found)
 
 
+def nested(depth):
+    return b"[" * depth + b",".join(ROWS) + b"]" * depth + b"\n"
+
+
 HALF = len(ROWS) // 2
 SHAPES = {
     "plain.jsonl": LINES,
@@ -51,6 +55,9 @@ SHAPES = {
     "old_mac.jsonl": LINES.replace(b"\n", b"\r"),
     "windows.jsonl": LINES.replace(b"\n", b"\r\n"),
     "marked.jsonl": b"\xef\xbb\xbf" + LINES,
+    "arrays_in_an_array.json": b"[[" + b",".join(ROWS[:HALF]) + b"],\n[" + b",".join(ROWS[HALF:]) + b"]]",
+    "arrays_in_a_line.jsonl": b'{"text": ""}\n' + nested(2),
+    "deep_arrays.jsonl": b'{"text": ""}\n' + nested(700),
     "array.jsonl": b"[" + b",\n".join(ROWS) + b"]",
     "array.json": json.dumps([json.loads(row) for row in ROWS], indent=1).encode(),
     "c4.json.gz": gzip.compress(LINES),
@@ -74,6 +81,60 @@ def test_every_document_is_read(tmp_path, tokenizer, name):
     assert source.shards["held_out"].documents >= 1, "something is held out of a small corpus too"
 
 
+def test_bytes_that_are_not_utf8_in_another_field_cost_nothing(tmp_path, tokenizer):
+    rows = [row.replace(b"{", b'{"author": "Andr\xe9", ') for row in ROWS]
+    for name, break_ in (("lines.jsonl", b"\n"), ("joined.jsonl", b" ")):
+        (tmp_path / name).write_bytes(break_.join(rows))
+    manifest = prepared(tmp_path, tokenizer, tmp_path / "lines.jsonl", tmp_path / "joined.jsonl")
+    assert [(source.documents, source.bad) for source in manifest.sources] == [(60, 0)] * 2
+
+
+def test_a_json_file_whose_field_comes_late_or_is_not_ascii_is_read(tmp_path, tokenizer):
+    row = json.dumps({"id": 1, "about": "y" * 1000}).encode() + b"\n"
+    (tmp_path / "late.json").write_bytes(row * 600 + LINES)
+    manifest = prepared(tmp_path, tokenizer, tmp_path / "late.json")
+    (source,) = manifest.sources
+    assert (source.documents, source.bad, source.ignored_files) == (60, 600, 0)
+    (tmp_path / "cyrillic.json").write_bytes(LINES.replace(b'"text"', '"текст"'.encode()))
+    manifest = prepared(tmp_path / "другое", tokenizer, tmp_path / "cyrillic.json", field="текст")
+    assert manifest.sources[0].documents == 60
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("zst", zstandard.compress), ("bz2", bz2.compress)])
+def test_what_a_cut_stream_keeps_to_itself_is_counted_in_bytes(tmp_path, tokenizer, suffix, pack):
+    whole, cut = pack(LINES), pack(LINES * 3)
+    cut = cut[: len(cut) // 2]  # a block that gives nothing until it is whole
+    (tmp_path / f"rows.jsonl.{suffix}").write_bytes(whole + cut)
+    manifest = prepared(tmp_path, tokenizer, tmp_path / f"rows.jsonl.{suffix}")
+    (source,) = manifest.sources
+    assert (source.documents, source.bad, source.torn, source.torn_bytes) == (60, 0, 1, len(cut))
+    assert f"has no end; {len(cut):,} bytes on disk from here on" in manifest.bad_examples[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.jsonl", gzip.compress(LINES), "is gzip by its content; name it ...gz"),
+        ("rows.json", gzip.compress(LINES), "is gzip by its content; name it ...gz"),
+        ("text.txt", bz2.compress(LINES), "is bzip2 by its content; name it ...bz2"),
+        ("rows.jsonl", zstandard.compress(LINES), "is Zstandard by its content; name it ...zst"),
+        ("rows.jsonl.gz", lzma.compress(LINES), "is xz by its content; name it ...xz"),
+        ("rows.jsonl.gz", LINES, "is not gzip, as its name says; rename it"),
+        ("rows.jsonl", b"PK\3\4" + bytes(40), "is a zip archive by its content; unpack it"),
+        ("rows.jsonl", b"PAR1" + bytes(40), "is Parquet by its content; name it ...parquet"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_reported_as_what_it_is(tmp_path, tokenizer, name, content, says):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.jsonl").write_bytes(LINES)
+    (tmp_path / "in" / name).write_bytes(content)
+    manifest = prepared(tmp_path, tokenizer, tmp_path / "in")
+    (source,) = manifest.sources
+    assert (source.documents, source.ignored_files) == (60, 0)
+    assert manifest.bad_examples == [f"{tmp_path}/in/{name}: {says}"]
+    assert source.torn_bytes == len(content) or source.bad_bytes == len(content)
+
+
 def test_one_bad_row_of_a_table_costs_one_row(tmp_path, tokenizer):
     cells = [text.encode() for text in TEXTS]
     cells[7] = b"\xff\xfe bad"
@@ -82,14 +143,14 @@ def test_one_bad_row_of_a_table_costs_one_row(tmp_path, tokenizer):
     manifest = prepared(tmp_path, tokenizer, tmp_path / "t.parquet")
     (source,) = manifest.sources
     assert (source.documents, source.bad, source.bad_bytes) == (59, 1, len(cells[7]))
-    assert manifest.bad_examples == [f"{tmp_path}/t.parquet:8: field 'text': byte 0 is not UTF-8"]
+    assert manifest.bad_examples == [f"{tmp_path}/t.parquet, row 8: field 'text': byte 0 is not UTF-8"]
 
 
 @pytest.mark.parametrize(
     ("row", "why"),
     [
         (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
-        (b'{"text": "bad \xff"}', "is not UTF-8"),
+        (b'{"text": "bad \xff"}', "holds bytes that are not UTF-8"),
         (b'{"text": "half \\ud800"}', "surrogate"),
         (b'{"txt": "x"}', "has no field 'text'; it has 'txt'"),
         (b'{"text": 3}', "field 'text' is int, not text"),
