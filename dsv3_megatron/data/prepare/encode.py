@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from dsv3_megatron.data.prepare.plan import Key, Task
 from dsv3_megatron.data.source.hashing import key_of
 from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Split
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.processes import end_with_parent
 from parallel.errors import DataError
 
 BATCH_BYTES = 1 << 20  # of text that is encoded at a time
@@ -102,15 +100,7 @@ def start_worker(encoding: Encoding, stopping: Any, read: Any, tokens: Any) -> N
     os.environ["RAYON_NUM_THREADS"] = str(encoding.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if encoding.threads > 1 else "false"
     _worker.update(encoding=encoding, stopping=stopping, read=read, tokens=tokens)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Leave when the parent dies, however it dies: a worker would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def do_task(task: Task) -> Done:

@@ -110,7 +110,7 @@ def one_after_another(monkeypatch):
     for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # which a worker sets
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(farm, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(encode, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(encode, "end_with_parent", lambda: None)
     monkeypatch.setattr(finish, "_LINKS_AT_ONCE", 1)
 
 
