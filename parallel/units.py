@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -15,7 +16,7 @@ def parse_count(text: str | int | float) -> int:
     if isinstance(text, bool):
         raise ValueError(f"{text} is not a count")
     if isinstance(text, (int, float)):
-        if text < 0 or text != int(text):
+        if not math.isfinite(text) or text < 0 or text != int(text):
             raise ValueError(f"{text} is not a whole number of zero or more")
         return int(text)
     match = _QUANTITY.fullmatch(text)
@@ -27,6 +28,8 @@ def parse_count(text: str | int | float) -> int:
 def parse_bytes(text: str | int | float) -> int:
     """Return a size such as ``80GiB`` in bytes. Raises ValueError when it is none."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
+        if not math.isfinite(text) or text < 0:
+            raise ValueError(f"{text} is not a size; write a number with KiB, MiB, GiB or TiB, such as 80GiB")
         return int(text)
     match = _QUANTITY.fullmatch(str(text))
     if not match or match[2] not in BINARY:

@@ -26,6 +26,13 @@ class MixturePhase(BaseModel):
     at: dict[str, Weight] | None = Field(None, description="weights at the start, where not the last phase's end")
     to: dict[str, Weight] | None = Field(None, description="weights at the end of a linear phase")
 
+    @field_validator("until", mode="before")
+    @classmethod
+    def _no_truth(cls, until: object) -> object:
+        if isinstance(until, bool):
+            raise ValueError(f"{until} is not a count; write tokens, such as 469B")
+        return until
+
     @field_validator("until")
     @classmethod
     def _in_tokens(cls, until: str | int | float) -> str | int | float:

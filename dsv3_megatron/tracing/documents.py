@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dsv3_megatron.data.identity import other_text
 from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source.build import build
@@ -16,10 +17,11 @@ from parallel.errors import DataError
 class Tracer:
     """The samples of a run, as documents with names."""
 
-    def __init__(self, settings: DataSettings, *, vocab_size: int, seed: int):
+    def __init__(self, settings: DataSettings, *, vocab_size: int, seed: int, text: Mapping[str, Any] | None = None):
         """Read what a run of these settings reads.
 
-        Raises: DataError: the source has no documents with names, or as a run would be refused.
+        ``text``: which one it must be, as data/identity.py describes it; None = any.
+        Raises: DataError: the source has no documents with names, it is another text, or as a run would be refused.
         """
         if settings.source != "indexed":
             raise DataError(
@@ -27,6 +29,8 @@ class Tracer:
             )
         self._folder = ShardFolder.of(settings)
         self._data = build(settings, vocab_size=vocab_size, seed=seed, folder=self._folder)
+        if difference := other_text(text, self._data.identity):
+            raise DataError(f"this step reads {difference}; restore those, or name the folder: data.path=FOLDER")
 
     def sample(self, number: int, *, with_text: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the stretches of documents in sample ``number``, in order.

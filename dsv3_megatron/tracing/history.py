@@ -34,6 +34,7 @@ class StepRead:
         exclusion: what was left out in it.
         numbers: of its samples, in their order.
         notes: what a person should know, in a line each.
+        text: which one was read, as data/identity.py describes it; None where that is not known.
     """
 
     step: int | None
@@ -41,16 +42,18 @@ class StepRead:
     exclusion: Exclusion
     numbers: Sequence[int]
     notes: tuple[str, ...] = ()
+    text: dict[str, Any] | None = None
 
 
 @dataclass
 class _Start:
-    """A start of a run: from which step, what its recipe changed (key -> then, now), and the digest of what it leaves
-    out."""
+    """A start of a run: from which step, what its recipe changed (key -> then, now), the digest of what it leaves out,
+    and which text it reads."""
 
     step: int = 0
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     excluded: str | None = None
+    text: dict[str, Any] | None = None
 
 
 class History:
@@ -83,14 +86,15 @@ class History:
         """Return the step that has read sample ``number``, with that sample alone."""
         row, last = self._find(lambda row: self._samples_after(row) > number)
         if row is None:
-            recipe, exclusion = self._at(self._starts[-1] if self._starts else _Start())
+            recipe, exclusion = self._at(self._last)
             note = "" if last is None else f": {self._run.metrics} ends with step {last['step']}"
-            return StepRead(None, recipe, exclusion, [number], (f"no step has read sample {number:,} yet{note}",))
+            notes = (f"no step has read sample {number:,} yet{note}",)
+            return StepRead(None, recipe, exclusion, [number], notes, self._last.text)
         found = self._done(row)
         if number in found.numbers:
             return replace(found, numbers=[number])
         note = f"sample {number:,} was stepped over: excluded, or left behind by a roll-back, before step {row['step']}"
-        return StepRead(None, found.recipe, found.exclusion, [number], (*found.notes, note))
+        return replace(found, step=None, numbers=[number], notes=(*found.notes, note))
 
     def _find(self, wanted: Callable[[Row], bool]) -> tuple[Row | None, Row | None]:
         """Return the first row that is wanted (None: no row is), and the last row that was looked at."""
@@ -104,16 +108,20 @@ class History:
         start = self._start_of(row["step"])
         recipe, exclusion = self._at(start)
         numbers = numbers_before(self._samples_after(row), row["global_batch"], exclusion.samples)
-        return StepRead(row["step"], recipe, exclusion, numbers, self._notes_of(row))
+        return StepRead(row["step"], recipe, exclusion, numbers, self._notes_of(row), start.text)
 
     def _to_come(self, last: Row | None, step: int | None = None, tokens: int | None = None) -> StepRead:
         """Return what a later step will read, going on from the last one that is done."""
-        recipe, exclusion = self._at(self._starts[-1] if self._starts else _Start())
+        recipe, exclusion = self._at(self._last)
         at = Progress() if last is None else Progress(last["step"], last["tokens"], self._samples_after(last))
         done, notes = at.step, () if last is None else self._notes_of(last)
         found = foreseen(recipe, exclusion, at, step, tokens)
         note = f"{done:,} steps are done: this is what step {found.step:,} will read if none is rolled back"
-        return replace(found, notes=(*notes, note))
+        return replace(found, notes=(*notes, note), text=self._last.text)
+
+    @property
+    def _last(self) -> _Start:
+        return self._starts[-1] if self._starts else _Start()
 
     def _samples_after(self, row: Row) -> int:
         """Return the number from which on the step after a row reads."""
@@ -181,6 +189,7 @@ def _starts(run: RunDirectory) -> list[_Start]:
         elif name == "recipe_changed":
             coming.changes = event["changes"]
         elif name == "started":
+            coming.text = event.get("data")
             found.append(coming)
             coming = _Start()
         elif name == "excluded" and found:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv3_megatron.data.exclude import Exclusion
+from dsv3_megatron.data.identity import DataIdentity
 from dsv3_megatron.data.tasks.results import TaskResult
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.metrics.step_metrics import JsonLines, MetricsWriter, StepMetrics, append_event
@@ -46,8 +47,21 @@ class Journal:
         self._writers: list[MetricsWriter] = []
         self.files = ResilientFiles(self.event)
 
-    def open(self, parts: Parts, progress: Progress, resolved_recipe: str, *, finished: bool) -> None:
-        """Write what the run starts with, and open the writers; ``finished``: no step is left to do."""
+    def open(
+        self,
+        parts: Parts,
+        progress: Progress,
+        resolved_recipe: str,
+        *,
+        finished: bool,
+        text: DataIdentity | None = None,
+    ) -> None:
+        """Write what the run starts with, and open the writers.
+
+        Args:
+            finished: no step is left to do.
+            text: which one is read; None where samples are made from a seed.
+        """
         if not self.speaks:
             return
         layout, files = parts.layout, self.files
@@ -58,7 +72,7 @@ class Journal:
         if not finished:
             gone = self.directory.finished
             files.outages.attempt(str(gone), lambda: gone.unlink(missing_ok=True))
-        append_event(files, self.directory, "started", {})
+        append_event(files, self.directory, "started", {} if text is None else {"data": text.described()})
         self._writers = [
             self._lines,
             *open_writers(parts.recipe, layout, progress.step, progress.tokens, files, self._reporter.note),

@@ -118,7 +118,7 @@ def prepare_trainer(
     saver.saved_step = start.saved_step
     trainer = Trainer(parts, data, callbacks_of(parts, data, saver, tasks), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
-        journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished)
+        journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished, text=data.identity)
         journal.keep_tokenizer(data.tokenizer)
     return trainer
 

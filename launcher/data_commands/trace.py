@@ -8,7 +8,8 @@
 Prints a JSON object for each stretch of a document, in the order in which the step reads them: step, sample, source,
 file and row of the input, shard and document in it, offset and length in tokens, at (place in the sequence),
 rearranged (fill-in-the-middle), excluded. Such lines are what data.exclude=FILE takes. With run= the recipe is the one
-that the step was done with; other keys are overrides of a recipe, for which there is no run.
+that the step was done with, and data.path=FOLDER says where its shards are now; other keys are overrides of a recipe,
+for which there is no run.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class TraceArguments(Arguments):
 @takes_recipe(TraceArguments, __doc__)
 def main(given: TraceArguments, overrides: list[str]) -> int:
     """Print the documents; return the exit code."""
-    if given.run is not None and overrides:
-        raise RecipeError(f"{overrides[0]} has no effect beside run=, whose recipe tells all; leave one of them out")
+    moved = [word for word in overrides if word.startswith("data.path=")]
+    if given.run is not None and (others := [word for word in overrides if word not in moved]):
+        raise RecipeError(f"{others[0]} has no effect beside run=, whose recipe tells all; leave one of them out")
     recipe = compose(overrides) if given.run is None else load_resolved(given.run / "recipe.yaml")
     recipe.data.check_source()
     # torch, which a refused recipe need not wait for
@@ -76,7 +78,11 @@ def main(given: TraceArguments, overrides: list[str]) -> int:
     read = in_run(given.run) if given.run is not None else before_any_run()
     for note in read.notes:
         print(f"note: {note}", file=sys.stderr)
-    tracer = Tracer(read.recipe.data, vocab_size=read.recipe.model.vocab_size, seed=read.recipe.run.seed)
+    settings = read.recipe.data
+    if given.run is not None and moved:
+        settings = settings.model_copy(update={"path": moved[-1].partition("=")[2]})
+    seed, vocab_size = read.recipe.run.seed, read.recipe.model.vocab_size
+    tracer = Tracer(settings, vocab_size=vocab_size, seed=seed, text=read.text)
     for number in read.numbers:
         for piece in tracer.sample(number, with_text=given.text):
             print(json.dumps({"step": read.step, "sample": number, **piece}, ensure_ascii=False))

@@ -10,8 +10,8 @@ from dsv3_megatron.data.identity import DataIdentity, check_counted_in
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.samples import ORDER
 from dsv3_megatron.data.tokenizer import Tokenizer
-from launcher import evaluate
-from parallel.errors import CheckpointError
+from launcher import data, evaluate
+from parallel.errors import CheckpointError, DataError, RecipeError
 from testing.training.whole_runs import refusal, train
 
 
@@ -76,6 +76,38 @@ def test_shards_exchanged_at_their_place_are_seen_in_evaluating(place, tmp_path,
         shutil.rmtree(place / "shards")
         shutil.copytree(place / "one", place / "shards")
     assert evaluate.main([f"run={place / 'run'}"]) == 0
+
+
+def test_shards_exchanged_at_their_place_are_seen_in_tracing(place, tmp_path, capsys):
+    """The documents of others would be named as those that the step has read."""
+    run = f"run={place / 'run'}"
+    assert data.main(["trace", run, "step=1"]) == 0
+    read = capsys.readouterr().out
+    shutil.rmtree(place / "shards")
+    shutil.copytree(place / "other", place / "shards")
+    try:
+        for where in ("step=1", "sequence=0", "tokens=0", "sequence=100"):
+            with pytest.raises(
+                DataError, match=r"step reads shards .*, not shards .*name the folder: data.path=FOLDER"
+            ):
+                data.main(["trace", run, where])
+        assert data.main(["trace", run, "step=1", f"data.path={place / 'one'}"]) == 0
+        assert capsys.readouterr().out == read
+        with pytest.raises(RecipeError, match="data.fim_rate=0.1 has no effect beside run="):
+            data.main(["trace", run, "step=1", "data.fim_rate=0.1"])
+    finally:
+        shutil.rmtree(place / "shards")
+        shutil.copytree(place / "one", place / "shards")
+
+
+def test_each_start_of_a_run_is_traced_in_its_own_text(place, tmp_path):
+    assert refusal(again(place, tmp_path, "other", "data.allow_other=true")) is None
+    run = f"run={tmp_path / 'run'}"
+    for step, right, wrong in ((1, "one", "other"), (2, "other", "one")):
+        assert data.main(["trace", run, f"step={step}"]) == 0
+        assert data.main(["trace", run, f"step={step}", f"data.path={place / right}"]) == 0
+        with pytest.raises(DataError, match="this step reads shards"):
+            data.main(["trace", run, f"step={step}", f"data.path={place / wrong}"])
 
 
 def test_other_weights_begin_with_other_text_and_nothing_is_said(place, tmp_path):

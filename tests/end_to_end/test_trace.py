@@ -259,6 +259,14 @@ def test_places_are_named_by_step_tokens_or_sample(shards, tmp_path):
         (["run=RUN", "step=1", "run.seed=3"], ("run.seed=3 has no effect beside run=",)),
         (["step=0"], ("step = 0",)),
         (["run=nowhere", "step=1"], ("nowhere/recipe.yaml does not exist",)),
+        (
+            ["data=indexed", "data.path=SHARDS", "data.mixture=[{until: 1K, at: {zz: 1}}]", "step=1"],
+            ("data.mixture names zz, but the sources are: 00_a, 01_b, 02_c",),
+        ),
+        (
+            ["data=indexed", "data.path=SHARDS", "data.weights={zz: 1}", "step=1"],
+            ("data.weights names zz, but the sources are: 00_a, 01_b, 02_c",),
+        ),
         (["recipe=dsv3_tiny", "step=1"], ("data.source = stdlib keeps no names",)),
     ],
 )
@@ -267,7 +275,7 @@ def test_what_cannot_be_traced_is_one_line(shards, tmp_path_factory, words, part
     if not run.exists():
         train(1, keys(shards, run, "optim.global_batch=4", "run.steps=2"))
     with pytest.raises((RecipeError, DataError)) as caught:
-        main(["trace", *(word.replace("RUN", str(run)) for word in words)])
+        main(["trace", *(word.replace("RUN", str(run)).replace("SHARDS", f"{shards}/out") for word in words)])
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -1,5 +1,7 @@
 """Quantities as people write them."""
 
+import math
+
 import pytest
 
 from parallel.units import parse_bytes, parse_count, show_bytes, show_count, show_duration
@@ -12,7 +14,7 @@ def test_counts_are_read(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["5X", "", "-1", -1, 1.5, True, "T"])
+@pytest.mark.parametrize("text", ["5X", "", "-1", -1, 1.5, True, "T", math.inf, -math.inf, math.nan])
 def test_what_is_no_count_is_refused(text):
     with pytest.raises(ValueError, match="count|whole"):
         parse_count(text)
@@ -21,8 +23,9 @@ def test_what_is_no_count_is_refused(text):
 def test_sizes_are_read_and_shown():
     assert parse_bytes("80GiB") == 80 * 2**30
     assert show_bytes(80 * 2**30) == "80.0 GiB"
-    with pytest.raises(ValueError, match="80GiB"):
-        parse_bytes("80GB")
+    for wrong in ("80GB", math.inf, math.nan, -5):
+        with pytest.raises(ValueError, match="80GiB"):
+            parse_bytes(wrong)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5.0s"), (200, "3m 20s"), (7300, "2h 1m"), (187200, "2d 4h")])

@@ -47,31 +47,34 @@ class ShardFolder:
         self.table = open_table(path, self.manifest)
         self.tokenizer = Tokenizer.load(tokenizer or self.path / TOKENIZER)
         if self.tokenizer.sha256 != self.manifest.tokenizer_sha256:
+            given = f"data.tokenizer = {tokenizer}" if tokenizer else f"{self.path / TOKENIZER}"
+            fix = "set data.tokenizer=null" if tokenizer else "restore that"
             raise DataError(
-                f"data.tokenizer = {tokenizer or f'{path}/{TOKENIZER}'} is not the tokenizer that {path} was made "
-                "with; set data.tokenizer=null, or prepare the shards anew"
+                f"{given} is not the tokenizer that {path} was made with; {fix}, or prepare the shards again"
             )
         if not stored_alike(self.manifest.vocab_size, self.tokenizer.vocab_size):
             raise DataError(
                 f"data.path = {path} was prepared for {self.manifest.vocab_size} ids, and its tokenizer has ids up to "
                 f"{self.tokenizer.vocab_size - 1}, which do not fit what its files hold; prepare the shards anew"
             )
-        known = [source.name for source in self.manifest.sources if source.shards["train"].shards]
-        if unknown := [name for name in sources or () if name not in known]:
-            raise DataError(f"data.weights names {unknown[0]}, but the sources are: {', '.join(known)}")
         self.rule = rule(self.tokenizer)
 
     @classmethod
     def of(cls, settings: DataSettings) -> ShardFolder:
         """Return the folder of a recipe. Raises: DataError: as above, or its tokenizer lacks marks."""
         assert settings.path is not None, "check_source lets no shards without a folder through"
-        return cls(
+        folder = cls(
             settings.path,
             lambda tokenizer: packing_rule(settings.sequence_length, settings.fim_rate, tokenizer, settings.path),
             cache=settings.cache,
             tokenizer=settings.tokenizer,
             sources=None if (given := mixture_of_recipe(settings)) is None else given.names,
         )
+        known = [source.name for source in folder.manifest.sources if source.shards["train"].shards]
+        if unknown := [name for name in folder.sources or () if name not in known]:
+            key = "weights" if settings.mixture is None else "mixture"
+            raise DataError(f"data.{key} names {unknown[0]}, but the sources are: {', '.join(known)}")
+        return folder
 
     @property
     def beside(self) -> Path:

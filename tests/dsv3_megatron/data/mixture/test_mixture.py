@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dsv3_megatron.data.mixture import order
 from dsv3_megatron.data.mixture.blend import Blend
@@ -275,6 +276,11 @@ def test_a_mixture_belongs_to_shards_and_stands_alone():
     indexed = DataSettings(source="indexed", path="x", mixture=phases)
     with pytest.raises(DataError, match="data.mixture names a, but the sources are: b, c"):
         mixture_of(indexed, {"b": (None, 5), "c": (None, 6)})
+
+
+def test_true_is_no_count_of_tokens():
+    with pytest.raises(ValidationError, match="True is not a count"):
+        MixturePhase(until=True, at={"a": 1})
 
 
 def test_without_a_mixture_the_manifest_decides():
