@@ -225,7 +225,7 @@ def link_or_copy(old: Path, new: Path) -> None:
 
 
 def _missing(file: Path) -> DataError:
-    return DataError(f"{file} is missing; restore it, or prepare its folder anew")
+    return DataError(f"{file} is missing; restore it, or prepare its folder again")
 
 
 @dataclass(frozen=True)

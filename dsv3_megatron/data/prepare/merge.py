@@ -195,7 +195,7 @@ def _tasks_of(folder: Path, part: Part) -> list[Done]:
         counts = [sum(source.documents for source in sources) for sources in (found, part.counted)]
         raise DataError(
             f"input = {folder} has {counts[0]:,} of its {counts[1]:,} documents in {WORK}, which must be copied with "
-            "it; restore that, or prepare the part anew"
+            "it; restore that, or prepare the part again"
         )
     return tasks
 
@@ -205,7 +205,7 @@ def _read_part(folder: Path) -> Part:
         return Part.model_validate_json((folder / PART).read_text())
     except (ValidationError, ValueError, OSError) as error:
         raise DataError(
-            f"{folder / PART} cannot be read ({str(error).splitlines()[0]}); prepare the part anew"
+            f"{folder / PART} cannot be read ({str(error).splitlines()[0]}); prepare the part again"
         ) from None
 
 

@@ -161,12 +161,12 @@ class PackedShards:
             raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
         tokens = np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
         if len(tokens) != size:
-            raise DataError(f"{path} ends within document {piece.document}; restore it or prepare the folder anew")
+            raise DataError(f"{path} ends within document {piece.document}; restore it or prepare the folder again")
         unsigned = tokens.view(f"<u{dtype.itemsize}")  # in which a negative id is a large one
         if int(unsigned.max()) >= packing.vocab_size:
             raise DataError(
                 f"{path} has token {tokens[unsigned.argmax()]} in document {piece.document}, none of the tokenizer's "
-                f"{packing.vocab_size} ids; restore it or prepare the folder anew"
+                f"{packing.vocab_size} ids; restore it or prepare the folder again"
             )
         return tokens
 

@@ -99,7 +99,7 @@ def _origins(folder: str | Path, table: ShardTable, shard: int) -> np.ndarray:
     path = Path(folder) / f"{row.name}.origin.npy"
     if row.origin_sha256 is None:
         raise DataError(f"{folder} does not say where its documents come from: it is of an older version; prepare it "
-                        "anew")  # fmt: skip
+                        "again")  # fmt: skip
     return _loaded(str(path), row.origin_sha256, row.documents)
 
 
@@ -109,7 +109,7 @@ def _loaded(path: str, sha256: bytes, documents: int) -> np.ndarray:
     try:
         found = np.load(path, mmap_mode="r")  # of which a page is read, or as many as a search takes
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder anew") from None
+        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder again") from None
     if len(found) != documents:
         raise DataError(f"{path} has {len(found)} rows, the table says {documents} documents; restore it")
     return found
@@ -123,7 +123,7 @@ class _Files:
             self._data = Path(path).read_bytes()
         except OSError as error:
             raise DataError(
-                f"{path} cannot be read ({error.strerror}); restore it or prepare the folder anew"
+                f"{path} cannot be read ({error.strerror}); restore it or prepare the folder again"
             ) from None
         ends = np.flatnonzero(np.frombuffer(self._data, dtype=np.uint8) == ord("\n"))
         self._starts = np.concatenate([[0], ends + 1])
@@ -150,7 +150,7 @@ def _open(path: str) -> _Files:
     try:
         stat = Path(path).stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); restore it or prepare the folder anew") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); restore it or prepare the folder again") from None
     return _files(path, (stat.st_size, stat.st_mtime_ns))
 
 

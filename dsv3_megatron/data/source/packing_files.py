@@ -277,9 +277,9 @@ class OpenPacking:
                 "data.cache must be a folder that all nodes share"
             ) from None
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"packing {files.index} cannot be read ({error}); remove it, and it is made anew") from None
+            raise DataError(f"packing {files.index} cannot be read ({error}); remove it to have it rebuilt") from None
         if index.dtype != _INDEX or len(index) != len(files.shards) + 1:
-            raise DataError(f"packing {files.index} is not of these shards; remove it, and it is made anew")
+            raise DataError(f"packing {files.index} is not of these shards; remove it to have it rebuilt")
         self.sequences = index["sequences"].astype(np.int64)
         self._places = index["place"].astype(np.int64)
         self._first, self._shards_a_file = files.shards.start, files.shards_a_file
@@ -303,9 +303,7 @@ class OpenPacking:
         try:
             found = self._opened.read(path, size, place)
         except OSError as error:
-            raise DataError(
-                f"packing {path} cannot be read ({error.strerror}); remove it, and it is made anew"
-            ) from None
+            raise DataError(f"packing {path} cannot be read ({error.strerror}); remove it to have it rebuilt") from None
         if len(found) != size:
-            raise DataError(f"packing {path} ends early; remove it, and it is made anew")
+            raise DataError(f"packing {path} ends early; remove it to have it rebuilt")
         return found

@@ -55,7 +55,7 @@ class ShardFolder:
         if not stored_alike(self.manifest.vocab_size, self.tokenizer.vocab_size):
             raise DataError(
                 f"data.path = {path} was prepared for {self.manifest.vocab_size} ids, and its tokenizer has ids up to "
-                f"{self.tokenizer.vocab_size - 1}, which do not fit what its files hold; prepare the shards anew"
+                f"{self.tokenizer.vocab_size - 1}, which do not fit what its files hold; prepare the shards again"
             )
         self.rule = rule(self.tokenizer)
 

@@ -135,11 +135,11 @@ def open_table(folder: str | Path, manifest: Manifest) -> ShardTable:
     try:
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder anew") from None
+        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder again") from None
     shards = sum(source.shards[split].shards for source in manifest.sources for split in SPLITS)
     if rows.dtype != ROW or len(rows) != shards:
         raise DataError(
-            f"{path} has {len(rows)} rows, the manifest says {shards} shards; restore both or prepare the folder anew"
+            f"{path} has {len(rows)} rows, the manifest says {shards} shards; restore both or prepare the folder again"
         )
     return ShardTable(manifest.sources, rows)
 
@@ -181,7 +181,7 @@ def _rows(sources: Sequence[Source], shards: Iterable[Shard]) -> np.ndarray:
         if named is None or named[1] not in numbers:
             raise DataError(
                 f"shard {shard.name} is of none of the sources {', '.join(numbers)}, or is not named as prepare_data "
-                "names shards; prepare the folder anew"
+                "names shards; prepare the folder again"
             )
         found.append(
             (
@@ -216,7 +216,7 @@ def check_files(folder: str | Path, table: ShardTable, share: tuple[int, int] = 
         for fault in pool.map(lambda run: _first_fault(folder, table, run), runs):
             if fault is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise DataError(f"{fault}; restore it or prepare the folder anew")
+                raise DataError(f"{fault}; restore it or prepare the folder again")
 
 
 def _first_fault(folder: str | Path, table: ShardTable, run: range) -> str | None:
@@ -240,7 +240,7 @@ def check_table(folder: str | Path, manifest: Manifest) -> None:
     if manifest._listed is None and (found := file_sha256(Path(folder) / TABLE)) != manifest.table_sha256:
         raise DataError(
             f"{Path(folder) / TABLE} has sha256 {found[:12]}.., the manifest says {manifest.table_sha256[:12]}..; "
-            "restore both or prepare the folder anew"
+            "restore both or prepare the folder again"
         )
 
 

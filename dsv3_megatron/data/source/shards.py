@@ -121,8 +121,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         if manifest.version == VERSION:
             return Manifest.model_validate_json(path.read_text())
     except (ValidationError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); prepare the folder anew") from None
-    raise DataError(f"{path} has version {manifest.version}, this code reads {VERSION}; prepare the folder anew")
+        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); prepare the folder again") from None
+    raise DataError(f"{path} has version {manifest.version}, this code reads {VERSION}; prepare the folder again")
 
 
 class _Version(BaseModel):
@@ -315,6 +315,6 @@ def read_lengths(folder: str | Path, shard: _Counted, vocab_size: int) -> np.nda
     if len(head) < _INDEX_HEAD.size or _INDEX_HEAD.unpack(head)[:4] != expected or lengths.sum() != shard.tokens:
         raise DataError(
             f"{path} does not hold {shard.documents} documents of {shard.tokens} tokens as the table of shards says; "
-            "restore it or prepare the folder anew"
+            "restore it or prepare the folder again"
         )
     return lengths

@@ -141,7 +141,7 @@ def check_size(path: Path, engine: Engine) -> tuple[str, ...]:
     if size > MOST_TOKENS:
         raise DataError(
             f"tokenizer {path} has {engine.get_vocab_size():,} tokens, but ids up to {size - 1:,}: a model has a row "
-            f"for every id, {MOST_TOKENS:,} at most; number its tokens anew"
+            f"for every id, {MOST_TOKENS:,} at most; renumber its tokens"
         )
     rows = vocabulary_beside(path) if has_files_beside(path) else None
     if rows is not None and size > rows:
