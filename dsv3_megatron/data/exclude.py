@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_megatron.data.source.origins import Origin, find_documents
-from dsv3_megatron.data.source.samples import SampleRange
+from dsv3_megatron.data.source.samples import MOST_SAMPLES, SampleRange
 from dsv3_megatron.data.source.shard_table import ShardTable
 from dsv3_megatron.data.source.shards import Manifest
 from parallel.errors import DataError
@@ -82,7 +82,7 @@ def read_exclusion(path: str | Path) -> Exclusion:
     Raises: DataError: it cannot be read, or a line is none of the two objects; the line is named.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"data.exclude = {path} cannot be read ({why}); name a file of JSON lines") from None
@@ -142,7 +142,7 @@ def _parse(here: str, line: str) -> Origin | SampleRange:
 
 def _sample_range(value: Any) -> SampleRange | None:
     whole = isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
-    return (value[0], value[1]) if whole and 0 <= value[0] < value[1] else None
+    return (value[0], value[1]) if whole and 0 <= value[0] < value[1] <= MOST_SAMPLES else None
 
 
 def _is_origin(value: dict[str, Any]) -> bool:

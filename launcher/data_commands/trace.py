@@ -36,7 +36,9 @@ class TraceArguments(Arguments):
     tokens: Annotated[NonNegativeInt, BeforeValidator(parse_count)] | None = Field(
         None, description="the step that begins after so many tokens or fewer and ends after more, such as 1.2T"
     )
-    sequence: NonNegativeInt | None = Field(None, description="number of one sample, from 0")
+    sequence: Annotated[NonNegativeInt, Field(lt=1 << 48)] | None = Field(
+        None, description="number of one sample, from 0"
+    )
     text: bool = Field(False, description="print the text of each stretch too")
 
     @model_validator(mode="after")

@@ -258,6 +258,7 @@ def test_places_are_named_by_step_tokens_or_sample(shards, tmp_path):
         (["run=RUN", "step=3"], ("the run ends with step 2",)),
         (["run=RUN", "step=1", "run.seed=3"], ("run.seed=3 has no effect beside run=",)),
         (["step=0"], ("step = 0",)),
+        (["sequence=99999999999999999999"], ("sequence = 99999999999999999999", "less than 281474976710656")),
         (["run=nowhere", "step=1"], ("nowhere/recipe.yaml does not exist",)),
         (
             ["data=indexed", "data.path=SHARDS", "data.mixture=[{until: 1K, at: {zz: 1}}]", "step=1"],

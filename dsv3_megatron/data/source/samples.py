@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_SAMPLES = 1 << 48  # that a run can count; of 4,096 tokens each 10^18
 ORDER = 2  # by which sample numbers become sequences: raised whenever the same settings would read another sequence
 
 

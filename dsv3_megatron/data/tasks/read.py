@@ -53,7 +53,7 @@ def read_task(path: str, most: int | None = None) -> Task:
     """
     examples, lines = [], []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise DataError(f"evaluate.tasks: {path} cannot be read ({why}); name a file of JSON lines") from None

@@ -109,13 +109,20 @@ def test_a_name_that_the_folder_does_not_have_is_an_error(folder, line, parts):
         "[1, 2]", "7", '{"source": "a"}', '{"source": "a", "file": "x", "row": -1}', '{"samples": [5, 5]}',
         '{"source": "a", "file": "x", "row": "1"}', '{"source": 1, "file": "x", "row": 1}', '{"samples": [1]}',
         '{"samples": [1, true]}', '{"samples": 5}', '{"source": "a", "file": "x", "row": 1, "samples": [1, 2]}', "{}",
-        '{"sample": 3}',
+        '{"sample": 3}', '{"samples": [0, 1000000000000000000000000000000]}',
     ],
 )  # fmt: skip
 def test_a_line_that_names_nothing_is_refused_by_its_number(tmp_path, line):
     with pytest.raises(DataError, match="line 3 names neither a document nor samples") as caught:
         read_exclusion(written(tmp_path, {"samples": [1, 2]}, "", line))
     assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = written(tmp_path, {"samples": [1, 2]})
+    plain = read_exclusion(path)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_exclusion(path) == plain
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):

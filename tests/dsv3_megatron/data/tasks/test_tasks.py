@@ -68,6 +68,12 @@ def test_a_file_that_is_no_task_is_named(tmp_path):
         read_task(f"{tmp_path}/latin.jsonl")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_example(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"context": "a", "choices": ["b", "c"], "answer": 1}\n', encoding="utf-8-sig")
+    assert read_task(str(path)).examples[0].context == "a"
+
+
 def test_examples_are_the_lines_that_are_not_empty(tmp_path):
     task = read_task(written(tmp_path, GOOD, "", GOOD | {"id": "x", "context": "a\u2028b"}, GOOD), 2)
     assert (task.name, task.lines) == ("task", (1, 3))
