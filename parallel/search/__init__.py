@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -84,11 +85,14 @@ def _candidates(placement: Placement, times: Times, cap: int) -> list[tuple[str,
             found.append((name, make_schedule(name, placement.ranks, placement.microbatches, chunks)))
         except ScheduleError:  # not of these numbers
             continue
-    for rule in RULES:
-        made = list_schedule(rule.name, placement, times, rule, cap)
-        if made is not None:
-            found.append((rule.name, made))
-    return found
+    found += _by_rules(RULES, placement, times, cap)
+    # A rule that takes what is ready may fill the memory with one direction; with bounds it cannot.
+    return found or _by_rules([replace(rule, bounded=True) for rule in RULES], placement, times, cap)
+
+
+def _by_rules(rules: Sequence[Rule], placement: Placement, times: Times, cap: int) -> list[tuple[str, Schedule]]:
+    made = [(rule.name, list_schedule(rule.name, placement, times, rule, cap)) for rule in rules]
+    return [(name, schedule) for name, schedule in made if schedule is not None]
 
 
 def cached_search(folder: str | Path, placement: Placement, times: Times, **options: int | None) -> Schedule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from parallel.pipeline.actions import (
@@ -31,26 +31,30 @@ class Rule:
     """What a free rank prefers.
 
     ``pair``: overlap a forward with a backward where both are ready. ``split``: compute weight gradients apart.
-    ``forwards_first``: fill the pipeline before draining it, as far as memory allows.
+    ``forwards_first``: fill the pipeline before draining it, as far as memory allows. ``bounded``: hold no more
+    microbatches of a stage than 1F1B does (as many as stages are left to the loss). Over all stages of a rank that is
+    what the known schedules hold, and no direction can fill the memory that another one needs to go on.
     """
 
     pair: bool
     split: bool
     forwards_first: bool = False
+    bounded: bool = False
 
     @property
     def name(self) -> str:
         """A few words for reports."""
         words = ("paired" if self.pair else "", "split" if self.split else "whole")
-        return " ".join(word for word in (*words, "eager" if self.forwards_first else "") if word)
+        words = (*words, "eager" if self.forwards_first else "", "bounded" if self.bounded else "")
+        return " ".join(word for word in words if word)
 
 
 class _Rank:
     """One rank while the schedule grows: what it could do now, oldest microbatch of each stage first."""
 
-    def __init__(self, cap: int, stages: tuple[int, ...]):
-        self._cap, self._stages = cap, stages
-        self._live = 0
+    def __init__(self, cap: int, stages: tuple[int, ...], all_stages: int):
+        self._cap, self._stages, self._all_stages = cap, stages, all_stages
+        self._live = dict.fromkeys(stages, 0)  # microbatches held, by stage
         self.steps: list[Step] = []
         self.forwards: dict[int, deque[int]] = {}  # ready, by stage
         self.gradients: dict[int, deque[int]] = {}
@@ -60,7 +64,7 @@ class _Rank:
     def choose(self, rule: Rule) -> Step | None:
         """Take the best action that is ready, or None."""
         # Forwards nearest to the loss first: their gradients are what others wait for.
-        f = self._oldest(self.forwards, reversed(self._stages)) if self._live < self._cap else None
+        f = self._oldest(self.forwards, self._may_go_forward(rule)) if sum(self._live.values()) < self._cap else None
         b = self._oldest(self.gradients, self._stages)
         if rule.pair and f and b:
             return Overlap(self._forward(f), self._backward(b, split=False))
@@ -69,9 +73,15 @@ class _Rank:
         if b:
             return self._backward(b, split=rule.split)
         if self.deferred:
-            self._live -= 1
-            return weight_gradient(*self.deferred.popleft())
+            where = self.deferred.popleft()
+            self._live[where[0]] -= 1
+            return weight_gradient(*where)
         return None
+
+    def _may_go_forward(self, rule: Rule) -> Iterator[int]:
+        for stage in reversed(self._stages):
+            if not rule.bounded or self._live[stage] < self._all_stages - stage:
+                yield stage
 
     @staticmethod
     def _oldest(ready: dict[int, deque[int]], stages: Iterable[int]) -> tuple[int, int] | None:
@@ -79,7 +89,7 @@ class _Rank:
 
     def _forward(self, where: tuple[int, int]) -> Action:
         self.forwards[where[0]].popleft()
-        self._live += 1
+        self._live[where[0]] += 1
         return forward(*where)
 
     def _backward(self, where: tuple[int, int], *, split: bool) -> Action:
@@ -87,7 +97,7 @@ class _Rank:
         if split:
             self.deferred.append(where)
             return input_gradient(*where)
-        self._live -= 1
+        self._live[where[0]] -= 1
         return backward(*where)
 
 
@@ -101,7 +111,7 @@ def list_schedule(name: str, placement: Placement, times: Times, rule: Rule, cap
         cap: live (stage, microbatch) pairs a rank may hold, weight gradients deferred included.
     """
     last, many = placement.stages - 1, placement.microbatches
-    ranks = [_Rank(cap, placement.stages_of(number)) for number in range(placement.ranks)]
+    ranks = [_Rank(cap, placement.stages_of(number), placement.stages) for number in range(placement.ranks)]
     for microbatch in range(many):
         ranks[placement.rank_of(0, microbatch)].forwards.setdefault(0, deque()).append(microbatch)
     arrivals: list[tuple[float, int, int, str, int, int]] = []  # when, number, on which rank, F or B, stage, microbatch

@@ -1,5 +1,7 @@
 """The search: never worse than the generators, deterministic, within its memory, and as good as is known."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +40,21 @@ def test_a_rule_makes_a_valid_schedule_within_its_memory(problem, rule):
     if made is not None:
         validate(made)
         assert max(made.peak_microbatches) <= cap
+
+
+@settings(deadline=None, max_examples=examples(80))
+@given(problems(), st.sampled_from(RULES))
+def test_a_bounded_rule_never_runs_into_the_memory_of_the_known_schedules(problem, rule):
+    where, times = problem
+    made = list_schedule("rule", where, times, replace(rule, bounded=True), memory_bound(where))
+    assert made is not None
+    validate(made)
+
+
+def test_a_placement_on_which_every_other_rule_runs_into_its_memory_gets_a_schedule():
+    where, times = Placement("mirror", 4, 4, 11), Times.of(4, overlapped=2.0, send=0.25)
+    assert not any(list_schedule("rule", where, times, rule, memory_bound(where)) for rule in RULES)
+    validate(search(where, times, evaluations=0).schedule)
 
 
 @settings(deadline=None, max_examples=examples(15))
