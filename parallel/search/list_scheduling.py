@@ -44,9 +44,10 @@ class Rule:
     @property
     def name(self) -> str:
         """A few words for reports."""
-        words = ("paired" if self.pair else "", "split" if self.split else "whole")
-        words = (*words, "eager" if self.forwards_first else "", "bounded" if self.bounded else "")
-        return " ".join(word for word in words if word)
+        words = ["paired"] if self.pair else []
+        words.append("split" if self.split else "whole")
+        words += ["eager"] * self.forwards_first + ["bounded"] * self.bounded
+        return " ".join(words)
 
 
 class _Rank:
