@@ -18,9 +18,9 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from dsv3_megatron.data.mixture.phases import MixtureCurve
-from dsv3_megatron.data.prepare.inputs import printable
 from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
+from dsv3_megatron.data.raw.inputs import printable
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command

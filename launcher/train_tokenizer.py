@@ -15,9 +15,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from dsv3_megatron.data.prepare.documents import Lost, Span, SpanReader
-from dsv3_megatron.data.prepare.inputs import check_distinct, files_of, printable
 from dsv3_megatron.data.prepare.plan import text_bytes
+from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
+from dsv3_megatron.data.raw.inputs import check_distinct, files_of, printable
 from dsv3_megatron.data.tokenizer import Tokenizer
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import ProgressLine, guarded

@@ -14,8 +14,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from dsv3_megatron.data.prepare.inputs import printable
 from dsv3_megatron.data.prepare.merge import merge
+from dsv3_megatron.data.raw.inputs import printable
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.typed import command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from dsv3_megatron.data.prepare.documents import Document, Lost, Span, SpanReader
-from dsv3_megatron.data.prepare.inputs import check_unchanged
-from dsv3_megatron.data.prepare.lines import Lines
 from dsv3_megatron.data.prepare.plan import Key, Task
+from dsv3_megatron.data.raw.documents import Document, Lost, Span, SpanReader
+from dsv3_megatron.data.raw.inputs import check_unchanged
+from dsv3_megatron.data.raw.lines import Lines
 from dsv3_megatron.data.source.hashing import key_of
 from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Split
 from dsv3_megatron.data.tokenizer import Tokenizer

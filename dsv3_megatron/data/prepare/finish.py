@@ -17,7 +17,7 @@ import numpy as np
 
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Counts, Done, hash_file
-from dsv3_megatron.data.prepare.inputs import InputFile
+from dsv3_megatron.data.raw.inputs import InputFile
 from dsv3_megatron.data.source.origins import FILES
 from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Source, Split, read_lengths, token_dtype
 from dsv3_megatron.run.files import write_atomically

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from dsv3_megatron.data.prepare.compressed import Place
-from dsv3_megatron.data.prepare.documents import Span
-from dsv3_megatron.data.prepare.inputs import Found, InputFile
+from dsv3_megatron.data.raw.compressed import Place
+from dsv3_megatron.data.raw.documents import Span
+from dsv3_megatron.data.raw.inputs import Found, InputFile
 
 BYTES_PER_TOKEN = 4  # of text: a task makes about one shard
 UNPACKED_TIMES = 3  # what a compressed file grows by, about

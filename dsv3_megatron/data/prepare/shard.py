@@ -18,10 +18,10 @@ from dsv3_megatron.data.begun import PART, folder_of_part, typed_command
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Done, Encoding, check_limits
 from dsv3_megatron.data.prepare.farm import encode_all
 from dsv3_megatron.data.prepare.finish import Finishing, add_counts, write_files
-from dsv3_megatron.data.prepare.inputs import check_distinct, check_outside, check_unchanged, files_of, printable
 from dsv3_megatron.data.prepare.output import Output, Part
 from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.prepare.plan import share_of, units_of
+from dsv3_megatron.data.raw.inputs import check_distinct, check_outside, check_unchanged, files_of, printable
 from dsv3_megatron.data.source.shard_table import write_table
 from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, Shard, Source, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer

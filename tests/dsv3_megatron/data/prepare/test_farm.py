@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.prepare import compressed
-from dsv3_megatron.data.prepare.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
 from dsv3_megatron.data.prepare.encode import HASH
-from dsv3_megatron.data.prepare.inputs import files_of
-from dsv3_megatron.data.prepare.lines import Lines
 from dsv3_megatron.data.prepare.merge import merge
 from dsv3_megatron.data.prepare.plan import share_of, units_of
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
+from dsv3_megatron.data.raw import compressed
+from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
+from dsv3_megatron.data.raw.inputs import files_of
+from dsv3_megatron.data.raw.lines import Lines
 from dsv3_megatron.data.source.origins import document_origin
 from dsv3_megatron.data.source.shard_table import open_table, verify_checksums
 from dsv3_megatron.data.source.shards import open_shard, read_manifest
@@ -322,7 +322,7 @@ def test_a_worker_unpacks_a_file_once_however_many_pieces_it_reads(tmp_path):
             yield chunk
 
     lines, size, documents = None, len(content) // 20, 0
-    with mock.patch("dsv3_megatron.data.prepare.lines.chunks", counted):
+    with mock.patch("dsv3_megatron.data.raw.lines.chunks", counted):
         for piece in range(0, 21, 2):  # every other one: another worker has those between
             reader = SpanReader(Span(file, piece * size, (piece + 1) * size), "text", lines)
             documents += sum(1 for _ in reader)

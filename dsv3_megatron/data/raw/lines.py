@@ -10,8 +10,8 @@ import math
 from collections import deque
 from collections.abc import Iterator
 
-from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks
-from dsv3_megatron.data.prepare.inputs import InputFile
+from dsv3_megatron.data.raw.compressed import Place, TornError, chunks
+from dsv3_megatron.data.raw.inputs import InputFile
 
 START = Place()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.data.prepare.inputs import InputFile
+from dsv3_megatron.data.raw.inputs import InputFile
 
 _READ_BYTES = 1 << 18
 _GZIP, _ZSTANDARD, _BZIP2, _XZ = ("gzip", ".gz"), ("Zstandard", ".zst"), ("bzip2", ".bz2"), ("xz", ".xz")

@@ -9,9 +9,9 @@ import os
 import pytest
 import zstandard
 
-from dsv3_megatron.data.prepare.documents import Lost, Span, SpanReader
-from dsv3_megatron.data.prepare.inputs import check_distinct, files_of
-from dsv3_megatron.data.prepare.json_rows import ValueStream
+from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
+from dsv3_megatron.data.raw.inputs import check_distinct, files_of
+from dsv3_megatron.data.raw.json_rows import ValueStream
 from launcher import prepare_data, train_tokenizer
 from launcher.data_commands.words import path_list
 from parallel.errors import DataError, RecipeError

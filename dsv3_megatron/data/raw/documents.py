@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from dsv3_megatron.data.prepare.compressed import Place, TornError, chunks, content, misnamed
-from dsv3_megatron.data.prepare.inputs import InputFile, printable
-from dsv3_megatron.data.prepare.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
-from dsv3_megatron.data.prepare.lines import START, CutError, Lines
+from dsv3_megatron.data.raw.compressed import Place, TornError, chunks, content, misnamed
+from dsv3_megatron.data.raw.inputs import InputFile, printable
+from dsv3_megatron.data.raw.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
+from dsv3_megatron.data.raw.lines import START, CutError, Lines
 
 _HEAD_BYTES = 1 << 20
 _TABLE_ROWS = 1024  # of a table read at a time

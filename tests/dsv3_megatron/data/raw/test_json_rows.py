@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_megatron.data.prepare.json_rows import Unreadable, ValueStream, line_values
+from dsv3_megatron.data.raw.json_rows import Unreadable, ValueStream, line_values
 
 # What looks like the end of an object inside a string, and objects inside objects.
 ROWS = [

@@ -1,0 +1,1 @@
+"""Raw documents in files of many kinds, packed or not, whole or damaged."""
