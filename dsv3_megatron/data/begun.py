@@ -12,7 +12,7 @@ from dsv3_megatron.run.files import read_json
 WORK, PARTS, PART = ".prepare", "parts", "part.json"
 BEGUN = "begun.json"  # in WORK: fingerprint of what was begun, and the command that finishes it
 _PART_FOLDER = re.compile(r"(\d+)_of_(\d+)")
-_MOST_INPUTS = 8  # that a line names
+_MOST_NAMED = 8  # inputs or parts, in a line
 
 
 def folder_of_part(output: str | Path, part: int, parts: int) -> Path:
@@ -22,8 +22,8 @@ def folder_of_part(output: str | Path, part: int, parts: int) -> Path:
 
 def typed_command(script: str, inputs: Sequence[str], **keys: object) -> str:
     """Return a command as it is typed; of many inputs the first are named, and dots stand for the rest."""
-    names = [name.replace("\\", "\\\\").replace(",", "\\,") for name in inputs[:_MOST_INPUTS]]
-    words = [f"input={','.join(names)}{',...' if len(inputs) > _MOST_INPUTS else ''}"]
+    names = [name.replace("\\", "\\\\").replace(",", "\\,") for name in inputs[:_MOST_NAMED]]
+    words = [f"input={','.join(names)}{',...' if len(inputs) > _MOST_NAMED else ''}"]
     words += [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
     return f"python {script} {' '.join(map(shlex.quote, words))}"
 
@@ -52,12 +52,16 @@ def unfinished(folder: str | Path) -> str | None:
     count = max(of for _, of in parts)
     made = {number for (number, of), there in parts.items() if there and of == count}
     if missing := sorted({*range(1, count + 1)} - made):
-        told = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         return (
-            f"has {len(made)} of {count} parts finished; prepare part {told} too (part={missing[0]}/{count}), then "
-            f"merge them: {_merging(folder)}"
+            f"has {len(made)} of {count} parts finished; prepare part {first_of(missing)} too "
+            f"(part={missing[0]}/{count}), then merge them: {_merging(folder)}"
         )
     return f"holds {count} parts that are not merged; merge them: {_merging(folder)}"
+
+
+def first_of(numbers: Sequence[int]) -> str:
+    """Return the first of some numbers as a line names them, and dots where there are more."""
+    return ", ".join(map(str, numbers[:_MOST_NAMED])) + (", ..." if len(numbers) > _MOST_NAMED else "")
 
 
 def _merging(whole: Path | None) -> str:

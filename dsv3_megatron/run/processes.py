@@ -29,10 +29,15 @@ def in_processes(do: Callable[[S], T], work: Sequence[S], workers: int) -> list[
         with ProcessPoolExecutor(min(len(work), workers), context, end_with_parent) as pool:
             return list(pool.map(do, work))
     except BrokenProcessPool:
-        raise DataError(
-            "a worker was killed, perhaps for memory: what is done stays; start the same command again, with fewer "
-            f"than workers = {workers}"
-        ) from None
+        raise worker_killed(workers) from None
+
+
+def worker_killed(workers: int) -> DataError:
+    """Return what to say where one of ``workers`` processes was killed."""
+    return DataError(
+        "a worker was killed, perhaps for memory: what is done stays; start the same command again, with fewer "
+        f"than workers = {workers}"
+    )
 
 
 def end_with_parent() -> None:

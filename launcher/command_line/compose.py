@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.overrides import quoted
-from launcher.command_line.recipe_files import GROUPS, RECIPES, check_numbers, options, own_folders
+from launcher.command_line.recipe_files import GROUPS, RECIPES, check_numbers, files_of, options, own_folders
 from launcher.command_line.schema import dotted, nearest, unknown_key
 from parallel.errors import RecipeError
 
@@ -47,7 +47,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     if stored:
         return _from_file(Path(stored[-1].partition("=")[2]), [o for o in overrides if o not in stored])
     folders = own_folders(_searchpath(overrides))
-    for file in (file for folder in folders for group in GROUPS for file in sorted((folder / group).glob("*.yaml"))):
+    for file in files_of(folders):
         check_numbers(file)
     overrides = [_checked(override, folders) for override in overrides]
     if folders:

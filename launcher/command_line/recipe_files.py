@@ -37,13 +37,18 @@ def own_folders(searchpath: Sequence[str] = ()) -> list[Path]:
             )
         folders.append(folder)
     folders = [folder for folder in folders if folder.resolve() != RECIPES]
+    for file in files_of(folders):
+        shipped = RECIPES / file.parent.name / file.name
+        if shipped.is_file() and shipped.read_bytes() != file.read_bytes():
+            raise RecipeError(f"{file} has the name of a shipped file ({shipped}) and differs; rename it")
+    return folders
+
+
+def files_of(folders: Sequence[Path]) -> Iterator[Path]:
+    """Yield the recipe files of folders, group by group."""
     for folder in folders:
         for group in GROUPS:
-            for file in sorted((folder / group).glob("*.yaml")):
-                shipped = RECIPES / group / file.name
-                if shipped.is_file() and shipped.read_bytes() != file.read_bytes():
-                    raise RecipeError(f"{file} has the name of a shipped file ({shipped}) and differs; rename it")
-    return folders
+            yield from sorted((folder / group).glob("*.yaml"))
 
 
 def check_numbers(file: Path) -> None:
@@ -64,10 +69,10 @@ def check_numbers(file: Path) -> None:
         if isinstance(read, str) or (by_eights and read == int(text)):
             continue
         name = key.rpartition(".")[2]
-        mend = f"write {'' if name.isdecimal() else f'{name}: '}'{text}'"
-        mend += f", or {int(text)} without the zero in front" if by_eights else " in quotes"
+        fix = f"write {'' if name.isdecimal() else f'{name}: '}'{text}'"
+        fix += f", or {int(text)} without the zero in front" if by_eights else " in quotes"
         place = f"{file}:{node.start_mark.line + 1}"
-        raise RecipeError(f"{place}: {key} = {text} is the number {read} to YAML; {mend}")
+        raise RecipeError(f"{place}: {key} = {text} is the number {read} to YAML; {fix}")
 
 
 def _plain_scalars(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.ScalarNode]]:

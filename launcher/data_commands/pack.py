@@ -39,10 +39,11 @@ def main(given: PackArguments) -> int:
     """Pack; return the exit code."""
     number, parts = part_of(given.part) or (1, 1)
     for settings in ahead_of(given.sequence_length, given.fim_rate).settings(given.data, given.cache):
-        place = ShardFolder.of(settings).choose_place()
+        folder = ShardFolder.of(settings)
+        place = folder.choose_place()
         pack_share(settings, place, (number, parts), given.workers)
         try:
-            print(packed(settings, place))
+            print(packed(folder, place))
         except DataError:
             if parts == 1:
                 raise

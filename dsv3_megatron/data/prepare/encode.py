@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from dsv3_megatron.data.prepare.plan import Key, Task
 from dsv3_megatron.data.raw.documents import Document, Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import check_unchanged
-from dsv3_megatron.data.raw.lines import Lines
 from dsv3_megatron.data.source.hashing import key_of
 from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Split
 from dsv3_megatron.data.tokenizer import Tokenizer
@@ -240,15 +239,11 @@ def check_limits(bad: int, torn_bytes: int, max_bad: int, max_torn: int, example
         )
 
 
-def _lines() -> Lines | None:
-    """Return the lines that this worker read last: of a large file, it may have to read on from there."""
-    return _worker["reader"].lines if "reader" in _worker else None
-
-
 def _batches(spans: tuple[Span, ...], text_field: str, work: _TaskWork) -> Iterator[_Batch]:
     batch, size = _Batch(), 0
     for span in spans:
-        reader = work.last = _worker["reader"] = SpanReader(span, text_field, _lines())
+        # the lines that this worker read last: of a large file, it may have to read on from there
+        reader = work.last = SpanReader(span, text_field, _worker.get("lines"))
         counted: int | None = None if span.first else 0  # what lies before the span is no progress
         for found in reader:
             counted = reader.disk if counted is None else counted
@@ -264,6 +259,7 @@ def _batches(spans: tuple[Span, ...], text_field: str, work: _TaskWork) -> Itera
                 counted = reader.disk
                 yield batch
                 batch, size = _Batch(), 0
+        _worker["lines"] = reader.lines
         batch.read += reader.disk - (reader.disk if counted is None else counted)
         batch.foreign += reader.foreign
     yield batch

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv3_megatron.data.prepare.encode import Done, Encoding, do_task, start_worker
 from dsv3_megatron.data.prepare.plan import Task, Unit, tasks_left
-from parallel.errors import DataError
+from dsv3_megatron.run.processes import worker_killed
 
 _LOOK_SECONDS = 0.2
 
@@ -29,7 +29,7 @@ def encode_all(
 
     Args:
         done: what earlier runs did; what is done here is appended.
-        keep: called with each task that is done, to remember it.
+        keep: called with each task that is done, when it is in ``done``, to remember it.
         look: called several times a second with the bytes read and the tokens written since the call.
     Raises: DataError: too much cannot be read, or a worker was killed.
     """
@@ -48,8 +48,8 @@ def encode_all(
     pool = ProcessPoolExecutor(processes, context, start_worker, shared)
 
     def took(task: Done) -> None:
-        keep(task)
         done.append(task)
+        keep(task)
         by_unit.setdefault(task.key[:2], {})[task.key[2]] = task
 
     try:
@@ -57,10 +57,7 @@ def encode_all(
         while _round(pool, tasks_left(units, by_unit), 2 * processes, took, lambda: look(read.value, tokens.value)):
             pass
     except BrokenProcessPool:
-        raise DataError(
-            "a worker was killed, perhaps for memory: what is done stays; start the same command again, with fewer "
-            f"than workers = {workers}"
-        ) from None
+        raise worker_killed(workers) from None
     finally:
         stopping.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dsv3_megatron.data.begun import PART, WORK
+from dsv3_megatron.data.begun import PART, WORK, first_of
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Done
 from dsv3_megatron.data.prepare.finish import Finishing, add_counts, link_or_copy
 from dsv3_megatron.data.prepare.output import Output, Part
@@ -72,8 +72,9 @@ def _check_parts(folders: list[Path], parts: list[Part]) -> None:
     if twice := [number for number in numbers if numbers.count(number) > 1]:
         raise DataError(f"part {twice[0]} of {first.parts} is named twice; leave one out")
     if missing := sorted({*range(1, first.parts + 1)} - {*numbers}):
-        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise DataError(f"part {shown} of {first.parts} is missing; prepare it with part={missing[0]}/{first.parts}")
+        raise DataError(
+            f"part {first_of(missing)} of {first.parts} is missing; prepare it with part={missing[0]}/{first.parts}"
+        )
 
 
 def _tasks_of(folder: Path, part: Part) -> list[Done]:

@@ -56,13 +56,14 @@ class PackAhead:
         """
         for settings in self.settings(folder):
             tell(f"packing into sequences of {settings.sequence_length:,} tokens")
-            beside = ShardFolder.of(settings).beside  # never elsewhere: that the disk is full is to be said
-            pack_share(settings, beside, (1, 1), workers)
-            packed(settings, beside)
+            found = ShardFolder.of(settings)
+            # never elsewhere: that the disk is full is to be said
+            pack_share(settings, found.beside, (1, 1), workers)
+            packed(found, found.beside)
 
     def results(self, folder: str | Path) -> list[str]:
         """Return what :meth:`make` has made, a line for each length."""
-        return [packed(settings, ShardFolder.of(settings).beside) for settings in self.settings(folder)]
+        return [packed(found, found.beside) for found in map(ShardFolder.of, self.settings(folder))]
 
 
 def pack_share(settings: DataSettings, place: Path, part: tuple[int, int], workers: int) -> None:
@@ -78,18 +79,17 @@ def pack_share(settings: DataSettings, place: Path, part: tuple[int, int], worke
     in_processes(partial(_make_share, settings, place), shares, workers)
 
 
-def packed(settings: DataSettings, place: Path) -> str:
+def packed(folder: ShardFolder, place: Path) -> str:
     """Say that the packings of a place are ready, and return in a line what they came to.
 
     Raises: DataError: some are missing.
     """
-    folder, files = ShardFolder.of(settings), OpenFiles()
     folder.seal(place)
-    packings = folder.packings(place)
+    files, packings = OpenFiles(), folder.packings(place)
     for packing in packings:
         packing.tidy()  # sealing does it too, unless a kill came between
     sequences = sum(int(OpenPacking(packing, files).sequences[-1]) for packing in packings)
-    return f"{sequences:,} sequences of {settings.sequence_length:,} tokens in {place}"
+    return f"{sequences:,} sequences of {folder.rule.sequence_length:,} tokens in {place}"
 
 
 def _make_share(settings: DataSettings, place: Path, share: tuple[int, int]) -> None:

@@ -213,16 +213,16 @@ class _Preparation:
 
         lost = [sum(task.counts.bad for task in done), sum(task.counts.torn_bytes for task in done)]
 
-        def check(tasks: list[Done]) -> None:
-            check_limits(lost[0], lost[1], options.max_bad, options.max_torn, lambda: _first_example(tasks))
+        def check() -> None:
+            check_limits(lost[0], lost[1], options.max_bad, options.max_torn, lambda: _first_example(done))
 
-        check(done)  # the task that went beyond is in the journal, and would pass when the command is run again
+        check()  # the task that went beyond is in the journal, and would pass when the command is run again
 
         def keep(task: Done) -> None:
             self.output.keep(task)
             lost[0] += task.counts.bad
             lost[1] += task.counts.torn_bytes
-            check([*done, task])
+            check()
 
         encode_all(
             units, done, encoding, workers=self.workers, keep=keep,

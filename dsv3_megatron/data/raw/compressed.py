@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsv3_megatron.data.raw.inputs import InputFile
 
 _READ_BYTES = 1 << 18
-_GZIP, _ZSTANDARD, _BZIP2, _XZ = ("gzip", ".gz"), ("Zstandard", ".zst"), ("bzip2", ".bz2"), ("xz", ".xz")
-_BEGINNINGS = {  # how files begin: their name in messages, the suffix that they should have
-    b"\x1f\x8b\x08": _GZIP,
-    b"\x28\xb5\x2f\xfd": _ZSTANDARD,
-    b"\xfd7zXZ\x00": _XZ,
-    b"BZh": _BZIP2,
-    b"PK\x03\x04": ("a zip archive", ""),
-    b"PAR1": ("Parquet", ".parquet"),
-}
+_HEAD_BYTES = 64
+_BEGINNINGS = (  # of files: what they are called in messages, the suffix that they should have, how they begin
+    ("gzip", ".gz", re.compile(rb"\x1f\x8b\x08")),
+    ("Zstandard", ".zst", re.compile(rb"\x28\xb5\x2f\xfd")),
+    ("xz", ".xz", re.compile(rb"\xfd7zXZ\x00")),
+    ("bzip2", ".bz2", re.compile(rb"BZh.(?:1AY&SY|\x17rE8P\x90)", re.DOTALL)),  # a text may begin with BZh alone
+    ("a zip archive", None, re.compile(rb"PK\x03\x04")),
+    ("Parquet", ".parquet", re.compile(rb"PAR1")),
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,14 @@ class TornError(Exception):
         self.disk = disk
 
 
+class MisnamedError(TornError):
+    """A file whose content, by how it begins, is not what its name says."""
+
+
 def chunks(file: InputFile, disk: int = 0) -> Iterator[Chunk]:
     """Yield the content of a file from a place on disk where a member of it begins (any place, if not compressed).
 
-    Raises: TornError: after what could be read.
+    Raises: TornError: after what could be read. MisnamedError: from the beginning of a file.
     """
     try:
         yield from (_unpacked(file, disk) if file.compressed else _plain(file, disk))
@@ -75,34 +80,35 @@ def chunks(file: InputFile, disk: int = 0) -> Iterator[Chunk]:
         raise TornError(error.strerror or str(error), disk) from None
 
 
-def misnamed(file: InputFile) -> str | None:
-    """Return why a file of rows or text cannot be what its name says, by how it begins; None where it may be.
-
-    Raises: OSError.
-    """
-    with open(file.path, "rb") as opened:
-        head = opened.read(64)
-    suffix = Path(file.path).suffix.lower()
-    named = next((kind for kind in (_GZIP, _ZSTANDARD, _BZIP2, _XZ) if kind[1] == suffix), None)
-    head = head.lstrip(b"\0") if named else head
-    found = next((kind for beginning, kind in _BEGINNINGS.items() if head.startswith(beginning)), None)
-    if found == _BZIP2 and head[4:10] != b"1AY&SY" and head[4:10] != b"\x17\x72\x45\x38\x50\x90":
-        found = None  # a text may begin so
-    if found is not None and found != named:
-        return f"is {found[0]} by its content; " + (f"name it ..{found[1]}" if found[1] else "unpack it")
-    if named and head and found is None and named != _ZSTANDARD:  # which may begin with a frame to be skipped
-        return f"is not {named[0]}, as its name says; rename it"
-    return None
-
-
 def content(file: InputFile) -> bytes:
     """Return all of it. Raises: TornError."""
     return b"".join(chunk.data for chunk in chunks(file))
 
 
+def _begin(opened: BinaryIO, file: InputFile, disk: int) -> None:
+    """Go to a place on disk. Raises: MisnamedError."""
+    if not disk:
+        _check_name(file, opened.read(_HEAD_BYTES))
+    opened.seek(disk)
+
+
+def _check_name(file: InputFile, head: bytes) -> None:
+    suffix = Path(file.path).suffix.lower()
+    named = next((name for name, its, _ in _BEGINNINGS if its == suffix), None)
+    head = head.lstrip(b"\0") if named else head
+    for name, its, begins in _BEGINNINGS:
+        if begins.match(head):
+            if name != named:
+                what = f"name it ..{its}" if its else "unpack it"
+                raise MisnamedError(f"is {name} by its content; {what}", 0)
+            return
+    if named and head and suffix != ".zst":  # which may begin with a frame to be skipped
+        raise MisnamedError(f"is not {named}, as its name says; rename it", 0)
+
+
 def _plain(file: InputFile, disk: int) -> Iterator[Chunk]:
     with open(file.path, "rb") as opened:
-        opened.seek(disk)
+        _begin(opened, file, disk)
         while data := opened.read(_READ_BYTES):
             yield Chunk(data, disk + len(data), disk)
             disk += len(data)
@@ -112,7 +118,7 @@ def _unpacked(file: InputFile, disk: int) -> Iterator[Chunk]:
     suffix = Path(file.path).suffix.lower()
     useful = disk  # what was read up to here gave content
     with open(file.path, "rb") as opened:
-        opened.seek(disk)
+        _begin(opened, file, disk)
         unpacker: Any = None
         while raw := opened.read(_READ_BYTES):
             end = disk + len(raw)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from dsv3_megatron.data.raw.compressed import Place, TornError, chunks, content, misnamed
+from dsv3_megatron.data.raw.compressed import MisnamedError, Place, TornError, chunks, content
 from dsv3_megatron.data.raw.inputs import InputFile, printable
 from dsv3_megatron.data.raw.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
 from dsv3_megatron.data.raw.lines import START, CutError, Lines
@@ -114,11 +114,12 @@ class SpanReader:
 
     def _rows(self) -> Iterator[Document | Lost]:
         file = self.span.file
-        if (why := self._misnamed()) is not None:
+        try:
+            layout = layout_of(file, self.text_field)
+        except MisnamedError as error:
             if not self.span.first:
-                yield Lost(self._path, None, why, rows=0, disk=file.size)
+                yield Lost(self._path, None, str(error), rows=0, disk=file.size)
             return
-        layout = layout_of(file, self.text_field)
         if layout == "lines":
             yield from self._lines()
         elif self.span.first:
@@ -129,12 +130,6 @@ class SpanReader:
             self.foreign = True
         else:
             yield Lost(self._path, None, f"is {layout}; convert it to UTF-8", rows=0, disk=file.size)
-
-    def _misnamed(self) -> str | None:
-        try:
-            return misnamed(self.span.file)
-        except OSError as error:
-            return error.strerror or str(error)
 
     def _lines(self) -> Iterator[Document | Lost]:
         span = self.span
@@ -229,11 +224,10 @@ class SpanReader:
                         done += 1
                         yield self._cell(value, before + done)
             except Exception as error:
-                size = (
-                    groups[number].total_byte_size * (groups[number].num_rows - done) // max(1, groups[number].num_rows)
-                )
+                group = groups[number]
+                rows = group.num_rows - done
+                size = group.total_byte_size * rows // max(1, group.num_rows)
                 why = f"row group {number}: {_first_line(error)}"
-                rows = groups[number].num_rows - done
                 yield Lost(self._path, before + done + 1, why, rows=rows, size=size, unit="row")
             self.disk = file.size * (number + 1) // len(groups)
 
@@ -250,9 +244,6 @@ class SpanReader:
 
     def _text(self) -> Iterator[Document | Lost]:
         file, data = self.span.file, b""
-        if (why := self._misnamed()) is not None:
-            yield Lost(self._path, None, why, size=file.size)
-            return
         try:
             data = content(file)
             if encoding := _other_encoding(data[:8]):
@@ -296,7 +287,10 @@ def text_of(row: object, name: str) -> str:
 
 def layout_of(file: InputFile, name: str) -> str:
     """Return how the values of a file of rows lie in it, by its beginning: ``lines`` (one a line), ``values`` (an
-    array, or one after another), ``foreign`` (a .json of something else), or the encoding that it is in."""
+    array, or one after another), ``foreign`` (a .json of something else), or the encoding that it is in.
+
+    Raises: MisnamedError.
+    """
     head, whole = b"", True
     try:
         for chunk in chunks(file):
@@ -304,6 +298,8 @@ def layout_of(file: InputFile, name: str) -> str:
             if b"\n" in head.lstrip() or len(head) >= _HEAD_BYTES:
                 whole = chunk.disk >= file.size
                 break
+    except MisnamedError:
+        raise
     except TornError:
         pass  # told where the rows are read
     if encoding := _other_encoding(head[:8]):

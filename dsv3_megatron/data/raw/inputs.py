@@ -159,7 +159,7 @@ def _file(path: Path, name: str, number: int, kind: Kind) -> InputFile:
 def _walk(root: Path) -> Found:
     """Raises: PermissionError."""
     found = Found()
-    plain: dict[Path, Path] = {}  # name -> the file itself
+    plain: list[Path] = []
     links, unknown = [], []
     for folder, inner, names in os.walk(root, onerror=_refuse):
         for name in [each for each in inner if each.startswith(".")]:
@@ -184,7 +184,7 @@ def _walk(root: Path) -> Found:
             elif kind_of(path) is None:
                 unknown.append(path)
             else:
-                plain[path] = path
+                plain.append(path)
     real = os.path.realpath(root)
     taken = {os.path.realpath(path) for path in plain}
     for link in sorted(links):
@@ -196,7 +196,7 @@ def _walk(root: Path) -> Found:
                 found.ignored += 1
         else:
             taken.add(target)
-            plain[link] = Path(target)
+            plain.append(link)
     for number, path in enumerate(sorted(plain)):
         kind = kind_of(path)
         assert kind is not None, path
@@ -210,9 +210,9 @@ def _check_revisions(shown: str, files: list[InputFile]) -> None:
     seen: dict[tuple[str, str], str] = {}
     for file in files:
         before, snapshots, after = os.path.abspath(file.path).rpartition("/snapshots/")
-        if snapshots and os.path.isdir(f"{before}/blobs"):
+        if snapshots:
             revision, _, name = after.partition("/")
-            if (other := seen.setdefault((before, name), revision)) != revision:
+            if (other := seen.setdefault((before, name), revision)) != revision and os.path.isdir(f"{before}/blobs"):
                 raise DataError(
                     f"input = {shown} holds two revisions of {printable(name)}, {printable(other)} and "
                     f"{printable(revision)}; name one, as input={printable(before)}/snapshots/{printable(revision)}"

@@ -136,7 +136,7 @@ def _stands_alone(text: str, end: int, final: bool) -> bool:
     """Return whether a number, a string or a name is whole: ``2024`` of ``2024-01-01`` is not."""
     if end >= len(text) and not final:
         raise IncompleteError
-    return end >= len(text) or text[end] in ',[]{}"' or bool(_BETWEEN.match(text[end]).end())  # type: ignore[union-attr]
+    return end >= len(text) or text[end] in '[]{}"' or _after_blanks(text, end) > end
 
 
 def _next(text: str, start: int, at: int, final: bool) -> int:

@@ -85,13 +85,14 @@ def read_engine(path: Path) -> tuple[Engine, tuple[str, ...]]:
 
 def _check_ids(path: Path, engine: Engine, content: dict[str, Any]) -> None:
     """Raise DataError where an id has two tokens, or an added token another id than its file says."""
-    names: dict[int, str] = {}
-    for name, number in engine.get_vocab().items():
-        if (other := names.setdefault(number, name)) != name:
-            first, second = sorted((other, name))
-            raise DataError(
-                f"tokenizer {path}: tokens {first!r} and {second!r} both have the id {number}; give each its own"
-            )
+    tokens = engine.get_vocab()
+    names = {number: name for name, number in tokens.items()}
+    if len(names) < len(tokens):
+        other, number = next((name, number) for name, number in tokens.items() if names[number] != name)
+        first, second = sorted((other, names[number]))
+        raise DataError(
+            f"tokenizer {path}: tokens {first!r} and {second!r} both have the id {number}; give each its own"
+        )
     vocabulary = content["model"].get("vocab")
     for token in content.get("added_tokens") or ():
         name, number = token["content"], token["id"]
