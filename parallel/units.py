@@ -14,7 +14,7 @@ _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]
 def parse_count(text: str | int | float) -> int:
     """Return a count such as ``469B`` or ``14.8T`` as an integer. Raises ValueError when it is none."""
     if isinstance(text, bool):
-        raise ValueError(f"{text} is not a count")
+        raise ValueError(f"{text} is not a count; write a number with an optional K, M, B or T, such as 469B")
     if isinstance(text, (int, float)):
         if not math.isfinite(text) or text < 0 or text != int(text):
             raise ValueError(f"{text} is not a whole number of zero or more")

@@ -26,22 +26,16 @@ class MixturePhase(BaseModel):
     at: dict[str, Weight] | None = Field(None, description="weights at the start, where not the last phase's end")
     to: dict[str, Weight] | None = Field(None, description="weights at the end of a linear phase")
 
-    @field_validator("until", mode="before")
+    @field_validator("until", mode="before")  # before true becomes 1
     @classmethod
-    def _no_truth(cls, until: object) -> object:
-        if isinstance(until, bool):
-            raise ValueError(f"{until} is not a count; write tokens, such as 469B")
-        return until
-
-    @field_validator("until")
-    @classmethod
-    def _in_tokens(cls, until: str | int | float) -> str | int | float:
+    def _in_tokens(cls, until: object) -> object:
         if isinstance(until, str) and until.rstrip().endswith("steps"):
             raise ValueError(
                 f"{until!r} counts steps, but the source of a sample must not depend on the batch; "
                 "write tokens, such as 469B"
             )
-        parse_count(until)
+        if isinstance(until, str | int | float):
+            parse_count(until)
         return until
 
     @property

@@ -23,10 +23,11 @@ class Phase(BaseModel):
     to: NonNegativeFloat | None = Field(None, description="value at the end of a linear or cosine phase")
     at: NonNegativeFloat | None = Field(None, description="value at the start, where it is not the last phase's end")
 
-    @field_validator("until")
+    @field_validator("until", mode="before")  # before true becomes 1
     @classmethod
-    def _readable(cls, until: str | int | float) -> str | int | float:
-        parse_count(until.removesuffix("steps") if isinstance(until, str) else until)
+    def _readable(cls, until: object) -> object:
+        if isinstance(until, str | int | float):
+            parse_count(until.removesuffix("steps") if isinstance(until, str) else until)
         return until
 
     @property

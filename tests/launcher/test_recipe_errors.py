@@ -46,6 +46,7 @@ BAD = {  # override(s) -> what the line must hold
     "optim.learning_rate=[{until: 9T, shape: linear}]": ["optim.learning_rate[0].to = null", "linear"],
     "optim.learning_rate=[{until: 9T, at: 1}, {until: 8T}]": ["[1].until = 8T", "ends at 9T", "above 9T"],
     "optim.learning_rate=[{until: soon, at: 1}]": ["until", "soon"],
+    "optim.learning_rate=[{until: true, at: 1}]": ["until", "is not a count", "such as 469B"],
     "optim.global_batch=[{until: 10 steps, at: 8}]": ["optim.global_batch", "use tokens"],
     "model.n_group=3": ["model.n_group = 3", "model.n_routed_experts = 16", "[2, 4]"],
     "model.topk_group=9": ["model.topk_group = 9", "model.n_group = 4"],
