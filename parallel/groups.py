@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 OTHER_FILES = 512  # that a process has open beside its connections to other ranks: libraries, data, checkpoints
 # The group of each name of parallel.layout.GROUPS in megatron-core's collection.
-_FIELD = {"tp_cp": None, "tp_ep": None, "expert_tp": "expt_tp", "expert_dp": "expt_dp"}
+_FIELD = {
+    "tp_cp": None,
+    "tp_ep": None,
+    "stage": None,
+    "expert_stage": None,
+    "expert_tp": "expt_tp",
+    "expert_dp": "expt_dp",
+}
 
 JOINED = "joined"  # key of the store: there once any rank is past what it could refuse alone
 
@@ -140,6 +147,21 @@ def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupColle
     return groups
 
 
+def holder_groups(
+    layout: Layout, groups: ProcessGroupCollection, *, mirrored: bool = False
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return the ranks that hold the same dense parameters, and the same experts, as this one, or parts of them: the
+    data-parallel ranks of all its tensor-parallel ranks. All ranks together; groups are made only where tensors are
+    split. ``mirrored``: as for :func:`build_groups`."""
+
+    def united(name: str) -> dist.ProcessGroup:
+        return _group_of((layout.mirrored(each) if mirrored else each for each in layout.groups(name)), name)
+
+    dense = groups.dp_cp if layout.tp == 1 else united("stage")
+    experts = groups.expt_dp if layout.expert_tp == 1 else united("expert_stage")
+    return dense, experts
+
+
 def connect_groups(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
     """Sum a number over each group, so that no later collective of theirs holds the host.
 
@@ -154,13 +176,17 @@ def connect_groups(groups: Iterable[dist.ProcessGroup], device: torch.device) ->
 
 
 def _union_group(layout: Layout, name: str) -> dist.ProcessGroup:
-    """Return this rank's group ``name`` united with its mirror. Every rank creates all of them, in one order."""
-    unions = dict.fromkeys(layout.mirrored(members) for members in layout.groups(name))
+    """Return this rank's group ``name`` united with its mirror."""
+    return _group_of((layout.mirrored(members) for members in layout.groups(name)), f"{name} with its mirror")
+
+
+def _group_of(members_of_all: Iterable[tuple[int, ...]], description: str) -> dist.ProcessGroup:
+    """Return this rank's of these groups. Every rank creates all of them, in one order."""
     mine = None
-    for members in unions:
-        group = dist.new_group(members, group_desc=f"{name} with its mirror")
+    for members in dict.fromkeys(members_of_all):
+        group = dist.new_group(members, group_desc=description)
         mine = group if dist.get_rank() in members else mine
-    assert mine is not None, f"no group {name} holds rank {dist.get_rank()}"
+    assert mine is not None, f"no group holds rank {dist.get_rank()}"
     return mine
 
 

@@ -32,6 +32,8 @@ GROUPS = {
     "expert_tp": ("expert_tp",),
     "expert_dp": ("expert_dp",),
     "tp_ep": ("ep", "expert_tp"),
+    "stage": ("dp", "cp", "tp"),  # all that hold a dense parameter of a stage, or a part of it
+    "expert_stage": ("expert_dp", "expert_tp"),  # all that hold the same experts of a stage, or parts of them
 }
 KEYS = {
     "tp": "parallel.tensor",

@@ -45,12 +45,16 @@ class FusedAdam(torch.optim.Optimizer):
     def initialize_state(self, param: Tensor, store_param_remainders: bool = False) -> None:
         """Give ``param`` zero moments, and a float32 master copy where asked for, unless it has them."""
         state = self.state[param]
-        if "exp_avg" in state:
+        if state:
             return
-        for name, dtype in self._moment_dtypes.items():
+        for name, dtype in self.moments_of(param).items():
             state[name] = torch.zeros_like(param.data, dtype=dtype)
         if self._master_weights:
             state["master_param"] = param.detach().float().clone()
+
+    def moments_of(self, param: Tensor) -> dict[str, torch.dtype]:
+        """Return the names of what is kept of ``param``'s gradients, and the dtype that each is held in."""
+        return self._moment_dtypes
 
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
         """Return a state of ``param`` in float32."""
@@ -68,7 +72,7 @@ class FusedAdam(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for number, param in enumerate(params):
             for name, value in state_dict["state"].get(number, {}).items():
-                dtype = self._moment_dtypes.get(name, torch.float32)
+                dtype = self.moments_of(param).get(name, torch.float32)
                 self.state[param][name] = value.detach().to(device=param.device, dtype=dtype, copy=True)
 
     @torch.no_grad()

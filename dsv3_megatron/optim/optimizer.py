@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dsv3_megatron.megatron.fixes import use_torch_norms
 from dsv3_megatron.optim.adamw import FusedAdam
+from dsv3_megatron.optim.muon import MuonWithAdamW
 from dsv3_megatron.optim.settings import OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
 from dsv3_megatron.precision.transformer_engine import recipe_name
@@ -64,33 +65,38 @@ def build_optimizer(
     return optimizer
 
 
-def choose_adamw(backend: str, device: torch.device, precision: PrecisionSettings) -> str:
-    """Let megatron-core use TE's or Apex's AdamW where one is installed and can do what the recipe asks, else ours.
+def choose_optimizer(optim: OptimSettings, backend: str, device: torch.device, precision: PrecisionSettings) -> str:
+    """Let megatron-core use TE's or Apex's AdamW where one is installed and can do what the recipe asks, else ours;
+    Muon is ours, and so is the AdamW beside it.
 
     Return whose it is, for people. Ours: on a CPU (but under a stand-in for TE, which brings its own), without TE and
     Apex, and for BF16 moments without TE: Apex's holds them in float32 only.
     """
     if backend == "torch" and device.type == "cpu":
-        why = ""
         use_torch_norms()
+    if optim.name == "muon":
+        use_ours(MuonWithAdamW)
+        return "Muon and AdamW of this package over torch's"
+    if backend == "torch" and device.type == "cpu":
+        why = ""
     elif _THEIRS is None:
         why = " (neither Transformer Engine nor Apex is installed)"
     elif _THEIRS == "Apex" and precision.moments == "bf16":
         why = " (Apex's cannot hold moments in BF16)"
-    elif optimizers.Adam is FusedAdam:
+    elif optimizers.Adam in (FusedAdam, MuonWithAdamW):
         why = " (chosen earlier in this process)"
     else:
         return f"{_THEIRS}'s fused AdamW"
-    use_our_adamw()
+    use_ours(FusedAdam)
     return f"AdamW of this package over torch's{why}"
 
 
-def use_our_adamw() -> None:
-    """Let megatron-core use our AdamW where it would use TE's or Apex's.
+def use_ours(adam: type[FusedAdam]) -> None:
+    """Let megatron-core use an optimizer of ours where it would use TE's or Apex's AdamW.
 
     It decides by names bound at import (0.16.1); can go when the optimizer class is an argument.
     """
-    optimizers.Adam = distributed.Adam = FusedAdam
+    optimizers.Adam = distributed.Adam = adam
     optimizers.USING_PYTORCH_OPTIMIZER = distributed.USING_APEX_OPTIMIZER = False
     optimizers.is_te_min_version = lambda *a, **k: False
     distributed.HAVE_APEX_OR_TE = distributed.USING_TE_OPTIMIZER = True

@@ -49,15 +49,49 @@ BatchCurve = Annotated[
 ]
 
 
-class OptimSettings(BaseModel):
-    """AdamW and the regime (arXiv 2412.19437 section 4.2)."""
+class MuonSettings(BaseModel):
+    """Muon, of every matrix that ``optim.matrices`` names (arXiv 2502.16982); AdamW's keys hold for the rest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="how much of the momentum a step keeps")
+    nesterov: bool = Field(
+        True, description="orthogonalise gradient and momentum mixed, as published, not momentum alone"
+    )
+    steps: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Newton-Schulz steps")
+    coefficients: tuple[float, float, float] = Field(
+        (3.4445, -4.7750, 2.0315), description="of a step: a s + b s^3 + c s^5 for a singular value s"
+    )
+    scale: PositiveFloat = Field(
+        0.2,
+        description="an update of [n, m] is times scale x sqrt(max(n, m)): 0.2 is about AdamW's, so that its learning rate serves",
+    )
+    arithmetic: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="dtype of Newton-Schulz and of what ranks exchange for it; auto: bf16 on GPUs, fp32 on CPUs"
+    )
+    query: Literal["whole", "head"] = Field(
+        "whole", description="q_b (or q) as one matrix, as published, or one for each head (GLM-5)"
+    )
+    key_value: Literal["whole", "parts", "head"] = Field(
+        "whole", description="kv_b as one matrix, as published; keys' and values' part; or both for each head (GLM-5)"
+    )
+    output: Literal["whole", "head"] = Field("whole", description="o as one matrix, as published, or one for each head")
+    router: Literal["muon", "adamw"] = Field("muon", description="what updates the router's matrix")
+
+
+class OptimSettings(BaseModel):
+    """AdamW or Muon, and the regime (arXiv 2412.19437 section 4.2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for matrices, AdamW for embedding, head and vectors (docs/optimizers.md)"
+    )
+    muon: MuonSettings = Field(default_factory=MuonSettings, description="used where optim.name is muon")
     micro_batch: PositiveInt = Field(1, description="sequences of one microbatch on one data-parallel rank")
     global_batch: BatchCurve = Field(16, description="sequences of one optimizer step")
     batch_multiple: PositiveInt = Field(1, description="a ramping global batch is rounded down to a multiple of this")
-    learning_rate: Curve = Field(2.2e-4, description="learning rate of AdamW")
+    learning_rate: Curve = Field(2.2e-4, description="learning rate of AdamW, and of Muon")
     weight_decay: NonNegativeFloat = Field(
         0.1, description="decoupled decay of weights a step, times the learning rate"
     )

@@ -6,7 +6,7 @@ import torch
 
 from dsv3_megatron.megatron.host import adapt_host
 from dsv3_megatron.recipe import Recipe
-from parallel.groups import build_groups, connect_groups
+from parallel.groups import build_groups, connect_groups, holder_groups
 from parallel.layout import Layout
 from parallel.pipeline.actions import Placement
 
@@ -28,7 +28,7 @@ from dsv3_megatron.model.fp8 import apply_fp8
 from dsv3_megatron.model.initialise import forget_drawn, initialise
 from dsv3_megatron.model.stage import build_stage, keep_bias_in_float32
 from dsv3_megatron.model.te_layers import settle_te_layers
-from dsv3_megatron.optim.optimizer import build_optimizer, choose_adamw
+from dsv3_megatron.optim.optimizer import build_optimizer, choose_optimizer
 from dsv3_megatron.pipeline.model_stages import ModelStages
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.split import layers_of_stages
@@ -38,6 +38,7 @@ from dsv3_megatron.precision.products import Fp8Products
 from dsv3_megatron.precision.transformer_engine import configure, exempt_no_mtp
 from dsv3_megatron.train.ema import PREFIX, Ema
 from dsv3_megatron.train.gradients import wrap_for_reduction
+from dsv3_megatron.train.muon import let_muon_update
 
 
 def parameter_dtype(recipe: Recipe) -> torch.dtype:
@@ -60,7 +61,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     """
     adapt_host("cuda" if device.type == "cuda" else "cpu")
     backend = choose_backend(recipe.backend, device, lambda: _why_not_te_attention(recipe, layout, device))
-    adamw = choose_adamw(backend.name, device, recipe.precision)
+    adamw = choose_optimizer(recipe.optim, backend.name, device, recipe.precision)
     placement = recipe.placement()
     groups = build_groups(layout, mirrored=placement.kind == "mirror")
     connect_groups((groups.intra_dp_cp, groups.intra_expt_dp), device)
@@ -80,6 +81,10 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
     for chunk in chunks.values():
         forget_drawn(chunk)
+    if recipe.optim.name == "muon":
+        holders = holder_groups(layout, groups, mirrored=placement.kind == "mirror")
+        connect_groups(holders, device)
+        let_muon_update(optimizer, chunks, groups, holders, recipe.model, recipe.optim, device)
     rows = recipe.data.sequence_length // (layout.cp * layout.tp)
     shape = (rows, recipe.optim.micro_batch, recipe.model.hidden_size)
     stages = ModelStages(
