@@ -14,14 +14,13 @@ from math import sqrt
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_megatron.optim.adamw import FusedAdam
 from dsv3_megatron.optim.exchange import Exchange
 from dsv3_megatron.optim.newton_schulz import orthogonalise
 from dsv3_megatron.optim.settings import MuonSettings
-from dsv3_megatron.optim.spread import Box, Held, Plan
+from dsv3_megatron.optim.spread import Box, Held
 
 MOMENTUM = "momentum_buffer"  # torch.optim.Muon's name of it
 

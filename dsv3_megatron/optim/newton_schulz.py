@@ -31,6 +31,6 @@ def orthogonalise(stack: Tensor, steps: int, coefficients: tuple[float, float, f
 
 
 def products(rows: int, columns: int, steps: int) -> int:
-    """Return the multiply-adds of :func:`orthogonalise` on one matrix, twice counted as floating-point operations are."""
+    """Return the floating-point operations of :func:`orthogonalise` on one matrix [rows, columns]."""
     short, long = sorted((rows, columns))
     return 2 * steps * (2 * short * short * long + short**3)

@@ -64,7 +64,8 @@ class MuonSettings(BaseModel):
     )
     scale: PositiveFloat = Field(
         0.2,
-        description="an update of [n, m] is times scale x sqrt(max(n, m)): 0.2 is about AdamW's, so that its learning rate serves",
+        description="an update of [n, m] is times scale x sqrt(max(n, m)); 0.2: about as large as AdamW's, whose "
+        "learning rate then serves",
     )
     arithmetic: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="dtype of Newton-Schulz and of what ranks exchange for it; auto: bf16 on GPUs, fp32 on CPUs"
