@@ -1,6 +1,7 @@
 """Who orthogonalises what: whole matrices from any cut, even work, bounded rounds, little traffic."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dsv3_megatron.optim.spread import SLACK, Box, Holding, Piece, boxes_of, mak
 
 @st.composite
 def cut_tensors(draw):
-    """Return a tensor's shape, its matrices - runs of rows and columns that leave nothing out - and cuts of its numbers."""
+    """Return the shape of a tensor, its matrices, which leave nothing out, and cuts of its numbers."""
     experts, parts = draw(st.integers(0, 3)), draw(st.integers(1, 4))
     block, columns, split = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 2))
     rows = block * parts * 2
@@ -44,7 +45,7 @@ def test_boxes_of_all_runs_make_every_matrix_and_nothing_twice(tensor):
     shape, matrices, cuts = tensor
     numbers = np.arange(np.prod(shape))
     made = {m.name: np.full(m.shape, -1) for m in matrices}
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in pairwise(cuts):
         run = numbers[start:end]
         for piece in pieces_of(shape, start, end):
             for matrix in matrices:
