@@ -13,6 +13,9 @@ from dsv3_megatron.model.composition import Composition, composition
 from dsv3_megatron.model.freeze import MTP, layer_parts
 from dsv3_megatron.model.settings import ModelSettings
 
+LOGITS_AT_ONCE = 1 << 24  # of attention, in float32, where the largest are looked for
+_LOGIT_ROWS = 512  # queries: so many that reading the keys again for each block costs little beside the logits
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -162,6 +165,13 @@ def stage_costs(model: ModelSettings, layers_of_stages: Sequence[int], sequence_
     costs[-1] += per.head + model.num_nextn_predict_layers * (per.mtp_module + per.head)
     mean = sum(costs) / len(costs)
     return tuple(cost / mean for cost in costs)
+
+
+def logit_block(length: int, heads: int, at_once: int = LOGITS_AT_ONCE) -> tuple[int, int]:
+    """Return (queries, heads) of a block of attention logits in which the largest are looked for, over all keys of a
+    sequence of ``length``: no more than ``at_once`` of them, but for one query of one head."""
+    rows = max(1, min(length, _LOGIT_ROWS, at_once // length))
+    return rows, max(1, min(heads, at_once // (rows * length)))
 
 
 def training_flops_per_token(model: ModelSettings, sequence_length: int, *, causal: bool = True) -> float:
