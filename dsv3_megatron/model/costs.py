@@ -179,7 +179,8 @@ def training_flops_per_token(model: ModelSettings, sequence_length: int, *, caus
 
     Six per parameter a token is multiplied with, four where that is frozen and has no gradient, plus attention's two
     products over the sequence; ``causal`` counts only the pairs at or below the diagonal (half of them), the convention
-    of the 385 TFLOP/s in arXiv 2505.09343. Recomputed operations are not counted.
+    of the 385 TFLOP/s in arXiv 2505.09343. Not counted: recomputed operations, and logits that QK-clip looks at beside
+    attention.
     """
     counted = count_parameters(model)
     depths = model.num_nextn_predict_layers

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from dsv3_megatron.checkpoint.manifest import read_manifest
 from dsv3_megatron.checkpoint.optimizer_states import states_of
 from dsv3_megatron.data.source.samples import Synthetic
 from dsv3_megatron.megatron.replaced import replaced
 from dsv3_megatron.model import te_attention
 from dsv3_megatron.model.layers.attention import CoreAttention
+from dsv3_megatron.model.layers.max_logits import MaxLogits
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.evaluation.scoring import evaluate_batches
 from dsv3_megatron.train.step import train_step
+from parallel.errors import RecipeError
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.lanes import in_lanes
@@ -28,6 +31,7 @@ from testing.training.on_te import FP8, forget_fp8_state
 from testing.training.on_te import WORDS as ON_TE
 from testing.training.one_process import check
 from testing.training.tiny import VALUES, Case, named_parameters, small_recipe, step_batches_of, train_rank
+from testing.training.whole_runs import FOUR_STEPS, copy_of, steps, train
 
 SHARP = ("model.initializer_range=0.2", "optim.global_batch=4", "optim.micro_batch=1")  # logits that differ by head
 NOPE, VALUE, HEADS = 16, 16, 4
@@ -62,7 +66,8 @@ def one_step(overrides):
     try:
         with replaced(te_attention, "why_unfused", lambda *of_what: None):
             parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
-        source = InDocuments(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
+        make = InDocuments if recipe.data.isolate_documents else Synthetic
+        source = make(recipe.model.vocab_size, recipe.data.sequence_length, seed=5)
         batches = step_batches_of(parts, 0, source)
         evaluate_batches(parts, step_batches_of(parts, 3, source))  # other text: its logits do not count
         scores = {}
@@ -260,8 +265,10 @@ def test_transformer_engine_clips_as_torch_does(cases):
     words = [(*words, more) for words in cases.values() for more in (AT_TAU, NEVER)]
     found = run_ranks(1, one_step, words, preload=TE)
     for name, ((clipped,), (free,)) in zip(cases, zip(found[::2], found[1::2])):
-        tolerance = 1e-5 if name == "float32" else 0.2
-        np.testing.assert_allclose(free.largest, torch_backend.largest, rtol=tolerance, err_msg=name)
+        # What rounding does to later layers of this sharp model is no small change.
+        layers, tolerance = (5, 1e-5) if name == "float32" else (1, 0.1)
+        largest, expected = free.largest[:layers], torch_backend.largest[:layers]
+        np.testing.assert_allclose(largest, expected, rtol=tolerance, err_msg=name)
         assert 0 < clipped.clipped < clipped.largest.size and free.clipped == 0, name
         assert check_masters(clipped, free, rope=16, in_fp8="held" in name) > 0, name
 
@@ -275,3 +282,51 @@ def test_transformer_engine_clips_on_two_ranks():
         for rank, (clipped, free) in enumerate(zip(ranks, free_ranks)):
             check_masters(clipped, free, (rank % tp, tp), rope=16, in_fp8="held" in name)
         assert 0 < ranks[0].clipped < ranks[0].largest.size, name
+
+
+def test_a_run_reports_what_it_clips_and_resumes_bit_for_bit(tmp_path):
+    words = (*SHARP, *FOUR_STEPS, AT_TAU)
+    train(1, *words, f"run.directory={tmp_path}/whole")
+    lines = steps(tmp_path / "whole")
+    assert all(len(line["max_attention_logit"]) == 5 for line in lines)
+    assert all(0 < line["clipped_heads"] < 20 for line in lines)
+    train(1, *words, f"run.directory={copy_of(tmp_path / 'whole', tmp_path / 'resumed', keep_steps=2)}")
+    fields = ("lm_loss", "grad_norm", "max_attention_logit", "clipped_heads")
+    for mine, theirs in zip(steps(tmp_path / "resumed"), lines, strict=True):
+        assert [mine[field] for field in fields] == [theirs[field] for field in fields]
+    final = "checkpoints/step_00000004"
+    assert read_manifest(tmp_path / "resumed" / final) == read_manifest(tmp_path / "whole" / final)
+
+
+@pytest.mark.parametrize("freeze", ["attention", "layers.1-2", "mtp"])
+def test_frozen_attention_cannot_be_clipped(freeze):
+    said = rf"optim.qk_clip = 100 scales .*, which model.freeze = \['{freeze}'\] freezes in some layers; set"
+    with pytest.raises(RecipeError, match=said) as refused:
+        small_recipe("optim.qk_clip=100", f"model.freeze=[{freeze}]")
+    assert "\n" not in str(refused.value)
+    small_recipe("optim.qk_clip=100", "model.freeze=[experts,norms]")
+
+
+def skipped_and_broken(case):
+    """Return what changes in a step that is skipped, and in one with a logit that is no number."""
+    world = World.from_environment()
+    recipe = small_recipe(*SHARP, AT_TAU)
+    start_processes(world, torch.device("cpu"), timeout_seconds=120)
+    try:
+        parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
+        before = {name: p.detach().clone() for name, p in named_parameters(parts).items()}
+        skipped = train_step(parts, step_batches_of(parts), VALUES, lambda loss, norm: False)
+        moved = [name for name, p in named_parameters(parts).items() if not p.equal(before[name])]
+        take = MaxLogits.take
+        with replaced(MaxLogits, "take", lambda largest: take(largest).fill_(float(case))):
+            broken = train_step(parts, step_batches_of(parts), VALUES)
+        finite = all(p.isfinite().all() for p in named_parameters(parts).values())
+        return skipped.clipped_heads, skipped.logits.clipped, moved, broken.clipped_heads, finite, broken.logits.largest
+    finally:
+        stop_processes()
+
+
+def test_a_skipped_step_clips_nothing_and_no_number_that_is_none_gets_into_weights():
+    for ((clipped, above, moved, broken, finite, largest),) in run_ranks(1, skipped_and_broken, ["nan", "inf"]):
+        assert clipped == 0 < above and not moved
+        assert broken == 0 and finite and np.isinf(largest).all()
