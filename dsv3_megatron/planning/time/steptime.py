@@ -210,4 +210,5 @@ def _update_seconds(model: StepModel, schedule: Schedule, held: Held, mirrored: 
     # gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by columns.
     touched = 34 * shard + (8 + 4) * held.trained + (2 + 2) * held.in_fp8
     moved = model.traffic.weights(held, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
+    moved = moved + model.traffic.largest_logits()
     return Device(model.recipe.cluster).memory(touched) + moved.seconds
