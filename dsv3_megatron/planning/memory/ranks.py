@@ -109,10 +109,15 @@ def optimizer_bytes(recipe: Recipe, layout: Layout, held: Held, *, copies: int) 
     Args:
         copies: as for :meth:`Held.shard`.
     """
+    return round(bytes_of_number(recipe, moments=2) * held.shard(layout, copies))
+
+
+def bytes_of_number(recipe: Recipe, *, moments: int) -> int:
+    """Return the bytes of a number's optimizer states: so many moments, and the master where it is not the weight."""
     precision = recipe.precision
-    moments = 2 * (2 if precision.moments == "bf16" else 4)
-    each = moments + (4 if precision.parameters == "bf16" else 0)  # float32 weights are their own master
-    return round(each * held.shard(layout, copies))
+    # An optimizer of BF16 moments keeps masters of float32 weights too (megatron-core 0.16.1).
+    master = 0 if precision.parameters == precision.moments == "fp32" else 4
+    return moments * (2 if precision.moments == "bf16" else 4) + master
 
 
 def rank_memory(
