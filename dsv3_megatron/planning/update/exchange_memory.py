@@ -1,7 +1,7 @@
-"""What an exchange holds at most beside the optimizer's states: ``Exchange.run``, allocation by allocation.
+"""What an exchange holds at most beside the optimizer's states: ``Exchange.run``, allocation by allocation. No torch.
 
-Sent and received numbers of a round, its matrices whole, what Newton-Schulz makes on the way, and what of the rounds before
-and after it is there at the same time.
+Sent and received numbers of a round, its matrices whole, what Newton-Schulz makes on the way, and what of the rounds
+before and after it is there at the same time.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from dsv3_megatron.optim.spread import Plan
+if TYPE_CHECKING:
+    from dsv3_megatron.optim.spread import Plan
 
 
 @dataclass(frozen=True)

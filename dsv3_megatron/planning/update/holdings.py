@@ -9,7 +9,7 @@ from functools import lru_cache
 from dsv3_megatron.checkpoint.boxes import boxes_of_run, common_box, strides_of
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.matrices import Heads, Matrix, Rule, matrices_in, rule_of, rules
-from dsv3_megatron.optim.spread import Holding, Piece, Plan, boxes_of, make_plan
+from dsv3_megatron.optim.spread import Box, Holding, Piece, Plan, boxes_of, make_plan
 from dsv3_megatron.planning.update.parameters import Parameter
 from dsv3_megatron.planning.update.runs import Run, buffers_of, copies_of, runs_of
 from dsv3_megatron.recipe import Recipe
@@ -93,7 +93,8 @@ def _holding(
     shapes: dict[str, tuple[int, int]],
 ) -> Holding:
     """Return what one rank holds, and add the shapes of the matrices to ``shapes``."""
-    found, copies = [], set()
+    found: list[Box] = []
+    copies: set[int] = set()
     for run in runs:
         if not by_muon(run, table):
             continue

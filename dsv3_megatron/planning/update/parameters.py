@@ -1,7 +1,7 @@
-"""The parameters of a stage, in the order in which its modules hold them: names, whole shapes, and where TP cuts. No torch.
+"""The parameters of a stage, in the order in which its modules hold them: names, whole shapes, where TP cuts. No torch.
 
-A test compares with the modules themselves, of every layout and model it can build: gradient buffers are laid out in this
-order, and everything that a rank updates follows from it.
+Gradient buffers are laid out in this order, and everything that a rank updates follows from it. Tests compare it with
+the modules themselves. It is that of the torch backend; Transformer Engine's modules have some vectors elsewhere.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Parameter:
 
     @property
     def in_fp8(self) -> bool:
-        """Whether a policy of FP8 holds it in FP8: the matrices of linear layers, without router, embedding and head."""
+        """Whether it may be held in FP8: the matrices of linear layers, without router, embedding and head."""
         outside = self.key == EMBEDDING or self.key.startswith("output_layer.") or ".router." in self.key
         return len(self.whole) > 1 and not outside
 

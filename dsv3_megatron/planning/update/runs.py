@@ -1,8 +1,8 @@
 """Which numbers of its stages' parameters every rank updates under ZeRO-1, without building anything. No torch.
 
-megatron-core (0.16.1, ``_ParamAndGradBuffer``, ``DistributedOptimizer``) lays the parameters of a stage out in a buffer,
-the last first, each at a multiple of 64 numbers; cuts the buffer into buckets, of which there is one without overlap, but
-for a shared embedding's; and gives each data-parallel rank an even part of every bucket.
+megatron-core (0.16.1, ``_ParamAndGradBuffer``, ``DistributedOptimizer``) lays the parameters of a stage out in a
+buffer, the last first, each at a multiple of 64 numbers; cuts the buffer into buckets, of which there is one without
+overlap, but for a shared embedding's; and gives each data-parallel rank an even part of every bucket.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def buffers_of(recipe: Recipe, layers: tuple[int, ...], pipeline_rank: int, *, e
     meet = {0, place.stages - 1} <= set(stages) and place.stages > 1
     fp8 = recipe.precision.fp8
     apart = fp8 is not None and fp8.hold_weights and recipe.backend != "torch"
-    found = []
+    found: list[list[Parameter]] = []
     for stage in stages:
         buffers: dict[bool, list[Parameter]] = {}
         for parameter in stage_parameters(recipe, layers, stage, borrowed=meet):
@@ -87,7 +87,8 @@ def cut(sizes: Sequence[int], alone: Sequence[bool], ranks: int) -> list[list[tu
 
 def _laid_out(sizes: Sequence[int], alone: Sequence[bool], ranks: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Return where every parameter begins in the buffer, and where buckets begin and end."""
-    starts, buckets = [0] * len(sizes), []
+    starts = [0] * len(sizes)
+    buckets: list[tuple[int, int]] = []
     at = first = 0
     for number in reversed(range(len(sizes))):
         at = _up(at, _START)

@@ -1,5 +1,7 @@
-"""Bytes of optimizer states of every rank that holds a pipeline rank's stages, exactly: shards are padded, and Muon keeps
-less of a matrix than AdamW of a vector, so that no two ranks need hold alike."""
+"""Bytes of optimizer states of every rank that holds a pipeline rank's stages, exactly.
+
+Shards are padded, and Muon keeps less of a matrix than AdamW of a vector, so that no two ranks need hold alike.
+"""
 
 from __future__ import annotations
 

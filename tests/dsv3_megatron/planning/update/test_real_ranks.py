@@ -1,4 +1,4 @@
-"""The end of a step as planned against real ranks: runs, exchange, bytes of states and on the wire, all of them exactly."""
+"""The end of a step as planned against real ranks: runs, exchange, bytes of states and on the wire, all exactly."""
 
 from typing import Any
 
