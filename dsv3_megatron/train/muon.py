@@ -64,13 +64,23 @@ def let_muon_update(
                 copies.update(range(len(pieces), len(pieces) + len(boxes)))
             pieces += [Piece.of(held, run) for held in boxes]
         holding = spread.Holding(tuple(piece.box for piece in pieces), frozenset(copies))
-        gathered: list[Any] = [None] * group.size()
-        dist.all_gather_object(gathered, (shapes, holding), group=group)
+        every = _gathered((shapes, holding), group)
         plan = spread.make_plan(
-            {name: shape for each, _ in gathered for name, shape in each.items()}, [held for _, held in gathered]
+            {name: shape for each, _ in every for name, shape in each.items()}, [held for _, held in every]
         )
         exchange = Exchange(plan, group, arithmetic(optim.muon, device), device)
         part.optimizer.let_muon(runs, pieces, exchange, optim.muon)
+
+
+# Shapes of matrices, and what a rank holds of them.
+_Held = tuple[dict[str, tuple[int, int]], spread.Holding]
+
+
+def _gathered(mine: _Held, group: dist.ProcessGroup) -> list[_Held]:
+    """Return what every rank of a group holds. Collective."""
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, mine, group=group)
+    return every
 
 
 def _boxes(share: Share, table: tuple[Rule, ...], shapes: dict[str, tuple[int, int]]) -> list[spread.Held]:
