@@ -11,7 +11,7 @@ from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.health.settings import HealthSettings
-from dsv3_megatron.model.freeze import check_freeze
+from dsv3_megatron.model.freeze import MTP, check_freeze, frozen_layers
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
@@ -65,6 +65,7 @@ class Recipe(BaseModel):
             self.precision.fp8.check()
         self._check_freeze()
         self._check_optimizer()
+        self._check_qk_clip()
         self._check_model_against_layout()
         self._check_curves()
 
@@ -87,6 +88,15 @@ class Recipe(BaseModel):
                     f"optim.muon.{field} = {shown} has no effect under optim.name = {self.optim.name}; "
                     "set optim.name=muon, or leave it out"
                 )
+
+    def _check_qk_clip(self) -> None:
+        """What is frozen cannot be clipped, and its logits may grow all the same."""
+        whole, mtp = frozen_layers(self.model.freeze), MTP in self.model.freeze and self.model.num_nextn_predict_layers
+        if self.optim.qk_clip is not None and ("attention" in self.model.freeze or whole or mtp):
+            raise RecipeError(
+                f"optim.qk_clip = {self.optim.qk_clip:g} scales attention's projections, which model.freeze = "
+                f"{list(self.model.freeze)} freezes in some layers; set optim.qk_clip=null, or train attention in all"
+            )
 
     def _check_model_against_layout(self) -> None:
         model, parallel = self.model, self.parallel

@@ -45,6 +45,8 @@ def let_muon_update(
     shares = {share.parameter: share for share in shares_of(chunks, optimizer, groups)}
     for part in parts_of(optimizer):
         parameters = [parameter for buffer in part.buffers for parameter in buffer.params]
+        if not parameters:  # a stage without experts; all ranks of a group hold the same stages
+            continue
         experts = not getattr(parameters[0], "allreduce", True)  # megatron-core's mark of them
         group = holders[1] if experts else holders[0]
         shapes: dict[str, tuple[int, int]] = {}

@@ -228,4 +228,5 @@ def _update_seconds(
     if muon is None:
         touched += ADAMW_BYTES * shard
     moved = model.traffic.weights(held, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
+    moved = moved + model.traffic.largest_logits()
     return Device(model.recipe.cluster).memory(touched) + moved.seconds + (muon.seconds if muon else 0.0)
