@@ -74,6 +74,18 @@ def _muon(plan: Plan) -> list[str]:
         f"momentum, weights and AdamW {muon.memory_seconds:.3f},",
         f"                waiting for the exchange {muon.waiting_seconds:.3f}; the exchange alone takes "
         f"{muon.exchange_seconds:.3f}",
+        *_unpriced(plan),
+    ]
+
+
+def _unpriced(plan: Plan) -> list[str]:
+    """Return what of Muon's time is no price: where the peak of its arithmetic is not known, BF16's is taken."""
+    cluster = plan.recipe.cluster
+    if plan.recipe.optim.muon.arithmetic != "fp32" or "fp32" in cluster.peak_tflops:
+        return []
+    return [
+        f"                too short: cluster={cluster.name} gives no peak_tflops.fp32 for optim.muon.arithmetic = "
+        "fp32, and BF16's is taken"
     ]
 
 

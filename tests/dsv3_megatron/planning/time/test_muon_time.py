@@ -12,6 +12,7 @@ from dsv3_megatron.planning.time.muon import RoundTraffic, newton_schulz_seconds
 from dsv3_megatron.planning.time.roofline import Device
 from dsv3_megatron.settings import ClusterSettings
 from launcher.command_line.compose import compose
+from launcher.views.plan import text_of
 from parallel.links import Fabric, Link
 
 H800 = ClusterSettings(name="h", sms=132, memory_terabytes_per_second=3.35, peak_tflops={"fp32": 67, "bf16": 989.5})
@@ -87,3 +88,15 @@ def test_float32_costs_more_than_bf16():
     bf16, fp32 = (planned(*words, f"optim.muon.arithmetic={form}").step.muon for form in ("bf16", "fp32"))
     assert fp32.work_seconds > 10 * bf16.work_seconds
     assert fp32.returned.intra_bytes == 2 * bf16.returned.intra_bytes
+
+
+def test_a_price_that_is_none_says_so():
+    words = ["recipe=moonlight_16b", "optim.name=muon", "optim.muon.arithmetic=fp32"]
+    known = compose(words)
+    unknown = known.model_copy(update={"cluster": known.cluster.model_copy(update={"peak_tflops": {"bf16": 989.5}})})
+    priced, unpriced = (
+        "\n".join(text_of(plan_run(recipe, 8, measure=estimate_stages), advise=False)) for recipe in (known, unknown)
+    )
+    line = "too short: cluster=h100_8 gives no peak_tflops.fp32 for optim.muon.arithmetic = fp32"
+    assert line in unpriced and line not in priced
+    assert "Newton-Schulz" in priced and "while Muon updates, activations are gone" in priced
