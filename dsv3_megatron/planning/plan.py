@@ -158,7 +158,7 @@ class Plan:
         }
 
     def _muon_traffic(self) -> dict[str, Moved]:
-        """Return what the GPU that sends most for Muon sends, on the pipeline rank whose update takes longest."""
+        """Return what the GPU that sends most for Muon sends."""
         muon = self.priced_step.muon
         return {} if muon is None else {"Muon, matrices to owners": muon.gathered, "Muon, updates back": muon.returned}
 

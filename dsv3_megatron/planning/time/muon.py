@@ -49,6 +49,11 @@ class MuonTime:
         """The update."""
         return self.work_seconds + self.waiting_seconds + self.memory_seconds
 
+    @property
+    def sent_bytes(self) -> float:
+        """All that the rank that sends most sends."""
+        return sum(moved.intra_bytes + moved.inter_bytes for moved in (self.gathered, self.returned))
+
     def __add__(self, other: MuonTime) -> MuonTime:
         return MuonTime(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 

@@ -8,7 +8,7 @@ two: what DualPipe is for. A stage's gradients are reduced as soon as its last w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3_megatron.model.composition import composition
 from dsv3_megatron.planning.memory.ranks import Held
@@ -52,7 +52,10 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. ``muon``: of ``optimizer_seconds``, on the rank that takes longest."""
+    """Seconds of one optimizer step.
+
+    ``muon``: of ``optimizer_seconds``, on the pipeline rank that takes longest; what is sent, on that which sends most.
+    """
 
     timeline: Timeline
     pipeline_seconds: float
@@ -188,7 +191,9 @@ def step_time(
     if muon:
         ends = [_update_seconds(model, schedule, h, mirrored, muon=m) for h, m in zip(held, muon)]
         update = max(ends)
-        return StepTime(timeline, timeline.makespan, tail, update, bubble, muon[ends.index(update)])
+        busiest = max(muon, key=lambda m: m.sent_bytes)
+        slowest = replace(muon[ends.index(update)], gathered=busiest.gathered, returned=busiest.returned)
+        return StepTime(timeline, timeline.makespan, tail, update, bubble, slowest)
     update = _update_seconds(model, schedule, max(held, key=lambda h: h.trained), mirrored)
     return StepTime(timeline, timeline.makespan, tail, update, bubble)
 

@@ -6,7 +6,6 @@ before and after it is there at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -53,16 +52,19 @@ def rounds_of(plan: Plan) -> list[list[Round]]:
                 sent[rank][number] += box.numbers
                 received[owner][number] += box.numbers
                 filled[rank][number] = max(filled[rank][number], box.numbers)
-    stacks = [[tuple(_stacks(plan, rank, number)) for number in range(len(plan.rounds))] for rank in ranks]
+    stacks = _stacks(plan)
     return [
         [Round(*each) for each in zip(sent[r], received[r], filled[r], stacks[r], given[r], taken[r])] for r in ranks
     ]
 
 
-def _stacks(plan: Plan, rank: int, number: int) -> Iterator[tuple[int, int, int]]:
-    names = [name for name in plan.rounds[number] if plan.owner[name] == rank]
-    for (rows, columns), alike in groupby(names, key=plan.shapes.__getitem__):
-        yield len(list(alike)), rows, columns
+def _stacks(plan: Plan) -> list[list[tuple[tuple[int, int, int], ...]]]:
+    """Return the stacks of every rank and round; of one owner, like shapes lie together in a round."""
+    found: list[list[tuple[tuple[int, int, int], ...]]] = [[() for _ in plan.rounds] for _ in plan.holdings]
+    for number, names in enumerate(plan.rounds):
+        for (owner, (rows, columns)), alike in groupby(names, key=lambda name: (plan.owner[name], plan.shapes[name])):
+            found[owner][number] += ((len(list(alike)), rows, columns),)
+    return found
 
 
 def most_bytes(rounds: list[Round], *, steps: int, size: int, mixing: int, alone: bool) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
+from dsv3_megatron.model.settings import ModelSettings
+from dsv3_megatron.optim.settings import MuonSettings
 from dsv3_megatron.planning.update.exchange_memory import Round, most_bytes, rounds_of
 from dsv3_megatron.planning.update.holdings import Group, by_muon, group_of, table_of
 from dsv3_megatron.planning.update.runs import Run, buffers_of
 from dsv3_megatron.planning.update.states import state_bytes_of_ranks
+from dsv3_megatron.precision.settings import PrecisionSettings
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
+from parallel.pipeline.actions import Placement
 
 _LAYER = re.compile(r"\blayers\.\d+\.")
 
@@ -60,6 +65,38 @@ def updates_of_ranks(recipe: Recipe, layout: Layout, layers: tuple[int, ...]) ->
     """Return the update of every pipeline rank. Those of equal stages have the first's, but for the names: ties between
     owners, which names break, may be broken otherwise. Of experts, those of the first expert-parallel rank are taken.
     """
+    asked = _Asked(
+        recipe,
+        recipe.model,
+        recipe.optim.muon,
+        recipe.precision,
+        recipe.backend,
+        recipe.placement(),
+        layout,
+        layers,
+        size_of_number(recipe),
+    )
+    return list(_updates(asked))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an update depends on: a search asks for the same one under many recomputations and micro batches."""
+
+    recipe: Recipe = field(compare=False)
+    model: ModelSettings
+    muon: MuonSettings
+    precision: PrecisionSettings
+    backend: str
+    placement: Placement
+    layout: Layout
+    layers: tuple[int, ...]
+    size: int
+
+
+@lru_cache(maxsize=16)
+def _updates(asked: _Asked) -> list[RankUpdate]:
+    recipe, layout, layers = asked.recipe, asked.layout, asked.layers
     known: dict[object, RankUpdate] = {}
     found = []
     mirrored = recipe.placement().mirrored

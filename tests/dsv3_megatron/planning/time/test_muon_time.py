@@ -6,10 +6,12 @@ import pytest
 
 from dsv3_megatron.optim.newton_schulz import products
 from dsv3_megatron.optim.spread import Box, Holding, make_plan
+from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan as plan_run
 from dsv3_megatron.planning.time.muon import RoundTraffic, newton_schulz_seconds
 from dsv3_megatron.planning.time.roofline import Device
+from dsv3_megatron.planning.update.muon import updates_of_ranks
 from dsv3_megatron.settings import ClusterSettings
 from launcher.command_line.compose import compose
 from launcher.views.plan import text_of
@@ -100,3 +102,16 @@ def test_a_price_that_is_none_says_so():
     line = "too short: cluster=h100_8 gives no peak_tflops.fp32 for optim.muon.arithmetic = fp32"
     assert line in unpriced and line not in priced
     assert "Newton-Schulz" in priced and "while Muon updates, activations are gone" in priced
+
+
+def test_an_update_is_found_once_for_all_recomputations():
+    def updates(*words):
+        recipe = compose(["recipe=dsv3_16b", "optim.name=muon", *words])
+        return updates_of_ranks(recipe, recipe.layout(8), layers_of_stages(recipe))
+
+    (first,) = updates()
+    assert updates("parallel.recompute=[full]")[0] is first
+    (other,) = updates("precision.moments=fp32")
+    assert other.state_bytes > first.state_bytes
+    (on_cpu,) = updates("cluster.device=cpu")
+    assert on_cpu.size == 4 and on_cpu.exchange_bytes > first.exchange_bytes
