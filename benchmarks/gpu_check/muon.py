@@ -23,8 +23,9 @@ def orthogonalised(visit: Visit) -> Outcomes:
     import torch
     from torch.optim._muon import _zeropower_via_newtonschulz
 
-    from dsv3_megatron.optim.newton_schulz import orthogonalise, products
+    from dsv3_megatron.optim.newton_schulz import orthogonalise
     from dsv3_megatron.optim.settings import MuonSettings
+    from dsv3_megatron.optim.spread import products
 
     coefficients = MuonSettings().coefficients
     rates, apart = {}, 0.0

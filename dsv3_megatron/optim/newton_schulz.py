@@ -28,9 +28,3 @@ def orthogonalise(stack: Tensor, steps: int, coefficients: tuple[float, float, f
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, inner, x, beta=a)
     return x.mT if tall else x
-
-
-def products(rows: int, columns: int, steps: int) -> int:
-    """Return the floating-point operations of :func:`orthogonalise` on one matrix [rows, columns]."""
-    short, long = sorted((rows, columns))
-    return 2 * steps * (2 * short * short * long + short**3)

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from dsv3_megatron.optim.matrices import Matrix, Runs
-from dsv3_megatron.optim.newton_schulz import products
 
 # Numbers of the matrices that an owner works on at once, unless one alone is larger: 128 MiB in BF16.
 ROUND = 1 << 26
@@ -149,6 +148,12 @@ def _common(runs: Runs, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         before += last - first
 
 
+def products(rows: int, columns: int, steps: int) -> int:
+    """Return the floating-point operations of orthogonalising one matrix [rows, columns]."""
+    short, long = sorted((rows, columns))
+    return 2 * steps * (2 * short * short * long + short**3)
+
+
 def make_plan(shapes: Mapping[str, tuple[int, int]], holdings: Sequence[Holding], limit: int = ROUND) -> Plan:
     """Return who owns which matrix, and when it is worked on.
 
@@ -160,9 +165,12 @@ def make_plan(shapes: Mapping[str, tuple[int, int]], holdings: Sequence[Holding]
     """
     held = _held(shapes, holdings)
     owner = _owners(shapes, held, len(holdings))
+    owned: dict[int, list[str]] = {}
+    for name, rank in owner.items():
+        owned.setdefault(rank, []).append(name)
     rounds: list[list[str]] = []
-    for rank in range(len(holdings)):
-        for number, names in enumerate(_rounds_of((n for n in owner if owner[n] == rank), shapes, limit)):
+    for rank in sorted(owned):
+        for number, names in enumerate(_rounds_of(owned[rank], shapes, limit)):
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number] += names

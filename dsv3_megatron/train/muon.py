@@ -12,18 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.shares import Share, shares_of
+from dsv3_megatron.model.heads import heads_of
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim import spread
 from dsv3_megatron.optim.exchange import Exchange
-from dsv3_megatron.optim.matrices import Heads, Rule, matrices_in, rules
+from dsv3_megatron.optim.matrices import Rule, matrices_in, rules
 from dsv3_megatron.optim.muon import Piece, arithmetic
 from dsv3_megatron.optim.optimizer import parts_of
 from dsv3_megatron.optim.settings import OptimSettings
-
-
-def heads_of(model: ModelSettings) -> Heads:
-    """Return the shape of a model's attention, as matrices by head need it."""
-    return Heads(model.num_attention_heads, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim)
 
 
 def let_muon_update(

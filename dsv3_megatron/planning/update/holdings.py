@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dsv3_megatron.checkpoint.boxes import boxes_of_run, common_box, strides_of
-from dsv3_megatron.model.settings import ModelSettings
-from dsv3_megatron.optim.matrices import Heads, Matrix, Rule, matrices_in, rule_of, rules
+from dsv3_megatron.model.heads import heads_of
+from dsv3_megatron.optim.matrices import Matrix, Rule, matrices_in, rule_of, rules
 from dsv3_megatron.optim.spread import Box, Holding, Piece, Plan, boxes_of, make_plan
 from dsv3_megatron.planning.update.parameters import Parameter
 from dsv3_megatron.planning.update.runs import Run, buffers_of, copies_of, runs_of
@@ -39,11 +39,6 @@ class Group:
 def table_of(recipe: Recipe) -> tuple[Rule, ...]:
     """Return which optimizer updates what."""
     return rules(recipe.optim, heads_of(recipe.model))
-
-
-def heads_of(model: ModelSettings) -> Heads:
-    """Return the shape of a model's attention, as matrices by head need it (train.muon has it for runs)."""
-    return Heads(model.num_attention_heads, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim)
 
 
 def group_of(

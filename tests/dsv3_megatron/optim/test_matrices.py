@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes, published_tensors
+from dsv3_megatron.model.heads import heads_of
 from dsv3_megatron.optim.matrices import matrices_in, rule_of, rules
 from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
-from dsv3_megatron.train.muon import heads_of
 from launcher.command_line.compose import compose
 from parallel.errors import RecipeError
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3_megatron.checkpoint.boxes import boxes_of_run, strides_of
 from dsv3_megatron.optim.matrices import Matrix
-from dsv3_megatron.optim.newton_schulz import products
-from dsv3_megatron.optim.spread import SLACK, Box, Holding, Piece, boxes_of, make_plan
+from dsv3_megatron.optim.spread import SLACK, Box, Holding, Piece, boxes_of, make_plan, products
 
 
 @st.composite

@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from dsv3_megatron.optim.newton_schulz import products
-from dsv3_megatron.optim.spread import Box, Holding, make_plan
+from dsv3_megatron.optim.spread import Box, Holding, make_plan, products
 from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.planning.memory.formulae import estimate_stages
 from dsv3_megatron.planning.plan import make_plan as plan_run
