@@ -78,6 +78,9 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
         """Update every parameter that has a gradient."""
+        self._update_all()
+
+    def _update_all(self) -> None:
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for params in _portions([p for p in group["params"] if self._gradient(p) is not None]):

@@ -83,7 +83,7 @@ class MuonWithAdamW(FusedAdam):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here evaluates the loss again
         """Update every parameter that has a gradient; of matrices all have one. Collective."""
         if self.exchange is None:
-            super().step()
+            self._update_all()
             return
         group_of = {param: group for group in self.param_groups for param in group["params"]}
         self._update_momentum()
@@ -116,7 +116,7 @@ class MuonWithAdamW(FusedAdam):
 
     def _update_the_rest(self, group_of: dict[Tensor, dict]) -> None:
         """What is done while matrices travel: AdamW's parameters, and the decay of matrices."""
-        super().step()
+        self._update_all()  # not AdamW's step: torch calls the hooks of a step around each class's
         for param in self._matrices:
             group = group_of[param]
             self._weight(param).mul_(1 - group["lr"] * group["weight_decay"])

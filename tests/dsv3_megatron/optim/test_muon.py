@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
+from dsv3_megatron.optim.adamw import FusedAdam
 from dsv3_megatron.optim.exchange import Exchange
 from dsv3_megatron.optim.muon import MOMENTUM, MuonWithAdamW, Piece
 from dsv3_megatron.optim.newton_schulz import orthogonalise
@@ -94,6 +95,17 @@ def test_momentum_in_bf16_costs_little(alone):
     assert other.state[short][MOMENTUM].dtype == torch.bfloat16
     moved = (exact - weights[0].flatten()).norm()
     assert 0 < (exact - short).norm() < 0.02 * moved
+
+
+def test_hooks_of_a_step_are_called_once(alone):
+    """Also where AdamW has stepped in this process before: torch then wraps its step too."""
+    FusedAdam([torch.nn.Parameter(torch.ones(2))]).step()
+    (run,), optimizer = ours([torch.ones(3, 4)], alone, MuonSettings())
+    calls = []
+    optimizer.register_step_post_hook(lambda *given: calls.append(given))
+    run.grad = torch.ones(12)
+    optimizer.step()
+    assert len(calls) == 1
 
 
 def train_beside_torchs(steps):

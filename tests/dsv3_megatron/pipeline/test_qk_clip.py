@@ -185,13 +185,14 @@ TWO = {
     "CP2 recompute": ("parallel.context=2", "parallel.recompute=[mla_up,attention]"),
     "1f1b": ("parallel.pipeline=2",),
     "zb1p": ("parallel.pipeline=2", "parallel.schedule=zb1p"),
+    "interleaved": ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2"),
     "dualpipe": ("parallel.pipeline=2", "parallel.schedule=dualpipe"),
     "dualpipev": ("parallel.pipeline=2", "parallel.schedule=dualpipev"),
 }
 FOUR = {
     "TP2 x CP2": ("parallel.tensor=2", "parallel.context=2"),
     "dualpipe x TP2": ("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.tensor=2"),
-    "dualpipe x DP2": ("parallel.pipeline=2", "parallel.schedule=dualpipe"),
+    "dualpipe x CP2": ("parallel.pipeline=2", "parallel.schedule=dualpipe", "parallel.context=2"),
 }
 
 
