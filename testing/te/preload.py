@@ -1,5 +1,6 @@
 """What a test rank on Transformer Engine needs, imported once in its fork server (testing/ranks.py)."""
 
+import gc
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -13,3 +14,6 @@ import pytest  # noqa: F401  what test modules import: else every rank would, fo
 import transformer_engine.pytorch  # noqa: F401
 
 import testing.training.tiny  # noqa: F401
+
+gc.collect()  # as in testing/preload.py
+gc.freeze()

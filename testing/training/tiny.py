@@ -46,6 +46,7 @@ SMALL = (
     "optim.micro_batch=2",
     "data=synthetic",
     "data.sequence_length=32",
+    "data.held_out_sequences=8",
     "logging.wandb=disabled",
     "logging.report_every_seconds=0",
 )
