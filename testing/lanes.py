@@ -7,6 +7,7 @@ imported by tests/conftest.py.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -98,6 +99,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: next((n for n, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG)))
 
 
+def pytest_collection_finish() -> None:
+    """Leave what importing and collecting have made out of every collection of garbage; runs in this process ask for
+    many."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Count what this lane leaves out."""
     for item in items[:1]:
@@ -107,6 +115,8 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Count the processor time of each test, with what it sets up."""
+    if not gc.get_freeze_count():  # a run in this process has thawed it
+        gc.freeze()
     before = cpu_seconds()
     try:
         return (yield)

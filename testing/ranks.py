@@ -6,6 +6,7 @@ everything once and has run no thread. The first failing rank's traceback is rai
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -72,6 +73,7 @@ def _rank_main(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store of the process that has started the ranks
+        gc.freeze()  # a run that ends has thawed what testing/preload.py froze
         try:
             queue.put((number, rank, None, worker(case)))
             _leave_group()

@@ -1,10 +1,14 @@
 """Shared by all tests: a one-process world for those that build a model in the test process itself."""
 
 import os
+import sys
 
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands that tests start as a user types them find no GPU either
+# Where an environment forbids compiled files, each of those commands would compile all our modules: half a second.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from dsv3_megatron.megatron.host import adapt_host
 
@@ -12,6 +16,7 @@ adapt_host("cpu")  # all tests, on machines with GPUs too
 
 from testing.lanes import (  # noqa: F401  hooks of pytest
     pytest_addoption,
+    pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_deselected,

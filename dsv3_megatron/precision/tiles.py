@@ -154,8 +154,10 @@ def decode(data: Tensor, fmt: Format, *, finite: bool = False) -> Tensor:
 
 
 def _cut(x: Tensor, tile: Tile) -> Tensor:
-    """Return x [..., A, B] as [..., A / a, a, B / b, b], edges padded with zeros."""
-    (rows, columns), (a, b) = x.shape[-2:], tile
+    """Return x [..., A, B] as [..., A / a, a, B / b, b], edges padded with zeros; a tile that is larger than the matrix
+    is cut to it."""
+    rows, columns = x.shape[-2:]
+    a, b = min(tile[0], max(rows, 1)), min(tile[1], max(columns, 1))
     down, right = -rows % a, -columns % b
     if down or right:
         x = F.pad(x, (0, right, 0, down))
@@ -166,5 +168,5 @@ def scaled_by_tile(x: Tensor, factors: Tensor, tile: Tile) -> Tensor:
     """Return x [..., A, B] times the factor of each element's tile."""
     rows, columns = x.shape[-2:]
     cut = _cut(x, tile) * factors[..., :, None, :, None]
-    whole = cut.reshape(*x.shape[:-2], cut.shape[-4] * tile[0], cut.shape[-2] * tile[1])
+    whole = cut.reshape(*x.shape[:-2], cut.shape[-4] * cut.shape[-3], cut.shape[-2] * cut.shape[-1])
     return whole[..., :rows, :columns]

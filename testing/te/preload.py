@@ -1,5 +1,6 @@
 """What a test rank on Transformer Engine needs, imported once in its fork server (testing/ranks.py)."""
 
+import gc
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -12,4 +13,9 @@ import hypothesis  # noqa: F401
 import pytest  # noqa: F401  what test modules import: else every rank would, for half a second
 import transformer_engine.pytorch  # noqa: F401
 
-import testing.training.tiny  # noqa: F401
+from testing.training.tiny import small_recipe
+
+small_recipe()  # whose files are composed once
+
+gc.collect()  # as in testing/preload.py
+gc.freeze()

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from dsv3_megatron.train.run import run
-from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import UserError
 from parallel.world import World
 from testing.ranks import run_ranks
-from testing.training.tiny import SMALL
+from testing.training.tiny import small_recipe
 
 FOUR_STEPS = ("run.steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
 _REFUSED = "refused: "
@@ -35,7 +35,7 @@ class Notes(SilentReporter):
 def run_here(overrides: list[str]) -> list[str]:
     """Train on this rank; return the notes, or "refused: " and the message of what a user can fix."""
     torch.set_num_threads(1)
-    recipe, notes = compose([*SMALL, *overrides]), Notes()
+    recipe, notes = small_recipe(*overrides), Notes()
     try:
         run(recipe, World.from_environment(), notes, resolved_yaml(recipe))
     except UserError as error:

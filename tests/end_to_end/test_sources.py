@@ -7,8 +7,7 @@ import pytest
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.tokenizer import Tokenizer
-from launcher.command_line.compose import compose
-from testing.training.tiny import SMALL
+from testing.training.tiny import small_recipe
 from testing.training.whole_runs import refusal, steps, train
 
 
@@ -34,7 +33,7 @@ def keys(shards, directory, *more):
 
 
 def small_count(shards, directory):
-    recipe = compose([*SMALL, *keys(shards, directory)])
+    recipe = small_recipe(*keys(shards, directory))
     data = build(recipe.data, vocab_size=320, seed=recipe.run.seed).train
     return data.sources[data.names.index("01_small")].count
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
+@cache
 def torch_dtype(dtype: object) -> torch.dtype:
     """Return torch's name of one of TE's."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch  # TE loads over these kernels

@@ -24,7 +24,7 @@ from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
-from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import CheckpointError, UserError
 from parallel.groups import start_processes, stop_processes
@@ -33,7 +33,7 @@ from testing.lanes import InLanes
 from testing.ranks import run_ranks
 from testing.small_disk import small_disk
 from testing.training.checkpoints import assert_same_tensors
-from testing.training.tiny import SMALL, VALUES, small_recipe, step_batches_of
+from testing.training.tiny import VALUES, small_recipe, step_batches_of
 from testing.training.whole_runs import events
 
 SIX = ("run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
@@ -104,7 +104,7 @@ def run_case(case):
     """Train with things happening after some steps on some ranks; return the notes, or the refusal."""
     torch.set_num_threads(1)
     overrides, happenings = case["overrides"], case.get("after", {})
-    recipe, notes, done = compose([*SMALL, *overrides]), Notes(), 0
+    recipe, notes, done = small_recipe(*overrides), Notes(), 0
     original, build, add = trainer_module.train_step, run_module.build_parts, PieceFile.add
     built = []
 

@@ -6,13 +6,13 @@ import torch
 import dsv3_megatron.train.run as run_module
 from dsv3_megatron.checkpoint.state import prepare_moments
 from dsv3_megatron.train.build import build_parts
-from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.compose import resolved_yaml
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.lanes import InLanes, names_in_lanes
 from testing.ranks import TE, run_ranks
 from testing.training.on_te import FP8, WORDS, forget_fp8_state
-from testing.training.tiny import SMALL, small_recipe
+from testing.training.tiny import small_recipe
 from testing.training.whole_runs import steps
 
 HELD = "precision.fp8.hold_weights=true"
@@ -37,7 +37,7 @@ class Silent:
 
 def run(overrides):
     """Train a recipe as launcher/pretrain.py does."""
-    recipe = compose([*SMALL, "run.name=te", f"run.steps={STEPS}", *overrides])
+    recipe = small_recipe("run.name=te", f"run.steps={STEPS}", *overrides)
     try:
         run_module.run(recipe, World.from_environment(), Silent(), resolved_yaml(recipe))
     finally:

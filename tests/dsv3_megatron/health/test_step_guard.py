@@ -16,7 +16,7 @@ import dsv3_megatron.train.run as run_module
 import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.health.settings import HealthSettings
 from dsv3_megatron.health.step_guard import HealthState, StepGuard
-from launcher.command_line.compose import compose, resolved_yaml
+from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import SilentReporter
 from parallel.errors import UserError
 from parallel.pipeline.watchdog import Watchdog
@@ -24,7 +24,7 @@ from parallel.world import World
 from testing.lanes import InLanes, examples, names_in_lanes
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
-from testing.training.tiny import SMALL
+from testing.training.tiny import small_recipe
 from testing.training.whole_runs import events, steps
 
 BASE = ("parallel.expert=2", "run.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.learning_rate=0.01")
@@ -38,7 +38,7 @@ def run_case(case):
     """Train; ``case["faults"]`` maps a call of the trainer's step to what happens in it: a poisoned gradient, a signal,
     a delay. Returns the refusal, if any."""
     torch.set_num_threads(1)
-    recipe = compose([*SMALL, *BASE, *case["overrides"], f"run.directory={case['directory']}"])
+    recipe = small_recipe(*BASE, *case["overrides"], f"run.directory={case['directory']}")
     original, build, calls, built = trainer_module.train_step, run_module.build_parts, 0, []
 
     def remember(*arguments):

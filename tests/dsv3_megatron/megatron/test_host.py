@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3_megatron.data.source.samples import Synthetic, step_batches
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.step import train_step
-from launcher.command_line.compose import compose
 from parallel.groups import start_processes, stop_processes
 from parallel.world import World
 from testing.ranks import run_ranks
-from testing.training.tiny import SMALL, VALUES
+from testing.training.tiny import SMALL, VALUES, small_recipe
 
 
 def test_a_run_compiles_nothing(tmp_path):
@@ -34,7 +33,7 @@ def test_a_run_compiles_nothing(tmp_path):
 def counts_of_a_step(overrides):
     """Return how often a training step reduces and scatters, and how often it joins the chunks of eight experts."""
     torch.set_num_threads(1)
-    recipe = compose([*SMALL, *overrides])
+    recipe = small_recipe(*overrides)
     world = World.from_environment()
     start_processes(world, torch.device("cpu"))
     try:

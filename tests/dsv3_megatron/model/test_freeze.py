@@ -5,10 +5,9 @@ import torch
 
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from dsv3_megatron.model.freeze import PARTS, is_frozen, part_of
-from launcher.command_line.compose import compose
 from parallel.errors import RecipeError
 from testing.ranks import run_ranks
-from testing.training.tiny import SMALL, Case, small_recipe, train_rank
+from testing.training.tiny import Case, small_recipe, train_rank
 
 LAYERS = ("model.num_hidden_layers=4", "optim.global_batch=4", "optim.micro_batch=1", "data.sequence_length=16")
 
@@ -74,7 +73,7 @@ def test_gains_that_transformer_engine_fuses_into_linear_layers_are_norms():
 )
 def test_what_cannot_be_is_refused_in_a_line(words, said):
     with pytest.raises(RecipeError, match=f"model.freeze.*{said}") as refused:
-        compose([*SMALL, *LAYERS, *words])
+        small_recipe(*LAYERS, *words)
     assert "\n" not in str(refused.value)
 
 

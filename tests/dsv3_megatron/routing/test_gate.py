@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_megatron.routing.gate import affinities, best_experts, weights_of
-from launcher.command_line.compose import compose
 from parallel.errors import RecipeError
 from testing.lanes import examples
 from testing.ranks import run_ranks
-from testing.training.tiny import SMALL, Case, train_rank
+from testing.training.tiny import Case, small_recipe, train_rank
 
 
 @settings(deadline=None, max_examples=examples(100))
@@ -49,7 +48,7 @@ def test_experts_and_weights_equal_plain_loops(groups, group_best, topk, seed):
 )
 def test_a_setting_without_effect_is_refused(words, named):
     with pytest.raises(RecipeError, match=named):
-        compose([*SMALL, *words])
+        small_recipe(*words)
 
 
 V2_GATE = (

@@ -8,8 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from dsv3_megatron.data.source.shards import Manifest, ShardWriter, Source, open
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.files import write_json
 from parallel.errors import DataError
+from testing.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[4]
 START, END, PAD = 0, 1, 2
@@ -300,8 +299,7 @@ def test_two_makers_at_once_need_no_lock_and_leave_nothing_behind(folder):
     place, table, _ = folder
     files = files_of(place, table)
     (place / "packing").mkdir()
-    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
-        indexes = list(pool.map(make_all, [(files, range(7))] * 4))
+    (indexes,) = run_ranks(4, make_all, [(files, range(7))])
     assert len(set(indexes)) == 1
     assert sorted(path.name for path in files.index.parent.iterdir()) == sorted(
         [files.index.name, *(files.file(n).name for n in range(7))]

@@ -13,7 +13,9 @@ from testing.triton.interpreter import interpreted
 
 MODULE = "dsv3_megatron.precision.kernels.quantise"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = ((33, 140), (2, 129, 40), (1, 1), (0, 256))
+SHAPES = ((33, 140), (1, 1), (0, 256))
+# Two matrices that end in the midst of a program's rows, as many as it takes by the tile.
+MATRICES = {(1, 128): (2, 35, 40), (128, 1): (2, 129, 40), (128, 128): (2, 129, 40)}
 
 
 def drawn(kind, shape, dtype):
@@ -27,9 +29,8 @@ def drawn(kind, shape, dtype):
 
 CASES = [
     (kind, shape, dtype, tile, fmt, power_of_two)
-    for kind, shape in itertools.product(KINDS, SHAPES)
-    for dtype in DTYPES
-    for tile in KERNEL_TILES
+    for kind, dtype, tile in itertools.product(KINDS, DTYPES, KERNEL_TILES)
+    for shape in (*SHAPES, MATRICES[tile])
     for fmt, power_of_two in ((E4M3, True), (E5M2, True), (E4M3, False))
 ]  # fmt: skip
 
@@ -41,16 +42,15 @@ def differences(dtype):
     wrong = []
     for kind, shape, dtype, tile, fmt, power_of_two in (case for case in CASES if case[2] is dtype):
         x = drawn(kind, shape, dtype)
-        for given in (x, x.mT.contiguous().mT):  # callers hand on transposed tensors
-            wanted = quantise(x, tile, fmt, power_of_two=power_of_two)
+        wanted = quantise(x, tile, fmt, power_of_two=power_of_two)
+        same = {}
+        for where, given in (("", x), (", transposed", x.mT.contiguous().mT)):  # as callers hand them on
             data, scale_inv = kernels.quantise(given, tile, fmt, power_of_two=power_of_two)
-            back = kernels.dequantise(data, scale_inv, tile, fmt, torch.float32)
-            same = {
-                "numbers": torch.equal(data.view(torch.uint8), wanted.data.view(torch.uint8)),
-                "scales": torch.equal(scale_inv, wanted.scale_inv),
-                "back": torch.equal(back.nan_to_num(7.0), wanted.dequantise().nan_to_num(7.0)),
-            }
-            wrong += [(what, kind, shape, dtype, tile, fmt.name) for what, equal in same.items() if not equal]
+            same[f"numbers{where}"] = torch.equal(data.view(torch.uint8), wanted.data.view(torch.uint8))
+            same[f"scales{where}"] = torch.equal(scale_inv, wanted.scale_inv)
+        back = kernels.dequantise(wanted.data, wanted.scale_inv, tile, fmt, torch.float32)
+        same["back"] = torch.equal(back.nan_to_num(7.0), wanted.dequantise().nan_to_num(7.0))
+        wrong += [(what, kind, shape, dtype, tile, fmt.name) for what, equal in same.items() if not equal]
     return wrong
 
 
