@@ -1,0 +1,59 @@
+"""The table and the drawing of benchmarks/muon_vs_adamw.py."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+NAMES = {"adamw": "AdamW", "muon": "Muon"}
+COLORS = {"adamw": "#1f5fa8", "muon": "#c0392b"}
+WHAT = {
+    "equal_tokens": "held-out loss after equal tokens, nats a token",
+    "bits_per_byte": "the same in bits per byte",
+    "equal_time": "held-out loss after equal time, nats a token",
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return what is known of one recipe as a Markdown table: losses, as mean (lowest-highest of the seeds), and costs."""
+    lines = ["| | AdamW | Muon |", "|---|---|---|"]
+    if "losses" in found:
+        for name, swept in found["losses"]["sweep"].items():
+            shown = ", ".join(f"{rate:.3g}: {loss:.3f}" for rate, loss in swept)
+            cells = {"adamw": "", "muon": "", name: shown}
+            lines.append(f"| rates swept, one seed | {cells['adamw']} | {cells['muon']} |")
+    for what, sides in found.get("compared", {}).items():
+        shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (sides["adamw"], sides["muon"])]
+        lines.append(f"| {WHAT[what]} | {shown[0]} | {shown[1]} |")
+    for one in found.get("costs", []):
+        share = one["update_share"]
+        what = f"share of a step that the update takes, {one['threads']} thread{'s' * (one['threads'] > 1)}"
+        lines.append(f"| {what} | {share['adamw']:.1%} | {share['muon']:.1%} |")
+        lines.append(f"| a step beside AdamW's | 1 | {one['step_ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: str) -> None:
+    """Draw the held-out losses of all seeds at the best rates, over tokens and over seconds of training."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    seconds = found["costs"][0]["step_median"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    for name, runs in found["losses"]["seeds"].items():
+        for number, run in enumerate(runs):
+            label = f"{NAMES[name]}, rate {run['rate']:.3g}" if number == 0 else None
+            later = run["held_out"][1:]  # both begin with the same weights, at a loss that would flatten the rest
+            style = {"label": label, "color": COLORS[name], "linewidth": 1.2, "marker": ".", "markersize": 3}
+            axes[0].plot([tokens / 1e6 for _, tokens, _ in later], [loss for *_, loss in later], **style)
+            axes[1].plot([step * seconds[name] for step, *_ in later], [loss for *_, loss in later], **style)
+    axes[0].set_xlabel("tokens, million")
+    axes[1].set_xlabel(f"training, {found['costs'][0]['clock']}")
+    axes[0].set_ylabel("held-out loss, nats a token")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, format="svg")
