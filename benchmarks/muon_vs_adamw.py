@@ -1,6 +1,6 @@
 """Does Muon train better than AdamW? The same model, text, tokens and order of samples; each at its own best rate.
 
-    python -m benchmarks.muon_vs_adamw [recipe=dsv3_tiny] [share=1] [rates=...] [seeds=1234,1,2] [only=costs] [OVERRIDES]
+    python -m benchmarks.muon_vs_adamw [recipe=dsv3_tiny] [share=1] [rates=...] [seeds=1234,1,2] [OVERRIDES]
 
 Fair because each side gets a sweep of learning rates a factor of two apart, widened until its best is not at an edge,
 and only then three seeds at that rate. Everything else is the recipe's: warm-up and decay, weight decay, clipping,
@@ -39,9 +39,18 @@ class Arguments(BaseModel):
     """What the benchmark takes; other words are overrides of the recipe."""
 
     recipe: str = Field("dsv3_tiny", description="what to train")
-    share: float = Field(1.0, gt=0, le=1, description="of the recipe's tokens; its learning-rate curve is shortened alike")
+    share: float = Field(
+        1.0, gt=0, le=1, description="of the recipe's tokens; its learning-rate curve is shortened alike"
+    )
+    sweep_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of the recipe's tokens in the trainings that look for the best rates; null = share",
+    )
     rates: str | None = Field(
-        None, description="peak rates of both sweeps to begin with, separated by commas; null = the recipe's, half, twice"
+        None,
+        description="peak rates of both sweeps to begin with, separated by commas; null = the recipe's, half, twice",
     )
     seeds: str = Field("1234,1,2", description="of the trainings at the best rates; the sweep's is the first")
     only: Literal["costs", "losses", "report"] | None = Field(
@@ -50,31 +59,42 @@ class Arguments(BaseModel):
     threads: str = Field("1", description="threads a process, separated by commas, to measure seconds with on a CPU")
     repeats: PositiveInt = Field(10, description="turns of each side, to measure seconds")
     steps: PositiveInt = Field(1, description="steps of a turn")
-    device: Literal["cpu", "cuda"] | None = Field(None, description="where seconds are measured; null = cuda if there is one")
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="where seconds are measured; null = cuda if there is one"
+    )
     directory: str = Field("runs/muon_vs_adamw", description="where the trainings are")
     output: str = "benchmarks/results/muon_vs_adamw.json"
     plot: str = "docs/muon_vs_adamw.svg"
 
 
-def losses(trainings: Trainings, rates: list[float], seeds: list[int]) -> dict[str, Any]:
-    """Return both sweeps and the trainings with further seeds at the best rates."""
-    runs: list[dict[str, Any]] = []
+def losses(sweeping: Trainings, comparing: Trainings, rates: list[float], seeds: list[int]) -> dict[str, Any]:
+    """Return both sweeps, with the first seed, and the trainings with all seeds at the best rates."""
 
-    def loss(optimizer: str, rate: float, seed: int) -> float:
-        runs.append(trainings.result(Training(optimizer, rate, seed)))
-        print(f"{optimizer:<6} rate {rate:.3g}  seed {seed:<5} held-out loss {runs[-1]['held_out_loss']:.4f}", flush=True)
-        return runs[-1]["held_out_loss"]
+    def result(trainings: Trainings, optimizer: str, rate: float, seed: int) -> dict[str, Any]:
+        found = trainings.result(Training(optimizer, rate, seed))
+        loss, tokens = found["held_out_loss"], found["tokens"]
+        print(
+            f"{optimizer:<6} rate {rate:<8.3g} seed {seed:<6} {tokens:,} tokens: held-out loss {loss:.4f}", flush=True
+        )
+        return found
 
-    swept = {name: sweep(lambda rate, n=name: loss(n, rate, seeds[0]), rates) for name in OPTIMIZERS}
-    best = {name: min(found, key=found.__getitem__) for name, found in swept.items()}
-    for seed in seeds[1:]:
+    swept: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in OPTIMIZERS}
+    for name, found in swept.items():
+
+        def loss(rate: float, name: str = name, found: dict[float, dict[str, Any]] = found) -> float:
+            found[rate] = result(sweeping, name, rate, seeds[0])
+            return found[rate]["held_out_loss"]
+
+        sweep(loss, rates)
+    best = {name: min(found, key=lambda rate: found[rate]["held_out_loss"]) for name, found in swept.items()}
+    seeded: dict[str, list[dict[str, Any]]] = {name: [] for name in OPTIMIZERS}
+    for seed in seeds:
         for name in OPTIMIZERS:
-            loss(name, best[name], seed)
+            seeded[name].append(result(comparing, name, best[name], seed))
     return {
-        "tokens": runs[0]["tokens"],
-        "sweep": {name: [[rate, loss] for rate, loss in found.items()] for name, found in swept.items()},
+        "sweep": {name: [found[rate] for rate in sorted(found)] for name, found in swept.items()},
         "best_rate": best,
-        "seeds": {n: [r for r in runs if (r["optimizer"], r["rate"]) == (n, best[n])] for n in OPTIMIZERS},
+        "seeds": seeded,
     }
 
 
@@ -114,7 +134,8 @@ def main(arguments: list[str]) -> int:
         directory = ROOT / given.directory / given.recipe
         rates = _numbers("rates", given.rates) if given.rates else [peak(recipe) * factor for factor in (0.5, 1, 2)]
         seeds = [round(seed) for seed in _numbers("seeds", given.seeds)]
-        found["losses"] = {**_made(arguments), **losses(Trainings(words, given.share, directory), rates, seeds)}
+        sides = [Trainings(words, share, directory) for share in (given.sweep_share or given.share, given.share)]
+        found["losses"] = {**_made(arguments), **losses(*sides, rates, seeds)}
         output.write_text(json.dumps(everything, indent=1) + "\n")
     if given.only in (None, "costs"):
         import torch

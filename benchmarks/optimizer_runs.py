@@ -1,5 +1,5 @@
-"""The trainings that benchmarks/muon_vs_adamw.py compares: a recipe's text, order, tokens and shape of the learning rate;
-an optimizer, a rate and a seed each."""
+"""The trainings that benchmarks/muon_vs_adamw.py compares: a recipe's text, order, tokens and shape of the learning
+rate; an optimizer, a peak rate and a seed each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.compose import compose
+from parallel.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ("adamw", "muon")
@@ -83,10 +84,8 @@ class Trainings:
     def words_of(self, training: Training) -> tuple[str, ...]:
         """Return the words of a training's command, but for its directory."""
         recipe = compose(list(self.words))
-        run = recipe.run
-        length = (
-            f"run.tokens={round(run.tokens * self.share)}" if run.tokens else f"run.steps={round(run.steps * self.share)}"
-        )
+        unit = "tokens" if recipe.run.tokens else "steps"
+        length = f"run.{unit}={round(getattr(recipe.run, unit) * self.share)}"
         every = max(1, round(steps_of(recipe) * self.share / EVALUATIONS))
         return (
             *self.words,
@@ -109,7 +108,7 @@ def peak(recipe: Recipe) -> float:
 
 
 def curve(recipe: Recipe, rate: float, share: float) -> str:
-    """Return a recipe's learning-rate curve with the peak ``rate``, over ``share`` of the steps and tokens, as a word."""
+    """Return a recipe's learning-rate curve with the peak ``rate``, over ``share`` of steps and tokens, as a word."""
     now = recipe.optim.learning_rate
     if isinstance(now, float):
         return repr(rate)
@@ -135,12 +134,12 @@ def steps_of(recipe: Recipe) -> int:
 def sweep(loss: Callable[[float], float], rates: Sequence[float]) -> dict[float, float]:
     """Return the loss at every rate, with more rates, each a factor of two further, until the best is not at an edge.
 
-    Raises RuntimeError: it still is with ``MOST_RATES``.
+    Raises RecipeError: it still is with ``MOST_RATES``.
     """
     found = {rate: loss(rate) for rate in sorted(rates)}
     while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
         if len(found) >= MOST_RATES:
-            raise RuntimeError(f"the best of {len(found)} rates is still at the edge, {best:g}; begin with others (rates=)")
+            raise RecipeError(f"rates: the best of {len(found)} is still at an edge, {best:g}; begin with others")
         further = best * 2 if best == max(found) else best / 2
         found[further] = loss(further)
     return dict(sorted(found.items()))

@@ -15,13 +15,11 @@ WHAT = {
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return what is known of one recipe as a Markdown table: losses, as mean (lowest-highest of the seeds), and costs."""
+    """Return what is known of one recipe as a Markdown table: losses, as mean (lowest-highest of seeds), and costs."""
     lines = ["| | AdamW | Muon |", "|---|---|---|"]
     if "losses" in found:
-        for name, swept in found["losses"]["sweep"].items():
-            shown = ", ".join(f"{rate:.3g}: {loss:.3f}" for rate, loss in swept)
-            cells = {"adamw": "", "muon": "", name: shown}
-            lines.append(f"| rates swept, one seed | {cells['adamw']} | {cells['muon']} |")
+        swept = found["losses"]["sweep"]
+        lines.append("| " + " | ".join(["held-out loss by peak rate, one seed", *map(_rates, swept.values())]) + " |")
     for what, sides in found.get("compared", {}).items():
         shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (sides["adamw"], sides["muon"])]
         lines.append(f"| {WHAT[what]} | {shown[0]} | {shown[1]} |")
@@ -31,6 +29,10 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {what} | {share['adamw']:.1%} | {share['muon']:.1%} |")
         lines.append(f"| a step beside AdamW's | 1 | {one['step_ratio']:.3f} |")
     return "\n".join(lines)
+
+
+def _rates(runs: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{run['rate']:.3g}: {run['held_out_loss']:.3f}" for run in runs)
 
 
 def plot(found: dict[str, Any], path: str) -> None:
