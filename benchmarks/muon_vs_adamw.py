@@ -127,32 +127,37 @@ def main(arguments: list[str]) -> int:
     given = parse_arguments(Arguments, own)
     words = (f"recipe={given.recipe}", *overrides)
     recipe = compose(list(words))
-    output = Path(given.output)
-    everything = json.loads(output.read_text()) if output.exists() else {}
-    found = everything.setdefault(given.recipe, {})
+    found = _keep(given, {})
     if given.only in (None, "losses"):
         directory = ROOT / given.directory / given.recipe
         rates = _numbers("rates", given.rates) if given.rates else [peak(recipe) * factor for factor in (0.5, 1, 2)]
         seeds = [round(seed) for seed in _numbers("seeds", given.seeds)]
         sides = [Trainings(words, share, directory) for share in (given.sweep_share or given.share, given.share)]
-        found["losses"] = {**_made(arguments), **losses(*sides, rates, seeds)}
-        output.write_text(json.dumps(everything, indent=1) + "\n")
+        found = _keep(given, {"losses": {**_made(arguments), **losses(*sides, rates, seeds)}})
     if given.only in (None, "costs"):
         import torch
 
         device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
         each = [round(number) for number in _numbers("threads", given.threads)]
-        found["costs"] = [
-            {**_made(arguments), **cost(words, threads=n, repeats=given.repeats, steps=given.steps, device=device)}
-            for n in each
-        ]
-        output.write_text(json.dumps(everything, indent=1) + "\n")
+        costs = [cost(words, threads=n, repeats=given.repeats, steps=given.steps, device=device) for n in each]
+        found = _keep(given, {"costs": {**_made(arguments), "by_threads": costs}})
     if "losses" in found and "costs" in found:
-        found["compared"] = compared(found["losses"]["seeds"], found["costs"][0]["step_ratio"])
-        output.write_text(json.dumps(everything, indent=1) + "\n")
+        ratio = found["costs"]["by_threads"][0]["step_ratio"]
+        found = _keep(given, {"compared": compared(found["losses"]["seeds"], ratio)})
         plot(found, given.plot)
     print(table(found))
     return 0
+
+
+def _keep(given: Arguments, more: dict[str, Any]) -> dict[str, Any]:
+    """Add to what the result file knows of the recipe, which another process may have changed, and return that."""
+    output = Path(given.output)
+    everything = json.loads(output.read_text()) if output.exists() else {}
+    found = everything.setdefault(given.recipe, {})
+    found.update(more)
+    if more:
+        output.write_text(json.dumps(everything, indent=1) + "\n")
+    return found
 
 
 def _numbers(key: str, text: str) -> list[float]:

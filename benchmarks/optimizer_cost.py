@@ -49,10 +49,8 @@ def clocked(words: tuple[str, ...], device: str) -> Any:
 def cost(words: tuple[str, ...], *, threads: int, repeats: int, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Return seconds of steps and updates under both optimizers, ``repeats`` turns of ``steps`` steps, and ratios of
     their medians. The first step of each, which makes the states, is thrown away."""
-    sides = {
-        name: Side(clocked, (*words, f"optim.name={name}", "data=synthetic"), device, threads=threads)
-        for name in OPTIMIZERS
-    }
+    words = (*(word for word in words if not word.startswith("data=")), "data=synthetic")
+    sides = {name: Side(clocked, (*words, f"optim.name={name}"), device, threads=threads) for name in OPTIMIZERS}
     try:
         in_turns(sides, repeats, steps, warm_up=1)
         noted = {name: side.noted()[1:] for name, side in sides.items()}

@@ -23,7 +23,7 @@ def table(found: dict[str, Any]) -> str:
     for what, sides in found.get("compared", {}).items():
         shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (sides["adamw"], sides["muon"])]
         lines.append(f"| {WHAT[what]} | {shown[0]} | {shown[1]} |")
-    for one in found.get("costs", []):
+    for one in found.get("costs", {}).get("by_threads", []):
         share = one["update_share"]
         what = f"share of a step that the update takes, {one['threads']} thread{'s' * (one['threads'] > 1)}"
         lines.append(f"| {what} | {share['adamw']:.1%} | {share['muon']:.1%} |")
@@ -42,7 +42,7 @@ def plot(found: dict[str, Any], path: str) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    seconds = found["costs"][0]["step_median"]
+    cost = found["costs"]["by_threads"][0]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for name, runs in found["losses"]["seeds"].items():
         for number, run in enumerate(runs):
@@ -50,7 +50,9 @@ def plot(found: dict[str, Any], path: str) -> None:
             later = run["held_out"][1:]  # both begin with the same weights, at a loss that would flatten the rest
             style = {"label": label, "color": COLORS[name], "linewidth": 1.2, "marker": ".", "markersize": 3}
             axes[0].plot([tokens / 1e6 for _, tokens, _ in later], [loss for *_, loss in later], **style)
-            axes[1].plot([step * seconds[name] for step, *_ in later], [loss for *_, loss in later], **style)
+            axes[1].plot(
+                [step * cost["step_median"][name] for step, *_ in later], [loss for *_, loss in later], **style
+            )
     axes[0].set_xlabel("tokens, million")
     axes[1].set_xlabel(f"training, {found['costs'][0]['clock']}")
     axes[0].set_ylabel("held-out loss, nats a token")

@@ -1,5 +1,5 @@
-"""The comparison of optimizers is fair: one curve, order and text for both, a best rate at no edge of its sweep; and what
-was done is not done again."""
+"""The comparison of optimizers is fair: one curve, order and text for both, a best rate at no edge of its sweep;
+what was done is not done again."""
 
 import json
 from types import SimpleNamespace
@@ -96,7 +96,7 @@ def test_a_comparison_is_trained_once_measured_and_drawn(tmp_path, monkeypatch, 
     }
     first = {name: runs[0]["held_out"][0] for name, runs in found["losses"]["seeds"].items()}
     assert first["adamw"] == first["muon"], "the same weights to begin with"
-    share = found["costs"][0]["update_share"]
+    share = found["costs"]["by_threads"][0]["update_share"]
     assert 0 < share["adamw"] < 1 and 0 < share["muon"] < 1
     assert (tmp_path / "drawn.svg").read_text().count("</svg>") == 1
     assert table(found) in capsys.readouterr().out
