@@ -15,7 +15,7 @@ from typing import Any
 
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.compose import compose
-from parallel.errors import RecipeError
+from parallel.errors import RecipeError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ("adamw", "muon")
@@ -49,7 +49,8 @@ class Trainings:
     def result(self, training: Training) -> dict[str, Any]:
         """Train, unless that was done, and return what became of it.
 
-        ``held_out``: [step, tokens, nats a token] of every evaluation. Raises CalledProcessError: the run failed.
+        ``held_out``: [step, tokens, nats a token] of every evaluation. Raises: CalledProcessError: the run failed.
+        UserError: it was stopped by a signal.
         """
         words = self.words_of(training)
         folder = self.directory / f"{training.optimizer}_{training.rate:g}_{training.seed}_{_digest(words)}"
@@ -64,6 +65,8 @@ class Trainings:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
+        if not _finished(folder):
+            raise UserError(f"{folder} was stopped before its end; repeat the command, and it resumes")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         tokens = {0: 0, **{line["step"]: line["tokens"] for line in lines}}
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -152,5 +155,6 @@ def _digest(words: Sequence[str]) -> str:
 
 
 def _finished(folder: Path) -> bool:
+    """Whether a run has come to its end; one that a signal has stopped leaves a summary without a last evaluation."""
     summary = folder / "summary.json"
-    return summary.exists() and "after" in json.loads(summary.read_text())
+    return summary.exists() and bool(json.loads(summary.read_text()).get("after"))

@@ -54,7 +54,7 @@ def plot(found: dict[str, Any], path: str) -> None:
                 [step * cost["step_median"][name] for step, *_ in later], [loss for *_, loss in later], **style
             )
     axes[0].set_xlabel("tokens, million")
-    axes[1].set_xlabel(f"training, {found['costs'][0]['clock']}")
+    axes[1].set_xlabel(f"training, {cost['clock']}")
     axes[0].set_ylabel("held-out loss, nats a token")
     for axis in axes:
         axis.grid(alpha=0.25)

@@ -2,6 +2,7 @@
 what was done is not done again."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.optimizer_runs import EVALUATIONS, OPTIMIZERS, Training, Trainin
 from benchmarks.optimizer_table import table
 from dsv3_megatron.optim.regime import Regime
 from launcher.command_line.compose import compose
-from parallel.errors import RecipeError
+from parallel.errors import RecipeError, UserError
 from testing.training.tiny import SMALL
 
 RECIPES = {"dsv3_tiny": ("recipe=dsv3_tiny",), "dsv3_150m": ("recipe=dsv3_150m", "data.path=shards")}
@@ -79,6 +80,22 @@ def test_equal_time_reads_the_slower_side_before_its_end():
 def test_words_that_are_no_numbers_are_refused():
     with pytest.raises(RecipeError, match="rates = a: "):
         main(["rates=a", "only=losses"])
+
+
+def test_a_run_that_was_stopped_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
+    started = []
+
+    def stopped(command, **options):
+        folder = Path(next(word for word in command if word.startswith("run.directory=")).partition("=")[2])
+        (folder / "summary.json").write_text('{"step": 3, "stopped_by_signal": true, "after": null}')
+        started.append(folder)
+
+    monkeypatch.setattr("benchmarks.optimizer_runs.subprocess", SimpleNamespace(run=stopped, STDOUT=None))
+    trainings = Trainings(RECIPES["dsv3_tiny"], 1.0, tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="was stopped before its end"):
+            trainings.result(Training("muon", 0.01, 7))
+    assert len(started) == 2 and started[0] == started[1]
 
 
 @pytest.mark.slow
