@@ -1,7 +1,8 @@
 """What a step and its update cost under AdamW and under Muon, in turns: the trainer's own step on made-up text.
 
-On a CPU the clock is the process's own CPU time, so that others on the machine, whose load changes, do not count; on a
-GPU it is wall time, with the device waited for.
+With one thread on a CPU the clock is the process's own CPU time, so that others on the machine, whose load changes, do
+not count. Several threads spin while they wait for each other, and a GPU works beside the process: there it is wall
+time, and the machine must be idle.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from benchmarks.sides import Side, in_turns
 from benchmarks.work import ours
 
 
-def clocked(words: tuple[str, ...], device: str) -> Any:
+def clocked(words: tuple[str, ...], device: str, threads: int) -> Any:
     """Return the trainer's step, which notes the seconds of itself and of its update: the optimizer's, after the
     gradients' norm is known."""
     import torch
@@ -25,10 +26,9 @@ def clocked(words: tuple[str, ...], device: str) -> Any:
     update, spent = optimizer.step_with_ready_grads, [0.0]
 
     def now() -> float:
-        if device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if (device, threads) == ("cpu", 1) else time.perf_counter()
 
     def clocked_update() -> bool:
         start = now()
@@ -50,7 +50,9 @@ def cost(words: tuple[str, ...], *, threads: int, repeats: int, steps: int, devi
     """Return seconds of steps and updates under both optimizers, ``repeats`` turns of ``steps`` steps, and ratios of
     their medians. The first step of each, which makes the states, is thrown away."""
     words = (*(word for word in words if not word.startswith("data=")), "data=synthetic")
-    sides = {name: Side(clocked, (*words, f"optim.name={name}"), device, threads=threads) for name in OPTIMIZERS}
+    sides = {
+        name: Side(clocked, (*words, f"optim.name={name}"), device, threads, threads=threads) for name in OPTIMIZERS
+    }
     try:
         in_turns(sides, repeats, steps, warm_up=1)
         noted = {name: side.noted()[1:] for name, side in sides.items()}
@@ -63,7 +65,7 @@ def cost(words: tuple[str, ...], *, threads: int, repeats: int, steps: int, devi
     medians = {name: median(values) for name, values in whole.items()}
     return {
         **facts,
-        "clock": "CPU seconds of the process" if device == "cpu" else "wall seconds",
+        "clock": "CPU seconds" if (device, threads) == ("cpu", 1) else "wall seconds",
         "threads": threads,
         "step_seconds": whole,
         "update_seconds": update,
