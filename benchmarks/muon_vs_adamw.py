@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -106,8 +107,18 @@ def at_step(held_out: list[list[float]], step: float) -> float:
     return before[2] + along * (after[2] - before[2])
 
 
+def passes(held_out: list[list[float]], loss: float) -> float | None:
+    """Return after how many tokens a run's held-out loss is first as low as ``loss``, between two evaluations; None if
+    it never is."""
+    for (_, tokens, high), (_, later, low) in pairwise(held_out):
+        if low <= loss < high:
+            return tokens + (high - loss) / (high - low) * (later - tokens)
+    return None
+
+
 def compared(seeds: dict[str, list[dict[str, Any]]], step_ratio: float) -> dict[str, Any]:
-    """Return losses of both sides after equal tokens and after equal time, seed by seed and their means.
+    """Return losses of both sides after equal tokens and after equal time, seed by seed and their means; and after how
+    many tokens Muon is where AdamW ends, seed by seed.
 
     ``step_ratio``: Muon's seconds a step over AdamW's.
     """
@@ -118,7 +129,12 @@ def compared(seeds: dict[str, list[dict[str, Any]]], step_ratio: float) -> dict[
         "equal_time": {n: [at_step(r["held_out"], r["steps"] * last[n]) for r in runs] for n, runs in seeds.items()},
     }
     known = {what: sides for what, sides in after.items() if None not in sides["muon"]}
-    return {what: {**sides, "mean": {n: mean(v) for n, v in sides.items()}} for what, sides in known.items()}
+    found: dict[str, Any] = {
+        what: {**sides, "mean": {n: mean(v) for n, v in sides.items()}} for what, sides in known.items()
+    }
+    ends = zip(seeds["muon"], seeds["adamw"])
+    found["tokens_to_adamws_last_loss"] = [passes(mine["held_out"], theirs["held_out_loss"]) for mine, theirs in ends]
+    return found
 
 
 def main(arguments: list[str]) -> int:

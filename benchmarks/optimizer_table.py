@@ -20,9 +20,14 @@ def table(found: dict[str, Any]) -> str:
     if "losses" in found:
         swept = found["losses"]["sweep"]
         lines.append("| " + " | ".join(["held-out loss by peak rate, one seed", *map(_rates, swept.values())]) + " |")
-    for what, sides in found.get("compared", {}).items():
+    for what in (what for what in WHAT if what in found.get("compared", {})):
+        sides = found["compared"][what]
         shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (sides["adamw"], sides["muon"])]
         lines.append(f"| {WHAT[what]} | {shown[0]} | {shown[1]} |")
+    if reached := found.get("compared", {}).get("tokens_to_adamws_last_loss"):
+        whole, known = found["losses"]["seeds"]["adamw"][0]["tokens"], [tokens for tokens in reached if tokens]
+        shares = f"{min(known) / whole:.0%}-{max(known) / whole:.0%}" if len(known) == len(reached) else "not reached"
+        lines.append(f"| tokens to AdamW's last loss | 100% | {shares} |")
     for one in found.get("costs", {}).get("by_threads", []):
         share = one["update_share"]
         what = f"share of a step that the update takes, {one['threads']} thread{'s' * (one['threads'] > 1)}"

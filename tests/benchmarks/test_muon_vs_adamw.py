@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.muon_vs_adamw import at_step, compared, main
+from benchmarks.muon_vs_adamw import at_step, compared, main, passes
 from benchmarks.optimizer_runs import EVALUATIONS, OPTIMIZERS, Training, Trainings, peak, steps_of, sweep
 from benchmarks.optimizer_table import table
 from dsv3_megatron.optim.regime import Regime
@@ -75,6 +75,16 @@ def test_equal_time_reads_the_slower_side_before_its_end():
     faster = compared({"adamw": [run], "muon": [run]}, step_ratio=0.8)
     assert (faster["equal_time"]["adamw"], faster["equal_time"]["muon"]) == ([pytest.approx(5.4)], [5.0])
     assert slower["equal_tokens"]["mean"] == {"adamw": 5.0, "muon": 5.0} and "bits_per_byte" not in slower
+
+
+def test_where_a_run_passes_a_loss_lies_between_two_evaluations():
+    course = [[0, 0, 8.0], [50, 500, 6.0], [100, 1000, 5.0]]
+    assert passes(course, 5.5) == 750 and passes(course, 6.0) == 500 and passes(course, 5.0) == 1000
+    assert passes(course, 4.9) is None
+    better = {"held_out": course, "steps": 100, "held_out_loss": 5.0, "bits_per_byte": 2.0}
+    assert compared({"adamw": [better | {"held_out_loss": 5.5}], "muon": [better]}, 1.0)[
+        "tokens_to_adamws_last_loss"
+    ] == [750]
 
 
 def test_words_that_are_no_numbers_are_refused():
