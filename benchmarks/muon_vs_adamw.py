@@ -149,7 +149,8 @@ def main(arguments: list[str]) -> int:
         rates = _numbers("rates", given.rates) if given.rates else [peak(recipe) * factor for factor in (0.5, 1, 2)]
         seeds = [round(seed) for seed in _numbers("seeds", given.seeds)]
         sides = [Trainings(words, share, directory) for share in (given.sweep_share or given.share, given.share)]
-        found = _keep(given, {"losses": {**_made(arguments), **losses(*sides, rates, seeds)}})
+        trained = {**_made(arguments), **losses(*sides, rates, seeds)}
+        found = _keep(given, {"losses": {**found.get("losses", {}), f"{given.share:g}": trained}})
     if given.only in (None, "costs"):
         import torch
 
@@ -159,7 +160,9 @@ def main(arguments: list[str]) -> int:
         found = _keep(given, {"costs": {**_made(arguments), "by_threads": costs}})
     if "losses" in found and "costs" in found:
         ratio = found["costs"]["by_threads"][0]["step_ratio"]
-        found = _keep(given, {"compared": compared(found["losses"]["seeds"], ratio)})
+        for trained in found["losses"].values():
+            trained["compared"] = compared(trained["seeds"], ratio)
+        found = _keep(given, {"losses": found["losses"]})
         plot(found, given.plot)
     print(table(found))
     return 0

@@ -117,11 +117,12 @@ def test_a_comparison_is_trained_once_measured_and_drawn(tmp_path, monkeypatch, 
     monkeypatch.setattr("benchmarks.muon_vs_adamw.sweep", lambda loss, rates: {rate: loss(rate) for rate in rates})
     assert main(words) == 0
     found = json.loads((tmp_path / "found.json").read_text())["dsv3_tiny"]
-    assert {name: [r["seed"] for r in runs] for name, runs in found["losses"]["seeds"].items()} == {
+    trained = found["losses"]["0.04"]
+    assert {name: [r["seed"] for r in runs] for name, runs in trained["seeds"].items()} == {
         "adamw": [3, 4],
         "muon": [3, 4],
     }
-    first = {name: runs[0]["held_out"][0] for name, runs in found["losses"]["seeds"].items()}
+    first = {name: runs[0]["held_out"][0] for name, runs in trained["seeds"].items()}
     assert first["adamw"] == first["muon"], "the same weights to begin with"
     share = found["costs"]["by_threads"][0]["update_share"]
     assert 0 < share["adamw"] < 1 and 0 < share["muon"] < 1
