@@ -47,6 +47,12 @@ class Side:
             pipe.send("memory")
         return max(self._answers())
 
+    def noted(self) -> list[Any]:
+        """Return what the first rank's step has put into its list ``noted`` so far."""
+        for pipe in self._pipes:
+            pipe.send("noted")
+        return self._answers()[0]
+
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:
@@ -77,6 +83,9 @@ def _serve(
         while (wanted := pipe.recv()) is not None:
             if wanted == "memory":
                 pipe.send(peak_memory_bytes(torch.device("cpu")))
+                continue
+            if wanted == "noted":
+                pipe.send(step.noted)
                 continue
             start = time.perf_counter()
             for _ in range(wanted):
