@@ -17,7 +17,10 @@ from hypothesis import settings
 
 from testing.cpu_seconds import cpu_seconds
 
-settings.register_profile("fast", max_examples=20)
+# Without a deadline: on a busy machine an example that takes a millisecond takes a fifth of a second now and then.
+settings.register_profile("fast", max_examples=20, deadline=None)
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
 
 # What takes long, the longest first, so that no worker is left with one of them at the end. SLURM's tests wait for
 # other processes most of the time: they begin, beside workers that compute.

@@ -10,7 +10,7 @@ from testing.training.on_te import WORDS, Training, train, untrained
 from testing.training.one_process import check
 from testing.training.tiny import Case, train_rank
 
-EIGHT = ("model.num_hidden_layers=8", "optim.global_batch=12", "optim.micro_batch=1", "data.sequence_length=16")
+EIGHT = ("model.num_hidden_layers=8", "optim.global_batch=8", "optim.micro_batch=1", "data.sequence_length=16")
 FROZEN = {
     "first stage": "[embedding,layers.0-4]",  # and more: a stage, or a rank, without anything to train
     "last stage": "[head,norms,mtp,layers.4-7]",

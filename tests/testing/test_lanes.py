@@ -58,3 +58,8 @@ def test_cases_are_run_a_lane_at_a_time_and_once():
     found = InLanes({"a": 1, "b": 2, "c": 3}, run, "a", "c")
     assert (found["c"], found["a"]) == (30, 10) and ran == [["a", "c"]]
     assert found["b"] == 20 and ran == [["a", "c"], ["b"]]
+
+
+@pytest.mark.parametrize("lane", ["fast", "default"])
+def test_no_example_fails_because_the_machine_is_busy(lane):
+    assert settings.get_profile(lane).deadline is None
