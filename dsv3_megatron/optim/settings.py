@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from parallel.units import parse_count
 
@@ -59,10 +68,10 @@ class MuonSettings(BaseModel):
         True, description="orthogonalise gradient and momentum mixed, as published, not momentum alone"
     )
     steps: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Newton-Schulz steps")
-    coefficients: tuple[float, float, float] = Field(
+    coefficients: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(
         (3.4445, -4.7750, 2.0315), description="of a step: a s + b s^3 + c s^5 for a singular value s"
     )
-    scale: PositiveFloat = Field(
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.2,
         description="an update of [n, m] is times scale x sqrt(max(n, m)); 0.2: about as large as AdamW's, whose "
         "learning rate then serves",
@@ -102,7 +111,7 @@ class OptimSettings(BaseModel):
     ] = Field((0.9, 0.95), description="how much of the first and the second moment a step keeps")
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
-    qk_clip: PositiveFloat | None = Field(
+    qk_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="attention logit above which a head's query and key projections are scaled down; null = never"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -114,3 +123,10 @@ class OptimSettings(BaseModel):
     )
     bias_speed: Curve = Field(0.001, description="router-bias update speed per step (gamma)")
     balance_weight: Curve = Field(0.0001, description="weight of the sequence-wise balance loss (alpha)")
+
+    @field_validator("qk_clip", mode="before")  # before true becomes a threshold of 1
+    @classmethod
+    def _no_switch(cls, qk_clip: object) -> object:
+        if isinstance(qk_clip, bool):
+            raise ValueError("it is not a switch; give a logit, such as 100, or null for none")
+        return qk_clip
