@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
 )
 
@@ -58,6 +59,24 @@ BatchCurve = Annotated[
 ]
 
 
+Coefficients = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+PUBLISHED: Coefficients = (3.4445, -4.7750, 2.0315)
+
+
+def _largest_value(coefficients: Coefficients, steps: int) -> float:
+    """Return how large singular values between 0 and 1 become in so many Newton-Schulz steps; inf: they diverge."""
+    a, b, c = coefficients
+    largest = 0.0
+    for start in range(1, 65):
+        s = start / 64
+        for _ in range(steps):
+            s = s * (a + s * s * (b + s * s * c))
+            if abs(s) > 1e6:
+                return float("inf")
+        largest = max(largest, abs(s))
+    return largest
+
+
 class MuonSettings(BaseModel):
     """Muon, of every matrix that ``optim.matrices`` names (arXiv 2502.16982); AdamW's keys hold for the rest."""
 
@@ -68,9 +87,7 @@ class MuonSettings(BaseModel):
         True, description="orthogonalise gradient and momentum mixed, as published, not momentum alone"
     )
     steps: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Newton-Schulz steps")
-    coefficients: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = Field(
-        (3.4445, -4.7750, 2.0315), description="of a step: a s + b s^3 + c s^5 for a singular value s"
-    )
+    coefficients: Coefficients = Field(PUBLISHED, description="of a step: a s + b s^3 + c s^5 for a singular value s")
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.2,
         description="an update of [n, m] is times scale x sqrt(max(n, m)); 0.2: about as large as AdamW's, whose "
@@ -87,6 +104,18 @@ class MuonSettings(BaseModel):
     )
     output: Literal["whole", "head"] = Field("whole", description="o as one matrix, as published, or one for each head")
     router: Literal["muon", "adamw"] = Field("muon", description="what updates the router's matrix")
+
+    @field_validator("coefficients")
+    @classmethod
+    def _bring_near_one(cls, coefficients: Coefficients, info: ValidationInfo) -> Coefficients:
+        """Refuse a typing error that would make an update of zeros, or of numbers that are not finite."""
+        steps = info.data.get("steps")  # missing where it is itself wrong
+        if steps is not None and not 0.3 < (largest := _largest_value(coefficients, steps)) < 3:
+            raise ValueError(
+                f"{steps} steps bring the largest singular values to {largest:.2g}, away from one; "
+                f"published are {list(PUBLISHED)}"
+            )
+        return coefficients
 
 
 class OptimSettings(BaseModel):
