@@ -66,7 +66,7 @@ FITS = (
         f"recipe=glm_4_7_flash cluster=h200_1 {_ONE} parallel.tensor=1 model.freeze=[experts]",
         "GLM-4.7-Flash on one GPU of 141 GB, its experts frozen",
     ),
-    Row("recipe=moonlight_16b precision.moments=fp32", "AdamW's moments in float32 instead of BF16"),
+    Row("recipe=moonlight_16b precision.moments=fp32", "moments in float32 instead of BF16"),
 )
 
 

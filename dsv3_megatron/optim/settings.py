@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from parallel.units import parse_count
 
@@ -49,6 +59,24 @@ BatchCurve = Annotated[
 ]
 
 
+Coefficients = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+PUBLISHED: Coefficients = (3.4445, -4.7750, 2.0315)
+
+
+def _largest_value(coefficients: Coefficients, steps: int) -> float:
+    """Return how large singular values between 0 and 1 become in so many Newton-Schulz steps; inf: they diverge."""
+    a, b, c = coefficients
+    largest = 0.0
+    for start in range(1, 65):
+        s = start / 64
+        for _ in range(steps):
+            s = s * (a + s * s * (b + s * s * c))
+            if abs(s) > 1e6:
+                return float("inf")
+        largest = max(largest, abs(s))
+    return largest
+
+
 class MuonSettings(BaseModel):
     """Muon, of every matrix that ``optim.matrices`` names (arXiv 2502.16982); AdamW's keys hold for the rest."""
 
@@ -59,10 +87,8 @@ class MuonSettings(BaseModel):
         True, description="orthogonalise gradient and momentum mixed, as published, not momentum alone"
     )
     steps: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Newton-Schulz steps")
-    coefficients: tuple[float, float, float] = Field(
-        (3.4445, -4.7750, 2.0315), description="of a step: a s + b s^3 + c s^5 for a singular value s"
-    )
-    scale: PositiveFloat = Field(
+    coefficients: Coefficients = Field(PUBLISHED, description="of a step: a s + b s^3 + c s^5 for a singular value s")
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.2,
         description="an update of [n, m] is times scale x sqrt(max(n, m)); 0.2: about as large as AdamW's, whose "
         "learning rate then serves",
@@ -78,6 +104,18 @@ class MuonSettings(BaseModel):
     )
     output: Literal["whole", "head"] = Field("whole", description="o as one matrix, as published, or one for each head")
     router: Literal["muon", "adamw"] = Field("muon", description="what updates the router's matrix")
+
+    @field_validator("coefficients")
+    @classmethod
+    def _bring_near_one(cls, coefficients: Coefficients, info: ValidationInfo) -> Coefficients:
+        """Refuse a typing error that would make an update of zeros, or of numbers that are not finite."""
+        steps = info.data.get("steps")  # missing where it is itself wrong
+        if steps is not None and not 0.3 < (largest := _largest_value(coefficients, steps)) < 3:
+            raise ValueError(
+                f"{steps} steps bring the largest singular values to {largest:.2g}, away from one; "
+                f"published are {list(PUBLISHED)}"
+            )
+        return coefficients
 
 
 class OptimSettings(BaseModel):
@@ -102,7 +140,7 @@ class OptimSettings(BaseModel):
     ] = Field((0.9, 0.95), description="how much of the first and the second moment a step keeps")
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
-    qk_clip: PositiveFloat | None = Field(
+    qk_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="attention logit above which a head's query and key projections are scaled down; null = never"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -114,3 +152,10 @@ class OptimSettings(BaseModel):
     )
     bias_speed: Curve = Field(0.001, description="router-bias update speed per step (gamma)")
     balance_weight: Curve = Field(0.0001, description="weight of the sequence-wise balance loss (alpha)")
+
+    @field_validator("qk_clip", mode="before")  # before true becomes a threshold of 1
+    @classmethod
+    def _no_switch(cls, qk_clip: object) -> object:
+        if isinstance(qk_clip, bool):
+            raise ValueError("it is not a switch; give a logit, such as 100, or null for none")
+        return qk_clip

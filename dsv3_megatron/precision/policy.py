@@ -43,7 +43,7 @@ def policy(precision: PrecisionSettings) -> tuple[Row, ...]:
         Row("pipeline sends", high),
         Row("master weights", "fp32"),
         Row("gradient accumulation and reduction", "fp32"),
-        Row("AdamW moments", precision.moments),
+        Row("moments, momentum", precision.moments),
     )
 
 

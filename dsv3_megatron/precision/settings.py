@@ -79,7 +79,7 @@ class PrecisionSettings(BaseModel):
 
     name: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="the kind of precision; set by precision=NAME")
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="format of the weights that forward reads")
-    moments: Literal["fp32", "bf16"] = Field("fp32", description="format of AdamW's two moments")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="format of AdamW's two moments and Muon's momentum")
     fp8: Fp8Settings | None = Field(None, description="null = linear layers multiply in the parameters' format")
 
     @property

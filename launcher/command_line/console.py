@@ -120,6 +120,8 @@ def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float
     if metrics.mtp_loss is not None:
         parts.append(f"mtp {metrics.mtp_loss:.3f}")
     parts += [f"lr {metrics.learning_rate:.2e}", f"norm {metrics.grad_norm:.2f}"]
+    if metrics.clipped_heads:
+        parts.append(f"clipped {metrics.clipped_heads} head{'s' * (metrics.clipped_heads > 1)}")
     if metrics.max_violation is not None:
         parts.append(f"maxvio {metrics.max_violation:.2f}")
     where = "" if metrics.memory_peak_rank is None else f" on rank {metrics.memory_peak_rank}"

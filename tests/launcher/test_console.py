@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from launcher import prepare_data
-from launcher.command_line.console import guarded
+from launcher.command_line.console import guarded, step_line
 from launcher.data_commands.words import tell
 from parallel.errors import DataError, RecipeError
 
@@ -45,3 +46,11 @@ def test_weights_that_training_would_refuse_are_refused_before_preparing(tmp_pat
     words = [f"input={tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"output={tmp_path}/out", "tokenizer=none"]
     with pytest.raises(RecipeError, match="^recipe: weights"):
         prepare_data.main([*words, f"weights={weights}"])
+
+
+@pytest.mark.parametrize(("clipped", "told"), [(None, ""), (0, ""), (7, "  clipped 7 heads"), (1, "  clipped 1 head")])
+def test_a_step_line_says_what_qk_clip_has_clipped(clipped, told):
+    metrics = dict.fromkeys(("mtp_loss", "max_violation", "memory_peak_rank", "bubble_fraction"))
+    metrics |= dict.fromkeys(("lm_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_peak_bytes"), 1)
+    line = step_line(SimpleNamespace(step=3, skipped=0, clipped_heads=clipped, **metrics), None, 1.0)
+    assert line == f"step 3  loss 1.0000  lr 1.00e+00  norm 1.00{told}  1 tok/s  1 B"

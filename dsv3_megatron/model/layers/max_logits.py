@@ -1,4 +1,4 @@
-"""The largest attention logit of each head, which QK-clip goes by (train/qk_clip.py): softmax_scale * q k^T, causal.
+"""The largest attention logit of each head, which QK-clip goes by (pipeline/qk_clip.py): softmax_scale * q k^T, causal.
 
 Fused attention kernels keep it to themselves, so logits are computed once more in the forward, a block at a time, by
 the same code beside every attention. Transformer Engine has a maximum of its own (``return_max_logit``, which

@@ -46,7 +46,7 @@ def test_the_papers_table_is_the_policy_of_the_papers_recipe():
     assert (rows["linear inputs"].format, rows["linear inputs"].tile) == ("e4m3", "1x128")
     assert (rows["linear weights"].format, rows["linear weights"].tile) == ("e4m3", "128x128")
     assert (rows["gradients of linear outputs"].format) == "e4m3"
-    for name in ("embedding", "output head", "pipeline sends", "AdamW moments"):
+    for name in ("embedding", "output head", "pipeline sends", "moments, momentum"):
         assert rows[name].format == "bf16"
     for name in ("router gate", "master weights", "gradient accumulation and reduction"):
         assert rows[name].format == "fp32"

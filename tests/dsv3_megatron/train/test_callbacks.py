@@ -58,7 +58,8 @@ def test_the_peak_of_memory_is_that_of_the_fullest_rank(tmp_path):
 
 def test_line_and_report_say_which_rank_it_is():
     values = dict.fromkeys(("lm_loss", "learning_rate", "grad_norm", "tokens_per_second"), 1.0)
-    step = {**values, "step": 3, "mtp_loss": None, "max_violation": None, "bubble_fraction": None, "skipped": 0}
+    step = {**values, "step": 3, "skipped": 0}
+    step |= dict.fromkeys(("mtp_loss", "max_violation", "bubble_fraction", "clipped_heads"))
     for rank, said in ((None, "1.0 GiB"), (5, "1.0 GiB on rank 5")):
         metrics = SimpleNamespace(**step, memory_peak_bytes=1 << 30, memory_peak_rank=rank)
         assert said in step_line(metrics, None, 1.0).split("  ")
