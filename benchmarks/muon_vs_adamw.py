@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -106,8 +107,18 @@ def at_step(held_out: list[list[float]], step: float) -> float:
     return before[2] + along * (after[2] - before[2])
 
 
+def passes(held_out: list[list[float]], loss: float) -> float | None:
+    """Return after how many tokens a run's held-out loss is first as low as ``loss``, between two evaluations; None if
+    it never is."""
+    for (_, tokens, high), (_, later, low) in pairwise(held_out):
+        if low <= loss < high:
+            return tokens + (high - loss) / (high - low) * (later - tokens)
+    return None
+
+
 def compared(seeds: dict[str, list[dict[str, Any]]], step_ratio: float) -> dict[str, Any]:
-    """Return losses of both sides after equal tokens and after equal time, seed by seed and their means.
+    """Return losses of both sides after equal tokens and after equal time, seed by seed and their means; and after how
+    many tokens Muon is where AdamW ends, seed by seed.
 
     ``step_ratio``: Muon's seconds a step over AdamW's.
     """
@@ -118,7 +129,12 @@ def compared(seeds: dict[str, list[dict[str, Any]]], step_ratio: float) -> dict[
         "equal_time": {n: [at_step(r["held_out"], r["steps"] * last[n]) for r in runs] for n, runs in seeds.items()},
     }
     known = {what: sides for what, sides in after.items() if None not in sides["muon"]}
-    return {what: {**sides, "mean": {n: mean(v) for n, v in sides.items()}} for what, sides in known.items()}
+    found: dict[str, Any] = {
+        what: {**sides, "mean": {n: mean(v) for n, v in sides.items()}} for what, sides in known.items()
+    }
+    ends = zip(seeds["muon"], seeds["adamw"])
+    found["tokens_to_adamws_last_loss"] = [passes(mine["held_out"], theirs["held_out_loss"]) for mine, theirs in ends]
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -133,7 +149,8 @@ def main(arguments: list[str]) -> int:
         rates = _numbers("rates", given.rates) if given.rates else [peak(recipe) * factor for factor in (0.5, 1, 2)]
         seeds = [round(seed) for seed in _numbers("seeds", given.seeds)]
         sides = [Trainings(words, share, directory) for share in (given.sweep_share or given.share, given.share)]
-        found = _keep(given, {"losses": {**_made(arguments), **losses(*sides, rates, seeds)}})
+        trained = {**_made(arguments), **losses(*sides, rates, seeds)}
+        found = _keep(given, {"losses": {**found.get("losses", {}), f"{given.share:g}": trained}})
     if given.only in (None, "costs"):
         import torch
 
@@ -143,7 +160,9 @@ def main(arguments: list[str]) -> int:
         found = _keep(given, {"costs": {**_made(arguments), "by_threads": costs}})
     if "losses" in found and "costs" in found:
         ratio = found["costs"]["by_threads"][0]["step_ratio"]
-        found = _keep(given, {"compared": compared(found["losses"]["seeds"], ratio)})
+        for trained in found["losses"].values():
+            trained["compared"] = compared(trained["seeds"], ratio)
+        found = _keep(given, {"losses": found["losses"]})
         plot(found, given.plot)
     print(table(found))
     return 0

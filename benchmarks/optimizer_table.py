@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
@@ -17,18 +18,30 @@ WHAT = {
 def table(found: dict[str, Any]) -> str:
     """Return what is known of one recipe as a Markdown table: losses, as mean (lowest-highest of seeds), and costs."""
     lines = ["| | AdamW | Muon |", "|---|---|---|"]
-    if "losses" in found:
-        swept = found["losses"]["sweep"]
-        lines.append("| " + " | ".join(["held-out loss by peak rate, one seed", *map(_rates, swept.values())]) + " |")
-    for what, sides in found.get("compared", {}).items():
-        shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (sides["adamw"], sides["muon"])]
-        lines.append(f"| {WHAT[what]} | {shown[0]} | {shown[1]} |")
+    for trained in found.get("losses", {}).values():
+        lines += _losses(trained)
     for one in found.get("costs", {}).get("by_threads", []):
-        share = one["update_share"]
-        what = f"share of a step that the update takes, {one['threads']} thread{'s' * (one['threads'] > 1)}"
-        lines.append(f"| {what} | {share['adamw']:.1%} | {share['muon']:.1%} |")
-        lines.append(f"| a step beside AdamW's | 1 | {one['step_ratio']:.3f} |")
+        share, step = one["update_share"], one["step_median"]
+        threads = f"{one['threads']} thread{'s' * (one['threads'] > 1)}"
+        lines.append(f"| a step, {one['clock']}, {threads} | {step['adamw']:.2f} | {step['muon']:.2f} |")
+        lines.append(f"| share of it that the update takes | {share['adamw']:.1%} | {share['muon']:.1%} |")
     return "\n".join(lines)
+
+
+def _losses(trained: dict[str, Any]) -> Iterator[str]:
+    """Yield the rows of one length of training."""
+    swept, seeds = trained["sweep"], trained["seeds"]
+    tokens = seeds["adamw"][0]["tokens"]
+    yield f"| **{tokens:,} tokens** | " + " | ".join(f"{len(runs)} seeds" for runs in seeds.values()) + " |"
+    yield "| held-out loss by peak rate, one seed | " + " | ".join(map(_rates, swept.values())) + " |"
+    found = trained.get("compared", {})
+    for what in (what for what in WHAT if what in found):
+        shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (found[what][name] for name in NAMES)]
+        yield f"| {WHAT[what]} | {shown[0]} | {shown[1]} |"
+    if reached := found.get("tokens_to_adamws_last_loss"):
+        known = [count for count in reached if count is not None]
+        shares = f"{min(known) / tokens:.0%}-{max(known) / tokens:.0%}" if len(known) == len(reached) else "not reached"
+        yield f"| tokens to AdamW's last loss | 100% | {shares} |"
 
 
 def _rates(runs: list[dict[str, Any]]) -> str:
@@ -36,7 +49,8 @@ def _rates(runs: list[dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, Any], path: str) -> None:
-    """Draw the held-out losses of all seeds at the best rates, over tokens and over seconds of training."""
+    """Draw the held-out losses of all seeds at the best rates, over tokens and over seconds of training,
+    of the longest trainings."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -44,7 +58,8 @@ def plot(found: dict[str, Any], path: str) -> None:
 
     cost = found["costs"]["by_threads"][0]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
-    for name, runs in found["losses"]["seeds"].items():
+    longest = max(found["losses"].values(), key=lambda trained: trained["seeds"]["adamw"][0]["tokens"])
+    for name, runs in longest["seeds"].items():
         for number, run in enumerate(runs):
             label = f"{NAMES[name]}, rate {run['rate']:.3g}" if number == 0 else None
             later = run["held_out"][1:]  # both begin with the same weights, at a loss that would flatten the rest

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.muon_vs_adamw import at_step, compared, main
+from benchmarks.muon_vs_adamw import at_step, compared, main, passes
 from benchmarks.optimizer_runs import EVALUATIONS, OPTIMIZERS, Training, Trainings, peak, steps_of, sweep
 from benchmarks.optimizer_table import table
 from dsv3_megatron.optim.regime import Regime
@@ -77,6 +77,16 @@ def test_equal_time_reads_the_slower_side_before_its_end():
     assert slower["equal_tokens"]["mean"] == {"adamw": 5.0, "muon": 5.0} and "bits_per_byte" not in slower
 
 
+def test_where_a_run_passes_a_loss_lies_between_two_evaluations():
+    course = [[0, 0, 8.0], [50, 500, 6.0], [100, 1000, 5.0]]
+    assert passes(course, 5.5) == 750 and passes(course, 6.0) == 500 and passes(course, 5.0) == 1000
+    assert passes(course, 4.9) is None
+    better = {"held_out": course, "steps": 100, "held_out_loss": 5.0, "bits_per_byte": 2.0}
+    assert compared({"adamw": [better | {"held_out_loss": 5.5}], "muon": [better]}, 1.0)[
+        "tokens_to_adamws_last_loss"
+    ] == [750]
+
+
 def test_words_that_are_no_numbers_are_refused():
     with pytest.raises(RecipeError, match="rates = a: "):
         main(["rates=a", "only=losses"])
@@ -107,11 +117,12 @@ def test_a_comparison_is_trained_once_measured_and_drawn(tmp_path, monkeypatch, 
     monkeypatch.setattr("benchmarks.muon_vs_adamw.sweep", lambda loss, rates: {rate: loss(rate) for rate in rates})
     assert main(words) == 0
     found = json.loads((tmp_path / "found.json").read_text())["dsv3_tiny"]
-    assert {name: [r["seed"] for r in runs] for name, runs in found["losses"]["seeds"].items()} == {
+    trained = found["losses"]["0.04"]
+    assert {name: [r["seed"] for r in runs] for name, runs in trained["seeds"].items()} == {
         "adamw": [3, 4],
         "muon": [3, 4],
     }
-    first = {name: runs[0]["held_out"][0] for name, runs in found["losses"]["seeds"].items()}
+    first = {name: runs[0]["held_out"][0] for name, runs in trained["seeds"].items()}
     assert first["adamw"] == first["muon"], "the same weights to begin with"
     share = found["costs"]["by_threads"][0]["update_share"]
     assert 0 < share["adamw"] < 1 and 0 < share["muon"] < 1
