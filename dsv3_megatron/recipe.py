@@ -11,10 +11,10 @@ from dsv3_megatron.data.mixture.phases import mixture_of_recipe
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.health.settings import HealthSettings
-from dsv3_megatron.model.freeze import check_freeze
+from dsv3_megatron.model.freeze import MTP, check_freeze, frozen_layers
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
-from dsv3_megatron.optim.settings import OptimSettings
+from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
 from dsv3_megatron.settings import ClusterSettings, LoggingSettings, RunSettings
 from parallel.errors import LayoutError, RecipeError
@@ -64,6 +64,8 @@ class Recipe(BaseModel):
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
         self._check_freeze()
+        self._check_optimizer()
+        self._check_qk_clip()
         self._check_model_against_layout()
         self._check_curves()
 
@@ -73,6 +75,27 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"model.freeze = {list(self.model.freeze)} cannot go with precision.fp8.hold_weights = true, which "
                 "leaves no more of a frozen weight than FP8 holds; set hold_weights=false"
+            )
+
+    def _check_optimizer(self) -> None:
+        if self.optim.name == "muon":
+            return
+        given, default = self.optim.muon, MuonSettings()
+        for field in MuonSettings.model_fields:
+            if (value := getattr(given, field)) != getattr(default, field):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise RecipeError(
+                    f"optim.muon.{field} = {shown} has no effect under optim.name = {self.optim.name}; "
+                    "set optim.name=muon, or leave it out"
+                )
+
+    def _check_qk_clip(self) -> None:
+        """What is frozen cannot be clipped, and its logits may grow all the same."""
+        whole, mtp = frozen_layers(self.model.freeze), MTP in self.model.freeze and self.model.num_nextn_predict_layers
+        if self.optim.qk_clip is not None and ("attention" in self.model.freeze or whole or mtp):
+            raise RecipeError(
+                f"optim.qk_clip = {self.optim.qk_clip:g} scales attention's projections, which model.freeze = "
+                f"{list(self.model.freeze)} freezes in some layers; set optim.qk_clip=null, or train attention in all"
             )
 
     def _check_model_against_layout(self) -> None:

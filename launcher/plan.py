@@ -4,6 +4,7 @@
     python launcher/plan.py recipe=dsv3_671b --fast                  memory by formulae: seconds instead of a minute
     python launcher/plan.py recipe=dsv3_671b search=true             ranked layouts of the same GPUs; best as a recipe
     python launcher/plan.py recipe=dsv3_671b show=precision          which tensor of every module is in which format
+    python launcher/plan.py recipe=dsv3_671b show=optimizer          what updates which parameter, and the states kept
     python launcher/plan.py recipe=dsv3_671b show=regime             what changes over the run, and a plot (svg=FILE)
     python launcher/plan.py recipe=dsv3_671b show=regime at=12.15T  the values in force then
 
@@ -31,6 +32,7 @@ from launcher.command_line.arguments import Arguments, takes_recipe
 from launcher.command_line.compose import compose
 from launcher.command_line.console import guarded
 from launcher.command_line.output import print_or_write, write_output
+from launcher.views.optimizer import show_optimizer
 from launcher.views.plan import text_of
 from launcher.views.plan_report import html_of
 from launcher.views.precision import show_precision
@@ -42,6 +44,7 @@ _PLAN = {"world", "fast", "output", "report", "calibrate", "assume", "advice"}
 _EFFECTIVE = {  # what is asked for -> the keys that have an effect there
     "search=true": {"search", "world", "top", "save"},
     "show=precision": {"show", "format", "output"},
+    "show=optimizer": {"show", "format", "output"},
     "show=regime": {"show", "format", "output", "at", "svg"},
     "the plan": _PLAN,
 }
@@ -68,7 +71,7 @@ class PlanArguments(Arguments):
     save: str | None = Field(
         None, pattern=r"^\w[\w.-]*$", description="recipe to write as: recipes/recipe/NAME.yaml; null = a file here"
     )
-    show: Literal["precision", "regime"] | None = Field(None, description="another view than the plan")
+    show: Literal["precision", "optimizer", "regime"] | None = Field(None, description="another view than the plan")
     format: Literal["text", "json"] = Field("text", description="of what show= shows")
     at: Annotated[NonNegativeInt, BeforeValidator(parse_count)] | None = Field(
         None, description="show=regime: the values in force after so many tokens, such as 12.15T"
@@ -95,6 +98,9 @@ def main(given: PlanArguments, overrides: list[str]) -> int:
     recipe = compose(overrides)
     if given.show == "precision":
         print_or_write(show_precision(recipe, as_json=given.format == "json"), given.output)
+        return 0
+    if given.show == "optimizer":
+        print_or_write(show_optimizer(recipe, as_json=given.format == "json"), given.output)
         return 0
     if given.show == "regime":
         text = show_regime(recipe, as_json=given.format == "json", at=given.at, svg=given.svg)

@@ -8,6 +8,7 @@ from benchmarks.gpu_check.outcome import Outcome, Outcomes, Visit, judged
 from benchmarks.gpu_check.tiny import stepper, words
 
 STEPS = 3
+BY_MUON = ("optim.name=muon", "optim.muon.arithmetic=bf16")  # as GPUs have it, on both sides
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ def tolerance_of(backend: str, precision: str) -> Tolerance:
     return ROUNDED if precision == "bf16" else QUANTISED
 
 
-def three_steps(visit: Visit, backend: str, precision: str) -> dict[str, list[float]]:
+def three_steps(visit: Visit, backend: str, precision: str, *more: str) -> dict[str, list[float]]:
     """Return losses and gradient norms."""
-    with stepper(visit, words(backend, precision)) as step:
+    with stepper(visit, words(backend, precision, *more)) as step:
         results = [step() for _ in range(STEPS)]
     return {"losses": [r.lm_loss for r in results], "norms": [r.grad_norm for r in results]}
 
@@ -47,6 +48,7 @@ def reference(visit: Visit) -> Outcomes:
     """The CPU's own, with the torch backend: what the whole test suite holds to account."""
     on_cpu = Visit("cpu", 1, visit.logs, visit.scratch)
     found = {precision: three_steps(on_cpu, "torch", precision) for precision in ("fp32", "bf16", "fp8")}
+    found |= {f"muon {precision}": three_steps(on_cpu, "torch", precision, *BY_MUON) for precision in ("bf16", "fp8")}
     yield judged(True, "; ".join(f"{p} {_shown(f['losses'])}" for p, f in found.items()), **found)
 
 

@@ -133,6 +133,9 @@ CHECKS: tuple[Check, ...] = (
             ("weight gradient", "kernels_weight_gradient:weight_gradient"),
         )
     ),
+    *_per("muon", "muon:beside_the_cpu", 60, [("te", "bf16"), ("te", "fp8_held"), ("torch", "bf16")],
+          after=("cpu losses",)),
+    Check("newton-schulz", "benchmarks.gpu_check.muon:orthogonalised", 40, needs=("gpu",), alone=True),
     *_per("requantised", "requantise:weights_follow", 60, [("te", "fp8"), ("torch", "fp8")]),
     *_per("ema", "averages:leaves_training_alone", 60, [("te", "bf16"), ("te", "fp8_held"), ("torch", "bf16")],
           environment=ORDERED),

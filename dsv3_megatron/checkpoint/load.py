@@ -25,10 +25,14 @@ from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from dsv3_megatron.checkpoint.index import index_of
 from dsv3_megatron.checkpoint.optimizer_states import (
     MASTER,
+    forget_moments,
     gather_weights,
+    moment_entries,
+    other_moments,
     prepare_moments,
     set_updates,
     states_of,
+    updated_by_another,
     weights_from_masters,
 )
 from dsv3_megatron.checkpoint.read import misfit, read_entries
@@ -38,6 +42,7 @@ from dsv3_megatron.checkpoint.write import COMMON
 from dsv3_megatron.model.freeze import is_frozen
 from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.optim.adamw import longest_late_step
+from dsv3_megatron.optim.muon import MOMENTUM
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.run.files import retried
@@ -64,8 +69,14 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
         entries = _masters(found, parts, shares, thawed) if training else _weights(shares, held)
         entries += buffer_entries(parts.chunks, parts.groups)
         entries += [entry for name in extra for entry in _entries_of(parts, name, but=thawed)]
-    index = index_of(found.path, {entry.key for entry in entries})
+        kept = _with_moments(found, parts, shares, thawed) if training else {}
+    index = index_of(found.path, {entry.key for entry in entries} | other_moments(kept))
     with agreed(any_counts=True):
+        changed = updated_by_another(index, kept)
+        forgotten = {entry.key for share in changed for entry in moment_entries(share, kept[share])}
+        entries = [entry for entry in entries if entry.key not in forgotten]
+        for share in changed:
+            forget_moments(kept[share])
         if reason := misfit(index, entries):
             raise CheckpointError(
                 f"{found.path} does not fit this model ({reason}); use the recipe it was trained with"
@@ -84,7 +95,10 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
         parts.extra_states[name].loaded()
     if parts.ema is not None and thawed:
         parts.ema.begin_anew(thawed)
-    return [*_changed_freeze(found, parts), *_begin_others(found, parts, extra)] if training else []
+    if not training:
+        return []
+    notes = [*_changed_freeze(found, parts), *_begin_others(found, parts, extra)]
+    return [*notes, *_changed_optimizer(found, parts, changed)]
 
 
 def _thawed(found: Found, parts: Parts) -> Iterator[torch.nn.Parameter]:
@@ -117,14 +131,24 @@ def _masters(found: Found, parts: Parts, shares: Sequence[Share], thawed: Abstra
         elif share.parameter in states:
             (kept if found.optimizer and share.parameter not in thawed else anew).append(share)
     for share in anew:
-        for name, state in states[share.parameter].items():
-            if name != MASTER:
-                state.zero_()
+        forget_moments(states[share.parameter])
     return [
         *optimizer_entries(parts, kept),
         *weight_entries(anew, lambda share: states[share.parameter][MASTER]),
         *weight_entries(frozen, lambda share: share.run_of(share.parameter.data)),
     ]
+
+
+def _with_moments(
+    found: Found, parts: Parts, shares: Sequence[Share], thawed: AbstractSet[Tensor]
+) -> dict[Share, dict[str, Tensor]]:
+    """Return the states of the shares of which a checkpoint holds moments."""
+    states = states_of(parts.optimizer)
+    return {
+        share: states[share.parameter]
+        for share in shares
+        if found.optimizer and share.parameter in states and share.parameter not in thawed
+    }
 
 
 def _held_in_fp8(parts: Parts) -> dict[Share, Tensor]:
@@ -184,11 +208,9 @@ def _changed_freeze(found: Found, parts: Parts) -> list[str]:
     after = {key for key in sizes if is_frozen(model.freeze, key)}
     notes = []
     if count := sum(sizes[key] for key in before - after):
-        stretch = longest_late_step(parts.recipe.optim.betas, found.updates or 0)
-        steps = f", and their first steps are up to {stretch:.1f} times as long as Adam's" if stretch > 1.5 else ""
         notes.append(
             f"{count:,} parameters that were frozen in {found.path} (model.freeze = {list(then)}) are trained from "
-            f"here on: their moments begin with zeros{steps}"
+            f"here on: their moments begin with zeros{_late_steps(found, parts)}"
         )
     if found.optimizer and (count := sum(sizes[key] for key in after - before)):
         notes.append(
@@ -196,6 +218,34 @@ def _changed_freeze(found: Found, parts: Parts) -> list[str]:
             f"{list(model.freeze)}): their moments are not loaded, nor an average of them"
         )
     return notes
+
+
+def _changed_optimizer(found: Found, parts: Parts, changed: Sequence[Share]) -> list[str]:
+    """Return what a person should know of parameters that another optimizer has updated before. Collective."""
+    counts = torch.zeros(2, dtype=torch.int64)
+    for share in (share for share in changed if share.writes):
+        counts[int(MOMENTUM in states_of(parts.optimizer)[share.parameter])] += share.end - share.start
+    counts = counts.to(parts.device)
+    dist.all_reduce(counts)
+    by_adamw, by_muon = counts.tolist()
+    notes = []
+    if by_muon:
+        notes.append(
+            f"{by_muon:,} parameters that AdamW has updated in {found.path} are updated by Muon from here on: their "
+            "momentum begins with zeros"
+        )
+    if by_adamw:
+        notes.append(
+            f"{by_adamw:,} parameters that Muon has updated in {found.path} are updated by AdamW from here on: their "
+            f"moments begin with zeros{_late_steps(found, parts)}"
+        )
+    return notes
+
+
+def _late_steps(found: Found, parts: Parts) -> str:
+    """Return how long AdamW's steps are of moments that begin with zeros now, where that is longer than usual."""
+    stretch = longest_late_step(parts.recipe.optim.betas, found.updates or 0)
+    return f", and their first steps are up to {stretch:.1f} times as long as Adam's" if stretch > 1.5 else ""
 
 
 def _begin_others(found: Found, parts: Parts, extra: tuple[str, ...]) -> list[str]:

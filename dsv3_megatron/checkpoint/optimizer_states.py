@@ -1,4 +1,4 @@
-"""The optimizer's states as checkpoints see them: float32 weights (masters), moments, and how often it has updated."""
+"""The optimizer's states as checkpoints see them: float32 weights (masters), moments or momentum, count of updates."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
+from dsv3_megatron.checkpoint.shares import Share
+from dsv3_megatron.optim.muon import MOMENTUM
 from dsv3_megatron.optim.optimizer import parts_of
+from dsv3_megatron.pipeline.saved import Entry
 
 MASTER = "param"  # megatron-core's name of it in checkpoints
 _HELD_AS_THEY_ARE = (torch.float32, torch.bfloat16)  # Transformer Engine scales the others
@@ -32,8 +36,9 @@ def prepare_moments(optimizer: MegatronOptimizer) -> None:
 
 
 def states_of(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str, Tensor]]:
-    """Return the states of every parameter that this rank has a run of: ``param`` (the master), ``exp_avg``,
-    ``exp_avg_sq``, each [numbers of the run], as they are held. Call after :func:`prepare_moments`."""
+    """Return the states of every parameter that this rank has a run of: ``param`` (the master), and
+    ``exp_avg`` and ``exp_avg_sq``, or ``momentum_buffer``; each [numbers of the run], as they are held. Call after
+    :func:`prepare_moments`."""
     found = {}
     for part in parts_of(optimizer):
         adam = part.optimizer
@@ -45,6 +50,42 @@ def states_of(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str
                 assert value.dtype in _HELD_AS_THEY_ARE and value.is_contiguous(), (name, value.dtype)
             found[parameter] = {name: value.detach().view(-1) for name, value in states.items()}
     return found
+
+
+def entry_prefix(state: str) -> str:
+    """Return what checkpoints put before a parameter's name for one of its states."""
+    return f"optimizer.state.{state}."
+
+
+def moment_entries(share: Share, states: dict[str, Tensor]) -> list[Entry]:
+    """Return the entries of what the optimizer keeps of a share's gradients."""
+    moments = {name: state for name, state in states.items() if name != MASTER}
+    return [entry for name, state in moments.items() for entry in share.entries(state, entry_prefix(name))]
+
+
+def forget_moments(states: dict[str, Tensor]) -> None:
+    """Let the optimizer begin with zeros in place of what it keeps of past gradients."""
+    for name, state in states.items():
+        if name != MASTER:
+            state.zero_()
+
+
+def other_moments(kept: dict[Share, dict[str, Tensor]]) -> set[str]:
+    """Return the keys of what a checkpoint holds of these shares if another optimizer has updated them: AdamW's two
+    moments, or Muon's momentum."""
+    return {key for share, states in kept.items() for key in _keys_of_another(share, states)}
+
+
+def updated_by_another(index: Metadata, kept: dict[Share, dict[str, Tensor]]) -> list[Share]:
+    """Return the shares whose moments in a checkpoint are another optimizer's."""
+    return [
+        share for share, states in kept.items() if _keys_of_another(share, states) & index.state_dict_metadata.keys()
+    ]
+
+
+def _keys_of_another(share: Share, states: dict[str, Tensor]) -> set[str]:
+    others = ("exp_avg", "exp_avg_sq") if MOMENTUM in states else (MOMENTUM,)
+    return {entry_prefix(name) + piece.key for name in others for piece in share.pieces}
 
 
 def updates_of(optimizer: MegatronOptimizer) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.manifest import OPTIMIZER, WEIGHTS
-from dsv3_megatron.checkpoint.optimizer_states import prepare_moments, states_of
+from dsv3_megatron.checkpoint.optimizer_states import entry_prefix, prepare_moments, states_of
 from dsv3_megatron.checkpoint.shares import Share, buffer_entries
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
@@ -48,5 +48,5 @@ def optimizer_entries(parts: Parts, shares: Iterable[Share]) -> list[Entry]:
         entry
         for share in shares
         for name, state in states.get(share.parameter, {}).items()
-        for entry in share.entries(state, prefix=f"optimizer.state.{name}.")
+        for entry in share.entries(state, prefix=entry_prefix(name))
     ]

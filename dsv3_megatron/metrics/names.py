@@ -17,6 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "balance_loss", "max_violation", "max_violation_running", "layer_violation", "rerouted_choices",
         "dropped_choices",
     ),
+    "attention": ("max_attention_logit", "clipped_heads"),
     "pipeline": ("bubble_fraction", "slowest_rank", "slowest_ratio"),
     "speed": (
         "step_seconds", "data_seconds", "pipeline_seconds", "update_seconds", "tokens_per_second", "tflops_per_device",
@@ -42,6 +43,6 @@ def grouped(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield (name, number) of every metric that has one; a list gets a name for each of its entries."""
     for key, value in values.items():
         if isinstance(value, (list, tuple)):
-            yield from ((f"{NAMES[key]}/{n:02d}", float(v)) for n, v in enumerate(value))
+            yield from ((f"{NAMES[key]}/{n:02d}", float(v)) for n, v in enumerate(value) if math.isfinite(v))
         elif value is not None and math.isfinite(value):
             yield NAMES[key], value

@@ -31,11 +31,13 @@ class StepMetrics:
     the cluster file. ``max_violation`` is MaxVio of the batch, mean over layers; ``max_violation_running`` that of the
     loads averaged over about a hundred steps; ``layer_violation`` the batch's by MoE layer, MTP modules last.
     ``rerouted_choices`` and ``dropped_choices`` count token-expert choices for which an expert had no room (null
-    where experts have no capacity). ``skipped`` counts steps skipped so far. ``slowest_rank`` took ``slowest_ratio``
-    times the median rank's seconds for the same work when last compared. ``data_seconds`` is how long the rank that
-    waited longest for its samples has waited, next to nothing where reading ahead keeps up. ``memory_peak_bytes`` is
-    the most that ``memory_peak_rank`` has held since it started, of all ranks the largest (null where one rank is all
-    there is).
+    where experts have no capacity). ``max_attention_logit`` is the largest of each layer, MTP modules last
+    (null for one that is no finite number), and ``clipped_heads`` how many heads of the model QK-clip has scaled down
+    after this step (both null without optim.qk_clip). ``skipped`` counts steps skipped so far. ``slowest_rank`` took
+    ``slowest_ratio`` times the median rank's seconds for the same work when last compared. ``data_seconds`` is how long
+    the rank that waited longest for its samples has waited, next to nothing where reading ahead keeps up.
+    ``memory_peak_bytes`` is the most that ``memory_peak_rank`` has held since it started, of all ranks the largest
+    (null where one rank is all there is).
     """
 
     step: int
@@ -67,6 +69,8 @@ class StepMetrics:
     slowest_rank: int | None = None
     slowest_ratio: float | None = None
     excluded_tokens: int | None = None
+    max_attention_logit: list[float] | None = None
+    clipped_heads: int | None = None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -135,4 +139,6 @@ def json_line(values: dict[str, Any]) -> bytes:
 
 
 def _json_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_json_number(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,9 @@ from dsv3_megatron.model.composition import Composition, composition
 from dsv3_megatron.model.freeze import MTP, layer_parts
 from dsv3_megatron.model.settings import ModelSettings
 
+LOGITS_AT_ONCE = 1 << 24  # of attention, in float32, where the largest are looked for
+_LOGIT_ROWS = 512  # queries: so many that reading the keys again for each block costs little beside the logits
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -164,12 +167,20 @@ def stage_costs(model: ModelSettings, layers_of_stages: Sequence[int], sequence_
     return tuple(cost / mean for cost in costs)
 
 
+def logit_block(length: int, heads: int, at_once: int = LOGITS_AT_ONCE) -> tuple[int, int]:
+    """Return (queries, heads) of a block of attention logits in which the largest are looked for, over all keys of a
+    sequence of ``length``: no more than ``at_once`` of them, but for one query of one head."""
+    rows = max(1, min(length, _LOGIT_ROWS, at_once // length))
+    return rows, max(1, min(heads, at_once // (rows * length)))
+
+
 def training_flops_per_token(model: ModelSettings, sequence_length: int, *, causal: bool = True) -> float:
     """Return floating-point operations of forward and backward per token, MTP included.
 
     Six per parameter a token is multiplied with, four where that is frozen and has no gradient, plus attention's two
     products over the sequence; ``causal`` counts only the pairs at or below the diagonal (half of them), the convention
-    of the 385 TFLOP/s in arXiv 2505.09343. Recomputed operations are not counted.
+    of the 385 TFLOP/s in arXiv 2505.09343. Not counted: recomputed operations, and logits that QK-clip looks at beside
+    attention.
     """
     counted = count_parameters(model)
     depths = model.num_nextn_predict_layers

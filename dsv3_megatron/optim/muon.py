@@ -1,9 +1,9 @@
 """Muon for matrices and AdamW for the rest, as one optimizer over this rank's runs of the parameters.
 
-A step: momentum M <- mu M + (1 - mu) G; what is orthogonalised is (1 - mu) G + mu M with Nesterov's look ahead, else M;
-W <- (1 - lr decay) W - lr scale sqrt(max(n, m)) NewtonSchulz(that) (arXiv 2502.16982 equation 4; Newton-Schulz divides by
-the norm, so that the published momentum M <- mu M + G gives the same). Momentum, mixing, decay and the weights' change
-are of each number alone, and are done where it is held; only what is orthogonalised travels (``exchange``).
+A step: M <- mu M + (1 - mu) G; O = NewtonSchulz((1 - mu) G + mu M) with Nesterov's look ahead, else of M;
+W <- (1 - lr decay) W - lr scale sqrt(max(n, m)) O (arXiv 2502.16982 equation 4; Newton-Schulz divides by the norm, so
+that the published M <- mu M + G gives the same). All but Newton-Schulz is of each number alone, and is done where the
+number is held; only what is orthogonalised, and what comes of it, travels (``exchange``).
 """
 
 from __future__ import annotations

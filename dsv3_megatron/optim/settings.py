@@ -102,6 +102,9 @@ class OptimSettings(BaseModel):
     ] = Field((0.9, 0.95), description="how much of the first and the second moment a step keeps")
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
+    qk_clip: PositiveFloat | None = Field(
+        None, description="attention logit above which a head's query and key projections are scaled down; null = never"
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="keep an average of the weights in host memory: share of it a step keeps; null = none"
     )

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from dsv3_megatron.model.initialise import global_name
 from dsv3_megatron.pipeline.model_stages import ModelStages
+from dsv3_megatron.pipeline.qk_clip import QkClip
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.pipeline.schedule import evaluation_schedule, schedule_of
 
@@ -95,6 +96,7 @@ class Parts:
     _engines: dict[tuple[str, int], tuple[Schedule, Engine]] = field(default_factory=dict)
     watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
     ema: WeightAverage | None = None
+    qk_clip: QkClip | None = None
     adamw: str = ""  # whose AdamW updates the weights
     extra_states: dict[str, ExtraState] = field(default_factory=dict)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv3_megatron.model.costs import (
     Parameters,
@@ -19,6 +19,7 @@ from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.planning.memory.ranks import Held, RankMemory, held_parameters, rank_memory, receives_ahead
 from dsv3_megatron.planning.memory.stage_memory import StageMemory
+from dsv3_megatron.planning.time.muon import MuonTime, muon_time
 from dsv3_megatron.planning.time.pairing import paired
 from dsv3_megatron.planning.time.steptime import StepModel, StepTime, step_time
 from dsv3_megatron.precision.on_te import as_carried_out
@@ -27,6 +28,9 @@ from parallel.layout import Layout
 from parallel.links import Moved
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.simulator import Times
+
+if TYPE_CHECKING:
+    from dsv3_megatron.planning.update.muon import RankUpdate
 
 # Keys of plan.json's step that need the cluster's hardware facts.
 _PRICED = (
@@ -40,6 +44,7 @@ _PRICED = (
     "mfu_not_causal",
     "tflops_per_device",
     "gpu_hours_per_trillion_tokens",
+    "muon",
 )
 Measure = Callable[[Recipe, Layout, tuple[int, ...], Schedule], list[StageMemory]]
 
@@ -149,7 +154,13 @@ class Plan:
             "gradient reduce-scatter": traffic.gradients(fullest, mirrored=mirrored),
             "embedding all-reduce": traffic.embedding(place),
             "weight all-gather": traffic.weights(fullest, mirrored=mirrored),
+            **self._muon_traffic(),
         }
+
+    def _muon_traffic(self) -> dict[str, Moved]:
+        """Return what the GPU that sends most for Muon sends, on the pipeline rank whose update takes longest."""
+        muon = self.priced_step.muon
+        return {} if muon is None else {"Muon, matrices to owners": muon.gathered, "Muon, updates back": muon.returned}
 
     def as_json(self) -> dict[str, Any]:
         """Return plan.json. ``traffic``, and in ``step`` all but ``tokens``, are null where the cluster file has no
@@ -203,6 +214,7 @@ class Plan:
             "mfu_not_causal": self.mfu(causal=False),
             "tflops_per_device": self.tflops_per_device(causal=True),
             "gpu_hours_per_trillion_tokens": self.gpu_hours_per_trillion_tokens,
+            "muon": _muon_json(step.muon),
         }
 
 
@@ -238,12 +250,32 @@ def make_plan(
         held_parameters(recipe, layout, place.stages_of(rank), stages, place.stages - 1) for rank in range(place.ranks)
     ]
     messages = receives_ahead(schedule)
-    ranks = [rank_memory(recipe, layout, schedule, stages, held[r], r, messages[r]) for r in range(place.ranks)]
+    updates: Sequence[RankUpdate | None] = [None] * place.ranks
+    if recipe.optim.name == "muon":
+        from dsv3_megatron.planning.update.muon import updates_of_ranks  # torch: as above
+
+        updates = updates_of_ranks(recipe, layout, layers)
+    ranks = [
+        rank_memory(recipe, layout, schedule, stages, held[r], r, messages[r], updates[r]) for r in range(place.ranks)
+    ]
     model = step = None
     if missing_facts(recipe) is None:
         model = StepModel(recipe, layout, layers)
-        step = step_time(model, schedule, held, times)
+        muon = [muon_time(recipe, update, model.traffic.fabric) for update in updates if update is not None]
+        step = step_time(model, schedule, held, times, muon)
     return Plan(recipe, layout, layers, schedule, stages, held, ranks, model, step)
+
+
+def _muon_json(muon: MuonTime | None) -> dict[str, float] | None:
+    if muon is None:
+        return None
+    return {
+        "update_seconds": muon.seconds,
+        "newton_schulz_seconds": muon.work_seconds,
+        "exchange_seconds": muon.exchange_seconds,
+        "waiting_seconds": muon.waiting_seconds,
+        "memory_seconds": muon.memory_seconds,
+    }
 
 
 def _as_carried_out(recipe: Recipe) -> Recipe:

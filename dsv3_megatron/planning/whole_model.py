@@ -12,6 +12,11 @@ from dsv3_megatron.megatron.host import adapt_host
 
 adapt_host("cpu")  # on a machine with GPUs too: nothing here computes
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dsv3_megatron.checkpoint.shares import model_state
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
 from dsv3_megatron.model.fp8 import apply_fp8
@@ -49,3 +54,14 @@ def meta_model(recipe: Recipe) -> Iterator[torch.nn.Module]:
         yield chunk
     finally:
         stop_processes()
+
+
+def parameters_in_checkpoints(recipe: Recipe) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Return name and whole shape of every parameter as checkpoints have them, and whether it is trained."""
+    found = []
+    with meta_model(recipe) as model:
+        for value in model_state({0: model}, ProcessGroupCollection.use_mpu_process_groups()):
+            if isinstance(value.data, torch.nn.Parameter):
+                one = next(iter(nested_values([value.build()]))) if isinstance(value, ShardedTensorFactory) else value
+                found.append((one.key, tuple(one.global_shape), value.data.requires_grad))
+    return found

@@ -19,7 +19,7 @@ from dsv3_megatron.run.files import iterate_json_lines, last_json_line, read_jso
 
 CURVES = (
     "lm_loss", "mtp_loss", "grad_norm", "max_violation", "max_violation_running", "tokens_per_second", "mfu",
-    "tflops_per_device", "step_seconds", "memory_peak_bytes",
+    "tflops_per_device", "step_seconds", "memory_peak_bytes", "max_attention_logit", "clipped_heads",
 )  # fmt: skip
 MARKED = ("resumed", "skipped", "rolled_back", "save_failed")
 _NEWEST = 200  # events that are listed, and marked in curves
@@ -53,7 +53,7 @@ class Steps:
             self.tokens_at[step["step"]] = step["tokens"]
         self._sample.add(step)
         for key, curve in self._curves.items():
-            if (value := step.get(key)) is not None:
+            if (value := _number(step.get(key))) is not None:
                 curve.add(step["tokens"], value)
 
     @property
@@ -64,6 +64,11 @@ class Steps:
     def curve(self, key: str) -> list[Point]:
         """Return a metric by tokens consumed, thinned (thinning.Envelope)."""
         return self._curves[key].points()
+
+
+def _number(value: Any) -> float | None:
+    """Return a metric as one number: of a list the largest, None where it has none."""
+    return max((each for each in value if each is not None), default=None) if isinstance(value, list) else value
 
 
 class Events:

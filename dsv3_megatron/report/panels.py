@@ -85,6 +85,21 @@ def max_violation(facts: RunFacts) -> str:
     return draw(Chart(series, "tokens", "MaxVio, mean over layers", lambda v: f"{v:.2f}", from_zero=True))
 
 
+def attention_logits(facts: RunFacts) -> str:
+    """The largest attention logit, the threshold of QK-clip and the heads that it clipped; "" without QK-clip."""
+    threshold = facts.recipe.optim.qk_clip
+    if threshold is None:
+        return ""
+    largest, clipped = facts.curve("max_attention_logit"), facts.curve("clipped_heads")
+    ends = [(tokens, threshold) for tokens, _ in (*largest[:1], *largest[-1:])]
+    logits = [Series("largest logit of all layers", largest), Series("threshold", ends)]
+    chart = draw(Chart(logits, "tokens", "before the softmax", lambda v: f"{v:.4g}", _marks(facts), from_zero=True))
+    heads = Chart(
+        [Series("clipped heads", clipped)], "tokens", "heads of the model", lambda v: f"{v:g}", from_zero=True
+    )
+    return chart + draw(heads)
+
+
 def gradient_norm(facts: RunFacts) -> str:
     """Norm before clipping."""
     series = [Series("gradient norm", facts.curve("grad_norm"))]
@@ -187,6 +202,7 @@ PANELS: dict[str, Callable[[RunFacts], str]] = {
     "Held-out loss by source": held_out,
     "Tasks": tasks,
     "Gradient norm": gradient_norm,
+    "Attention logits": attention_logits,
     "Learning rate": learning_rate,
     "Batch": batch,
     "Mixture of sources": mixture,

@@ -31,6 +31,7 @@ from dsv3_megatron.model.te_layers import settle_te_layers
 from dsv3_megatron.optim.optimizer import build_optimizer, choose_optimizer
 from dsv3_megatron.pipeline.model_stages import ModelStages
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.pipeline.qk_clip import QkClip
 from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.precision.hopper import HopperFp8, why_not
 from dsv3_megatron.precision.on_te import as_carried_out
@@ -97,12 +98,14 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     )
     parts = Parts(recipe, layout, groups, device, backend, layers, chunks, ddps, optimizer, stages, copied)
     parts.adamw = adamw
+    first_layers = {stage: parts.first_layer(stage) for stage in chunks}
+    if recipe.optim.qk_clip is not None:
+        parts.qk_clip = QkClip(chunks, first_layers, optimizer, groups, recipe.model, recipe.optim.qk_clip)
     if recipe.optim.ema_decay is not None:
         shares = shares_of(chunks, optimizer, groups)
         biases = buffer_entries(chunks, groups, PREFIX)
         parts.ema = parts.extra_states["ema"] = Ema(shares, recipe.optim.ema_decay, ddps.values(), biases)
     if backend.name == "te" and recipe.precision.fp8 is not None and recipe.precision.fp8.scaling == "delayed":
-        first_layers = {stage: parts.first_layer(stage) for stage in chunks}
         parts.extra_states[te_amaxes.NAME] = te_amaxes.TeAmaxes(chunks, first_layers, groups)
     return parts
 

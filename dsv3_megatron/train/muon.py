@@ -45,6 +45,8 @@ def let_muon_update(
     shares = {share.parameter: share for share in shares_of(chunks, optimizer, groups)}
     for part in parts_of(optimizer):
         parameters = [parameter for buffer in part.buffers for parameter in buffer.params]
+        if not parameters:  # a stage without experts; all ranks of a group hold the same stages
+            continue
         experts = not getattr(parameters[0], "allreduce", True)  # megatron-core's mark of them
         group = holders[1] if experts else holders[0]
         shapes: dict[str, tuple[int, int]] = {}
@@ -62,13 +64,23 @@ def let_muon_update(
                 copies.update(range(len(pieces), len(pieces) + len(boxes)))
             pieces += [Piece.of(held, run) for held in boxes]
         holding = spread.Holding(tuple(piece.box for piece in pieces), frozenset(copies))
-        gathered: list[Any] = [None] * group.size()
-        dist.all_gather_object(gathered, (shapes, holding), group=group)
+        every = _gathered((shapes, holding), group)
         plan = spread.make_plan(
-            {name: shape for each, _ in gathered for name, shape in each.items()}, [held for _, held in gathered]
+            {name: shape for each, _ in every for name, shape in each.items()}, [held for _, held in every]
         )
         exchange = Exchange(plan, group, arithmetic(optim.muon, device), device)
         part.optimizer.let_muon(runs, pieces, exchange, optim.muon)
+
+
+# Shapes of matrices, and what a rank holds of them.
+_Held = tuple[dict[str, tuple[int, int]], spread.Holding]
+
+
+def _gathered(mine: _Held, group: dist.ProcessGroup) -> list[_Held]:
+    """Return what every rank of a group holds. Collective."""
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, mine, group=group)
+    return every
 
 
 def _boxes(share: Share, table: tuple[Rule, ...], shapes: dict[str, tuple[int, int]]) -> list[spread.Held]:

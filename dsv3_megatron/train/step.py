@@ -18,6 +18,7 @@ from dsv3_megatron.model.depth_masks import with_depth_masks
 from dsv3_megatron.optim.optimizer import clip_and_step, set_learning_rate
 from dsv3_megatron.pipeline.model_stages import Batch
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.pipeline.qk_clip import HeadLogits
 from dsv3_megatron.routing.router import SequenceBalancedRouter
 from dsv3_megatron.train.expert_load import (
     gather_loads,
@@ -51,6 +52,7 @@ class StepResult:
     balance_loss: float
     grad_norm: float
     loads: np.ndarray | None  # tokens per expert of every MoE layer of the model, MTP's last: [layers, experts] float64
+    logits: HeadLogits | None  # the largest attention logits, where optim.qk_clip is set
     overflow: tuple[int, int] | None  # choices (rerouted, dropped) for want of room, where experts have a capacity
     bubble_fraction: float | None
     pipeline_seconds: float
@@ -62,6 +64,11 @@ class StepResult:
     def max_violation(self) -> float | None:
         """MaxVio, mean over all MoE layers of the model."""
         return None if self.loads is None else max_violation(torch.from_numpy(self.loads)).mean().item()
+
+    @property
+    def clipped_heads(self) -> int | None:
+        """Heads whose projections this step has scaled down: none where it was skipped."""
+        return None if self.logits is None else 0 if self.skipped else self.logits.clipped
 
     @property
     def objective(self) -> float:
@@ -128,6 +135,7 @@ def train_step(
     tokens = _counted_tokens(parts, batches)
     finish_gradients(list(parts.ddps.values()), parts.groups, tokens=tokens, embedding_copy=parts.embedding_copy)
     loads = step_loads(parts)
+    logits = parts.qk_clip.take() if parts.qk_clip is not None else None
     set_learning_rate(parts.optimizer, values.learning_rate)
     lm_loss = mean_loss(parts, total)
     parts.optimizer.prepare_grads()
@@ -147,6 +155,7 @@ def train_step(
         balance_loss=_balance_loss(parts, len(batches)) * values.balance_weight,
         grad_norm=grad_norm,
         loads=whole_loads,
+        logits=logits,
         overflow=step_overflow(parts),
         bubble_fraction=bubble,
         pipeline_seconds=pipeline_seconds,

@@ -57,9 +57,36 @@ def _memory(plan: Plan, *, advise: bool) -> list[str]:
             f" of {show_bytes(tightest.limit_bytes)}, {show_bytes(abs(spare))} {'spare' if spare >= 0 else 'too much'}"
         )
     lines.append(f"  {where}; fullest at {tightest.fullest_action}")
+    if update := max(rank.update_bytes for rank in plan.ranks):
+        lines.append(f"  while Muon updates, activations are gone; its matrices take {show_bytes(update)} at most")
     if advise:
         lines += [f"  {line}" for line in advice(plan)]
     return [*lines, ""]
+
+
+def _muon(plan: Plan) -> list[str]:
+    """Return what Muon's part of the step's end consists of."""
+    muon = plan.priced_step.muon
+    if muon is None:
+        return []
+    return [
+        f"                Muon {muon.seconds:.3f} of that: Newton-Schulz {muon.work_seconds:.3f} on the slowest rank, "
+        f"momentum, weights and AdamW {muon.memory_seconds:.3f},",
+        f"                waiting for the exchange {muon.waiting_seconds:.3f}; the exchange alone takes "
+        f"{muon.exchange_seconds:.3f}",
+        *_unpriced(plan),
+    ]
+
+
+def _unpriced(plan: Plan) -> list[str]:
+    """Return what of Muon's time is no price: where the peak of its arithmetic is not known, BF16's is taken."""
+    cluster = plan.recipe.cluster
+    if plan.recipe.optim.muon.arithmetic != "fp32" or "fp32" in cluster.peak_tflops:
+        return []
+    return [
+        f"                too short: cluster={cluster.name} gives no peak_tflops.fp32 for optim.muon.arithmetic = "
+        "fp32, and BF16's is taken"
+    ]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -83,6 +110,7 @@ def _time(plan: Plan) -> list[str]:
         f"step            {step.seconds:.2f} s: pipeline {step.pipeline_seconds:.2f} (mean bubble "
         f"{step.bubble_seconds:.2f}), gradients after it {step.tail_seconds:.2f}, optimizer and weights "
         f"{step.optimizer_seconds:.2f}",
+        *_muon(plan),
         f"                {show_count(plan.tokens)} tokens, {show_count(plan.tokens_per_second)} tokens/s, "
         f"{plan.tokens_per_second / plan.layout.world_size:,.0f} a GPU",
         f"                {plan.tflops_per_device(causal=True):.0f} TFLOP/s a GPU causal, "

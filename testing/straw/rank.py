@@ -49,6 +49,7 @@ def run_rank(record: Record, rank: int, local_rank: int, world_size: int, words:
         stack.enter_context(_few_microbatches(pp_rank, found["actions"]))
         stack.enter_context(_seen_gradients(trainer, found["main_grads"]))
         stack.enter_context(_fake_storages())
+        stack.enter_context(_matrices_of_others(recipe, world))
         stack.enter_context(gpu)
         summary = run.run(recipe, world, Reporter(), resolved_yaml(recipe))
     counts: dict[str, dict[str, int]] = {}
@@ -137,6 +138,29 @@ def _seen_gradients(trainer: Any, dtypes: Counter) -> Iterator[None]:
         return result
 
     with patch.object(trainer, "train_step", seen):
+        yield
+
+
+@contextmanager
+def _matrices_of_others(recipe: Any, world: Any) -> Iterator[None]:
+    """Let other ranks hold of Muon's matrices what the planner says of them: together they must be whole."""
+    from dsv3_megatron.pipeline.split import layers_of_stages
+    from dsv3_megatron.planning.update.holdings import group_of
+    from dsv3_megatron.train import muon
+
+    layout = recipe.layout(world.size)
+    at = layout.coordinates(world.rank)
+
+    def gathered(mine: Any, group: Any) -> list[Any]:
+        shapes, held = mine
+        experts = any(name.endswith("]") or "]." in name for name in shapes)
+        every = group_of(recipe, layout, layers_of_stages(recipe), at["pp"], experts=experts, ep_rank=at["ep"])
+        holdings = list(every.plan.holdings)
+        assert sorted(holdings[group.rank()].boxes) == sorted(held.boxes), "the planner holds other boxes"
+        holdings[group.rank()] = held
+        return [(every.plan.shapes, holding) for holding in holdings]
+
+    with patch.object(muon, "_gathered", gathered):
         yield
 
 

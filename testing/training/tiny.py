@@ -90,12 +90,13 @@ def reading(source: Any) -> Any:
 
 
 def train_rank(case: Case) -> dict[str, Any]:
-    """Train on this rank; return losses, and how far gradients and weights are from the reference's."""
+    """Train on this rank; return losses, and how far gradients, weights and their changes are from the reference's."""
     recipe, world = small_recipe(*case.overrides), World.from_environment()
     start_processes(world, torch.device("cpu"), timeout_seconds=120)
     try:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         source = SimpleNamespace(sample=case.samples.__getitem__) if case.samples is not None else None
+        before = {k: v.clone() for k, v in named_weights(parts).items()}
         gradients: list[dict[str, Tensor]] = []
         results: list[StepResult] = []
 
@@ -107,6 +108,7 @@ def train_rank(case: Case) -> dict[str, Any]:
             batches = step_batches_of(parts, number, source)
             results.append(train_step(parts, batches, case.values, keep_gradients))
         weights = {k: v.clone() for k, v in named_weights(parts).items()}
+        updates = {k: v - before[k] for k, v in weights.items()}
         biases = {
             f"bias.{global_name(k, parts.first_layer(stage))}": v.clone()
             for stage, chunk in parts.chunks.items()
@@ -115,13 +117,15 @@ def train_rank(case: Case) -> dict[str, Any]:
         }
         found: dict[str, Any] = {"results": results}
         if case.save_to is not None:
-            torch.save({"gradients": gradients, "weights": weights, "biases": biases}, case.save_to)
+            of_run = {"gradients": gradients, "weights": weights, "updates": updates, "biases": biases}
+            torch.save(of_run, case.save_to)
         if case.reference is not None:
             reference = torch.load(case.reference)
             found["gradient_errors"] = [
                 errors(parts, mine, whole) for mine, whole in zip(gradients, reference["gradients"])
             ]
             found["weight_errors"] = errors(parts, weights, reference["weights"])
+            found["update_errors"] = errors(parts, updates, reference["updates"])
         return found
     finally:
         stop_processes()

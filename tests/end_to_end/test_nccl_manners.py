@@ -26,6 +26,8 @@ RUN = (
 LAYOUTS = {
     "dualpipe PP2 EP2": (4, ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipe")),
     "dualpipev PP2": (2, ("parallel.pipeline=2", "parallel.schedule=dualpipev", "optim.global_batch=4")),
+    "TP2, Muon": (2, ("parallel.tensor=2", "optim.name=muon", "optim.global_batch=4")),
+    "dualpipe PP2 EP2, Muon": (4, ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.name=muon")),
     "zb1p PP4": (4, ("parallel.pipeline=4", "parallel.schedule=zb1p", "optim.global_batch=4")),
     "interleaved PP3": (
         3,

@@ -35,7 +35,7 @@ CONTRACT = {
     "grad_norm", "global_batch", "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "bubble_fraction",
     "memory_peak_bytes", "max_violation", "max_violation_running", "layer_violation", "rerouted_choices",
     "dropped_choices", "skipped", "data_seconds", "pipeline_seconds", "update_seconds", "slowest_rank",
-    "slowest_ratio", "memory_peak_rank",
+    "slowest_ratio", "memory_peak_rank", "max_attention_logit", "clipped_heads",
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_other_words_are_left_for_the_recipe_but_not_a_misspelt_key():
             "at has no effect beside show=precision; leave it out, it belongs to show=re",
         ),
         (plan, ["show=regime", "at=1T", "svg=a.svg"], "svg has no effect beside at"),
-        (plan, ["show=regim"], "show = regim: input should be 'precision' or 'regime'"),
+        (plan, ["show=regim"], "show = regim: input should be 'precision', 'optimizer' or 'regime'"),
         (plan, ["show=precision", "format=yaml"], "format = yaml: input should be 'text' or 'json'"),
         (plan, ["show=regime", "at=soon"], "at = soon"),
         (plan, ["format=json"], "format has no effect beside the plan"),

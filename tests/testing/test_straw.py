@@ -51,8 +51,8 @@ EMULATION = {  # what the torch backend does besides: FP8 of experts is emulated
 }  # fmt: skip
 BACKENDS = {
     # FP8 weights cannot be held there; everything else is the recipe's. Saves beside training, and at the end.
-    "torch": (("backend=torch", "precision=fp8", "checkpoint.every_steps=1"), LAYER | EMULATION,
-              "AdamW of this package over torch's"),
+    "torch": (("backend=torch", "precision=fp8", "checkpoint.every_steps=1", "optim.name=muon"), LAYER | EMULATION,
+              "Muon and AdamW of this package over torch's"),
     "te": (("backend=te",), LAYER, "Transformer Engine's fused AdamW"),
 }  # fmt: skip
 IN_FORWARD = {"item: dsv3_megatron/precision/saved.py columns": 2}  # of LAYER's, where it is not all

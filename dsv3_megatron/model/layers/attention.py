@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dsv3_megatron.model.layers.attention_cache import OutputCache
 from dsv3_megatron.model.layers.context import to_heads, to_pieces
+from dsv3_megatron.model.layers.max_logits import MaxLogits
 
 
 class CoreAttention(MegatronModule):
@@ -33,6 +34,7 @@ class CoreAttention(MegatronModule):
     output_cache: Literal["high", "once", "e5m6"] = (
         "high"  # set by the precision policy: what is kept of the output for backward
     )
+    max_logits: MaxLogits | None = None  # set where the largest logits are wanted of training
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class CoreAttention(MegatronModule):
                 for b in range(query.shape[1])
             ]
             return None, torch.stack(rows, dim=1)
+        self._show_logits(query, key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         with cache.watch():
             out = _fused_attention(query, key, value, self.softmax_scale, dropout)
@@ -128,10 +131,17 @@ class CoreAttention(MegatronModule):
         """Attend document by document: no pair of tokens of two documents is ever computed. [S, H, .] -> [S, H, V]."""
         outs = []
         for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths)):
+            self._show_logits(q.unsqueeze(1), k.unsqueeze(1))
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             out = _fused_attention(q, k, v, self.softmax_scale, dropout)[..., : v.shape[-1]]
             outs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outs)
+
+    def _show_logits(self, query: Tensor, key: Tensor) -> None:
+        """Let the largest logits be found of whole sequences, or documents, [S, B, heads of this CP rank, Q]."""
+        if self.max_logits is not None and self.training:
+            place = 0 if self.cp_group is None else self.cp_group.rank()
+            self.max_logits.see(query, key, place * query.shape[2])
 
 
 class CoreAttentionBesideTE(CoreAttention):

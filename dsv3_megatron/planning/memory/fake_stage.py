@@ -24,10 +24,13 @@ from dsv3_megatron.planning.memory.balanced_dispatch import balanced_dispatch
 
 adapt_host("cpu")  # on a machine with GPUs too: fake tensors of the CPU are all that is needed
 
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
 from dsv3_megatron.model.backend import TorchBackend
 from dsv3_megatron.model.config import transformer_config
+from dsv3_megatron.model.costs import logit_block
 from dsv3_megatron.model.fp8 import apply_fp8
-from dsv3_megatron.model.layers import attention, attention_cache, dispatch, swiglu
+from dsv3_megatron.model.layers import attention, attention_cache, dispatch, max_logits, swiglu
 from dsv3_megatron.model.layers.norm import RMSNorm
 from dsv3_megatron.model.stage import build_stage
 from dsv3_megatron.pipeline.model_stages import ModelStages
@@ -95,6 +98,10 @@ def fake_stage(recipe: Recipe, layout: Layout, layers: tuple[int, ...], stage: i
             sequence_length=recipe.data.sequence_length,
             groups=groups,
         )
+        if recipe.optim.qk_clip is not None:
+            stack.enter_context(replaced(max_logits, "causal_max", _one_block))
+            for module in (module for module in chunk.modules() if isinstance(module, MultiLatentAttention)):
+                max_logits.watch_logits(module)
         first = sum(layers[:stage])
         make = Fp8Products if recipe.cluster.device == "cpu" else partial(_KernelProducts, memory=memory)
         layers_in_all = recipe.model.num_hidden_layers
@@ -213,6 +220,14 @@ class _KernelProducts(Fp8Products):
         """Add dW to the buffer."""
         with self._memory.as_one_kernel():
             super().add_weight_gradient(*operands)
+
+
+def _one_block(query: Tensor, key: Tensor) -> Tensor:
+    """Hold one block of logits, in place of thousands of them one after the other."""
+    length, _, heads, _ = query.shape
+    rows, together = logit_block(length, heads)
+    query.new_empty(together, rows, length, dtype=torch.float32)
+    return query.new_empty(heads, dtype=torch.float32)
 
 
 @contextmanager

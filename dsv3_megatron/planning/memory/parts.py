@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv3_megatron.model.costs import logit_block
 from dsv3_megatron.model.freeze import MTP, trained_parts
 from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
@@ -97,12 +98,14 @@ class Parts:
         # Their gradients, beside the output's and those of the residual stream; what is recomputed is there twice, as
         # it was made again and where it had been discarded.
         backward = operands + out + 2 * message
+        forward = max(forward, self._logits() - out)  # beside queries, keys and values, before there is an output
         if "mla_up" in self.recompute:
             forward, backward = forward + operands, backward + 2 * operands
             if self.layout.cp > 1:  # also as it was exchanged for whole sequences; and one gradient on its way back
                 backward += 2 * operands + g * heads * qk * self.size
         backward += 2 * message if "norm" in self.recompute else 0
-        backward += out if "attention" in self.recompute else 0
+        if "attention" in self.recompute:
+            backward = max(backward + out, self._logits() + message)
         backward = max(backward, out + message)
         deferred = inputs * self.linear + self._output(heads, trains=True) + gradients if trains else 0.0
         if (
@@ -110,6 +113,14 @@ class Parts:
         ):  # a plan lets go of what its nodes handed on with what they defer
             deferred += 2 * message
         return Part(kept, deferred, gradients * trains, forward, backward)
+
+    def _logits(self) -> float:
+        """Return the block of float32 logits in which QK-clip looks for the largest."""
+        if self.recipe.optim.qk_clip is None:
+            return 0.0
+        length, heads = self.recipe.data.sequence_length, self.model.num_attention_heads // self.layout.tp
+        rows, together = logit_block(length, heads // self.layout.cp)
+        return 4.0 * rows * together * length
 
     def _output(self, heads: float, *, trains: bool) -> float:
         """Return what attention and the layer after it keep of the output, and attention of its rows' sums."""

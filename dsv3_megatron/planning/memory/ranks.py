@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dsv3_megatron.planning.memory.stage_memory import StageMemory
 from dsv3_megatron.planning.memory.te_gradients import placeholder_bytes
@@ -13,6 +14,9 @@ from parallel.pipeline.actions import Action, Schedule, Step
 from parallel.pipeline.posting import AHEAD
 from parallel.pipeline.transfers import Transfers
 
+if TYPE_CHECKING:
+    from dsv3_megatron.planning.update.muon import RankUpdate
+
 # What torch's caching allocator cannot hand out, as a share of activations. An allowance, not a measurement.
 FRAGMENTATION = 0.03
 _GRADIENT_BYTES = 4  # accumulated and reduced in float32 (arXiv 2412.19437 section 3.3.3)
@@ -20,7 +24,10 @@ _GRADIENT_BYTES = 4  # accumulated and reduced in float32 (arXiv 2412.19437 sect
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one pipeline rank (each of its data-parallel ranks holds as much)."""
+    """Bytes of one pipeline rank (each of its data-parallel ranks holds as much).
+
+    ``update_bytes``: while the optimizer updates, beside its states, when nothing else moves any more.
+    """
 
     pipeline_rank: int
     weights_bytes: int
@@ -34,13 +41,18 @@ class RankMemory:
     limit_bytes: int | None
     live_microbatches: int
     fullest_action: str
+    update_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
         held = self.weights_bytes + self.fp8_weights_bytes + self.gradients_bytes + self.optimizer_bytes
-        moving = self.activations_bytes + self.messages_bytes + self.fragmentation_bytes
-        return held + moving + self.reserved_bytes
+        return held + max(self.moving_bytes, self.update_bytes) + self.reserved_bytes
+
+    @property
+    def moving_bytes(self) -> int:
+        """What is there only while the pipeline runs."""
+        return self.activations_bytes + self.messages_bytes + self.fragmentation_bytes
 
     @property
     def fits(self) -> bool:
@@ -109,10 +121,15 @@ def optimizer_bytes(recipe: Recipe, layout: Layout, held: Held, *, copies: int) 
     Args:
         copies: as for :meth:`Held.shard`.
     """
+    return round(bytes_of_number(recipe, moments=2) * held.shard(layout, copies))
+
+
+def bytes_of_number(recipe: Recipe, *, moments: int) -> int:
+    """Return the bytes of a number's optimizer states: so many moments, and the master where it is not the weight."""
     precision = recipe.precision
-    moments = 2 * (2 if precision.moments == "bf16" else 4)
-    each = moments + (4 if precision.parameters == "bf16" else 0)  # float32 weights are their own master
-    return round(each * held.shard(layout, copies))
+    # An optimizer of BF16 moments keeps masters of float32 weights too (megatron-core 0.16.1).
+    master = 0 if precision.parameters == precision.moments == "fp32" else 4
+    return moments * (2 if precision.moments == "bf16" else 4) + master
 
 
 def rank_memory(
@@ -123,6 +140,7 @@ def rank_memory(
     held: Held,
     rank: int,
     messages: int,
+    update: RankUpdate | None = None,
 ) -> RankMemory:
     """Return the memory of pipeline rank ``rank``.
 
@@ -130,6 +148,7 @@ def rank_memory(
         memory: of every stage.
         held: the rank's parameters.
         messages: waiting to be taken or on their way (:func:`receives_ahead`).
+        update: Muon's, where that is the optimizer.
     """
     place = schedule.placement
     stages = place.stages_of(rank)
@@ -140,14 +159,14 @@ def rank_memory(
     weight = 2 if recipe.precision.parameters == "bf16" else 4
     fp8 = recipe.precision.fp8
     only_fp8 = fp8 is not None and fp8.hold_weights
-    return RankMemory(
+    found = RankMemory(
         pipeline_rank=rank,
         weights_bytes=(held.all - (held.in_fp8 if only_fp8 else 0)) * weight,
         # Transformer Engine keeps an FP8 weight by rows and by columns (blockwise scaling on Hopper); the emulation
         # keeps what survives FP8 in float32.
         fp8_weights_bytes=held.in_fp8 * (4 if on_cpu else 2),
         gradients_bytes=held.trained * _GRADIENT_BYTES + placeholder_bytes(recipe, layout, stages),
-        optimizer_bytes=optimizer_bytes(recipe, layout, held, copies=copies),
+        optimizer_bytes=update.state_bytes if update else optimizer_bytes(recipe, layout, held, copies=copies),
         activations_bytes=activations,
         messages_bytes=messages * memory[0].message,
         fragmentation_bytes=0 if on_cpu else round(FRAGMENTATION * activations),
@@ -155,7 +174,11 @@ def rank_memory(
         limit_bytes=recipe.cluster.memory or None,
         live_microbatches=schedule.peak_microbatches[rank],
         fullest_action=str(at),
+        update_bytes=update.exchange_bytes if update else 0,
     )
+    if found.update_bytes > found.moving_bytes:
+        return replace(found, fullest_action="the optimizer's update")
+    return found
 
 
 def fullest_moment(

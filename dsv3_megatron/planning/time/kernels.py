@@ -9,9 +9,11 @@ Legend: T tokens of a microbatch on this rank, R rows that the experts of this r
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from dsv3_megatron.model.costs import logit_block
 from dsv3_megatron.model.freeze import MTP, trained_parts
 from dsv3_megatron.planning.time.expert_exchange import ranks_reached
 from dsv3_megatron.planning.time.roofline import Device, Format
@@ -159,8 +161,21 @@ class Kernels:
         core = device.attention(pairs, 2 * (qk + v))
         times.add("F", "attention core", core)
         times.add("I", "attention core", device.attention_backward(pairs, 2 * (3 * qk + 2 * v)))
+        logits = self._largest_logits(pairs, qk)
+        times.add("F", "largest logits", logits)
         if "attention" in self.recompute:
             times.add("I", "attention core", core)
+            times.add("I", "largest logits", logits)
+
+    def _largest_logits(self, pairs: float, width: int) -> float:
+        """Return the seconds in which QK-clip finds the largest of ``pairs`` of query and key, block by block: their
+        products, which are written and read in float32."""
+        if self.recipe.optim.qk_clip is None:
+            return 0.0
+        length, once = self.recipe.data.sequence_length, self.device.memory(4 * pairs)
+        rows, _ = logit_block(length, self.model.num_attention_heads // self.layout.tp // self.layout.cp)
+        blocks = math.ceil(pairs / (rows * length / 2))
+        return max(self.device.product(rows, length / 2, width, self.high, groups=blocks), once) + once
 
     def _feed_forward(self, times: PartTimes, width: int, recomputed_by: str, *, trains: bool) -> None:
         """SwiGLU with its two layers, for a dense layer or the shared experts."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dsv3_megatron.model.composition import composition
 from dsv3_megatron.planning.memory.ranks import Held
 from dsv3_megatron.planning.time.kernels import Kernels, PartTimes
+from dsv3_megatron.planning.time.muon import ADAMW_BYTES, MuonTime
 from dsv3_megatron.planning.time.roofline import Device
 from dsv3_megatron.planning.time.traffic import Traffic
 from dsv3_megatron.recipe import Recipe
@@ -51,13 +52,14 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step."""
+    """Seconds of one optimizer step. ``muon``: of ``optimizer_seconds``, on the rank that takes longest."""
 
     timeline: Timeline
     pipeline_seconds: float
     tail_seconds: float
     optimizer_seconds: float
     bubble_seconds: float
+    muon: MuonTime | None = None
 
     @property
     def seconds(self) -> float:
@@ -162,12 +164,19 @@ def overlapped(forward: StageWork, backward: StageWork) -> float:
     return max(sum(p.kernels_beside for p in parts), sum(p.exchanges_beside for p in parts))
 
 
-def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times: Times | None = None) -> StepTime:
+def step_time(
+    model: StepModel,
+    schedule: Schedule,
+    held: Sequence[Held],
+    times: Times | None = None,
+    muon: Sequence[MuonTime] = (),
+) -> StepTime:
     """Return the time of a step.
 
     Args:
         held: parameters of every pipeline rank.
         times: of the stages; None = the model's own (others: measured ones, see ``calibrate``).
+        muon: the update of every pipeline rank, where Muon is the optimizer.
     """
     times = times or model.times()
     timeline = simulate(schedule, times)
@@ -175,8 +184,12 @@ def step_time(model: StepModel, schedule: Schedule, held: Sequence[Held], times:
     done = _last_gradients(schedule, timeline)
     end = max(_reduced(model, schedule, done, rank, held[rank], mirrored) for rank in range(len(held)))
     tail = max(end, timeline.makespan) - timeline.makespan
-    update = _update_seconds(model, schedule, max(held, key=lambda h: h.trained), mirrored)
     bubble = sum(timeline.bubble) / len(timeline.bubble)
+    if muon:
+        ends = [_update_seconds(model, schedule, h, mirrored, muon=m) for h, m in zip(held, muon)]
+        update = max(ends)
+        return StepTime(timeline, timeline.makespan, tail, update, bubble, muon[ends.index(update)])
+    update = _update_seconds(model, schedule, max(held, key=lambda h: h.trained), mirrored)
     return StepTime(timeline, timeline.makespan, tail, update, bubble)
 
 
@@ -203,11 +216,17 @@ def _reduced(
     return now
 
 
-def _update_seconds(model: StepModel, schedule: Schedule, held: Held, mirrored: bool) -> float:
-    """Return what follows the reduction of gradients on the rank that holds most: update and all-gather of weights."""
+def _update_seconds(
+    model: StepModel, schedule: Schedule, held: Held, mirrored: bool, *, muon: MuonTime | None = None
+) -> float:
+    """Return what follows the reduction of gradients on a rank: the update, AdamW's or ``muon``, and the all-gather of
+    weights."""
     shard = held.shard(model.layout, copies=2 if mirrored else 1)
-    # AdamW reads and writes master, moments and gradient of its shard and writes the weight: 34 bytes at the most. All
-    # gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by columns.
-    touched = 34 * shard + (8 + 4) * held.trained + (2 + 2) * held.in_fp8
+    # All gradients are divided by the step's tokens and set to zero again; weights are cast to FP8, by rows and by
+    # columns.
+    touched: float = (8 + 4) * held.trained + (2 + 2) * held.in_fp8
+    if muon is None:
+        touched += ADAMW_BYTES * shard
     moved = model.traffic.weights(held, mirrored=mirrored) + model.traffic.embedding(schedule.placement)
-    return Device(model.recipe.cluster).memory(touched) + moved.seconds
+    moved = moved + model.traffic.largest_logits()
+    return Device(model.recipe.cluster).memory(touched) + moved.seconds + (muon.seconds if muon else 0.0)

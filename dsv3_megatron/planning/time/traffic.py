@@ -128,6 +128,14 @@ class Traffic:
         members = (0, self.layout.world_size - self.layout.world_size // self.layout.pp)
         return self.fabric.ring(members, model.vocab_size * model.hidden_size / self.layout.tp * 4) * 2
 
+    def largest_logits(self) -> Moved:
+        """Return the exchange of QK-clip: the largest logit of every head of the model, in float32, over all ranks."""
+        model, ranks = self.recipe.model, self.layout.world_size
+        if self.recipe.optim.qk_clip is None or ranks == 1:
+            return Moved()
+        heads = (model.num_hidden_layers + model.num_nextn_predict_layers) * model.num_attention_heads
+        return self._ring(range(ranks), heads * 4) * 2
+
     def _over_copies(self, held: Held, size: int, mirrored: bool) -> Moved:
         dense, experts = self.layout.group("dp_cp", 0), self.layout.group("expert_dp", 0)
         if mirrored:

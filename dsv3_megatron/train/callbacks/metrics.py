@@ -46,6 +46,8 @@ class Metrics(Callback):
             memory_peak_rank=int(result.memory_peaks.argmax()) if len(result.memory_peaks) > 1 else None,
             **self._speed(trainer, step),
             **self._loads(result),
+            max_attention_logit=None if result.logits is None else result.logits.largest.max(1).tolist(),
+            clipped_heads=result.clipped_heads,
             **step.columns,
         )
         trainer.journal.step(metrics, trainer.recipe.run.steps)

@@ -9,6 +9,7 @@ import torch
 
 from dsv3_megatron.optim import adamw, optimizer
 from dsv3_megatron.optim.adamw import FusedAdam
+from dsv3_megatron.optim.muon import MuonWithAdamW
 from launcher.command_line.compose import compose
 
 BF16 = torch.bfloat16
@@ -98,8 +99,14 @@ def test_a_gpu_uses_a_fused_adamw_where_one_is_and_ours_elsewhere(found, precisi
         monkeypatch.setattr(distributed, name, value)
     for name, value in (("Adam", theirs), ("USING_PYTORCH_OPTIMIZER", not found), ("is_te_min_version", None)):
         monkeypatch.setattr(optimizers, name, value)
-    wanted = compose(["recipe=dsv3_tiny", f"precision={precision}"]).precision
+    recipe = compose(["recipe=dsv3_tiny", f"precision={precision}"])
     for backend in ("te", "torch"):
-        assert optimizer.choose_adamw(backend, torch.device("cuda", 3), wanted) == said
+        assert optimizer.choose_optimizer(recipe.optim, backend, torch.device("cuda", 3), recipe.precision) == said
         assert optimizers.Adam is distributed.Adam is (FusedAdam if said.startswith("AdamW of this") else theirs)
         assert not optimizers.USING_PYTORCH_OPTIMIZER and distributed.HAVE_APEX_OR_TE
+    muon = recipe.optim.model_copy(update={"name": "muon"})
+    said_of_muon = optimizer.choose_optimizer(muon, "te", torch.device("cuda", 3), recipe.precision)
+    assert said_of_muon == "Muon and AdamW of this package over torch's"
+    assert optimizers.Adam is distributed.Adam is MuonWithAdamW and not optimizers.USING_PYTORCH_OPTIMIZER
+    again = optimizer.choose_optimizer(recipe.optim, "te", torch.device("cuda", 3), recipe.precision)  # a second run
+    assert again.startswith("AdamW of this package") and optimizers.Adam is FusedAdam

@@ -64,7 +64,7 @@ def test_the_table_is_read_off_the_modules(capsys):
 
 
 def test_an_unknown_view_or_module_is_told():
-    with pytest.raises(RecipeError, match="show = nothing: input should be .precision. or .regime."):
+    with pytest.raises(RecipeError, match="show = nothing: input should be .precision., .optimizer. or .regime."):
         main([*SMALL, "show=nothing"])
     with pytest.raises(ValueError, match="no class"):
         module_class("strange.weight")

@@ -101,6 +101,23 @@ def test_a_mixture_is_drawn_where_the_recipe_has_one(run):
     assert "Mixture of sources" in page(facts)
 
 
+def test_attention_logits_are_drawn_beside_the_threshold_of_qk_clip(run, tmp_path):
+    assert "Attention logits" not in page(read_run(run)), "this recipe has no threshold"
+    recipe = compose(["recipe=dsv3_tiny", "optim.qk_clip=100"])
+    (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
+    measured = [([90.0, 120.5], 3), ([None, 80.0], 0), ([None, None], 0), ([70.0, 60.0], 1)]
+    lines = [
+        {**metrics(step, 4096 * step), "max_attention_logit": logits, "clipped_heads": heads}
+        for step, (logits, heads) in enumerate(measured, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = read_run(tmp_path)
+    assert facts.curve("max_attention_logit") == [(4096, 120.5), (8192, 80.0), (16384, 70.0)]
+    panel = PANELS["Attention logits"](facts)
+    assert "largest logit of all layers <b>70</b>" in panel and "threshold <b>100</b>" in panel
+    assert "clipped heads <b>1</b>" in panel
+
+
 def test_sources_and_tasks_have_curves(run):
     facts = read_run(run)
     assert facts.by_tokens(facts.events.sources["code"]) == [(20 * 4096, 1.75)]

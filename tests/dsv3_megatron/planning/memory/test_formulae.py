@@ -34,6 +34,7 @@ PEAKS = ("peak_forward", "peak_backward", "peak_weight_grad")
                 ("parallel.schedule=1f1b", "parallel.recompute=[]", "precision=bf16", "model.freeze=[experts]"),
                 ("parallel.schedule=zb1p", "precision=fp8", "model.freeze=[attention,head,norms,router]"),
                 ("parallel.schedule=zb1p", *RECOMPUTE, "parallel.tensor=2", "precision=bf16"),
+                ("parallel.schedule=1f1b", "parallel.recompute=[mla_up,attention]", "optim.qk_clip=100"),
                 ("parallel.schedule=1f1b", "parallel.recompute=[attention]", "optim.micro_batch=2"),
                 ("parallel.schedule=dualpipe", *RECOMPUTE, "parallel.context=8", "data.sequence_length=32768"),
             )
@@ -61,3 +62,17 @@ def test_experts_of_one_rank_exchange_nothing():
     recipe = compose(["recipe=dsv3_one_gpu"])
     exact, fast = make_plan(recipe, 1), make_plan(recipe, 1, measure=estimate_stages)
     assert fast.tightest.total_bytes == pytest.approx(exact.tightest.total_bytes, rel=0.005)
+
+
+def test_a_block_of_logits_counts_where_nothing_else_is_larger():
+    """At this size attention is small beside 64 MiB, and the head smaller still."""
+    words = ["recipe=dsv3_one_gpu", "precision=bf16", "model.vocab_size=1024", "data.sequence_length=4096"]
+    small = ["model.hidden_size=256", "model.moe_intermediate_size=64", "model.intermediate_size=256"]
+    small += ["model.n_routed_experts=8", "model.num_experts_per_tok=1", "model.n_group=1", "model.topk_group=1"]
+    small += ["model.num_attention_heads=8", "parallel.recompute=[]", "model.num_nextn_predict_layers=0"]
+    for measure in ({}, {"measure": estimate_stages}):
+        free, clipped = (
+            make_plan(compose([*words, *small, f"optim.qk_clip={threshold}"]), 1, **measure).stages[0].peak_forward
+            for threshold in ("null", "100")
+        )
+        assert clipped - free > 16 * 2**20

@@ -44,11 +44,12 @@ def test_sends_stay_where_gloo_keeps_them():
 
 
 @pytest.mark.parametrize(
-    ("precision", "each"),
-    [("fp32", 8), ("bf16", 8)],  # two float32 moments; a master and two BF16 moments
+    ("words", "each"),
+    # two float32 moments; a master and two BF16 moments, whatever the weights are
+    [(["precision=fp32"], 8), (["precision=bf16"], 8), (["precision=fp32", "precision.moments=bf16"], 8)],
 )
-def test_optimizer_shard_is_by_hand(precision, each):
-    recipe = compose(["recipe=dsv3_tiny", f"precision={precision}"])
+def test_optimizer_shard_is_by_hand(words, each):
+    recipe = compose(["recipe=dsv3_tiny", *words])
     layout = Layout(dp=8, pp=2, ep=4, expert_dp=2)
     held = Held(dense=8000, experts=4000, in_fp8=0)
     assert optimizer_bytes(recipe, layout, held, copies=1) == each * (8000 / 8 + 4000 / 2)

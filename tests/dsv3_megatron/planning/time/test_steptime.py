@@ -110,3 +110,28 @@ def test_bad_calibration_is_one_line(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(RecipeError, match=says):
         times_from_file(path, compose(["recipe=dsv3_671b"]))
+
+
+def test_qk_clip_costs_one_more_product_of_queries_and_keys_in_the_forward():
+    def passes(*words):
+        recipe = compose(["recipe=dsv3_671b", "precision=bf16", *words])
+        return recipe, Kernels(recipe, recipe.layout(2048), Device(recipe.cluster)).layer(moe=True).passes
+
+    (_, free), (recipe, clipped) = passes(), passes("optim.qk_clip=100")
+    logits = clipped["F"] - free["F"]
+    assert list(logits) == ["largest logits"] and clipped["I"] == free["I"] and clipped["W"] == free["W"]
+    pairs = 4096**2 / 2 * 128
+    written_and_read = Device(recipe.cluster).memory(8 * pairs)
+    assert logits["largest logits"] >= written_and_read
+    assert logits["largest logits"] >= 2 * pairs * 192 / (1e12 * recipe.cluster.peak_tflops["bf16"])
+    assert logits["largest logits"] < 2 * written_and_read
+    _, again = passes("optim.qk_clip=100", "parallel.recompute=[attention]")
+    assert again["I"]["largest logits"] == logits["largest logits"]
+    assert passes("optim.qk_clip=100", "parallel.recompute=[full]")[1]["I"]["largest logits"] > 0
+
+
+def test_qk_clip_exchanges_a_number_of_each_head():
+    recipe = compose(["recipe=dsv3_671b", "optim.qk_clip=100"])
+    moved = StepModel(recipe, recipe.layout(2048), (4,) * 15 + (1,)).traffic.largest_logits()
+    heads = 62 * 128 * 4 * 2 * 2047 / 2048
+    assert moved.intra_bytes + moved.inter_bytes == pytest.approx(heads, rel=0.01)
