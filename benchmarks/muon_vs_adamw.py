@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from benchmarks.optimizer_cost import cost
 from benchmarks.optimizer_runs import OPTIMIZERS, ROOT, Training, Trainings, peak, sweep
 from benchmarks.optimizer_table import plot, table
+from benchmarks.page_tables import filled
 from benchmarks.work import machine
 from launcher.command_line.arguments import parse_arguments, split_words
 from launcher.command_line.compose import compose
@@ -66,6 +67,7 @@ class Arguments(BaseModel):
     directory: str = Field("runs/muon_vs_adamw", description="where the trainings are")
     output: str = "benchmarks/results/muon_vs_adamw.json"
     plot: str = "docs/muon_vs_adamw.svg"
+    page: str | None = Field("docs/optimizers.md", description="whose tables to write; null = none")
 
 
 def losses(sweeping: Trainings, comparing: Trainings, rates: list[float], seeds: list[int]) -> dict[str, Any]:
@@ -164,8 +166,16 @@ def main(arguments: list[str]) -> int:
             trained["compared"] = compared(trained["seeds"], ratio)
         found = _keep(given, {"losses": found["losses"]})
         plot(found, given.plot)
+    if given.page:
+        page = Path(given.page)
+        page.write_text(with_tables(page.read_text(), json.loads(Path(given.output).read_text())))
     print(table(found))
     return 0
+
+
+def with_tables(page: str, results: dict[str, Any]) -> str:
+    """Return docs/optimizers.md with the tables of every recipe's results."""
+    return filled(page, {name: table(found) for name, found in results.items()})
 
 
 def _keep(given: Arguments, more: dict[str, Any]) -> dict[str, Any]:

@@ -32,16 +32,25 @@ def _losses(trained: dict[str, Any]) -> Iterator[str]:
     """Yield the rows of one length of training."""
     swept, seeds = trained["sweep"], trained["seeds"]
     tokens = seeds["adamw"][0]["tokens"]
-    yield f"| **{tokens:,} tokens** | " + " | ".join(f"{len(runs)} seeds" for runs in seeds.values()) + " |"
+    yield (
+        f"| **{tokens:,} tokens** | "
+        + " | ".join(f"{len(runs)} seed{'s' * (len(runs) > 1)}" for runs in seeds.values())
+        + " |"
+    )
     yield "| held-out loss by peak rate, one seed | " + " | ".join(map(_rates, swept.values())) + " |"
     found = trained.get("compared", {})
     for what in (what for what in WHAT if what in found):
-        shown = [f"{mean(v):.3f} ({min(v):.3f}-{max(v):.3f})" for v in (found[what][name] for name in NAMES)]
-        yield f"| {WHAT[what]} | {shown[0]} | {shown[1]} |"
+        yield f"| {WHAT[what]} | " + " | ".join(_spread(found[what][name]) for name in NAMES) + " |"
     if reached := found.get("tokens_to_adamws_last_loss"):
         known = [count for count in reached if count is not None]
-        shares = f"{min(known) / tokens:.0%}-{max(known) / tokens:.0%}" if len(known) == len(reached) else "not reached"
+        shares = _spread([count / tokens for count in known], ".0%") if len(known) == len(reached) else "not reached"
         yield f"| tokens to AdamW's last loss | 100% | {shares} |"
+
+
+def _spread(values: list[float], form: str = ".3f") -> str:
+    """Return the mean of values and, of several, the lowest and the highest."""
+    ends = f" ({min(values):{form}}-{max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{ends}"
 
 
 def _rates(runs: list[dict[str, Any]]) -> str:

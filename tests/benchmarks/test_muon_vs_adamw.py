@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.muon_vs_adamw import at_step, compared, main, passes
+from benchmarks.muon_vs_adamw import at_step, compared, main, passes, with_tables
 from benchmarks.optimizer_runs import EVALUATIONS, OPTIMIZERS, Training, Trainings, peak, steps_of, sweep
 from benchmarks.optimizer_table import table
 from dsv3_megatron.optim.regime import Regime
 from launcher.command_line.compose import compose
 from parallel.errors import RecipeError, UserError
+from testing.pages import ROOT
 from testing.training.tiny import SMALL
 
 RECIPES = {"dsv3_tiny": ("recipe=dsv3_tiny",), "dsv3_150m": ("recipe=dsv3_150m", "data.path=shards")}
@@ -108,12 +109,19 @@ def test_a_run_that_was_stopped_is_not_taken_for_a_finished_one(tmp_path, monkey
     assert len(started) == 2 and started[0] == started[1]
 
 
+def test_the_page_has_the_tables_of_the_results():
+    """To renew: python -m benchmarks.muon_vs_adamw only=report"""
+    page = (ROOT / "docs" / "optimizers.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "muon_vs_adamw.json").read_text())
+    assert with_tables(page, results) == page
+
+
 @pytest.mark.slow
 @pytest.mark.full
 def test_a_comparison_is_trained_once_measured_and_drawn(tmp_path, monkeypatch, capsys):
     words = [word for word in SMALL if not word.startswith(("logging.wandb", "optim.global_batch"))]
     words += ["optim.global_batch=4", "share=0.04", "rates=0.001,0.004,0.016", "seeds=3,4", "repeats=2", "device=cpu"]
-    words += [f"directory={tmp_path}/runs", f"output={tmp_path}/found.json", f"plot={tmp_path}/drawn.svg"]
+    words += [f"directory={tmp_path}/runs", f"output={tmp_path}/found.json", f"plot={tmp_path}/drawn.svg", "page=null"]
     monkeypatch.setattr("benchmarks.muon_vs_adamw.sweep", lambda loss, rates: {rate: loss(rate) for rate in rates})
     assert main(words) == 0
     found = json.loads((tmp_path / "found.json").read_text())["dsv3_tiny"]
