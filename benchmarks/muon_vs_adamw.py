@@ -66,7 +66,7 @@ class Arguments(BaseModel):
     )
     directory: str = Field("runs/muon_vs_adamw", description="where the trainings are")
     output: str = "benchmarks/results/muon_vs_adamw.json"
-    plot: str = "docs/muon_vs_adamw.svg"
+    plot: str = "docs/img/muon_vs_adamw.svg"
     page: str | None = Field("docs/optimizers.md", description="whose tables to write; null = none")
 
 
