@@ -91,9 +91,13 @@ def attention_logits(facts: RunFacts) -> str:
     if threshold is None:
         return ""
     largest, clipped = facts.curve("max_attention_logit"), facts.curve("clipped_heads")
-    ends = [(tokens, threshold) for tokens, _ in (*largest[:1], *largest[-1:])]
-    logits = [Series("largest logit of all layers", largest), Series("threshold", ends)]
-    chart = draw(Chart(logits, "tokens", "before the softmax", lambda v: f"{v:.4g}", _marks(facts), from_zero=True))
+    logits, unit = [Series("largest logit of all layers", largest)], "before the softmax"
+    if max((logit for _, logit in largest), default=threshold) > threshold / 20:
+        ends = [(tokens, threshold) for tokens, _ in (*largest[:1], *largest[-1:])]
+        logits.append(Series("threshold", ends))
+    else:  # beside a line so far above, the curve would be flat
+        unit += f"; threshold {threshold:.4g}"
+    chart = draw(Chart(logits, "tokens", unit, lambda v: f"{v:.4g}", _marks(facts), from_zero=True))
     heads = Chart(
         [Series("clipped heads", clipped)], "tokens", "heads of the model", lambda v: f"{v:g}", from_zero=True
     )

@@ -37,11 +37,14 @@ def recipes_of_sweep(overrides: Sequence[str]) -> list[tuple[Recipe, list[str]]]
     points = sweep(overrides)
     varying = [i for i in range(len(points[0]))] if points else []
     varying = [i for i in varying if len({point[i] for point in points}) > 1]
+    composed = [compose(point) for point in points]
+    directories = {recipe.run.directory for recipe in composed}
+    given = any(o.startswith("run.directory=") for point in points for o in point)
+    apart = given and len(directories) == len(points)  # as run.directory=runs/of_${optim.name} says
     recipes = []
-    for point in points:
-        recipe = compose(point)
+    for recipe, point in zip(composed, points):
         suffix = ",".join(point[i] for i in varying).replace("/", "_")
-        if suffix and not any(o.startswith("run.directory=") for o in point):
+        if suffix and not apart:
             named = {"name": f"{recipe.run.name}-{suffix}", "directory": f"{recipe.run.directory}-{suffix}"}
             recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=named)})
             point = [*point, *(f"run.{key}={quoted(value)}" for key, value in named.items())]

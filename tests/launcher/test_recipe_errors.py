@@ -159,6 +159,17 @@ def test_multirun_runs_every_combination_in_a_directory_of_its_own(capsys):
     assert all(r.run.directory.startswith("runs/sweep") for r in seen)
 
 
+def test_points_of_a_sweep_never_share_a_directory_that_was_given():
+    seen = []
+    words = ["--multirun", "optim.name=adamw,muon", "run.directory=runs/mine"]
+    assert run_command(lambda recipe: seen.append(recipe) or 0, words, "help") == 0
+    assert [r.run.directory for r in seen] == ["runs/mine-optim.name=adamw", "runs/mine-optim.name=muon"]
+    seen.clear()
+    words = ["--multirun", "optim.name=adamw,muon", "run.directory=runs/of_${optim.name}"]
+    assert run_command(lambda recipe: seen.append(recipe) or 0, words, "help") == 0
+    assert [r.run.directory for r in seen] == ["runs/of_adamw", "runs/of_muon"]
+
+
 def test_multirun_checks_every_point_before_the_first_runs():
     with pytest.raises(UserError, match="parallel.expert = 3"):
         run_command(lambda recipe: pytest.fail("ran"), ["-m", "parallel.expert=2,3"], "help")

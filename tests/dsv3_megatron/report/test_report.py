@@ -116,6 +116,10 @@ def test_attention_logits_are_drawn_beside_the_threshold_of_qk_clip(run, tmp_pat
     panel = PANELS["Attention logits"](facts)
     assert "largest logit of all layers <b>70</b>" in panel and "threshold <b>100</b>" in panel
     assert "clipped heads <b>1</b>" in panel
+    recipe = compose(["recipe=dsv3_tiny", "optim.qk_clip=1e9"])
+    (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
+    far = PANELS["Attention logits"](read_run(tmp_path))
+    assert "threshold <b>" not in far and "before the softmax; threshold 1e+09" in far, "the curve would be flat"
 
 
 def test_sources_and_tasks_have_curves(run):
