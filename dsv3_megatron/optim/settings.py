@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    FiniteFloat,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -26,7 +25,7 @@ class Phase(BaseModel):
     unless ``at`` names its own value.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     until: str | int | float = Field(description="end of the phase: tokens ('10T') or steps ('2000 steps')")
     shape: Literal["linear", "cosine", "constant"] = Field("constant", description="how the value moves")
@@ -59,7 +58,7 @@ BatchCurve = Annotated[
 ]
 
 
-Coefficients = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Coefficients = tuple[float, float, float]
 PUBLISHED: Coefficients = (3.4445, -4.7750, 2.0315)
 
 
@@ -80,7 +79,7 @@ def _largest_value(coefficients: Coefficients, steps: int) -> float:
 class MuonSettings(BaseModel):
     """Muon, of every matrix that ``optim.matrices`` names (arXiv 2502.16982); AdamW's keys hold for the rest."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="how much of the momentum a step keeps")
     nesterov: bool = Field(
@@ -88,7 +87,7 @@ class MuonSettings(BaseModel):
     )
     steps: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Newton-Schulz steps")
     coefficients: Coefficients = Field(PUBLISHED, description="of a step: a s + b s^3 + c s^5 for a singular value s")
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    scale: PositiveFloat = Field(
         0.2,
         description="an update of [n, m] is times scale x sqrt(max(n, m)); 0.2: about as large as AdamW's, whose "
         "learning rate then serves",
@@ -121,7 +120,7 @@ class MuonSettings(BaseModel):
 class OptimSettings(BaseModel):
     """AdamW or Muon, and the regime (arXiv 2412.19437 section 4.2)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for matrices, AdamW for embedding, head and vectors (docs/optimizers.md)"
@@ -140,7 +139,7 @@ class OptimSettings(BaseModel):
     ] = Field((0.9, 0.95), description="how much of the first and the second moment a step keeps")
     epsilon: PositiveFloat = Field(1e-8, description="Adam's denominator floor (the paper gives none)")
     clip: PositiveFloat = Field(1.0, description="largest norm of the whole gradient; longer ones are scaled down")
-    qk_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+    qk_clip: PositiveFloat | None = Field(
         None, description="attention logit above which a head's query and key projections are scaled down; null = never"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(

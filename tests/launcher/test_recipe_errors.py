@@ -33,6 +33,7 @@ BAD = {  # override(s) -> what the line must hold
     "optim.muon.coefficients=[0,0,0]": ["optim.muon.coefficients = [0, 0, 0]", "to 0, away from one"],
     "optim.muon.scale=inf": ["optim.muon.scale = inf", "finite number"],
     "optim.qk_clip=inf": ["optim.qk_clip = inf", "finite number"],
+    "optim.learning_rate=inf": ["optim.learning_rate = inf", "finite number"],
     "optim.qk_clip=true": ["optim.qk_clip = True", "give a logit, such as 100, or null"],
     "optim.learning_rate=[{util: 9T, at: 1}]": ["optim.learning_rate[0].util", "mean optim.learning_rate[0].until?"],
     "cluster.slurm.acount=x": ["did you mean cluster.slurm.account?"],
