@@ -97,11 +97,13 @@ def _check_tokenizer(place: str | Path, found: Found, parts: Parts, tokenizer: T
 
 def _load_other_run(start_from: str, parts: Parts, journal: Journal, tokenizer: Tokenizer | None) -> None:
     """Begin with the weights of another run, counting anew."""
+    optimizers: set[str] = {parts.recipe.optim.name}  # of this run and, on the rank that speaks, of the other
 
     def check_and_load(found: Found) -> list[str]:
         with agreed(looked=journal.speaks):
             if journal.speaks:
                 refuse_other_model(start_from, other_model(found.recipe, parts.recipe.model_dump(mode="json")))
+                optimizers.add(read_recipe(found.recipe)["optim"].get("name", "adamw"))
         told = _check_tokenizer(f"run.start_from = {start_from}", found, parts, tokenizer)
         return [*told, *load_checkpoint(found, parts, training=True)]
 
@@ -111,7 +113,8 @@ def _load_other_run(start_from: str, parts: Parts, journal: Journal, tokenizer: 
     bias, rate = _largest_bias(parts), Regime(parts.recipe.optim, parts.recipe.data.sequence_length).learning_rate(0)
     facts = {"path": str(found.path), "moments": found.optimizer, "largest_bias": bias, "learning_rate": rate}
     kept = [] if bias is None else [f"router biases as they are there (largest {bias:.2g})"]
-    kept.append("moments too" if found.optimizer else "moments fresh")
+    same = "moments too" if len(optimizers) == 1 else "moments of what the same optimizer updates"
+    kept.append(same if found.optimizer else "moments fresh")
     kept.append(f"learning rate from the start of its curve ({rate:.2g})")
     line = f"started from {found.path}, steps and tokens counted anew: {', '.join(kept)}"
     journal.event("started_from", facts, line)
