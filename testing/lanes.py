@@ -119,6 +119,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Count the processor time of each test, with what it sets up."""
     if not gc.get_freeze_count():  # a run in this process has thawed it
+        gc.collect()  # else what it has left behind would stay for good
         gc.freeze()
     before = cpu_seconds()
     try:

@@ -73,6 +73,7 @@ def _rank_main(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store of the process that has started the ranks
+        gc.collect()  # process groups of the case before, with their threads, which would be frozen for good
         gc.freeze()  # a run that ends has thawed what testing/preload.py froze
         try:
             queue.put((number, rank, None, worker(case)))
