@@ -67,7 +67,7 @@ class Arguments(BaseModel):
     directory: str = Field("runs/muon_vs_adamw", description="where the trainings are")
     output: str = "benchmarks/results/muon_vs_adamw.json"
     plot: str = "docs/img/muon_vs_adamw.svg"
-    page: str | None = Field("docs/optimizers.md", description="whose tables to write; null = none")
+    page: str = Field("docs/optimizers.md", description="whose tables to write; none = nobody's")
 
 
 def losses(sweeping: Trainings, comparing: Trainings, rates: list[float], seeds: list[int]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
             trained["compared"] = compared(trained["seeds"], ratio)
         found = _keep(given, {"losses": found["losses"]})
         plot(found, given.plot)
-    if given.page:
+    if given.page != "none":
         page = Path(given.page)
         page.write_text(with_tables(page.read_text(), json.loads(Path(given.output).read_text())))
     print(table(found))
