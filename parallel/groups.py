@@ -163,14 +163,14 @@ def holder_groups(
 
 
 def connect_groups(groups: Iterable[dist.ProcessGroup], device: torch.device) -> None:
-    """Sum a number over each group, so that no later collective of theirs holds the host.
+    """Sum a number once over each group, so that no later collective of theirs holds the host.
 
     Under NCCL a group's first collective makes its communicator and holds the host until all members call it. Left to
     the first reduction of gradients, ranks that hold the same stages and finish them at different places of a schedule
     can wait for each other for ever (parallel.pipeline.validate). All ranks name groups of the same kinds in the same
     order.
     """
-    for group in groups:
+    for group in dict.fromkeys(groups):
         if group.size() > 1:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 

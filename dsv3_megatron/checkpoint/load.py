@@ -49,6 +49,8 @@ from dsv3_megatron.run.files import retried
 from parallel.agree import agreed, from_first
 from parallel.errors import CheckpointError
 
+_States = dict[Share, dict[str, Tensor]]  # of every share, by name
+
 
 def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[str, ...] = ()) -> list[str]:
     """Fill this rank's stages from a checkpoint written in any layout; return what a person should know. All ranks
@@ -66,10 +68,11 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
         shares = shares_of(parts.chunks, parts.optimizer, parts.groups)
         held = {} if training else _held_in_fp8(parts)
         thawed = set(_thawed(found, parts))
-        entries = _masters(found, parts, shares, thawed) if training else _weights(shares, held)
+        states = _states(parts, shares) if training else {}
+        kept = {share: each for share, each in states.items() if found.optimizer and share.parameter not in thawed}
+        entries = _masters(parts, shares, states, kept) if training else _weights(shares, held)
         entries += buffer_entries(parts.chunks, parts.groups)
         entries += [entry for name in extra for entry in _entries_of(parts, name, but=thawed)]
-        kept = _with_moments(found, parts, shares, thawed) if training else {}
     index = index_of(found.path, {entry.key for entry in entries} | other_moments(kept))
     with agreed(any_counts=True):
         changed = updated_by_another(index, kept)
@@ -98,7 +101,7 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
     if not training:
         return []
     notes = [*_changed_freeze(found, parts), *_begin_others(found, parts, extra)]
-    return [*notes, *_changed_optimizer(found, parts, changed)]
+    return [*notes, *_changed_optimizer(found, parts, {share: kept[share] for share in changed})]
 
 
 def _thawed(found: Found, parts: Parts) -> Iterator[torch.nn.Parameter]:
@@ -116,39 +119,28 @@ def _entries_of(parts: Parts, name: str, *, but: AbstractSet[Tensor]) -> Iterabl
     return parts.extra_states[name].entries()
 
 
-def _masters(found: Found, parts: Parts, shares: Sequence[Share], thawed: AbstractSet[Tensor]) -> list[Entry]:
-    """Return what fills the optimizer, from whose masters weights follow, and the weights that are frozen.
-
-    Of what a checkpoint holds no states of - all, if it has weights alone; what was frozen in it - masters begin with
-    its weights (not with what FP8 has left of them), and moments with zeros.
-    """
+def _states(parts: Parts, shares: Sequence[Share]) -> _States:
+    """Return the optimizer's states of this rank's shares, but for those that are frozen or empty."""
     prepare_moments(parts.optimizer)
     states = states_of(parts.optimizer)
-    kept, anew, frozen = list[Share](), list[Share](), list[Share]()
-    for share in shares:
-        if not share.parameter.requires_grad:
-            frozen.append(share)
-        elif share.parameter in states:
-            (kept if found.optimizer and share.parameter not in thawed else anew).append(share)
+    return {share: states[share.parameter] for share in shares if share.parameter in states}
+
+
+def _masters(parts: Parts, shares: Sequence[Share], states: _States, kept: _States) -> list[Entry]:
+    """Return what fills the optimizer, from whose masters weights follow, and the weights that are frozen.
+
+    Of what a checkpoint holds no states of, which is not in ``kept`` - all, if it has weights alone; what was frozen in
+    it - masters begin with its weights (not with what FP8 has left of them), and moments with zeros.
+    """
+    anew = [share for share in states if share not in kept]
+    frozen = [share for share in shares if not share.parameter.requires_grad]
     for share in anew:
-        forget_moments(states[share.parameter])
+        forget_moments(states[share])
     return [
         *optimizer_entries(parts, kept),
-        *weight_entries(anew, lambda share: states[share.parameter][MASTER]),
+        *weight_entries(anew, lambda share: states[share][MASTER]),
         *weight_entries(frozen, lambda share: share.run_of(share.parameter.data)),
     ]
-
-
-def _with_moments(
-    found: Found, parts: Parts, shares: Sequence[Share], thawed: AbstractSet[Tensor]
-) -> dict[Share, dict[str, Tensor]]:
-    """Return the states of the shares of which a checkpoint holds moments."""
-    states = states_of(parts.optimizer)
-    return {
-        share: states[share.parameter]
-        for share in shares
-        if found.optimizer and share.parameter in states and share.parameter not in thawed
-    }
 
 
 def _held_in_fp8(parts: Parts) -> dict[Share, Tensor]:
@@ -220,11 +212,11 @@ def _changed_freeze(found: Found, parts: Parts) -> list[str]:
     return notes
 
 
-def _changed_optimizer(found: Found, parts: Parts, changed: Sequence[Share]) -> list[str]:
+def _changed_optimizer(found: Found, parts: Parts, changed: _States) -> list[str]:
     """Return what a person should know of parameters that another optimizer has updated before. Collective."""
     counts = torch.zeros(2, dtype=torch.int64)
-    for share in (share for share in changed if share.writes):
-        counts[int(MOMENTUM in states_of(parts.optimizer)[share.parameter])] += share.end - share.start
+    for share, states in changed.items():
+        counts[int(MOMENTUM in states)] += (share.end - share.start) * share.writes
     counts = counts.to(parts.device)
     dist.all_reduce(counts)
     by_adamw, by_muon = counts.tolist()

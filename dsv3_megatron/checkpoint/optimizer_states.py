@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dsv3_megatron.checkpoint.shares import Share
 from dsv3_megatron.optim.muon import MOMENTUM
-from dsv3_megatron.optim.optimizer import parts_of
+from dsv3_megatron.optim.optimizer import parts_of, run_of
 from dsv3_megatron.pipeline.saved import Entry
 
 MASTER = "param"  # megatron-core's name of it in checkpoints
@@ -42,8 +42,9 @@ def states_of(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, dict[str
     found = {}
     for part in parts_of(optimizer):
         adam = part.optimizer
-        for parameter, (group, place) in part.model_param_group_index_map.items():
-            held = adam.param_groups[group]["params"][place]
+        for parameter in part.model_param_group_index_map:
+            held = run_of(part, parameter)
+            assert held is not None
             states = {name: value for name, value in adam.state[held].items() if isinstance(value, Tensor)}
             states = {MASTER: states.pop("master_param", held), **states}
             for name, value in states.items():

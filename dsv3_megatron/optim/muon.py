@@ -27,9 +27,7 @@ MOMENTUM = "momentum_buffer"  # torch.optim.Muon's name of it
 
 def arithmetic(settings: MuonSettings, device: torch.device) -> torch.dtype:
     """Return the dtype of Newton-Schulz, and of what ranks exchange for it."""
-    if settings.arithmetic == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.arithmetic]
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.arithmetic_on(device.type)]
 
 
 @dataclass(frozen=True)

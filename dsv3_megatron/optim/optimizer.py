@@ -72,12 +72,13 @@ def choose_optimizer(optim: OptimSettings, backend: str, device: torch.device, p
     Return whose it is, for people. Ours: on a CPU (but under a stand-in for TE, which brings its own), without TE and
     Apex, and for BF16 moments without TE: Apex's holds them in float32 only.
     """
-    if backend == "torch" and device.type == "cpu":
+    on_cpu = backend == "torch" and device.type == "cpu"
+    if on_cpu:
         use_torch_norms()
     if optim.name == "muon":
         use_ours(MuonWithAdamW)
         return "Muon and AdamW of this package over torch's"
-    if backend == "torch" and device.type == "cpu":
+    if on_cpu:
         why = ""
     elif _THEIRS is None:
         why = " (neither Transformer Engine nor Apex is installed)"
@@ -109,6 +110,15 @@ def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
+
+
+def run_of(part: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Return this rank's run of a parameter as the inner optimizer of a part has it; None where the part has none
+    (megatron-core 0.16.1)."""
+    if (found := part.model_param_group_index_map.get(parameter)) is None:
+        return None
+    group, place = found
+    return part.optimizer.param_groups[group]["params"][place]
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

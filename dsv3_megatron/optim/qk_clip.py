@@ -17,7 +17,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from dsv3_megatron.optim.optimizer import parts_of
+from dsv3_megatron.optim.optimizer import parts_of, run_of
 
 
 def head_factors(largest: Tensor, threshold: float) -> Tensor:
@@ -59,10 +59,9 @@ def _scale(part: Any, rows: Mapping[torch.nn.Parameter, Tensor], *of_hook: objec
     """Multiply this rank's runs of the parameters' masters (megatron-core 0.16.1's names for where they are)."""
     inner = part.optimizer
     for parameter, factors in rows.items():
-        if parameter not in part.model_param_group_index_map:
+        if (held := run_of(part, parameter)) is None:
             continue  # other ranks have all of it, or another of the chained optimizers has it
-        group, place = part.model_param_group_index_map[parameter]
-        held, run = inner.param_groups[group]["params"][place], part._get_model_param_range_map(parameter)["param"]
+        run = part._get_model_param_range_map(parameter)["param"]
         master = inner.state[held].get("master_param")
         scale_run(held.data if master is None else master, factors, parameter.shape[1], run.start)
         if master is not None:  # the inner optimizer has made the weights of the masters already

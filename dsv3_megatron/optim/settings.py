@@ -104,6 +104,12 @@ class MuonSettings(BaseModel):
     output: Literal["whole", "head"] = Field("whole", description="o as one matrix, as published, or one for each head")
     router: Literal["muon", "adamw"] = Field("muon", description="what updates the router's matrix")
 
+    def arithmetic_on(self, device: str) -> Literal["bf16", "fp32"]:
+        """Return the dtype of Newton-Schulz, and of what ranks exchange for it, on a kind of device."""
+        if self.arithmetic == "auto":
+            return "fp32" if device == "cpu" else "bf16"
+        return self.arithmetic
+
     @field_validator("coefficients")
     @classmethod
     def _bring_near_one(cls, coefficients: Coefficients, info: ValidationInfo) -> Coefficients:

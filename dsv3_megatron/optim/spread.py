@@ -93,12 +93,16 @@ class Plan:
         return [place for place in self.taken(rank, owner, number) if place not in copies]
 
     @cached_property
+    def round_of(self) -> dict[str, int]:
+        """The number of the round in which each matrix is worked on."""
+        return {name: number for number, names in enumerate(self.rounds) for name in names}
+
+    @cached_property
     def _places(self) -> dict[tuple[int, int, int], list[int]]:
-        number_of = {name: number for number, names in enumerate(self.rounds) for name in names}
         found: dict[tuple[int, int, int], list[int]] = {}
         for rank, holding in enumerate(self.holdings):
             for place, box in enumerate(holding.boxes):
-                found.setdefault((rank, self.owner[box.matrix], number_of[box.matrix]), []).append(place)
+                found.setdefault((rank, self.owner[box.matrix], self.round_of[box.matrix]), []).append(place)
         return found
 
     def work(self, steps: int) -> list[int]:

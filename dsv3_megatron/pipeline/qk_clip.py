@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from torch import Tensor
 
+from dsv3_megatron.model.heads import heads_of
 from dsv3_megatron.model.layers.max_logits import MaxLogits, watch_logits
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.qk_clip import head_factors, key_value_rows, query_rows, scale_after_updates
@@ -95,11 +96,11 @@ class QkClip:
     def _prepare(self, factors: Tensor) -> None:
         """Let the next update multiply by ``factors`` [L, heads on this rank]."""
         self._rows.clear()
-        nope, rope, value = self._model.qk_nope_head_dim, self._model.qk_rope_head_dim, self._model.v_head_dim
+        heads = heads_of(self._model)
         for number, layer in self._layers.items():
             if (factors[number] < 1).any():
-                self._rows[layer.query] = query_rows(factors[number], nope, rope).to(self._device)
-                self._rows[layer.key_value] = key_value_rows(factors[number], nope, value).to(self._device)
+                self._rows[layer.query] = query_rows(factors[number], heads.nope, heads.rope).to(self._device)
+                self._rows[layer.key_value] = key_value_rows(factors[number], heads.nope, heads.value).to(self._device)
 
 
 def _number(name: str, first_layer: int, model: ModelSettings) -> int:

@@ -64,8 +64,10 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     backend = choose_backend(recipe.backend, device, lambda: _why_not_te_attention(recipe, layout, device))
     adamw = choose_optimizer(recipe.optim, backend.name, device, recipe.precision)
     placement = recipe.placement()
-    groups = build_groups(layout, mirrored=placement.kind == "mirror")
-    connect_groups((groups.intra_dp_cp, groups.intra_expt_dp), device)
+    mirrored = placement.kind == "mirror"
+    groups = build_groups(layout, mirrored=mirrored)
+    holders = holder_groups(layout, groups, mirrored=mirrored) if recipe.optim.name == "muon" else None
+    connect_groups((groups.intra_dp_cp, groups.intra_expt_dp, *(holders or ())), device)
     model_parallel_cuda_manual_seed(recipe.run.seed, te_rng_tracker=False)
     MTPLossLoggingHelper.tracker.clear()  # global, and sized by the first model of the process (--multirun has several)
     layers = layers_of_stages(recipe)
@@ -82,9 +84,7 @@ def build_parts(recipe: Recipe, layout: Layout, device: torch.device) -> Parts:
     optimizer = build_optimizer(list(ddps.values()), recipe.optim, recipe.precision, groups)
     for chunk in chunks.values():
         forget_drawn(chunk)
-    if recipe.optim.name == "muon":
-        holders = holder_groups(layout, groups, mirrored=placement.kind == "mirror")
-        connect_groups(holders, device)
+    if holders is not None:
         let_muon_update(optimizer, chunks, groups, holders, recipe.model, recipe.optim, device)
     rows = recipe.data.sequence_length // (layout.cp * layout.tp)
     shape = (rows, recipe.optim.micro_batch, recipe.model.hidden_size)

@@ -18,7 +18,7 @@ from dsv3_megatron.optim import spread
 from dsv3_megatron.optim.exchange import Exchange
 from dsv3_megatron.optim.matrices import Rule, matrices_in, rules
 from dsv3_megatron.optim.muon import Piece, arithmetic
-from dsv3_megatron.optim.optimizer import parts_of
+from dsv3_megatron.optim.optimizer import parts_of, run_of
 from dsv3_megatron.optim.settings import OptimSettings
 
 
@@ -54,7 +54,8 @@ def let_muon_update(
             boxes = _boxes(share, table, shapes)
             if not boxes:
                 continue
-            run = _run(part, parameter)
+            run = run_of(part, parameter)
+            assert run is not None, share.name
             runs.append(run)
             if not share.writes:
                 copies.update(range(len(pieces), len(pieces) + len(boxes)))
@@ -92,9 +93,3 @@ def _boxes(share: Share, table: tuple[Rule, ...], shapes: dict[str, tuple[int, i
     numbers = sum(held.box.numbers for held in found)
     assert numbers in (0, share.end - share.start), f"{share.name}: {numbers} of {share.end - share.start} numbers"
     return found
-
-
-def _run(part: Any, parameter: torch.nn.Parameter) -> Tensor:
-    """Return this rank's run of a parameter, as the inner optimizer has it (megatron-core 0.16.1)."""
-    group, place = part.model_param_group_index_map[parameter]
-    return part.optimizer.param_groups[group]["params"][place]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
 from dsv3_megatron.planning.memory.ranks import bytes_of_number
 from dsv3_megatron.recipe import Recipe
+from launcher.views.layers import collapsed, shape_of, without_number
 from parallel.units import show_bytes
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
 # States by their names in checkpoints; AdamW's second moment goes with its first.
 _SHORT = {"momentum_buffer": "momentum", "exp_avg": "2 moments", "master": "master"}
 _NAMES = {"muon": "Muon", "adamw": "AdamW", "frozen": "-"}
@@ -27,7 +27,7 @@ def show_optimizer(recipe: Recipe, *, as_json: bool) -> str:
     if as_json:
         return json.dumps({"optimizer": recipe.optim.name, "parameters": parameters, "totals": totals})
     header = ("parameter, as in checkpoints", "layers", "shape", "by", "matrices", "states", "why")
-    rows = [header, *_collapsed(parameters)]
+    rows = [header, *collapsed(_rows(parameters))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
     lines = [
         f"optim.name={recipe.optim.name}: which optimizer updates what (layers that agree are shown as a range)",
@@ -64,7 +64,7 @@ def updated_as_built(recipe: Recipe) -> list[dict[str, Any]]:
             found.append(_row(recipe, key, shape, "frozen", [], "model.freeze"))
             continue
         rule = rule_of(key, shape, table)
-        alike = (_LAYER.sub("layers.", key), shape)
+        alike = (without_number(key), shape)
         if alike not in split:
             counted = Counter(matrix.shape for matrix in matrices_in(key, shape, table))
             split[alike] = [{"count": many, "shape": list(one)} for one, many in counted.items()]
@@ -102,35 +102,16 @@ def _totals(parameters: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _collapsed(parameters: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the rows of the table, parameters of equal layers on one line."""
-    merged: dict[tuple[str, ...], list[int]] = {}
+def _rows(parameters: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table, a parameter each."""
     for each in parameters:
-        number = _LAYER.search(each["name"])
-        matrices = " and ".join(f"{m['count']:,} of {_by(m['shape'])}" for m in each["matrices"]) or "-"
+        matrices = " and ".join(f"{m['count']:,} of {shape_of(m['shape'])}" for m in each["matrices"]) or "-"
         states = ", ".join(f"{_SHORT[name]} {form}" for name, form in each["states"].items() if name in _SHORT)
-        row = (
-            _LAYER.sub("layers.*.", each["name"], count=1),
-            _by(each["shape"]),
+        yield (
+            each["name"],
+            shape_of(each["shape"]),
             _NAMES[each["updated_by"]],
             matrices,
             states or "-",
             "frozen: model.freeze" if each["updated_by"] == "frozen" else each["why"],
         )
-        merged.setdefault(row, []).extend([int(number[1])] if number else [])
-    return [(row[0], _ranges(layers), *row[1:]) for row, layers in merged.items()]
-
-
-def _by(shape: list[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _ranges(layers: list[int]) -> str:
-    """Return layers as text: ``0-2,5``."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from typing import Any
 
 from dsv3_megatron.precision.on_te import deviations
 from dsv3_megatron.precision.policy import module_class, policy
 from dsv3_megatron.recipe import Recipe
-
-_LAYER = re.compile(r"layers\.(\d+)\.")
+from launcher.views.layers import collapsed, shape_of
 
 
 def show_precision(recipe: Recipe, *, as_json: bool) -> str:
@@ -28,9 +26,9 @@ def show_precision(recipe: Recipe, *, as_json: bool) -> str:
         ["", "where Transformer Engine does otherwise", "", *(f"  {line}" for line in otherwise)] if otherwise else []
     )
     lines += ["", "every module with parameters, as built (layers that agree are shown as a range)", ""]
-    collapsed = _collapsed(modules)
-    longest = max(len(name) for name, *_ in collapsed)
-    for name, layers, shape, products in collapsed:
+    rows_of_modules = collapsed((m["name"], shape_of(m["shape"]), f"{m['class']}: {m['products']}") for m in modules)
+    longest = max(len(name) for name, *_ in rows_of_modules)
+    for name, layers, shape, products in rows_of_modules:
         lines.append(f"  {name:<{longest}}  {layers:<6} {shape:<18} {products}")
     return "\n".join(lines)
 
@@ -50,18 +48,3 @@ def formats_as_built(recipe: Recipe) -> list[dict[str, Any]]:
             products = "fp8 x fp8: fprop, dgrad, wgrad" if in_fp8 else high
             found.append({"name": name, "shape": list(parameter.shape), "class": kind, "products": products})
     return found
-
-
-def _collapsed(modules: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Return (name with * for the layer, layers, shape, products), parameters of equal layers on one line."""
-    merged: dict[tuple[str, str, str], list[int]] = {}
-    for module in modules:
-        number = _LAYER.search(module["name"])
-        name = _LAYER.sub("layers.*.", module["name"], count=1)
-        key = (name, " x ".join(map(str, module["shape"])), f"{module['class']}: {module['products']}")
-        merged.setdefault(key, []).extend([int(number[1])] if number else [])
-    rows = []
-    for (name, shape, products), layers in merged.items():
-        span = f"{min(layers)}-{max(layers)}" if len(layers) > 1 else str(layers[0]) if layers else ""
-        rows.append((name, span, shape, products))
-    return rows

@@ -146,14 +146,13 @@ class RoundTraffic:
     def __init__(self, plan: Plan, members: Sequence[int], fabric: Fabric, size: int):
         self._fabric = fabric
         nodes = [member // fabric.gpus_per_node for member in members]
-        number_of = {name: number for number, names in enumerate(plan.rounds) for name in names}
         ranks, rounds = range(len(members)), range(len(plan.rounds))
         # Of every rank and round: bytes out and in, inside the node and between nodes.
         self._gather = [[_Bytes() for _ in rounds] for _ in ranks]
         self._return = [[_Bytes() for _ in rounds] for _ in ranks]
         for rank, holding in enumerate(plan.holdings):
             for place, box in enumerate(holding.boxes):
-                owner, number = plan.owner[box.matrix], number_of[box.matrix]
+                owner, number = plan.owner[box.matrix], plan.round_of[box.matrix]
                 if owner == rank:
                     continue
                 inside = nodes[owner] == nodes[rank]

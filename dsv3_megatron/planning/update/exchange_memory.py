@@ -41,11 +41,10 @@ class Round:
 def rounds_of(plan: Plan) -> list[list[Round]]:
     """Return the rounds of every rank."""
     ranks = range(len(plan.holdings))
-    number_of = {name: number for number, names in enumerate(plan.rounds) for name in names}
     sent, received, given, taken, filled = ([[0] * len(plan.rounds) for _ in ranks] for _ in range(5))
     for rank, holding in enumerate(plan.holdings):
         for place, box in enumerate(holding.boxes):
-            number, owner = number_of[box.matrix], plan.owner[box.matrix]
+            number, owner = plan.round_of[box.matrix], plan.owner[box.matrix]
             given[owner][number] += box.numbers
             taken[rank][number] += box.numbers
             if place not in holding.copies:

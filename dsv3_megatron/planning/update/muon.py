@@ -55,10 +55,7 @@ class RankUpdate:
 
 def size_of_number(recipe: Recipe) -> int:
     """Return the bytes of a number that travels, and is worked on (optim.muon.arithmetic)."""
-    arithmetic = recipe.optim.muon.arithmetic
-    if arithmetic == "auto":
-        return 4 if recipe.cluster.device == "cpu" else 2
-    return {"bf16": 2, "fp32": 4}[arithmetic]
+    return {"bf16": 2, "fp32": 4}[recipe.optim.muon.arithmetic_on(recipe.cluster.device)]
 
 
 def updates_of_ranks(recipe: Recipe, layout: Layout, layers: tuple[int, ...]) -> list[RankUpdate]:

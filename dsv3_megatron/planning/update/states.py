@@ -15,9 +15,8 @@ from dsv3_megatron.recipe import Recipe
 from parallel.layout import Layout
 
 
-def state_bytes(recipe: Recipe, runs: list[Run], table: tuple[Rule, ...] | None = None) -> int:
+def state_bytes(recipe: Recipe, runs: list[Run], table: tuple[Rule, ...]) -> int:
     """Return the bytes of the states of what a rank updates."""
-    table = table or table_of(recipe)
     return sum(run.numbers * bytes_of_number(recipe, moments=1 if by_muon(run, table) else 2) for run in runs)
 
 

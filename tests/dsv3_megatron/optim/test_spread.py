@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_megatron.checkpoint.boxes import boxes_of_run, strides_of
@@ -38,7 +38,6 @@ def pieces_of(shape, start, end):
         yield Piece(box.start, box.extent, strides, sum(a * b for a, b in zip(box.start, strides)) - start)
 
 
-@settings(deadline=None)
 @given(cut_tensors())
 def test_boxes_of_all_runs_make_every_matrix_and_nothing_twice(tensor):
     shape, matrices, cuts = tensor
@@ -75,7 +74,6 @@ def held_matrices(draw):
     return shapes, [Holding(tuple(each)) for each in boxes]
 
 
-@settings(deadline=None)
 @given(held_matrices(), st.integers(1, 4000))
 def test_work_is_even_and_rounds_are_bounded(held, limit):
     shapes, holdings = held
@@ -92,7 +90,6 @@ def test_work_is_even_and_rounds_are_bounded(held, limit):
             assert len(mine) < 2 or sum(rows * columns for rows, columns in mine) <= limit
 
 
-@settings(deadline=None)
 @given(held_matrices())
 def test_what_ranks_send_and_get_agrees(held):
     shapes, holdings = held
