@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dsv3_megatron.run.handed import read_json_file
+from dsv3_megatron.run.made import appended_file
+
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 _LOOK_SECONDS = 0.05
@@ -31,7 +34,7 @@ def exclusive(path: Path) -> Iterator[None]:
     looks, or after 90 s without a sign of life for those of other hosts.
     Raises: OSError: the file cannot be made.
     """
-    with path.open("a") as file:
+    with appended_file(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
         except OSError as error:
@@ -61,7 +64,7 @@ def take(path: Path, **more: object) -> dict[str, object] | None:
     ``more``: to write into it beside :func:`me`. Raises: OSError: the folder cannot be written.
     """
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     except FileExistsError:
         return owner_of(path) or {}
     try:
@@ -76,7 +79,7 @@ def take(path: Path, **more: object) -> dict[str, object] | None:
 def owner_of(path: Path) -> dict[str, object] | None:
     """Return who made ``path``; None where nobody is named: it is gone, or torn."""
     try:
-        return {k: v for k, v in json.loads(path.read_text()).items() if k in ("host", "process", "job")}
+        return {k: v for k, v in read_json_file(path).items() if k in ("host", "process", "job")}
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsv3_megatron.run.handed import parse_json, read_json_file
+from dsv3_megatron.run.made import new_file
+
 T = TypeVar("T")
 
 WAITS = (0.5, 2.0)  # seconds before a read is tried again
@@ -37,8 +40,8 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with new_file(temporary) as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())  # else the rename can reach the disk before the text
         os.replace(temporary, path)
@@ -55,7 +58,7 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file; {} where there is none, or it is torn or no object."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json_file(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -126,7 +129,7 @@ def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.run.files import cut_json_lines, write_atomically
+from dsv3_megatron.run.made import appended_file
 
 PENDING_BYTES = 1 << 24  # kept of each file while the disk refuses it: 235,000 events, or days of steps of a large run
 RETRY_SECONDS = 5.0  # a disk that refuses may take long to say so
@@ -136,7 +137,7 @@ class _Appended:
             return 0
         size = None
         try:
-            with self.path.open("a+b", buffering=0) as file:
+            with appended_file(self.path) as file:
                 size = file.seek(0, os.SEEK_END)
                 torn = size and self.path.suffix == ".jsonl" and os.pread(file.fileno(), 1, size - 1) != b"\n"
                 rest = memoryview(b"\n" * bool(torn) + b"".join(self._entries))

@@ -47,13 +47,13 @@ def steps(path):
     return [row["step"] for row in read_json_lines(path)]
 
 
-def test_lines_that_a_full_disk_refuses_are_written_when_it_takes_them_again(tmp_path, files, told):
+def test_lines_that_a_full_disk_refuses_are_written_when_it_takes_them_again(tmp_path, files, told, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    path.symlink_to("/dev/full")
-    for step in (1, 2, 3):
-        files.append(path, line(step))
+    with monkeypatch.context() as patch:
+        patch.setattr(resilient, "appended_file", lambda path: open("/dev/full", "a+b", buffering=0))  # noqa: SIM115
+        for step in (1, 2, 3):
+            files.append(path, line(step))
     assert told.events == [("write_failed", {"file": str(path), "reason": "No space left on device"})]
-    path.unlink()
     files.append(path, line(4))
     files.append(path, line(5))
     assert steps(path) == [1, 2, 3, 4, 5]
@@ -100,7 +100,7 @@ def test_whatever_a_disk_says_is_no_error_of_the_run(tmp_path, files, told, monk
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.open", refuse)
+        patch.setattr("dsv3_megatron.run.made.os.open", refuse)
         files.append(tmp_path / "a.jsonl", line(1))
         files.replace(tmp_path / "b.json", "{}")
         files.retry()

@@ -1,0 +1,84 @@
+"""Files that somebody else may have made: regular ones, inside their folder, no larger than their reader expects.
+
+A folder that was handed over may hold a pipe without end, a link to a system file, a name that leads out of it, or text
+made to exhaust its reader. What is refused here is refused as OSError (it cannot be opened) or ValueError (it is not
+what it should be), with a reason that goes into the one line of whoever reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+TEXT_BYTES = 1 << 26  # of a small text file: a manifest, an index, a configuration, a recipe
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, after links, if it is a regular one.
+
+    Raises OSError: it cannot be opened, or is a folder, a device, a pipe or a socket: those have no end, or block.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path, limit: int = TEXT_BYTES) -> bytes:
+    """Return a regular file's content.
+
+    Raises OSError: it cannot be read. ValueError: it has more than ``limit`` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"has more than {limit:,} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
+    """Return a regular file's text (:func:`read_bytes`). Raises ValueError also where it is not UTF-8."""
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds. Raises ValueError: it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def read_json_file(path: Path, limit: int = TEXT_BYTES) -> Any:
+    """Return what a JSON file holds. Raises OSError, ValueError: as :func:`read_text` and :func:`parse_json` do."""
+    return parse_json(read_text(path, limit))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of ``name``, which a file of ``folder`` gives, if it stays in the folder.
+
+    A link may lead elsewhere in the folder, or, in a cache of Hugging Face's hub, from ``snapshots/REVISION`` to the
+    ``blobs`` beside it. Whether there is such a file is not asked.
+    Raises ValueError: the name is empty or absolute, goes up, or a link leads out of the folder.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or "\0" in name or PurePosixPath(name).is_absolute() or ".." in parts:
+        raise ValueError(f"{name!r} is not a name inside the folder")
+    path = folder / name
+    own = folder.resolve()
+    real = path.resolve()
+    if not real.is_relative_to(own) and not (own.parent.name == "snapshots" and _is_blob(own, real)):
+        raise ValueError(f"{name!r} is a link out of the folder, to {real}")
+    return path
+
+
+def _is_blob(snapshot: Path, real: Path) -> bool:
+    return real.is_relative_to(snapshot.parent.parent / "blobs")

@@ -1,0 +1,52 @@
+"""Files that are made or opened for writing: never through a link that somebody else has put in their place.
+
+A folder that several may write, or that was handed over, can hold a link under a name that a program is about to
+write; writing through it would change a file elsewhere. Permissions are those of the umask, which every command sets
+(:func:`for_owner`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+Readers = Literal["owner", "group"]
+_UMASKS: dict[Readers, int] = {"owner": 0o077, "group": 0o027}
+
+
+def for_owner(readers: Readers = "owner") -> None:
+    """From here on this process and its children make files for their owner alone, or for the group to read too."""
+    os.umask(_UMASKS[readers])
+
+
+def new_file(path: Path) -> BinaryIO:
+    """Make a file for writing. What an earlier, killed writer left under the name is removed first, a link too.
+
+    Raises OSError: it cannot be made, or another process makes it at the same time.
+    """
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
+def appended_file(path: Path) -> BinaryIO:
+    """Open a file, unbuffered, to read it and to write at its end; make it where there is none.
+
+    Raises OSError: it cannot be opened, or is a link or no regular file.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a link, and nothing is written through one", str(path)) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "a+b", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
