@@ -4,6 +4,7 @@ Its checksums all match: whoever changes a file can write them anew.
 """
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -15,10 +16,11 @@ import pytest
 import torch
 import xxhash
 
+from dsv3_megatron.checkpoint import manifest
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
 from dsv3_megatron.checkpoint.index import INDEX, Described, describe_pieces, read_index
 from dsv3_megatron.checkpoint.load import _updates_in_format_1
-from dsv3_megatron.checkpoint.manifest import RECIPE, WEIGHTS, DamageError, manifest_text
+from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, WEIGHTS, DamageError, manifest_text
 from dsv3_megatron.checkpoint.piece_files import PieceFile, write_file
 from dsv3_megatron.checkpoint.read import read_entries
 from dsv3_megatron.checkpoint.write import write_description
@@ -233,3 +235,111 @@ def test_a_count_of_updates_that_is_none_is_damage(tmp_path, content):
 def test_a_count_of_updates_is_read(tmp_path):
     torch.save({"optimizer": {0: [{"lr": 0.5, "step": 3}], 1: {"step": 4.0}}}, tmp_path / "common.pt")
     assert _updates_in_format_1(tmp_path / "common.pt") == 4
+
+
+# -- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    """Change a manifest's content, and let its checksum match."""
+    content = json.loads((folder / MANIFEST).read_text())["content"]
+    content = change(content) or content
+    (folder / MANIFEST).write_text(json.dumps({"xxh3": manifest._digest(content), "content": content}))
+
+
+def setting(place, value):
+    """Return a change of one value of a manifest; ``place`` names the way to it."""
+
+    def change(content):
+        *outer, last = place.split("/")
+        for name in outer:
+            content = content[name]
+        if value is ...:
+            del content[last]
+        else:
+            content[last] = value
+
+    return change
+
+
+FACTS = {"bytes": 10, "xxh3": "0" * 32}
+MANIFESTS = {
+    "no files": (setting("files", {}), "names no .metadata"),
+    "no tensors": (setting(f"files/{FILE}", ...), "names no file of tensors"),
+    "no recipe": (setting(f"files/{RECIPE}", ...), f"names no {RECIPE}"),
+    "files that are a list": (setting("files", [FILE]), "files: Input should be a valid dictionary"),
+    "facts that are none": (setting(f"files/{FILE}", 7), f"files.{FILE}"),
+    "a size of text": (setting(f"files/{FILE}/bytes", "10"), f"files.{FILE}.bytes: Input should be a valid integer"),
+    "a size below 0": (setting(f"files/{FILE}/bytes", -1), f"files.{FILE}.bytes"),
+    "a size of another file": (setting(f"files/{FILE}/bytes", 10**12), "its manifest says 1000000000000"),
+    "a checksum that is none": (setting(f"files/{FILE}/xxh3", None), f"files.{FILE}.xxh3"),
+    "a file that is not there": (setting("files/x", FACTS), "x is missing"),
+    "a device": (lambda content: content["files"].update({"/dev/zero": FACTS}), "names '/dev/zero', which can be no"),
+    "a name outside": (lambda content: content["files"].update({"../x": FACTS}), "names '../x', which can be no"),
+    "the folder": (lambda content: content["files"].update({"..": FACTS}), "names '..', which can be no"),
+    "a name with NUL": (lambda content: content["files"].update({"a\0b": FACTS}), "which can be no"),
+    "no format": (setting("format", ...), "format: Field required"),
+    "a format of text": (setting("format", "2"), "format: Input should be a valid integer"),
+    "no progress": (setting("progress", None), "progress: Input should be a valid dictionary"),
+    "a step of text": (setting("progress/step", "3"), "progress.step: Input should be a valid integer"),
+    "a step that is true": (setting("progress/step", True), "progress.step: Input should be a valid integer"),
+    "tokens below 0": (setting("progress/tokens", -3), "progress.tokens"),
+    "more tokens than a number holds": (setting("progress/tokens", 10**30), "progress.tokens"),
+    "progress of another kind": (setting("progress/more", 1), "progress.more: Extra inputs are not permitted"),
+    "losses of text": (setting("progress/health", {"losses": ["x"]}), "progress.health.losses.0"),
+    "extra states that are text": (setting("extra", "ema"), "extra: Input should be a valid list"),
+    "an optimizer of text": (setting("optimizer", "no"), "optimizer: Input should be a valid boolean"),
+    "updates of text": (setting("updates", "x"), "updates: Input should be a valid integer"),
+    "a tokenizer without a digest": (setting("tokenizer", {"name": "x"}), "tokenizer.sha256: Field required"),
+    "data that is a number": (setting("data", 3), "data: Input should be a valid dictionary"),
+    "what was frozen as a number": (setting("freeze", [3]), "freeze.0: Input should be a valid string"),
+    "a list": (lambda content: [content], "its content: Input should be a valid dictionary"),
+    "null": (lambda content: "null", "its content: Input should be a valid dictionary"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_is_complete_and_typed(tmp_path, case):
+    change, line = case
+    folder = checkpoint(tmp_path / "c")
+    rewrite(folder, change)
+    with pytest.raises(DamageError) as error:
+        manifest.read_manifest(folder)
+    assert line in str(error.value) and str(folder) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"xxh3": 1}', "[" * 100_000, '{"a":' * 100_000, "\0", "\xff", "{"])
+def test_a_torn_manifest_is_damage(tmp_path, text):
+    folder = checkpoint(tmp_path / "c")
+    (folder / MANIFEST).write_text(text, encoding="latin-1")
+    with pytest.raises(DamageError, match="manifest.json cannot be read"):
+        manifest.read_content(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, INDEX, FILE, RECIPE])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link out"])
+def test_a_file_that_is_no_regular_one_of_the_folder_is_refused_at_once(tmp_path, name, kind):
+    folder = checkpoint(tmp_path / "c")
+    file = folder / name
+    content = file.read_bytes()
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        (tmp_path / "elsewhere").write_bytes(content)
+        file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamageError) as error:
+        manifest.read_manifest(folder)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_link_within_the_folder_is_followed(tmp_path):
+    folder = checkpoint(tmp_path / "c")
+    (folder / FILE).rename(folder / "there")
+    (folder / FILE).symlink_to("there")
+    assert manifest.read_manifest(folder)["step"] == 0 and torch.equal(both(folder), WHOLE)
