@@ -67,8 +67,8 @@ def main(given: ExportArguments) -> int:
     checkpoint = choose_checkpoint(
         given.run, given.step, holding=(WEIGHTS, "ema") if given.weights == "ema" else (WEIGHTS,)
     )
-    for wrong in checkpoint.wrong:
-        print(f"warning: {wrong}", file=sys.stderr)
+    for warning in checkpoint.warnings:
+        print(warning, file=sys.stderr)
     scales = scales_of(given)
     shards = shards_of(
         recipe.model,

@@ -246,6 +246,19 @@ def test_fp8_scales_stand_for_the_values(exported):
     torch.testing.assert_close(dequantise_weight(data, scales, torch.float32), expected, rtol=2**-4, atol=1e-3)
 
 
+def test_a_command_says_which_checkpoint_takes_the_place_of_a_damaged_one(run, tmp_path, capsys):
+    place = shutil.copytree(run, tmp_path / "run") / "checkpoints"
+    newer = shutil.copytree(place / "step_00000003", place / "step_00000009")
+    (newer / "metadata.json").write_text("torn")
+    line = (
+        f"warning: {newer}/metadata.json has 4 bytes, its manifest says 119; {place}/step_00000003 is used instead"
+    )
+    with trained_model(load_resolved(run / "recipe.yaml"), tmp_path / "run", with_data=False) as model:
+        assert model.notes == (line,) and model.progress["step"] == 3
+    assert export_hf.main([f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}", "processes=1"]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == line
+
+
 TASK = """
 task: local_text
 dataset_path: json
