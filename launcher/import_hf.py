@@ -36,6 +36,14 @@ from parallel.units import show_bytes
 if TYPE_CHECKING:
     from dsv3_megatron.checkpoint.hugging_face.sources import Sources
 
+# What a recipe.yaml beside weights may say: numbers of the training. Whoever made the folder decides no command, place,
+# layout or report of this machine's.
+TAKEN = {
+    "optim": None,  # whole
+    "run": ("seed", "steps", "tokens"),
+    "data": ("source", "sequence_length", "held_out", "held_out_sequences", "weights", "mixture", "at_source_end",
+             "start_token", "isolate_documents", "fim_rate"),
+}  # fmt: skip
 CONTINUING = ("recipe=moonlight_16b", "parallel=single", "optim.micro_batch=1")
 
 
@@ -144,7 +152,7 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
     """Return a recipe for the model: the rest from the export's own recipe, from the one named, or a shipped one."""
     output = Path(given.output)
     if given.recipe is None and (folder / "recipe.yaml").is_file():
-        base = load_resolved(folder / "recipe.yaml").model_dump(mode="json")
+        base = with_numbers_of(folder / "recipe.yaml")
     else:
         words = [f"recipe={given.recipe}"] if given.recipe else words_for(model)
         base = compose(words).model_dump(mode="json")
@@ -158,6 +166,27 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
         return build(base)
     except RecipeError as error:
         raise CheckpointError(f"input = {given.input} does not go with the recipe: {error.args[0]}") from None
+
+
+def with_numbers_of(path: Path) -> dict[str, Any]:
+    """Return a recipe that is shipped, with what a recipe.yaml beside weights may say of a training; say what it may
+    not, and is left out."""
+    theirs = load_resolved(path).model_dump(mode="json")
+    base = compose(CONTINUING).model_dump(mode="json")
+    left_out = []
+    for section, values in theirs.items():
+        taken = TAKEN.get(section, ())
+        if taken is None:
+            base[section] = values
+        elif section not in ("recipe", "model", "precision") and not isinstance(values, dict):
+            left_out += [section] if values != base[section] else []
+        elif section not in ("recipe", "model", "precision"):
+            base[section] |= {key: values[key] for key in taken}
+            other = [key for key, value in values.items() if value != base[section][key]]
+            left_out += [f"{section}.{key}" for key in other] if taken else [section] * bool(other)
+    if left_out:
+        print(f"{path}: model and numbers of the training are taken; not {', '.join(left_out)}")
+    return base
 
 
 def words_for(model: ModelSettings) -> list[str]:
