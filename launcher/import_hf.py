@@ -7,7 +7,6 @@ alone gives the recipe alone. Memory is a tensor a process. The same command aga
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from dsv3_megatron.data.tokenizer_identity import check_rows, described, other_t
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.handed import inside, is_nested_deeper, read_json_file
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.compose import build, compose, load_resolved, resolved_yaml
 from launcher.command_line.console import ProgressLine, guarded
@@ -44,6 +44,7 @@ TAKEN = {
     "data": ("source", "sequence_length", "held_out", "held_out_sequences", "weights", "mixture", "at_source_end",
              "start_token", "isolate_documents", "fim_rate"),
 }  # fmt: skip
+CONFIG_BYTES, CONFIG_LEVELS = 1 << 22, 20  # of a configuration; published ones have a hundredth
 CONTINUING = ("recipe=moonlight_16b", "parallel=single", "optim.micro_batch=1")
 
 
@@ -93,12 +94,14 @@ def main(given: ImportArguments) -> int:
 
 def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder and its config.json. Raises CheckpointError when there is none."""
-    path = given / "config.json" if given.is_dir() else given
     try:
-        config = json.loads(path.read_text())
+        path = inside(given, "config.json") if given.is_dir() else given
+        config = read_json_file(path, CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"input = {given}: {path} cannot be read ({error}); name a Hugging Face folder") from None
-    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"input = {given}: its config.json cannot be read ({error}); name a Hugging Face folder"
+        ) from None
+    if not isinstance(config, dict) or is_nested_deeper(config, CONFIG_LEVELS):
         raise CheckpointError(f"input = {given}: {path} is no configuration; name a Hugging Face folder")
     return path.parent, config
 

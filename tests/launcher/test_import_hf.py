@@ -1,11 +1,14 @@
 """What a folder of published weights may decide, and what it may not. Configurations alone: no weights are read."""
 
 import json
+import os
+import time
 
 import pytest
 
 from launcher import import_hf
 from launcher.command_line.compose import compose, load_resolved, resolved_yaml
+from parallel.errors import CheckpointError
 from testing.published import published
 
 THEIRS = (
@@ -43,3 +46,85 @@ def test_a_recipe_beside_weights_gives_numbers_and_no_commands(folder, tmp_path,
         assert f" {word}," in f"{line},"
     for word in ("optim", "run.steps", "data.sequence_length"):
         assert word not in line
+
+
+CONFIGS = {
+    "a hundred million layers": ({"num_hidden_layers": 10**8}, "num_hidden_layers = 100,000,000 is above 10,000"),
+    "a thousand million experts": ({"n_routed_experts": 10**9}, "n_routed_experts = 1,000,000,000 is above"),
+    "many experts in many layers": (
+        {"n_routed_experts": 4096, "num_hidden_layers": 5000},
+        "n_routed_experts = 4,096 in num_hidden_layers = 5,000 are more than 200,000 experts",
+    ),
+    "a number that no file holds": ({"hidden_size": 10**40}, "hidden_size = "),
+    "infinity": ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf is no finite number"),
+    "no number": ({"rope_theta": float("nan")}, "rope_theta = nan"),
+    "a truth for a number": ({"hidden_size": True}, "hidden_size = True: Input should be a valid integer"),
+    "a text for a number": ({"num_attention_heads": "2"}, "num_attention_heads = '2': Input should be a valid integer"),
+    "a text for an epsilon": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6': Input should be a valid number"),
+    "a list for a number": ({"vocab_size": [1]}, "vocab_size = [1]: Input should be a valid integer"),
+    "rope_scaling that is a list": ({"rope_scaling": [1]}, "rope_scaling = [1] is no list of keys"),
+    "rope_scaling that is text": ({"rope_scaling": "yarn" * 1000}, "is no list of keys"),
+    "a factor of infinity": (
+        {"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "rope_scaling.factor = inf is no finite number",
+    ),
+    "a factor of NaN": ({"rope_scaling": {"type": "yarn", "factor": float("nan")}}, "rope_scaling.factor = nan"),
+    "architectures that are a number": ({"architectures": 3}, "architectures = 3 contradicts"),
+    "a model_type that is a list": ({"model_type": [[1]]}, "model_type = [[1]] is refused"),
+    "a key of a megabyte": ({"x" * (1 << 20): 1, "hidden_size": -8}, "hidden_size = -8"),
+}  # fmt: skip
+
+
+def refusal(tmp_path, text):
+    folder = tmp_path / "published"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 400
+    return line
+
+
+@pytest.mark.parametrize("case", CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_of_another_kind_is_refused_at_once(tmp_path, case):
+    change, line = case
+    started = time.process_time()
+    assert line in refusal(tmp_path, json.dumps(published().config | change))
+    assert time.process_time() - started < 2
+
+
+TEXTS = {
+    "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "deep enough for functions that show it": '{"a":' * 900 + "1" + "}" * 900,
+    "large": json.dumps({"a": "x" * (1 << 23)}),
+    "a list": "[1]",
+    "torn": '{"a": ',
+    "a number of a million digits": '{"vocab_size": ' + "1" * (1 << 20) + "}",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_configuration_that_exhausts_its_reader_is_refused(tmp_path, text):
+    assert f"input = {tmp_path / 'published'}" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link out"])
+def test_a_configuration_that_is_no_file_of_the_folder_is_refused(tmp_path, kind):
+    folder = tmp_path / "published"
+    folder.mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / "config.json")
+    else:
+        (tmp_path / "secret").write_text(json.dumps(published().config))
+        (folder / "config.json").symlink_to("/dev/zero" if kind == "device" else tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+        import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"])
+
+
+def test_many_keys_that_are_not_known_are_counted(folder, tmp_path, capsys):
+    config = published().config | {f"new_{number}": 1 for number in range(5000)}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 120 and "config.json: 4,900 more keys are not known here and were not used" in lines

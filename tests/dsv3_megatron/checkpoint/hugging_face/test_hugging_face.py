@@ -250,9 +250,7 @@ def test_a_command_says_which_checkpoint_takes_the_place_of_a_damaged_one(run, t
     place = shutil.copytree(run, tmp_path / "run") / "checkpoints"
     newer = shutil.copytree(place / "step_00000003", place / "step_00000009")
     (newer / "metadata.json").write_text("torn")
-    line = (
-        f"warning: {newer}/metadata.json has 4 bytes, its manifest says 119; {place}/step_00000003 is used instead"
-    )
+    line = f"warning: {newer}/metadata.json has 4 bytes, its manifest says 119; {place}/step_00000003 is used instead"
     with trained_model(load_resolved(run / "recipe.yaml"), tmp_path / "run", with_data=False) as model:
         assert model.notes == (line,) and model.progress["step"] == 3
     assert export_hf.main([f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}", "processes=1"]) == 0
