@@ -109,7 +109,9 @@ def as_stored(tensor: Published, values: Tensor, dtype: str, scales: Scales = Sc
     if tensor.is_float32:
         return {tensor.name: values.float()}
     if dtype == "fp8" and tensor.is_quantised:
-        kept = kept_scales(scales.kept, tensor.name) if scales.kept else None
+        rows, columns = tensor.shape
+        grid = -(-rows // 128), -(-columns // 128)
+        kept = kept_scales(scales.kept, tensor.name, grid) if scales.kept else None
         if kept is None:
             data, scale_inv = quantise_weight(values.float(), power_of_two=scales.power_of_two)
         else:

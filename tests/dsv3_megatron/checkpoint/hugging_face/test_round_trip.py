@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export, shards_of
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
+from dsv3_megatron.checkpoint.hugging_face.published_scales import kept_scales
 from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
 from dsv3_megatron.precision.weights import dequantise_weight
 from launcher import export_hf, import_hf
@@ -254,3 +255,12 @@ def test_an_export_that_is_refused_leaves_the_earlier_one_alone(run, tmp_path):
     with pytest.raises(CheckpointError, match="ema"):
         take(run, tmp_path / "exported", "weights=ema", "dtype=fp32")
     assert {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "scales", [torch.ones(3, 1), torch.ones(1, 1).double(), torch.zeros(1, 1), torch.full((1, 1), float("nan"))]
+)
+def test_kept_scales_that_are_none_of_the_weight_are_refused(tmp_path, scales):
+    save_file({"a": scales}, tmp_path / "scales.safetensors")
+    with pytest.raises(CheckpointError, match=r"scales.safetensors cannot be read .*; import the weights again"):
+        kept_scales(tmp_path / "scales.safetensors", "a", (1, 1))
