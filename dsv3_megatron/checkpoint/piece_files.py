@@ -22,6 +22,7 @@ from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError, damage_of
 from dsv3_megatron.checkpoint.stored.saved_tensor import find_tensor
 from dsv3_megatron.run.files import retried
 from dsv3_megatron.run.handed import open_regular
+from dsv3_megatron.run.made import new_file
 
 _ROW = struct.Struct("<QQ16s")  # place, length, xxh3
 _END = struct.Struct("<Q8s16s")  # pieces, mark, xxh3 of the table
@@ -32,7 +33,7 @@ class ChecksummingFile:
     """A file that knows the checksum of what was written to it, in order; on the disk once closed without error."""
 
     def __init__(self, path: Path):
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = new_file(path)
         self._digest, self._position = xxhash.xxh3_128(), 0
         self.error: OSError | None = None  # what the disk said: torch.save reports it as "unexpected pos"
 

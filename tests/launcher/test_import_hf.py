@@ -128,3 +128,60 @@ def test_many_keys_that_are_not_known_are_counted(folder, tmp_path, capsys):
     assert import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 120 and "config.json: 4,900 more keys are not known here and were not used" in lines
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def a_file(output):
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("of another run")
+
+
+def a_recipe(output):
+    output.mkdir()
+    (output / "recipe.yaml").write_text("of another run")
+
+
+def a_link(output):
+    output.mkdir()
+    (output / "recipe.yaml").symlink_to(output.parent / "outside")
+
+
+def a_link_to_a_folder(output):
+    (output.parent / "elsewhere").mkdir()
+    output.mkdir()
+    (output / "checkpoints").symlink_to(output.parent / "elsewhere")
+
+
+def a_checkpoint(output):
+    (output / "checkpoints" / "step_00000000").mkdir(parents=True)
+
+
+def an_import_of_another(output):
+    (output / "checkpoints" / ".step_00000000.import").mkdir(parents=True)
+
+
+def a_later_checkpoint(output):
+    (output / "checkpoints" / "step_00000007").mkdir(parents=True)
+
+
+THERE = (a_file, a_recipe, a_link, a_link_to_a_folder, a_checkpoint, an_import_of_another, a_later_checkpoint)
+
+
+@pytest.mark.parametrize("there", THERE)
+def test_an_import_does_not_write_over_what_another_has_left(folder, tmp_path, there):
+    there(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"output = .*/run holds .*; name a new folder") as error:
+        import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"])
+    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+    assert not (tmp_path / "outside").exists()
+
+
+def test_an_import_writes_again_what_it_has_written(folder, tmp_path):
+    for _ in range(2):
+        assert import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"]) == 0
+    (tmp_path / "run" / "recipe.yaml").write_text("changed by hand")
+    with pytest.raises(CheckpointError, match=r"holds recipe.yaml, which no import has written"):
+        import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}"])

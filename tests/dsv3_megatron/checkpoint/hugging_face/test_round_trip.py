@@ -1,11 +1,14 @@
 """There and back: published FP8 comes out as it went in; transformers' own folders; what an export may overwrite."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dsv3_megatron.checkpoint.hugging_face.export as export_module
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export, shards_of
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
@@ -247,6 +250,53 @@ def test_an_export_of_the_same_run_is_replaced(run, tmp_path):
     tensors, _ = take(run, folder, "dtype=fp32")
     assert all(values.dtype == torch.float32 for values in tensors.values())
     assert (folder / INDEX).exists() and (folder / "README.md").exists()
+
+
+def test_files_beside_an_earlier_export_that_it_has_not_written_are_not_touched(run, tmp_path):
+    folder = tmp_path / "exported"
+    for name in ("model-00001-of-00009.safetensors", "adapter.safetensors", "config.json"):
+        take(run, folder)
+        (folder / name).write_text("of another model")
+        with pytest.raises(CheckpointError, match=f"holds {name}, which no export of this run has written"):
+            take(run, folder)
+        assert (folder / name).read_text() == "of another model"
+        shutil.rmtree(folder)
+
+
+def test_an_export_that_was_stopped_before_its_mark_goes_on(run, tmp_path, monkeypatch):
+    folder = tmp_path / "exported"
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "mark_done", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(run, folder, "shard=20KiB")
+    assert len(list(folder.glob("*.safetensors"))) == 1 and not list(folder.glob(".*.done"))
+    take(run, folder)
+    assert (folder / INDEX).exists() and len(list(folder.glob("*.safetensors"))) == 1
+
+
+def test_nothing_is_written_through_a_link(run, tmp_path):
+    folder, outside = tmp_path / "exported", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("precious")
+    (folder / ".model-00001-of-00001.safetensors.partial").symlink_to(outside)
+    (folder / ".exported.json.tmp").symlink_to(outside)
+    take(run, folder)
+    for name in ("config.json", "model-00001-of-00001.safetensors"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(outside)
+        with pytest.raises(CheckpointError, match=f"holds {name}"):
+            take(run, folder)
+        (folder / name).unlink()
+    assert outside.read_text() == "precious"
+
+
+def test_files_of_an_export_have_the_permissions_of_the_umask(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        take(run, tmp_path / "exported")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "exported").iterdir()} == {0o640}
 
 
 def test_an_export_that_is_refused_leaves_the_earlier_one_alone(run, tmp_path):
