@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(TE) $(TRITON)
 # trained is kept under another name.
 demo: $(STAMP)
 	@if [ -e $(RUN) ]; then kept=$(RUN)-$$(date +%Y%m%d-%H%M%S); mv $(RUN) $$kept; echo "demo: starts anew; $(RUN) is now $$kept"; fi
-	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
+	$(BIN)/dsv3 train --nproc-per-node 4 recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
 # Two lanes (CONTRIBUTING.md). `make test` is the fast one: every promise in a small form, all that is not marked `full`.
