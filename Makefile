@@ -23,7 +23,8 @@ $(STAMP): pyproject.toml setup.py $(wildcard locks/*.txt) $(TE) $(TRITON)
 	$(PYTHON) -m venv $(VENV)
 	$(LOCKED) -r locks/build.txt
 	$(LOCKED) -r locks/runtime.txt $(if $(wildcard locks/dev.txt),-r locks/dev.txt)
-	@if grep -qs '^Requires-Dist: nvidia' $(VENV)/lib/python3*/site-packages/torch-*.dist-info/METADATA; then $(LOCKED) -r locks/cuda.txt; fi
+# The build for CPUs where pip finds it, as PyTorch's index has it; else PyPI's.
+	@$(LOCKED) -r locks/torch_cpu.txt 2>/dev/null || { echo "torch: PyPI's build, with CUDA's libraries: pip finds none for CPUs"; $(LOCKED) -r locks/torch.txt -r locks/cuda.txt; }
 	$(PIP) install --no-deps --no-build-isolation -e .
 # Transformer Engine's Python and Triton, for tests: beside the packages, so that nothing else finds them. An image has no
 # tests.

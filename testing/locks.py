@@ -5,9 +5,10 @@ every Python and Linux, from PyPI's index alone. pip takes a lock with --require
 another content is refused, wherever it comes from, and nothing is fetched that the lock does not name.
 
     build.txt         what builds packages that exist as source alone (with --no-build-isolation)
-    runtime.txt       what the package needs, CUDA's libraries excepted
-    dev.txt           what tests and lint need beside that
-    cuda.txt          what PyPI's build of torch for Linux needs beside that
+    runtime.txt       what the package needs beside torch
+    torch_cpu.txt     torch for CPUs, where pip finds that build: not on PyPI, but on PyTorch's index
+    torch.txt         torch as PyPI has it, for CUDA on Linux; cuda.txt: what that needs
+    dev.txt           what tests and lint need beside all that
     gpu.txt           what Transformer Engine needs beside all that; gpu_bindings.txt: what is compiled against it
 """
 
@@ -52,13 +53,15 @@ def made() -> dict[str, Lock]:
     pins, gpu = pinned(files), pinned(files[1:])
     build = resolved([f"{name}=={pins[name]}" for name in BUILD])
     runtime = resolved([ROOT / "pyproject.toml"], files)
-    runtime["torch"] += "".join(f" \\\n    --hash=sha256:{digest}" for digest in TORCH_CPU.values())
     dev = resolved([ROOT / "pyproject.toml", "--extra=dev", "--extra=lint"], files)
     cuda = {name: lines for name, lines in runtime.items() if re.match(r"(nvidia|cuda)-|triton$", name)}
+    hashes = "".join(f" \\\n    --hash=sha256:{digest}" for digest in TORCH_CPU.values())
     beyond = [f"{name}=={version}" for name, version in gpu.items() if name not in {*runtime, *build, BINDINGS}]
     return {
         "build": build,
-        "runtime": {name: lines for name, lines in runtime.items() if name not in cuda},
+        "runtime": {name: lines for name, lines in runtime.items() if name not in {*cuda, "torch"}},
+        "torch": {"torch": runtime["torch"]},
+        "torch_cpu": {"torch": f"torch=={pins['torch']}+cpu{hashes}"},
         "dev": {name: lines for name, lines in dev.items() if name not in runtime},
         "cuda": cuda,
         "gpu": resolved(beyond),
