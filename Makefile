@@ -107,9 +107,10 @@ bench: $(STAMP)
 gpu-check:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
 
-# locks/, anew from constraints.txt, docker/constraints-gpu.txt and pyproject.toml.
+# locks/ and docs/licences.md, anew from constraints.txt, docker/constraints-gpu.txt and pyproject.toml.
 locks: $(STAMP)
 	$(BIN)/python -m testing.locks
+	$(BIN)/python -m testing.licences
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)

@@ -89,6 +89,11 @@ def resolved(needed: Sequence[str | Path], constraints: Sequence[Path] = ()) -> 
     return entries(done.stdout)
 
 
+def lock(name: str) -> Lock:
+    """Return a lock as it is in the repository."""
+    return entries((LOCKS / f"{name}.txt").read_text())
+
+
 def entries(text: str) -> Lock:
     """Return the entries of a lock: each package's lines, without the last newline."""
     found = re.split(r"\n(?=\S)", text.strip())
