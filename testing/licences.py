@@ -1,4 +1,4 @@
-"""Writes docs/licences.md: the licence of every package that is installed, as the package itself states it (`make locks`)."""
+"""Writes docs/licences.md: the licence of every installed package, as the package itself states it (`make locks`)."""
 
 from __future__ import annotations
 
