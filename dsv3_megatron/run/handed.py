@@ -57,6 +57,22 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+def is_nested_deeper(content: object, levels: int) -> bool:
+    """Return whether what a JSON text holds has more levels of objects and lists: each of them may be shown or
+    compared by functions that call themselves."""
+    level = [content]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return any(isinstance(inner, dict | list) for inner in level)
+
+
 def read_json_file(path: Path, limit: int = TEXT_BYTES) -> Any:
     """Return what a JSON file holds. Raises OSError, ValueError: as :func:`read_text` and :func:`parse_json` do."""
     return parse_json(read_text(path, limit))
