@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.interpolations import check_interpolations, escaped
+from dsv3_megatron.run.stored_recipe import read_stored_recipe
 from launcher.command_line.overrides import quoted
 from launcher.command_line.recipe_files import (
     GROUPS,
@@ -154,13 +155,13 @@ def load_resolved(path: Path) -> Recipe:
         raise RecipeError(
             f"{path} does not exist; name the directory of a run that was started by launcher/pretrain.py"
         )
-    content = read_recipe_file(path)
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds no recipe; restore it or start a new run")
     try:
-        return build(OmegaConf.create(content))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({_first_line(error)}); restore it or start a new run") from None
+        content = read_stored_recipe(path)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}); restore it or start a new run") from None
+    except ValueError as error:
+        raise RecipeError(f"{error}; restore it or start a new run") from None
+    return build(content)
 
 
 def _checked(override: str, folders: Sequence[Path] = ()) -> str:
