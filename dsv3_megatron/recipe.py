@@ -16,6 +16,7 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from dsv3_megatron.run.secret_values import check_secrets
 from dsv3_megatron.settings import ClusterSettings, LoggingSettings, RunSettings
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
@@ -47,6 +48,10 @@ class Recipe(BaseModel):
 
     def check(self) -> None:
         """Raise RecipeError or LayoutError where sections contradict each other. Needs no world size."""
+        try:
+            check_secrets(self.model_dump(mode="json"))
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         self.model.check()
         if self.run.steps is None and self.run.tokens is None:
             raise RecipeError("run.steps and run.tokens are both null; set one of them, or the run has no end")

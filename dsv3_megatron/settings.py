@@ -79,7 +79,8 @@ class SlurmSettings(BaseModel):
     )
     setup: tuple[str, ...] = Field((), description="shell lines to run first on the batch host, such as module load")
     environment: Variables = Field(
-        default_factory=dict, description="variables of every process: NCCL, UCX and network settings of this cluster"
+        default_factory=dict,
+        description="variables of every process: NCCL, UCX and network settings of this cluster; no secrets",
     )
     container: Literal["none", "pyxis", "apptainer"] = Field("none", description="what starts the container, if any")
     image: Line | None = Field(None, description="container image: a squash file, a .sif or a registry's name")

@@ -38,7 +38,10 @@ def read_bytes(path: Path, limit: int = TEXT_BYTES) -> bytes:
     Raises OSError: it cannot be read. ValueError: it has more than ``limit`` bytes.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
+        size = min(limit, os.fstat(file.fileno()).st_size)
+        content = file.read(size + 1)  # Python takes the memory for as much as is asked for
+        if len(content) > size:  # it grows, or its file system says no size
+            content += file.read(limit - size)
     if len(content) > limit:
         raise ValueError(f"has more than {limit:,} bytes")
     return content
