@@ -296,6 +296,7 @@ def write_manifest(
         sources=counted,
         bad_examples=examples,
         table_sha256=table_sha256,
+        has_sums=all(shard.has_sums for shard in shards),
     )
     write_json(folder / MANIFEST, manifest.model_dump())
     return manifest
