@@ -100,6 +100,8 @@ def cached_search(folder: str | Path, placement: Placement, times: Times, **opti
     key = hashlib.blake2b(repr((VERSION, placement, times, sorted(options.items()))).encode(), digest_size=12)
     path = Path(folder) / f"schedule-{key.hexdigest()}.txt"
     try:
+        if not path.is_file():  # nothing there, or a pipe that nobody writes into
+            raise FileNotFoundError(path)
         schedule = Schedule.parse_text("auto", placement, path.read_text())
         validate(schedule)
         return schedule
@@ -108,7 +110,9 @@ def cached_search(folder: str | Path, placement: Placement, times: Times, **opti
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(schedule.text())
+        beside.unlink(missing_ok=True)
+        with beside.open("x") as file:  # never through a link
+            file.write(schedule.text())
         os.replace(beside, path)
     except OSError:  # a cache that cannot be written costs the next start ten seconds
         pass
