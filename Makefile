@@ -1,4 +1,4 @@
-# make env | demo | test | test-all | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-all | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | fuzz | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 BESIDE = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all:
 
-.PHONY: env demo test test-all test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos clean slurm-installed
+.PHONY: env demo test test-all test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos fuzz clean slurm-installed
 
 env: $(STAMP)
 
@@ -104,6 +104,10 @@ gpu-check:
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)
 	$(BIN)/python -m testing.chaos kills=$(or $(CHAOS_KILLS),100)
+
+# Damaged files for every reader, FUZZ_SECONDS each; another FUZZ_SEED makes other files. docs/security.md
+fuzz: $(STAMP)
+	DSV3_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) DSV3_FUZZ_SEED=$(or $(FUZZ_SEED),1) $(BIN)/python -m pytest -q tests/fuzz -k short
 
 # What can be made again. What was trained cannot: runs/ is left alone.
 clean:
