@@ -31,7 +31,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = Field(description="the file of recipes/recipe/ this came from")
+    recipe: str = Field(pattern=r"^\w[\w.-]*$", description="the file of recipes/recipe/ this came from")
     run: RunSettings
     model: ModelSettings
     parallel: ParallelSettings

@@ -23,7 +23,7 @@ from dsv3_megatron.data.tokenizer_identity import check_trained_with, described,
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.compose import load_resolved
 from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import CheckpointError, UserError
@@ -48,6 +48,7 @@ class ExportArguments(Arguments):
     step: int | None = Field(None, description="checkpoint to take; null = the newest valid one")
     shard: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = Field(5 * 2**30, description="bytes of a file")
     processes: PositiveInt | None = Field(None, description="files written at once; null = one a core, 8 at most")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(ExportArguments, __doc__)

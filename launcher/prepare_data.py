@@ -21,7 +21,7 @@ from dsv3_megatron.data.mixture.phases import MixtureCurve
 from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.raw.inputs import printable
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
@@ -62,6 +62,7 @@ class PrepareArguments(Arguments):
         64 << 20, description="stop when more bytes than this of damaged files cannot be read, such as 64MiB"
     )
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read, encode and write")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(PrepareArguments, __doc__)
