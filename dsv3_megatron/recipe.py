@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,7 @@ from parallel.layout import Layout, nearest_divisors
 from parallel.pipeline.actions import Placement
 from parallel.schedules import placement
 from parallel.settings import ParallelSettings
+from parallel.units import MOST
 
 
 class Recipe(BaseModel):
@@ -30,7 +31,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = Field(description="the file of recipes/recipe/ this came from")
+    recipe: str = Field(pattern=r"^\w[\w.-]*$", description="the file of recipes/recipe/ this came from")
     run: RunSettings
     model: ModelSettings
     parallel: ParallelSettings
@@ -48,8 +49,10 @@ class Recipe(BaseModel):
 
     def check(self) -> None:
         """Raise RecipeError or LayoutError where sections contradict each other. Needs no world size."""
+        values = self.model_dump(mode="json")
+        _check_numbers(values, "")
         try:
-            check_secrets(self.model_dump(mode="json"))
+            check_secrets(values)
         except ValueError as error:
             raise RecipeError(str(error)) from None
         self.model.check()
@@ -190,3 +193,15 @@ class Recipe(BaseModel):
                 f"{field} = {value} is not a multiple of optim.micro_batch = {self.optim.micro_batch} times "
                 f"{dp} data-parallel ranks = {sequences}; use {near}, or change optim.micro_batch"
             )
+
+
+def _check_numbers(content: Any, key: str) -> None:
+    """Raise RecipeError where a number is infinite, none, or larger than arithmetic with it is exact or soon done."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _check_numbers(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            _check_numbers(value, f"{key}[{index}]")
+    elif isinstance(content, int | float) and not -MOST <= content <= MOST:
+        raise RecipeError(f"{key} = {str(content)[:40]} is not a number up to {MOST:,}; write one that is")

@@ -94,6 +94,9 @@ class RunSettings(BaseModel):
 
     name: str = Field(min_length=1, description="what the run is called; its directory is runs/<name>")
     directory: str = Field(description="where the run's files go; runs/<name> unless told otherwise")
+    readable_by: Literal["owner", "group"] = Field(
+        "owner", description="who may read the run's files: owner, or group for a team"
+    )
     seed: NonNegativeInt = Field(1234, description="of initialisation and of the order of the data")
     steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
     tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")

@@ -20,6 +20,7 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.made import for_owner
 from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
 from launcher.command_line.hydra_flags import run_command
@@ -35,6 +36,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 
     ``signals``: listens already, since the process began.
     """
+    for_owner(recipe.run.readable_by)
     world = World.from_environment()
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
     recipe.data.check_source()

@@ -28,6 +28,7 @@ from dsv3_megatron.planning.plan import make_plan
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.made import for_owner
 from launcher.command_line.arguments import Arguments, takes, takes_recipe
 from launcher.command_line.compose import compose
 from launcher.command_line.console import guarded
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 def submit(given: SubmitArguments, overrides: list[str]) -> int:
     """Check, plan, write the script and submit it; return the exit code."""
     recipes = _recipes(overrides)
+    for_owner(recipes[0][0].run.readable_by)
     chained = given.chain > 1
     if len(recipes) > 1 and chained:
         raise ClusterError(

@@ -21,7 +21,7 @@ def sound_step(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | Non
     A metric is a number, a list of numbers, or null where it was not measured.
     """
     kept = {key: row.get(key) for key in keys}
-    if not (_is_whole(row.get("step")) and _is_whole(row.get("tokens")) and _is_number(row.get("step_seconds"))):
+    if not (_is_whole(row.get("step")) and _is_whole(row.get("tokens")) and is_number(row.get("step_seconds"))):
         return None
     if row["step_seconds"] < 0 or not all(value is None or _is_metric(value) for value in kept.values()):
         return None
@@ -40,7 +40,7 @@ def sound_event(row: dict[str, Any]) -> dict[str, Any] | None:
         measured, named = [row.get("acc")], _is_name(row.get("task"))
     else:
         return row
-    return row if named and step is not None and all(v is None or _is_number(v) for v in measured) else None
+    return row if named and step is not None and all(v is None or is_number(v) for v in measured) else None
 
 
 def shown_event(event: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def sound_loads(row: dict[str, Any] | None) -> dict[str, Any] | None:
     loads = row.get("loads")
     if not isinstance(loads, list) or not all(isinstance(one, list) and one for one in loads):
         return None
-    if sum(map(len, loads)) > 1 << 20 or not all(_is_number(n) and n >= 0 for one in loads for n in one):
+    if sum(map(len, loads)) > 1 << 20 or not all(is_number(n) and n >= 0 for one in loads for n in one):
         return None
     return {"step": row["step"], "loads": loads}
 
@@ -94,7 +94,8 @@ def is_drawing(text: str) -> bool:
     return text.startswith("<svg ") and text.rstrip().endswith("</svg>")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value is a number that can be drawn."""
     return type(value) in (int, float) and -_LARGEST < value < _LARGEST  # type: ignore[operator]
 
 
@@ -104,8 +105,8 @@ def _is_whole(value: object) -> bool:
 
 def _is_metric(value: object) -> bool:
     if isinstance(value, list):
-        return len(value) <= 1 << 14 and all(each is None or _is_number(each) for each in value)
-    return _is_number(value)
+        return len(value) <= 1 << 14 and all(each is None or is_number(each) for each in value)
+    return is_number(value)
 
 
 def _is_name(value: object) -> bool:

@@ -35,7 +35,7 @@ def retried(read: Callable[[], T]) -> T:
     return read()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Replace a file as a whole: a reader sees the old text or the new one, after a power cut too.
 
     Raises OSError, and then leaves the old file and nothing else.
@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with new_file(temporary) as file:
-            file.write(text.encode())
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())  # else the rename can reach the disk before the text
         os.replace(temporary, path)

@@ -199,8 +199,8 @@ def parsed_override(override: str) -> Override:
         raise RecipeError(f"{key} holds lists and mappings more than {_DEPTH} deep in each other; write a flatter one")
     try:
         return OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        raise RecipeError(f"{override} cannot be read ({_first_line(error)}); quote or close its value") from None
+    except (HydraException, ValueError) as error:  # of a number with thousands of digits
+        raise RecipeError(f"{override[:200]} cannot be read ({_first_line(error)}); quote or close its value") from None
 
 
 def _first_line(error: BaseException) -> str:

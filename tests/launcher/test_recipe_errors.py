@@ -78,6 +78,22 @@ BAD = {  # override(s) -> what the line must hold
     "parallel.pipeline=2 parallel.stages=[1,1]": ["adds up to 2", "model.num_hidden_layers = 4"],
     "~model": ["model", "required"],
     "data.path=[1,2": ["data.path"],
+    "model.num_hidden_layers=1000000000": ["model.num_hidden_layers = 1000000000", "less than or equal to 10000"],
+    "model.n_routed_experts=1000000000": ["model.n_routed_experts = 1000000000", "less than or equal to 100000"],
+    "parallel.pipeline=1000000000": ["parallel.pipeline = 1000000000", "less than or equal to 10000"],
+    "parallel.tensor=1000000000 model.vocab_size=999999999": ["parallel.tensor = 1000000000", "nearest that do"],
+    f"run.steps=1{400 * '0'}": ["run.steps = 1000", "is not a number up to 1,000,000,000,000,000,000"],
+    f"run.steps=1{5000 * '0'}": ["run.steps=1000", "cannot be read"],
+    "run.hang_seconds=inf": ["run.hang_seconds = inf is not a number up to"],
+    "health.skip_sigma=nan": ["health.skip_sigma = nan"],
+    "run.tokens=1e5000T": ["run.tokens = 1e5000T: it is more than 1,000,000,000,000,000,000"],
+    "run.tokens=1e400": ["run.tokens = inf", "is not a whole number"],
+    "cluster.memory=1e999GiB": ["cluster.memory = 1e999GiB: it is more than"],
+    f"cluster.memory='{90 * '1'}GiB'": ["is not a size"],
+    "optim.learning_rate=[{until: 1e400 steps, at: 1}]": ["until", "it is more than"],
+    "optim.global_batch=[{until: 9T, at: 1}, {until: 10T, at: 2}] optim.learning_rate=[{until: 1T steps, at: 1}]": [
+        "optim.global_batch takes more than 1,000,000 steps"
+    ],
     "run.name=${oc.env:SECRET}": ["run.name = ${oc.env:SECRET} would be written", "or to HOME, USER"],
     "run.name=${oc.decode:x}": ["run.name = ${oc.decode:x} would be written"],
     "run.name=${hydra:runtime.cwd}": ["run.name = ${hydra:runtime.cwd} would be written"],
@@ -107,7 +123,7 @@ def one_line(error: UserError) -> str:
 
 @pytest.mark.parametrize("overrides", BAD)
 def test_a_mistake_is_one_line_with_field_value_and_mend(overrides):
-    words = [overrides] if overrides.count("=") <= 1 or re.search(r"[{']", overrides) else overrides.split(" ")
+    words = [overrides] if re.search(r"='|=\['", overrides) else re.split(r" (?=[\w.]+=)", overrides)
     with pytest.raises(UserError) as caught:
         compose(words)
     text = one_line(caught.value)
