@@ -25,7 +25,7 @@ from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically, write_json
 from dsv3_megatron.run.made import new_file
 from dsv3_megatron.run.written import WrittenFiles
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.compose import load_resolved, resolved_yaml
 from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import CheckpointError, UserError
@@ -51,6 +51,7 @@ class ExportArguments(Arguments):
     step: int | None = Field(None, description="checkpoint to take; null = the newest valid one")
     shard: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = Field(5 * 2**30, description="bytes of a file")
     processes: PositiveInt | None = Field(None, description="files written at once; null = one a core, 8 at most")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(ExportArguments, __doc__)

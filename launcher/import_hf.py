@@ -27,7 +27,7 @@ from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import write_atomically
 from dsv3_megatron.run.handed import inside, is_nested_deeper, read_json_file
 from dsv3_megatron.run.written import WrittenFiles
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.compose import build, compose, load_resolved, resolved_yaml
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.recipe_files import options
@@ -65,6 +65,7 @@ class ImportArguments(Arguments):
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="of the weights; null = as they are, FP8 as BF16")
     allow_other: bool = Field(False, description="take a tokenizer that the weights were not trained with")
     processes: PositiveInt | None = Field(None, description="files read at once; null = one a core, 8 at most")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(ImportArguments, __doc__)

@@ -21,12 +21,13 @@ from dsv3_megatron.data.mixture.phases import MixtureCurve
 from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.raw.inputs import printable
-from launcher.command_line.arguments import Arguments, takes
+from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of, path_list, source_lines, tell, warnings
-from parallel.errors import RecipeError
+from parallel.errors import RecipeError, one_line
 from parallel.units import parse_bytes, parse_count, show_count
 
 
@@ -61,7 +62,11 @@ class PrepareArguments(Arguments):
     max_torn: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] = Field(
         64 << 20, description="stop when more bytes than this of damaged files cannot be read, such as 64MiB"
     )
+    document_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)] = Field(
+        DOCUMENT_BYTES, description="largest row or text that is read, unpacked; a larger one counts as not readable"
+    )
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read, encode and write")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(PrepareArguments, __doc__)
@@ -98,14 +103,14 @@ def main(given: PrepareArguments) -> int:
         tell(f"    {example}")
     output = printable(given.output)
     if isinstance(made, Part):
-        print(f"part {made.part} of {made.parts} is in {printable(options.folder)}; when all are made: "
-              f"{as_typed('python launcher/data.py')} merge input={output} output={output}")  # fmt: skip
+        print(one_line(f"part {made.part} of {made.parts} is in {printable(options.folder)}; when all are made: "
+                       f"{as_typed('python launcher/data.py')} merge input={output} output={output}"))  # fmt: skip
         return 0
     for warning in warnings(made.sources, given.held_out):
         tell(f"    {warning}")
     for packed in ahead.results(given.output):
-        print(packed)
-    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
+        print(one_line(packed))
+    print(one_line(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}"))
     return 0
 
 

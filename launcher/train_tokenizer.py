@@ -23,7 +23,7 @@ from dsv3_megatron.data.raw.inputs import check_distinct, files_of, printable
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.names import CONFIG
 from dsv3_megatron.data.tokenizer_files.read import TOKENIZER
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.data_commands.words import path_list, tell
 from parallel.errors import DataError
@@ -44,6 +44,7 @@ class TokenizerArguments(Arguments):
     sample: Annotated[PositiveInt, BeforeValidator(parse_count)] = Field(
         1_000_000_000, description="characters to learn from, spread evenly over the inputs"
     )
+    readable_by: ReadableBy = "owner"
 
 
 @takes(TokenizerArguments, __doc__)

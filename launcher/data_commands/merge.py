@@ -16,10 +16,11 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.data.prepare.merge import merge
 from dsv3_megatron.data.raw.inputs import printable
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.typed import command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import path_list, source_lines, tell, warnings
+from parallel.errors import one_line
 from parallel.units import parse_bytes
 
 
@@ -34,6 +35,7 @@ class MergeArguments(Arguments):
     sequence_length: Lengths | None = Field(None, description=AHEAD)
     fim_rate: FimRate = Field(0.0, description=FIM_RATE)
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that write shards without copies")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(MergeArguments, __doc__)
@@ -48,6 +50,8 @@ def main(given: MergeArguments) -> int:
     for line in (*manifest.bad_examples, *warnings(manifest.sources, float(str(manifest.options["held_out"])))):
         tell(f"    {line}")
     for packed in ahead.results(given.output):
-        print(packed)
-    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
+        print(one_line(packed))
+    print(
+        one_line(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
+    )
     return 0

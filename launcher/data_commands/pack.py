@@ -15,10 +15,10 @@ from pydantic import Field, PositiveInt
 
 from dsv3_megatron.data.prepare.pack import CACHE, pack_share, packed
 from dsv3_megatron.data.source.shard_folder import ShardFolder
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.data_commands.lengths import FIM_RATE, LENGTH, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of
-from parallel.errors import DataError
+from parallel.errors import DataError, one_line
 
 
 class PackArguments(Arguments):
@@ -32,6 +32,7 @@ class PackArguments(Arguments):
         None, description="make one share of several, 3/16, on several nodes; the last of them to end says so"
     )
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that pack")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(PackArguments, __doc__)
@@ -43,9 +44,9 @@ def main(given: PackArguments) -> int:
         place = folder.choose_place()
         pack_share(settings, place, (number, parts), given.workers)
         try:
-            print(packed(folder, place))
+            print(one_line(packed(folder, place)))
         except DataError:
             if parts == 1:
                 raise
-            print(f"part {number} of {parts} is packed in {place}; the others are not all there yet")
+            print(one_line(f"part {number} of {parts} is packed in {place}; the others are not all there yet"))
     return 0

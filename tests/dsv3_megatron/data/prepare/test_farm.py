@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.checked.whole import verify_checksums
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
 from dsv3_megatron.data.prepare.encode import HASH
 from dsv3_megatron.data.prepare.merge import merge
@@ -23,7 +24,7 @@ from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import files_of
 from dsv3_megatron.data.raw.lines import Lines
 from dsv3_megatron.data.source.origins import document_origin
-from dsv3_megatron.data.source.shard_table import open_table, verify_checksums
+from dsv3_megatron.data.source.shard_table import open_table
 from dsv3_megatron.data.source.shards import open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.exclusive import me
@@ -158,7 +159,7 @@ def test_a_part_that_was_copied_without_its_tasks_is_refused(tmp_path, inputs, t
     (work / "tasks.jsonl").write_text("".join(journal))
     shard = next(work.rglob("*.bin"))
     shard.rename(tmp_path / "away")
-    with pytest.raises(DataError, match=rf"{shard} is missing; restore it, or prepare its folder again"):
+    with pytest.raises(DataError, match=rf"{shard} cannot be read .*; restore it, or prepare its folder again"):
         merge([str(tmp_path / "out")], str(tmp_path / "joined"), memory=1 << 20, workers=1)
     (tmp_path / "away").rename(shard)
     assert merge([str(tmp_path / "out")], str(tmp_path / "joined"), memory=1 << 20, workers=1).sources
