@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_megatron.run.pickled import Record, read_pickle
+from dsv3_megatron.checkpoint.stored.pickled import Record, read_pickle
 
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 _STORAGES = {
