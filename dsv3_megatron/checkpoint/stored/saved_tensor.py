@@ -31,7 +31,7 @@ _STORAGES = {
 _UNTYPED = "torch.storage.UntypedStorage"  # of dtypes without a storage of their own, such as FP8's
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _NAMES = frozenset({*DTYPES, *_STORAGES, *_REBUILD, _UNTYPED, "collections.OrderedDict"})
-_DESCRIPTION_BYTES = 1 << 16
+_DESCRIPTION_BYTES = 1 << 22
 _LOCAL_HEADER = 30  # bytes of it before its two names, whose lengths are the last four
 
 

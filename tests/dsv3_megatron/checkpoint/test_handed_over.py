@@ -109,6 +109,19 @@ def test_an_index_that_lies_is_refused(tmp_path, case):
     refused(checkpoint(tmp_path / "c", index), line)
 
 
+def test_an_index_larger_than_what_it_describes_is_not_read(tmp_path):
+    folder = checkpoint(tmp_path / "c")
+    with (folder / INDEX).open("r+b") as file:
+        file.truncate(1 << 35)  # with a hole: nothing is stored
+    content = json.loads((folder / MANIFEST).read_text())["content"]
+    content["files"][INDEX]["bytes"] = 1 << 35
+    seal(folder, content)
+    refused(folder, "it has 34,359,738,368 bytes, of ")
+    content["files"]["hole.distcp"] = {"bytes": 1 << 40, "xxh3": "0" * 32}
+    seal(folder, content)
+    refused(folder, "it has 34,359,738,368 bytes, of ")
+
+
 def test_pieces_that_overlap_leave_a_gap_and_are_refused(tmp_path):
     moved = [BOXES[0], Described("a", (4, 6), (1, 0), (2, 6), torch.float32)]
     folder = checkpoint(tmp_path / "c", boxes=moved)
