@@ -17,6 +17,7 @@ process. ``DSV3_FUZZ_SECONDS`` and ``DSV3_FUZZ_SEED`` choose how long and which;
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -102,6 +103,7 @@ def _cases(
     damage: Mutation, seeds: Sequence[bytes], read: Read, seed: int, number: int, end: float, report: Connection
 ) -> None:
     """Send, for every case, its number; after one with a finding, again with (place, text). Last: minus the next."""
+    gc.freeze()  # what earlier tests have left is not this process's to collect: old process groups die of it
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
