@@ -29,6 +29,12 @@ def _time(text: str) -> str:
     return text
 
 
+def _interface(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,14}", text):
+        raise ValueError("it is not a name of a network interface; write one as `ip link` shows it, such as ib0")
+    return text
+
+
 def _variables(values: dict[str, str]) -> dict[str, str]:
     for name in values:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -38,6 +44,7 @@ def _variables(values: dict[str, str]) -> dict[str, str]:
 
 Line = Annotated[str, BeforeValidator(_as_text), AfterValidator(_one_line)]
 TimeLimit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_time)]
+Interface = Annotated[str, AfterValidator(_interface)]
 Variables = Annotated[dict[str, Annotated[str, BeforeValidator(_as_text)]], AfterValidator(_variables)]
 Count = Annotated[NonNegativeInt, BeforeValidator(parse_count)]
 Bytes = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
@@ -66,6 +73,9 @@ class SlurmSettings(BaseModel):
     array_limit: PositiveInt | None = Field(None, description="points of a sweep that may run at once")
     python: Line | None = Field(
         None, description="interpreter of the job; null = the submitting one, python in a container"
+    )
+    interface: Interface | None = Field(
+        None, description="interface of the fabric, such as ib0: ranks meet there and listen there alone; null = any"
     )
     setup: tuple[str, ...] = Field((), description="shell lines to run first on the batch host, such as module load")
     environment: Variables = Field(
@@ -155,7 +165,7 @@ class ClusterSettings(BaseModel):
     intra_node: LinkSettings | None = Field(None, description="links inside a node")
     inter_node: LinkSettings | None = Field(None, description="links between nodes")
     launcher: Literal["torchrun", "slurm"] = Field("torchrun", description="what starts the ranks there")
-    partition: str | None = Field(None, description="SLURM partition; null = the cluster's default")
+    partition: Line | None = Field(None, description="SLURM partition; null = the cluster's default")
     time_limit: TimeLimit | None = Field(
         None, description="of one job: minutes, or such as 24:00:00; a run goes on over many"
     )

@@ -3,6 +3,7 @@
     python launcher/data.py trace run=RUN_DIRECTORY step=N     the documents of a step by name, as JSON lines
     python launcher/data.py merge input=A,B output=C           parts or folders of shards joined into one
     python launcher/data.py pack data=FOLDER                   documents packed into sequences before a run does it
+    python launcher/data.py check data=FOLDER                  every byte of shards compared with their checksums
 
 Keys are those of the command: python launcher/data.py COMMAND --help tells all of one.
 """
@@ -19,7 +20,7 @@ from launcher.command_line.schema import nearest
 from launcher.command_line.typed import as_typed
 from parallel.errors import RecipeError
 
-COMMANDS = ("trace", "merge", "pack")  # modules of launcher/data_commands
+COMMANDS = ("trace", "merge", "pack", "check")  # modules of launcher/data_commands
 
 
 def main(words: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from dsv3_megatron.data.mixture.phases import MixtureCurve
 from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.raw.inputs import printable
+from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES
 from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
@@ -60,6 +61,9 @@ class PrepareArguments(Arguments):
     max_bad: NonNegativeInt = Field(1000, description="stop when more documents than this cannot be read")
     max_torn: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] = Field(
         64 << 20, description="stop when more bytes than this of damaged files cannot be read, such as 64MiB"
+    )
+    document_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)] = Field(
+        DOCUMENT_BYTES, description="largest row or text that is read, unpacked; a larger one counts as not readable"
     )
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read, encode and write")
     readable_by: ReadableBy = "owner"

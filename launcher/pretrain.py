@@ -26,6 +26,7 @@ from launcher.command_line.console import ConsoleReporter, SilentReporter, guard
 from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.last_words import Failure, last_words
 from launcher.command_line.refusal import Vote, refusal_file, write_refusal
+from launcher.command_line.typed import command
 from parallel.errors import UserError
 from parallel.world import World
 
@@ -44,6 +45,11 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
+    if world.is_open:
+        reporter.note(
+            "note: torchrun listens on all addresses of this host, and whoever reaches its port can run programs as "
+            f"you; `{command('train', ranks=world.size)}` listens on none (docs/security.md)"
+        )
     summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")

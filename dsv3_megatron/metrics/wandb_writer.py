@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -33,6 +34,8 @@ class WandbRun:
     def __init__(
         self, recipe: Recipe, first_step: int, tokens: int, files: ResilientFiles, tell: Callable[[str], None]
     ):
+        if recipe.logging.wandb == "offline":  # the library reports errors and times to its makers, offline too (0.31)
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb  # a second to import, and may be off
         except ImportError:

@@ -11,13 +11,15 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 TEXT_BYTES = 1 << 26  # of a small text file: a manifest, an index, a configuration, a recipe
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, after links, if it is a regular one.
 
     Raises OSError: it cannot be opened, or is a folder, a device, a pipe or a socket: those have no end, or block.
@@ -52,12 +54,41 @@ def read_text(path: Path, limit: int = TEXT_BYTES) -> str:
     return read_bytes(path, limit).decode("utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds. Raises ValueError: it is none, or is nested too deeply to be read."""
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """Return what a JSON text holds.
+
+    Args:
+        unique: refuse an object that names a key twice: readers differ in which of the values they take.
+    Raises ValueError: it is none, or is nested too deeply to be read.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_twins if unique else None)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+def is_nested_deeper(content: object, levels: int) -> bool:
+    """Return whether what a JSON text holds has more levels of objects and lists: each of them may be shown or
+    compared by functions that call themselves."""
+    level = [content]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return any(isinstance(inner, dict | list) for inner in level)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"names {counts.most_common(1)[0][0]!r} twice")
+    return found
 
 
 def read_json_file(path: Path, limit: int = TEXT_BYTES) -> Any:
@@ -78,10 +109,12 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     own = folder.resolve()
     real = path.resolve()
-    if not real.is_relative_to(own) and not (own.parent.name == "snapshots" and _is_blob(own, real)):
+    if not real.is_relative_to(own) and not _is_blob(own, real):
         raise ValueError(f"{name!r} is a link out of the folder, to {real}")
     return path
 
 
-def _is_blob(snapshot: Path, real: Path) -> bool:
-    return real.is_relative_to(snapshot.parent.parent / "blobs")
+def _is_blob(own: Path, real: Path) -> bool:
+    """Return whether ``own`` is in a snapshot of a cache, and ``real`` is one of that cache's blobs."""
+    snapshots = (each for each in own.parents if each.name == "snapshots")
+    return any(real.is_relative_to(each.parent / "blobs") for each in snapshots)

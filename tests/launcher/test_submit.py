@@ -39,7 +39,7 @@ def portable(text):
             "pyxis",
             [
                 "cluster.slurm.container=pyxis", "cluster.slurm.image=/images/dsv3 1.sqsh",
-                "cluster.slurm.mounts=[/data]",
+                "cluster.slurm.mounts=[/data]", "cluster.slurm.interface=ib0",
             ],
         ),
         (

@@ -76,6 +76,7 @@ class Encoding:
     shard_tokens: int
     max_bad: int
     max_torn: int
+    document_bytes: int
     threads: int  # that encode in this process
 
 
@@ -132,7 +133,7 @@ class _TaskWork:
         self.last: SpanReader | None = None
 
     def run(self) -> Done:
-        batches = _batches(self.task.spans, self.encoding.text_field, self)
+        batches = _batches(self.task.spans, self.encoding, self)
         with ThreadPoolExecutor(1) as ahead:  # the next batch is read while this one is encoded
             upcoming = ahead.submit(next, batches, None)
             while (batch := upcoming.result()) is not None:
@@ -239,11 +240,11 @@ def check_limits(bad: int, torn_bytes: int, max_bad: int, max_torn: int, example
         )
 
 
-def _batches(spans: tuple[Span, ...], text_field: str, work: _TaskWork) -> Iterator[_Batch]:
+def _batches(spans: tuple[Span, ...], encoding: Encoding, work: _TaskWork) -> Iterator[_Batch]:
     batch, size = _Batch(), 0
     for span in spans:
         # the lines that this worker read last: of a large file, it may have to read on from there
-        reader = work.last = SpanReader(span, text_field, _worker.get("lines"))
+        reader = work.last = SpanReader(span, encoding.text_field, _worker.get("lines"), encoding.document_bytes)
         counted: int | None = None if span.first else 0  # what lies before the span is no progress
         for found in reader:
             counted = reader.disk if counted is None else counted

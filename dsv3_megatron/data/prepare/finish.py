@@ -21,10 +21,11 @@ from dsv3_megatron.data.raw.inputs import InputFile
 from dsv3_megatron.data.source.origins import FILES
 from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Source, Split, read_lengths, token_dtype
 from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.handed import open_regular
+from dsv3_megatron.run.made import new_file
 from dsv3_megatron.run.processes import in_processes
 from parallel.errors import DataError
 
-SUFFIXES = ("bin", "idx", "origin.npy")
 _LINKS_AT_ONCE = 16
 
 
@@ -197,7 +198,7 @@ def put(work: Path, shard: Shard, name: str, folder: Path, *, moves: bool) -> Sh
 
     Raises: DataError: one is missing.
     """
-    for suffix in SUFFIXES if shard.origin_sha256 is not None else SUFFIXES[:2]:
+    for suffix in shard.suffixes:
         old, new = work / f"{shard.name}.{suffix}", folder / f"{name}.{suffix}"
         if not moves:
             link_or_copy(old, new)
@@ -220,7 +221,8 @@ def link_or_copy(old: Path, new: Path) -> None:
         raise _missing(old) from None
     except OSError:  # another file system, or one without hard links
         partial = new.with_name(f"{new.name}.partial")
-        shutil.copyfile(old, partial)
+        with open_regular(old) as source, new_file(partial) as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
         os.replace(partial, new)
 
 

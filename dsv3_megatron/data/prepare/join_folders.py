@@ -110,7 +110,7 @@ class _Joined:
             number = self._numbers.get((source_name, part, row.split), 0)
             self._numbers[source_name, part, row.split] = number + 1
             name = f"{source_name}/{row.split}_p{part:03d}_{number:05d}"
-            shard = put(folder, _shard_of(row), name, self._folder, moves=False)
+            shard = put(folder, _shard_of(row, manifest.has_sums), name, self._folder, moves=False)
             self.shards.append(_moved_origins(self._folder, shard, before[source_name]))
 
     def _take(self, folder: Path, source: Source) -> int:
@@ -132,7 +132,7 @@ class _Joined:
         return earlier.count("\n")
 
 
-def _shard_of(row: ShardRow) -> Shard:
+def _shard_of(row: ShardRow, has_sums: bool) -> Shard:
     return Shard(
         name=row.name,
         documents=row.documents,
@@ -142,6 +142,7 @@ def _shard_of(row: ShardRow) -> Shard:
         origin_sha256=None if row.origin_sha256 is None else row.origin_sha256.hex(),
         first_file=row.first_file,
         first_row=row.first_row,
+        has_sums=has_sums,
     )
 
 

@@ -22,6 +22,7 @@ from dsv3_megatron.data.prepare.output import Output, Part
 from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.prepare.plan import share_of, units_of
 from dsv3_megatron.data.raw.inputs import check_distinct, check_outside, check_unchanged, files_of, printable
+from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES
 from dsv3_megatron.data.source.shard_table import write_table
 from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, Shard, Source, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
@@ -50,11 +51,14 @@ class PrepareOptions:
     max_bad: int = 1000
     max_torn: int = 64 << 20  # bytes on disk
     deduplicate_memory: int = GIB
+    document_bytes: int = DOCUMENT_BYTES
 
     @property
     def kept(self) -> dict[str, Any]:
         """Return what the manifest keeps."""
-        names = ("field", "held_out", "deduplicate", "split_share", "seed", "shard_tokens", "weights")
+        names = ["field", "held_out", "deduplicate", "split_share", "seed", "shard_tokens", "weights"]
+        if self.document_bytes != DOCUMENT_BYTES:  # else what earlier versions began could not be finished
+            names.append("document_bytes")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -208,6 +212,7 @@ class _Preparation:
             shard_tokens=options.shard_tokens,
             max_bad=options.max_bad,
             max_torn=options.max_torn,
+            document_bytes=options.document_bytes,
             threads=1,
         )
 
@@ -296,6 +301,7 @@ def write_manifest(
         sources=counted,
         bad_examples=examples,
         table_sha256=table_sha256,
+        has_sums=all(shard.has_sums for shard in shards),
     )
     write_json(folder / MANIFEST, manifest.model_dump())
     return manifest

@@ -1,6 +1,7 @@
 """The content of a file, unpacked on the way: gzip, Zstandard, bzip2 and xz, with several members in a row.
 
-Zero bytes between members and after the last are padding of tapes and archives, and no damage.
+Zero bytes between members and after the last are padding of tapes and archives, and no damage. However much a few bytes
+stand for, it comes in chunks of a few megabytes, and a stream that asks for very much memory is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 from dsv3_megatron.data.raw.inputs import InputFile
 
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 16
 _HEAD_BYTES = 64
+_CHUNK_BYTES = 4 << 20  # of content, at most; of Zstandard twice that, for its library has no such limit
+_ZSTD_READ_BYTES = 1 << 7  # a block of four bytes can make 128 KiB: at most a chunk
+_ZSTD_WINDOW = 1 << 27  # what zstd itself unpacks without --long=31
+_XZ_MEMORY = 512 << 20  # xz -9 asks for 65 MiB
 _BEGINNINGS = (  # of files: what they are called in messages, the suffix that they should have, how they begin
     ("gzip", ".gz", re.compile(rb"\x1f\x8b\x08")),
     ("Zstandard", ".zst", re.compile(rb"\x28\xb5\x2f\xfd")),
@@ -80,11 +85,6 @@ def chunks(file: InputFile, disk: int = 0) -> Iterator[Chunk]:
         raise TornError(error.strerror or str(error), disk) from None
 
 
-def content(file: InputFile) -> bytes:
-    """Return all of it. Raises: TornError."""
-    return b"".join(chunk.data for chunk in chunks(file))
-
-
 def _begin(opened: BinaryIO, file: InputFile, disk: int) -> None:
     """Go to a place on disk. Raises: MisnamedError."""
     if not disk:
@@ -116,39 +116,108 @@ def _plain(file: InputFile, disk: int) -> Iterator[Chunk]:
 
 def _unpacked(file: InputFile, disk: int) -> Iterator[Chunk]:
     suffix = Path(file.path).suffix.lower()
-    useful = disk  # what was read up to here gave content
+    useful = reached = disk  # what was read up to there gave content; what was read for the last chunk
     with open(file.path, "rb") as opened:
         _begin(opened, file, disk)
-        unpacker: Any = None
+        unpacker: _Unpacker | None = None
         while raw := opened.read(_READ_BYTES):
             end = disk + len(raw)
-            while raw:
+            while raw or (unpacker is not None and unpacker.waits):
                 member = None
                 if unpacker is None:
                     if not (raw := raw.lstrip(b"\0")):
                         break
                     unpacker, member = _unpacker(suffix), end - len(raw)
                 try:
-                    data = unpacker.decompress(raw)
+                    data, raw = unpacker.unpack(raw)
                 except Exception as error:  # zlib.error, OSError of bz2, lzma.LZMAError, zstandard.ZstdError
                     said = f"{error}".strip() or type(error).__name__
                     raise TornError(f"damaged ({said})", useful) from None
-                raw = unpacker.unused_data if unpacker.eof else b""
                 unpacker = None if unpacker.eof else unpacker
                 useful = end - len(raw) if data else useful
-                yield Chunk(data, end - len(raw), member)
+                # what it was given, and still makes content of, has not been read
+                reached = max(reached, disk if unpacker is not None and unpacker.waits else end - len(raw))
+                yield Chunk(data, reached, member)
             disk = end
         if unpacker is not None:
             raise TornError("cut short: its last compressed stream has no end", useful)
 
 
-def _unpacker(suffix: str) -> object:
-    if suffix == ".gz":
-        return zlib.decompressobj(wbits=31)
-    if suffix == ".bz2":
-        return bz2.BZ2Decompressor()
-    if suffix == ".xz":
-        return lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
-    import zstandard  # for Zstandard input alone
+class _Unpacker(Protocol):
+    """One compressed stream."""
 
-    return zstandard.ZstdDecompressor().decompressobj()
+    @property
+    def eof(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is more content in what it was given."""
+
+    def unpack(self, raw: bytes) -> tuple[bytes, bytes]:
+        """Return (some content, what of ``raw`` was not taken: to be given next, or what follows the end)."""
+
+
+def _unpacker(suffix: str) -> _Unpacker:
+    if suffix == ".gz":
+        return _Gzip()
+    if suffix == ".bz2":
+        return _Keeping(bz2.BZ2Decompressor())
+    if suffix == ".xz":
+        return _Keeping(lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY))
+    return _Zstandard()
+
+
+class _Gzip:
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(wbits=31)
+        self.waits = False
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    def unpack(self, raw: bytes) -> tuple[bytes, bytes]:
+        data = self._stream.decompress(raw, _CHUNK_BYTES)
+        self.waits = len(data) == _CHUNK_BYTES and not self.eof
+        return data, self._stream.unused_data if self.eof else self._stream.unconsumed_tail
+
+
+class _Keeping:
+    """bzip2 or xz, which keep what they were given and have not unpacked."""
+
+    def __init__(self, stream: bz2.BZ2Decompressor | lzma.LZMADecompressor):
+        self._stream = stream
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def waits(self) -> bool:
+        return not self._stream.eof and not self._stream.needs_input
+
+    def unpack(self, raw: bytes) -> tuple[bytes, bytes]:
+        data = self._stream.decompress(raw, _CHUNK_BYTES)
+        return data, self._stream.unused_data if self.eof else b""
+
+
+class _Zstandard:
+    waits = False
+
+    def __init__(self) -> None:
+        import zstandard  # for Zstandard input alone
+
+        self._stream = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._stream.eof)
+
+    def unpack(self, raw: bytes) -> tuple[bytes, bytes]:
+        view, at, found, size = memoryview(raw), 0, [], 0
+        while at < len(raw) and size < _CHUNK_BYTES and not self.eof:
+            found.append(self._stream.decompress(view[at : at + _ZSTD_READ_BYTES]))
+            size += len(found[-1])
+            at += _ZSTD_READ_BYTES
+        return b"".join(found), (self._stream.unused_data if self.eof else b"") + raw[at:]

@@ -11,16 +11,20 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import PurePath
 from typing import Any, Literal
 
-from dsv3_megatron.data.raw.compressed import MisnamedError, Place, TornError, chunks, content
+from dsv3_megatron.data.raw.compressed import MisnamedError, Place, TornError, chunks
 from dsv3_megatron.data.raw.inputs import InputFile, printable
 from dsv3_megatron.data.raw.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
-from dsv3_megatron.data.raw.lines import START, CutError, Lines
+from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES, START, CutError, Lines, LongLine
+from dsv3_megatron.data.raw.parquet import pages_of
 
 _HEAD_BYTES = 1 << 20
-_TABLE_ROWS = 1024  # of a table read at a time
+_TABLE_ROWS = 1024  # of a table read at a time, at most
+_PAGE_TIMES = 4  # a page of a table holds many cells, and may be so many times as large as one may be
+_MOST_BRACKETS = 4_000_000  # of a line: a list or an object costs a hundred times the bytes that it is written with
 
 Unit = Literal["line", "value", "row"]
 
@@ -91,6 +95,7 @@ class SpanReader:
 
     Args:
         lines: of the reader before this one, which may have unpacked some of the file already.
+        most: bytes of a row or a text; a larger one is not read, and counts as one that cannot be.
 
     ``ended``: nothing of the file follows the span. ``place``: the last from where reading can begin. ``disk``: bytes
     of the file that were read. ``foreign``: the file, by its content, holds no documents.
@@ -99,6 +104,7 @@ class SpanReader:
     span: Span
     text_field: str
     lines: Lines | None = None
+    most: int = DOCUMENT_BYTES
     ended: bool = field(default=True, init=False)
     foreign: bool = field(default=False, init=False)
     place: Place = field(default=START, init=False)
@@ -134,10 +140,13 @@ class SpanReader:
     def _lines(self) -> Iterator[Document | Lost]:
         span = self.span
         if self.lines is None or not self.lines.can_read(span.file, span.first, span.place):
-            self.lines = Lines(span.file, span.place)
+            self.lines = Lines(span.file, span.place, self.most)
         try:
             for number, line in self.lines.read(span.first, span.stop):
                 self.disk = self.lines.disk
+                if isinstance(line, LongLine):
+                    yield Lost(self._path, number, self._too_long(line.size), size=line.size)
+                    continue
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip(b" \t\r\n\0"):
@@ -146,7 +155,14 @@ class SpanReader:
             yield self._torn(cut.torn, cut.number, cut.line)
         self.disk, self.place, self.ended = self.lines.disk, self.lines.place, self.lines.ended
 
+    def _too_long(self, size: int | None = None) -> str:
+        has = "" if size is None else f"{size:,} bytes, "
+        return f"has {has}more than document_bytes = {self.most:,}; raise that, or leave it out"
+
     def _line(self, number: int, line: bytes) -> Iterator[Document | Lost]:
+        if len(line) > _MOST_BRACKETS and line.count(b"[") + line.count(b"{") > _MOST_BRACKETS:
+            yield Lost(self._path, number, f"has more than {_MOST_BRACKETS:,} lists and objects", size=len(line))
+            return
         # bytes that are not UTF-8 cost a row only where they are in its text
         text = line.decode("utf-8", "surrogateescape")
         for value in line_values(text.lstrip("\ufeff\0").rstrip("\0")):
@@ -171,6 +187,9 @@ class SpanReader:
             if chunk is None:
                 break
             self.disk = chunk.disk
+            if stream.waiting > self.most:
+                torn = TornError(f"a value {self._too_long()}", chunk.disk)
+                break
         if torn is not None:
             yield self._torn(torn, number + 1, stream.rest(), "value")
 
@@ -198,6 +217,7 @@ class SpanReader:
         import pyarrow.parquet  # for Parquet input alone
 
         file, name = self.span.file, self.text_field
+        limit = _PAGE_TIMES * self.most
         try:
             table = pyarrow.parquet.ParquetFile(file.path)
             metadata = table.metadata
@@ -215,11 +235,13 @@ class SpanReader:
                 have = ", ".join(map(repr, names[:6]))
                 yield Lost(self._path, None, f"has no column {name!r}; it has {have}", rows=rows, size=size)
             return
+        kind = table.schema_arrow.field(name).type
+        starts = list(accumulate((group.num_rows for group in groups), initial=0))
         for number in range(self.span.first, stop):
-            before = sum(group.num_rows for group in groups[:number])
-            done = 0
+            before, done = starts[number], 0
             try:
-                for batch in table.iter_batches(_TABLE_ROWS, row_groups=[number], columns=[name], use_threads=False):
+                rows = _rows_at_once(file.path, groups[number], name, kind, limit)
+                for batch in table.iter_batches(rows, row_groups=[number], columns=[name], use_threads=False):
                     for value in _bytes_or_values(batch.column(0)):
                         done += 1
                         yield self._cell(value, before + done)
@@ -232,6 +254,8 @@ class SpanReader:
             self.disk = file.size * (number + 1) // len(groups)
 
     def _cell(self, value: object, number: int) -> Document | Lost:
+        if isinstance(value, bytes) and len(value) > self.most:
+            return Lost(self._path, number, self._too_long(len(value)), size=len(value), unit="row")
         if not isinstance(value, bytes):
             return self._row({self.text_field: value}, number, 0, "row")
         try:
@@ -245,7 +269,13 @@ class SpanReader:
     def _text(self) -> Iterator[Document | Lost]:
         file, data = self.span.file, b""
         try:
-            data = content(file)
+            parts, size = [], 0
+            for chunk in chunks(file):
+                parts.append(chunk.data)
+                if (size := size + len(chunk.data)) > self.most:
+                    yield Lost(self._path, None, self._too_long(), size=size)
+                    return
+            data = b"".join(parts)
             if encoding := _other_encoding(data[:8]):
                 yield Lost(self._path, None, f"is {encoding}; convert it to UTF-8", size=len(data))
                 return
@@ -350,6 +380,25 @@ def _other_encoding(head: bytes) -> str | None:
         return "UTF-32"
     wide = zeros[:4] in ([True, False] * 2, [False, True] * 2)
     return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+
+
+def _rows_at_once(path: str, group: Any, name: str, kind: Any, limit: int) -> int:
+    """Return how many rows of a table's column are read at a time, so that they take about ``limit`` bytes at most.
+
+    Raises: ValueError: even one page would take more, or the column holds lists or objects, of which a few bytes may
+    stand for any number. PagesError, OSError: they cannot be read.
+    """
+    import pyarrow as pa  # for Parquet input alone
+
+    if pa.types.is_nested(kind):
+        raise ValueError(f"field {name!r} is {str(kind)[:60]}, not text")
+    columns = [group.column(number) for number in range(group.num_columns)]
+    with open(path, "rb") as file:
+        found = [pages_of(file, column) for column in columns if column.path_in_schema == name]
+    page, dictionary = max((p.data for p in found), default=0), max((p.dictionary for p in found), default=0)
+    if (largest := max(page, dictionary)) > limit:
+        raise ValueError(f"a page of {largest:,} bytes, more than {_PAGE_TIMES} times document_bytes; raise that")
+    return max(1, min(_TABLE_ROWS, limit // max(dictionary, 1)))
 
 
 def _bytes_or_values(column: Any) -> list[object]:

@@ -118,6 +118,11 @@ class ValueStream:
             at += 1
         return at
 
+    @property
+    def waiting(self) -> int:
+        """Characters that were fed and are no whole value yet."""
+        return len(self._text)
+
     def rest(self) -> bytes:
         """Return what was fed and is no whole value."""
         return self._text.encode("utf-8", "surrogateescape")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.checked.shards import CheckedShards
 from dsv3_megatron.data.exclude import Exclusion, find_excluded, read_exclusion
 from dsv3_megatron.data.identity import DataIdentity
 from dsv3_megatron.data.mixture.blend import Blend
@@ -140,7 +141,7 @@ def _shards(
         start_token=start,
         pad_token=tokenizer.end if tokenizer.pad is None else tokenizer.pad,
         isolate=settings.isolate_documents,
-        files=files,
+        shards=CheckedShards(folder.path, folder.table, manifest.vocab_size, files),
         excluded=find_excluded(folder.path, manifest, folder.table, exclusion) if exclusion.documents else None,
     )
     names = [source.name for source in manifest.sources]
@@ -156,8 +157,13 @@ def _shards(
     curve = mixture_of(settings, {name: (given[name], source.count) for name, source in train.items()})
     kept = {name: source for name, source in train.items() if name in curve.names}
     blend = Blend(kept, Mixture(curve, settings.sequence_length), settings.at_source_end)
-    notes = tuple(f"source {name} of {folder.path} is in no phase of the mixture, and is not read"
-                  for name in names if name not in kept)  # fmt: skip
+    notes = [f"source {name} of {folder.path} is in no phase of the mixture, and is not read"
+             for name in names if name not in kept]  # fmt: skip
+    if not manifest.has_sums:
+        notes.append(
+            f"warning: {folder.path} has no checksums of blocks, so damage to its shards is not noticed; "
+            f"python launcher/data.py check data={folder.path} adds them"
+        )
     out = {
         names[packing.files.source]: packed([packing], name=f"{names[packing.files.source]}/held_out", seed=SEED)
         for packing in opened
@@ -169,4 +175,4 @@ def _shards(
     tokens = sum(source.shards["train"].tokens for source in manifest.sources)
     name = f"shards {manifest.table_sha256[:8]} ({tokens:,} tokens)"
     identity = DataIdentity(manifest.table_sha256, name, ORDER)
-    return Data(blend, HeldOut(parts, settings.held_out_sequences), tokenizer, identity, exclusion, notes)
+    return Data(blend, HeldOut(parts, settings.held_out_sequences), tokenizer, identity, exclusion, tuple(notes))

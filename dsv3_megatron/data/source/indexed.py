@@ -14,11 +14,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dsv3_megatron.data.source.open_files import OpenFiles
+from dsv3_megatron.data.checked.shards import CheckedShards
 from dsv3_megatron.data.source.packing_files import OpenPacking
 from dsv3_megatron.data.source.samples import Sample, permuted
-from dsv3_megatron.data.source.shards import token_dtype
-from parallel.errors import DataError
 
 
 class Piece(NamedTuple):
@@ -66,7 +64,7 @@ class PackedShards:
         start_token: int,
         pad_token: int,
         isolate: bool,
-        files: OpenFiles,
+        shards: CheckedShards,
         shuffle: bool = True,
         excluded: Excluded | None = None,
     ):
@@ -77,11 +75,11 @@ class PackedShards:
             start_token: what a document's first token is predicted from.
             pad_token: fills sequences up, and stands for excluded documents; both weigh nothing.
             isolate: number the documents of a sequence.
-            files: what reads them, shared by all sources of a run.
+            shards: what reads their tokens, shared by all sources of a run.
         """
         self._packings, self._name, self._seed = packings, name, seed
         self._start, self._pad, self._isolate, self._shuffle = start_token, pad_token, isolate, shuffle
-        self._files, self._excluded = files, excluded
+        self._shards, self._excluded = shards, excluded
         self._ends = np.cumsum([int(packing.sequences[-1]) for packing in packings], dtype=np.int64)
         self.count = int(self._ends[-1]) if len(packings) else 0
 
@@ -152,23 +150,7 @@ class PackedShards:
 
     def _tokens(self, piece: Piece, offset: int, size: int) -> np.ndarray:
         """Return ``size`` tokens of a document as it lies in its shard, from ``offset`` on."""
-        packing = self._packings[0].files
-        dtype = token_dtype(packing.vocab_size)
-        path = f"{packing.folder}/{packing.table.name(piece.shard)}.bin"
-        try:
-            data = self._files.read(path, size * dtype.itemsize, (piece.position + offset) * dtype.itemsize)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
-        tokens = np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
-        if len(tokens) != size:
-            raise DataError(f"{path} ends within document {piece.document}; restore it or prepare the folder again")
-        unsigned = tokens.view(f"<u{dtype.itemsize}")  # in which a negative id is a large one
-        if int(unsigned.max()) >= packing.vocab_size:
-            raise DataError(
-                f"{path} has token {tokens[unsigned.argmax()]} in document {piece.document}, none of the tokenizer's "
-                f"{packing.vocab_size} ids; restore it or prepare the folder again"
-            )
-        return tokens
+        return self._shards.tokens(piece.shard, piece.position + offset, size, piece.document)
 
 
 def _holds(numbers: np.ndarray, number: int) -> bool:

@@ -6,8 +6,10 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from pathlib import Path
 
 from dsv3_megatron.run.files import retried
+from dsv3_megatron.run.handed import open_regular
 
 MOST = 64  # descriptors; a quarter of what the process may have, where that is less
 
@@ -16,7 +18,8 @@ class _Descriptor:
     """An open file, closed when nobody has it any more: not in the middle of another thread's read."""
 
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_regular(Path(path)) as file:
+            self.number = os.dup(file.fileno())
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

@@ -3,13 +3,15 @@
 A packing is a function of the shards, the sequence length and fill-in-the-middle, not of a run's seed:
 
     packing/KEY/SOURCE/SPLIT_00000.pack     the packings of some shards in a row, at most ``FILES`` files of all shards
-    packing/KEY/SOURCE/SPLIT.npy            [shards + 1]: sequences before each, and where its packing begins
+    packing/KEY/SOURCE/SPLIT.index          [shards + 1]: sequences before each, and where its packing begins
 
 They lie beside the shards, or in data.cache where that folder cannot be written. A file appears under its name as a
 whole. Whoever makes one that another has made meanwhile replaces it by the same bytes, so no lock is needed on any file
-system. SPLIT.npy comes last, when all files are there: a packing is ready when that is there.
+system. SPLIT.index comes last, when all files are there: a packing is ready when that is there.
 
-A .pack file is ``_HEAD``, (pieces, sequences) uint64 of each shard, and for each shard its ``starts`` and ``pieces``.
+A .pack file is ``_HEAD``, (pieces, sequences) uint64 of each shard, for each shard its ``starts`` and ``pieces``, and
+at the end the checksums of the blocks of all that. The ranks of a run compare each a share of the files when they
+start, and make those again that are damaged; a block is compared again whenever a part of it is read.
 """
 
 from __future__ import annotations
@@ -23,24 +25,44 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import xxhash
 
+from dsv3_megatron.data.checked.blocks import (
+    BLOCK_BYTES,
+    BlockSums,
+    DamagedError,
+    parse_sums,
+    read_checked,
+    sums_bytes,
+    verify,
+)
+from dsv3_megatron.data.source.fim import MARKS
 from dsv3_megatron.data.source.open_files import OpenFiles
 from dsv3_megatron.data.source.packing import PIECE, PackingRule, pack
 from dsv3_megatron.data.source.shard_table import ShardTable
 from dsv3_megatron.data.source.shards import Split, read_lengths
+from dsv3_megatron.run.handed import open_regular, read_bytes
+from dsv3_megatron.run.made import new_file
 from parallel.errors import DataError
 
-VERSION = 2  # of what a packing holds: another one has another folder
+VERSION = 3  # of what a packing holds: another one has another folder
 FILES = 4096  # at most, and one more for each source and split: few inodes, and enough work for many ranks
 PACKINGS = "packing"
 _HEAD = struct.Struct("<8sII")  # magic, version, shards
 _MAGIC = b"dsv3pack"
 _COUNTS = np.dtype([("pieces", "<u8"), ("sequences", "<u8")])
+_INDEX_HEAD = struct.Struct("<8sIIQ")  # magic, version, shards, XXH3 of what follows
+_INDEX_MAGIC = b"dsv3pidx"
 _INDEX = np.dtype([("sequences", "<u8"), ("place", "<u8")])  # before a shard; of its packing in its file, in bytes
 _START = np.dtype("<u4")
+_MOST_BYTES = 1 << 36  # of a .pack file, so that what a damaged one says of itself asks for no more memory than this
+_KEPT = 8  # files of a packing whose checksums stay in memory
+_REBUILT = "remove it to have it rebuilt"
 _THREADS = 32  # for looking at files: a network file system answers many at once
 
 
@@ -91,7 +113,7 @@ class PackingFiles:
     @property
     def index(self) -> Path:
         """The file whose being there says that the packing is ready."""
-        return self._base / f"{self.split}.npy"
+        return self._base / f"{self.split}.index"
 
     @property
     def _base(self) -> Path:
@@ -107,8 +129,8 @@ class PackingFiles:
         return self.shards[number * self.shards_a_file : (number + 1) * self.shards_a_file]
 
     def is_made(self, number: int) -> bool:
-        """Return whether a .pack file is there, and whole."""
-        return self._counts(number) is not None
+        """Return whether a .pack file is there, and whole: all of it is read."""
+        return self._read_counts(number, all_of_it=True) is not None
 
     def make(self, number: int) -> None:
         """Write a .pack file, unless it is there. Raises DataError: a shard is damaged, or the place has no room."""
@@ -116,22 +138,28 @@ class PackingFiles:
             return
         rule = self.rule.of(self.split)
         packings = [pack(self.lengths(shard), rule, self.table.bin_sha256(shard)) for shard in self.shards_of(number)]
-        with _replacing(self.file(number)) as temporary, temporary.open("wb") as file:
-            file.write(_HEAD.pack(_MAGIC, VERSION, len(packings)))
-            counts = [(len(p.pieces), len(p.starts) - 1) for p in packings]
-            file.write(np.asarray(counts, dtype=_COUNTS).tobytes())
+        counts = [(len(p.pieces), len(p.starts) - 1) for p in packings]
+        sums = BlockSums()
+        with _replacing(self.file(number)) as file:
+
+            def write(data: bytes) -> None:
+                file.write(data)
+                sums.add(data)
+
+            write(_HEAD.pack(_MAGIC, VERSION, len(packings)))
+            write(np.asarray(counts, dtype=_COUNTS).tobytes())
             for packing in packings:
-                file.write(packing.starts.astype(_START).tobytes())
-                file.write(packing.pieces.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+                write(packing.starts.astype(_START).tobytes())
+                write(packing.pieces.tobytes())
+            file.write(sums.content())
 
     def lengths(self, shard: int) -> np.ndarray:
         """Return the lengths [documents] int64 of a shard's documents, read from its .idx.
 
         Raises: DataError: the file is not what the table says.
         """
-        return read_lengths(self.folder, self.table.row(shard), self.vocab_size)
+        row = self.table.row(shard)
+        return read_lengths(self.folder, row, self.vocab_size, row.idx_sha256)
 
     def missing(self) -> list[Path]:
         """Return the .pack files that are not there, or not whole."""
@@ -139,12 +167,18 @@ class PackingFiles:
             made = list(pool.map(self.is_made, range(self.files)))
         return [self.file(number) for number, there in enumerate(made) if not there]
 
-    def seal(self) -> None:
-        """Write the index, once all files are there. Raises DataError: some are not."""
-        if self.index.exists():
-            return
+    def seal(self) -> bool:
+        """Write the index, once all files are there; return whether a damaged one has been replaced.
+
+        Raises DataError: some files are not there.
+        """
+        was_there = self.index.exists()
+        if was_there:
+            with suppress(ValueError, OSError):
+                self.read_index()
+                return False
         with ThreadPoolExecutor(_THREADS) as pool:
-            counts = list(pool.map(self._counts, range(self.files)))
+            counts = list(pool.map(self._read_counts, range(self.files)))
         if lacking := [self.file(number) for number, found in enumerate(counts) if found is None]:
             raise DataError(
                 f"{len(lacking)} of {self.files} packings are missing, such as {lacking[0]}: where {self.folder} "
@@ -155,17 +189,28 @@ class PackingFiles:
         at = 0
         for found in counts:
             assert found is not None, "none is lacking"
-            sizes = (found["sequences"] + 1) * _START.itemsize + found["pieces"] * PIECE.itemsize
+            sizes = _sizes(found)
             here = slice(at, at + len(found))
             index["place"][here] = _body(len(found)) + np.cumsum(sizes) - sizes
             index["sequences"][at + 1 : at + 1 + len(found)] = found["sequences"]
             at += len(found)
         index["sequences"] = np.cumsum(index["sequences"])
-        with _replacing(self.index) as temporary, temporary.open("wb") as file:
-            np.save(file, index)
-            file.flush()
-            os.fsync(file.fileno())
+        data = index.tobytes()
+        with _replacing(self.index) as file:
+            file.write(_INDEX_HEAD.pack(_INDEX_MAGIC, VERSION, len(index), xxhash.xxh3_64_intdigest(data)) + data)
         self.tidy()
+        return was_there
+
+    def read_index(self) -> np.ndarray:
+        """Return the index [shards + 1]. Raises OSError: it cannot be read. ValueError: it is damaged."""
+        rows = len(self.shards) + 1
+        size = _INDEX_HEAD.size + rows * _INDEX.itemsize
+        content = read_bytes(self.index, size)
+        data = content[_INDEX_HEAD.size :]
+        head = _INDEX_HEAD.pack(_INDEX_MAGIC, VERSION, rows, xxhash.xxh3_64_intdigest(data))
+        if len(content) != size or content[: _INDEX_HEAD.size] != head:
+            raise ValueError("it is damaged")
+        return np.frombuffer(data, _INDEX)
 
     def tidy(self) -> None:
         """Remove what makers that were killed have left, of a packing that is ready: nobody needs it any more."""
@@ -173,19 +218,37 @@ class PackingFiles:
             with suppress(OSError):  # a folder that cannot be written is read all the same
                 left.unlink(missing_ok=True)
 
-    def _counts(self, number: int) -> np.ndarray | None:
-        """Return (pieces, sequences) of the shards of a .pack file; None where it is not there, or torn."""
+    def _read_counts(self, number: int, *, all_of_it: bool = False) -> np.ndarray | None:
+        """Return (pieces, sequences) of the shards of a .pack file; None where it is not there, torn or damaged.
+
+        ``all_of_it``: compare all of the file.
+        """
         shards = len(self.shards_of(number))
         try:
-            with self.file(number).open("rb") as file:
-                head, counts = file.read(_HEAD.size), np.fromfile(file, dtype=_COUNTS, count=shards)
+            with open_regular(self.file(number)) as file:
+                head = file.read(_body(shards))
                 size = os.fstat(file.fileno()).st_size
-        except OSError:
+                if len(head) != _body(shards) or head[: _HEAD.size] != _HEAD.pack(_MAGIC, VERSION, shards):
+                    return None
+                counts = np.frombuffer(head, _COUNTS, shards, _HEAD.size)
+                if any(int(counts[name].max(initial=0)) > size for name in ("pieces", "sequences")):
+                    return None  # in front of a sum that might wrap
+                end = _body(shards) + int(_sizes(counts).sum())
+                if size != end + sums_bytes(end):
+                    return None
+                file.seek(end)
+                sums = parse_sums(file.read(), end)
+                file.seek(0)
+                verify(file, sums, end if all_of_it else min(end, -(-len(head) // BLOCK_BYTES) * BLOCK_BYTES))
+        except (OSError, DamagedError):
             return None
-        if head != _HEAD.pack(_MAGIC, VERSION, shards) or len(counts) != shards:
-            return None
-        body = int(((counts["sequences"] + 1) * _START.itemsize + counts["pieces"] * PIECE.itemsize).sum())
-        return counts if size == _body(shards) + body else None
+        return counts
+
+
+def _sizes(counts: np.ndarray) -> np.ndarray:
+    """Return how many bytes the packing of each shard takes, of its ``counts``."""
+    sizes: np.ndarray = (counts["sequences"] + 1) * _START.itemsize + counts["pieces"] * PIECE.itemsize
+    return sizes
 
 
 def _body(shards: int) -> int:
@@ -194,13 +257,17 @@ def _body(shards: int) -> int:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which then takes the place of ``path``. Raises DataError: it cannot be written."""
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write to, which then takes the place of ``path``. Raises DataError: it cannot be written."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.partial")
+    there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield temporary
+            with new_file(temporary) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except FileNotFoundError:
             if not path.exists():  # else another maker was first, found all there, and has tidied up
@@ -210,9 +277,10 @@ def _replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise DataError(
-            f"packing {path} cannot be written ({error.strerror}); make room, or name another data.cache"
-        ) from None
+        what = f"packing {path} is damaged, and cannot be made again there" if there else (
+            f"packing {path} cannot be written"
+        )  # fmt: skip
+        raise DataError(f"{what} ({error.strerror}); make room, or name another data.cache") from None
 
 
 def choose_place(folder: str | Path, cache: str | Path) -> Path:
@@ -224,7 +292,7 @@ def choose_place(folder: str | Path, cache: str | Path) -> Path:
     probe = beside / f"{socket.gethostname()}.{os.getpid()}.probe"
     try:
         beside.mkdir(exist_ok=True)
-        probe.touch()
+        new_file(probe).close()
         probe.unlink()
     except OSError:
         return Path(cache) / PACKINGS
@@ -235,12 +303,14 @@ def make_ready(
     packings: Sequence[PackingFiles],
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] = lambda *_: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Make what is missing of a share of packings; when all shares are made, one process seals them.
+    """Make what is missing or damaged of a share of packings; when all shares are made, one process seals them.
 
     Args:
         share: (k, n): the k-th (from 0) of n shares.
         progress: told files done, of how many to make.
+        tell: gets a line for each file that is damaged.
     Raises: DataError: a shard is damaged, or the place cannot be written.
     """
     work = [(packing, number) for packing in packings for number in range(packing.files)][share[0] :: share[1]]
@@ -249,14 +319,20 @@ def make_ready(
     todo = [each for each, there in zip(work, made) if not there]
     for done, (packing, number) in enumerate(todo):
         progress(done, len(todo))
+        if packing.file(number).exists():
+            tell(f"packing {packing.file(number)} is damaged; it is made again")
         packing.make(number)
     progress(len(todo), len(todo))
 
 
-def seal(packings: Iterable[PackingFiles]) -> None:
-    """Say of packings whose files are all there that they are ready. Raises DataError: some are missing."""
+def seal(packings: Iterable[PackingFiles], tell: Callable[[str], None] = lambda _: None) -> None:
+    """Say of packings whose files are all there that they are ready. Raises DataError: some are missing.
+
+    ``tell``: gets a line for each index that is damaged.
+    """
     for packing in packings:
-        packing.seal()
+        if packing.seal():
+            tell(f"packing {packing.index} was damaged; it was made again")
 
 
 class OpenPacking:
@@ -270,16 +346,16 @@ class OpenPacking:
         self.files, self._opened = files, opened
         try:
             # Not mapped: a mapping keeps a descriptor, and there may be hundreds of sources.
-            index = np.load(files.index)
+            index = files.read_index()
         except FileNotFoundError:
             raise DataError(
                 f"packing {files.index} is missing on {socket.gethostname()}: where {files.folder} cannot be written, "
                 "data.cache must be a folder that all nodes share"
             ) from None
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"packing {files.index} cannot be read ({error}); remove it to have it rebuilt") from None
-        if index.dtype != _INDEX or len(index) != len(files.shards) + 1:
-            raise DataError(f"packing {files.index} is not of these shards; remove it to have it rebuilt")
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"packing {files.index} cannot be read ({said}); {_REBUILT}") from None
+        self._sums = lru_cache(_KEPT)(self._read_sums)
         self.sequences = index["sequences"].astype(np.int64)
         self._places = index["place"].astype(np.int64)
         self._first, self._shards_a_file = files.shards.start, files.shards_a_file
@@ -292,18 +368,60 @@ class OpenPacking:
         shard = int(np.searchsorted(self.sequences, sequence, side="right")) - 1
         within = sequence - int(self.sequences[shard])
         count = int(self.sequences[shard + 1] - self.sequences[shard])
-        path = str(self.files.file(shard // self._shards_a_file))
-        place = int(self._places[shard])
-        start, stop = np.frombuffer(self._read(path, 2 * _START.itemsize, place + within * _START.itemsize), _START)
+        number, place = shard // self._shards_a_file, int(self._places[shard])
+        start, stop = np.frombuffer(self._read(number, 2 * _START.itemsize, place + within * _START.itemsize), _START)
+        most = self.files.rule.sequence_length
+        if not 0 <= int(stop) - int(start) <= most:
+            raise self._foreign(number)
         place += (count + 1) * _START.itemsize + int(start) * PIECE.itemsize
-        pieces = np.frombuffer(self._read(path, (int(stop) - int(start)) * PIECE.itemsize, place), PIECE)
+        pieces = np.frombuffer(self._read(number, (int(stop) - int(start)) * PIECE.itemsize, place), PIECE)
+        if not self._can_be(pieces, self._first + shard, most):
+            raise self._foreign(number)
         return self._first + shard, pieces
 
-    def _read(self, path: str, size: int, place: int) -> bytes:
+    def _can_be(self, pieces: np.ndarray, shard: int, most: int) -> bool:
+        """Return whether pieces are of documents that the shard can have, and fit into a sequence of ``most`` tokens:
+        somebody may have made the file whose checksums agree and whose content does not."""
+        row = self.files.table.rows[shard]
+        whole = {name: pieces[name].astype(np.int64) for name in PIECE.names or ()}
+        stream = whole["document_length"] + MARKS * (whole["rearranged"] != 0)
+        return bool(
+            (whole["length"] >= 1).all()
+            and int(whole["length"].sum()) <= most
+            and (whole["document"] < int(row["documents"])).all()
+            and (whole["offset"] + whole["length"] <= stream).all()
+            and (whole["position"] >= 0).all()
+            and (whole["position"] + whole["document_length"] <= int(row["tokens"])).all()
+        )
+
+    def _foreign(self, number: int) -> DataError:
+        return DataError(f"packing {self.files.file(number)} is not of these shards; {_REBUILT}")
+
+    def _read(self, number: int, size: int, place: int) -> bytes:
+        path = str(self.files.file(number))
         try:
-            found = self._opened.read(path, size, place)
+            sums, end = self._sums(number)
+            found = read_checked(self._opened, path, size, place, sums, end)
         except OSError as error:
-            raise DataError(f"packing {path} cannot be read ({error.strerror}); remove it to have it rebuilt") from None
+            raise DataError(f"packing {path} cannot be read ({error.strerror}); {_REBUILT}") from None
+        except DamagedError as error:
+            raise DataError(f"packing {path} is damaged: {error}; start again, and it is made again") from None
         if len(found) != size:
-            raise DataError(f"packing {path} ends early; remove it to have it rebuilt")
+            raise DataError(f"packing {path} ends early; {_REBUILT}")
         return found
+
+    def _read_sums(self, number: int) -> tuple[np.ndarray, int]:
+        """Return the checksums of the blocks of a .pack file, and how many of its bytes they are of."""
+        shards = len(self.files.shards_of(number))
+        path, first = str(self.files.file(number)), number * self._shards_a_file
+        head = self._opened.read(path, _body(shards), 0)
+        if len(head) < _body(shards):
+            raise DamagedError(f"it ends at byte {len(head):,}")
+        counts = np.frombuffer(head, _COUNTS, shards, _HEAD.size)
+        sequences = np.diff(self.sequences[first : first + shards + 1])
+        if (counts["sequences"].astype(np.int64) != sequences).any():
+            raise DamagedError("it is not what the index says")
+        if int(counts["pieces"].max(initial=0)) > 1 << 40:
+            raise DamagedError("it is not of these shards")
+        end = _body(shards) + int(_sizes(counts).sum())
+        return parse_sums(self._opened.read(path, sums_bytes(min(end, _MOST_BYTES)) + 1, end), end), end

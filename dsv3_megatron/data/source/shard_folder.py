@@ -111,7 +111,11 @@ class ShardFolder:
         ]
 
     def make_ready(
-        self, place: Path, share: tuple[int, int] = (0, 1), progress: Callable[[int, int], None] = lambda *_: None
+        self,
+        place: Path,
+        share: tuple[int, int] = (0, 1),
+        progress: Callable[[int, int], None] = lambda *_: None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Look at a share of the files, and make what is missing of a share of the packings.
 
@@ -119,19 +123,22 @@ class ShardFolder:
             place: what :meth:`choose_place` returned, to all ranks the same.
             share: (rank, ranks).
             progress: told files of packings done, of how many to make.
+            tell: gets a line for each file of a packing that is damaged and made again.
         Raises: DataError: a file is missing or cut, the table is of another time, or the place cannot be written.
         """
         if share[0] == 0:
             check_table(self.path, self.manifest)
         check_files(self.path, self.table, share)
-        packing_files.make_ready(self.packings(place), share, progress)
+        packing_files.make_ready(self.packings(place), share, progress, tell)
 
-    def seal(self, place: Path) -> None:
+    def seal(self, place: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         """Say that the packings are ready, when all shares are made. One process does it.
+
+        ``tell``: gets a line for each index that is damaged and made again.
 
         Raises: DataError: some are missing, as where the ranks' nodes do not share the place.
         """
-        packing_files.seal(self.packings(place))
+        packing_files.seal(self.packings(place), tell)
 
 
 def packing_rule(sequence_length: int, fim_rate: float, tokenizer: Tokenizer, folder: str | Path | None) -> PackingRule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.source.shards import SPLITS, Manifest, Shard, Source, Split, Totals, file_sha256
+from dsv3_megatron.data.checked.blocks import sums_bytes
+from dsv3_megatron.data.checked.npy import open_npy
+from dsv3_megatron.data.source.shards import (
+    SPLITS,
+    Manifest,
+    Shard,
+    Source,
+    Split,
+    Totals,
+    file_sha256,
+    index_bytes,
+    token_dtype,
+)
+from dsv3_megatron.run.handed import inside
+from dsv3_megatron.run.made import new_file
 from parallel.errors import DataError
 
 TABLE = "shards.npy"
@@ -38,7 +53,7 @@ ROW = np.dtype(
         ("first_row", "<u8"),
     ]
 )
-_NAME = re.compile(rf"(.+)/({'|'.join(SPLITS)})(?:_p(\d+))?_(\d+)")
+_NAME = re.compile(rf"(.+)/({'|'.join(SPLITS)})(?:_p([0-9]{{1,5}}))?_([0-9]{{1,9}})")
 _THREADS = 32  # a network file system answers many at once, each after milliseconds
 _RUN = 64  # shards that a thread looks at in a row: a task for each would cost more memory than the table
 _NOTHING = bytes(32)
@@ -69,11 +84,12 @@ class ShardTable:
     Args:
         sources: of the manifest: names, and totals that tell ranges.
         rows: [shards] of ``ROW``.
+        has_sums: whether the checksums of the blocks of every .bin are there.
     """
 
-    def __init__(self, sources: Sequence[Source], rows: np.ndarray):
+    def __init__(self, sources: Sequence[Source], rows: np.ndarray, has_sums: bool = False):
         self.names = [source.name for source in sources]
-        self.rows = rows
+        self.rows, self.has_sums = rows, has_sums
         counts = [source.shards[split].shards for source in sources for split in SPLITS]
         self._starts = list(accumulate(counts, initial=0))
 
@@ -127,21 +143,57 @@ class ShardTable:
 def open_table(folder: str | Path, manifest: Manifest) -> ShardTable:
     """Return the table of a folder, memory-mapped; that of a version 1 manifest is made of its list.
 
-    Raises: DataError: the table is missing, damaged, or of another time than the manifest.
+    Raises: DataError: the table is missing, damaged, of another time than the manifest, or says what cannot be.
     """
-    if manifest._listed is not None:
-        return ShardTable(manifest.sources, _rows(manifest.sources, manifest._listed))
     path = Path(folder) / TABLE
-    try:
-        rows = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder again") from None
-    shards = sum(source.shards[split].shards for source in manifest.sources for split in SPLITS)
-    if rows.dtype != ROW or len(rows) != shards:
-        raise DataError(
-            f"{path} has {len(rows)} rows, the manifest says {shards} shards; restore both or prepare the folder again"
+    if manifest._listed is not None:
+        rows = _rows(manifest.sources, manifest._listed)
+    else:
+        shards = sum(source.shards[split].shards for source in manifest.sources for split in SPLITS)
+        try:
+            rows = open_npy(path, ROW, shards, mapped=True)
+        except (OSError, ValueError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            raise DataError(
+                f"{path} cannot be read ({said}), the manifest says {shards} shards; restore both or prepare the "
+                "folder again"
+            ) from None
+    if fault := _fault_of(rows, manifest):
+        raise DataError(f"{path}, {fault}; restore it or prepare the folder again")
+    return ShardTable(manifest.sources, rows, manifest.has_sums)
+
+
+def _fault_of(rows: np.ndarray, manifest: Manifest) -> str | None:
+    """Return what cannot be in a table, whoever wrote it; None: all can. Looks at all rows at once."""
+    names = ("source", "split", "part", "number")
+    order = [rows[name].astype(np.int64) for name in names]
+    sources, splits = order[:2]
+    if len(rows) and (int(sources.max()) >= len(manifest.sources) or int(splits.max()) >= len(SPLITS)):
+        return f"has a shard of source {sources.max()}, split {splits.max()}, which the manifest does not have"
+    ascends = np.zeros(max(len(rows) - 1, 0), dtype=bool)
+    for values in reversed(order):
+        ascends = (values[1:] > values[:-1]) | ((values[1:] == values[:-1]) & ascends)
+    if not ascends.all():
+        return f"row {int(np.argmin(ascends)) + 1} is not in order, or is there twice"
+    itemsize, tokens = token_dtype(manifest.vocab_size).itemsize, rows["tokens"]
+    most = np.uint64(1 << 40)  # of documents or tokens of a shard: sums of more might wrap
+    wrong = (tokens > most) | (rows["documents"] > tokens) | (rows["bin_bytes"] != tokens * np.uint64(itemsize))
+    wrong |= rows["idx_bytes"] != index_bytes(0) + rows["documents"] * np.uint64(index_bytes(1) - index_bytes(0))
+    if wrong.any():
+        row = rows[int(np.argmax(wrong))]
+        return (
+            f"row {int(np.argmax(wrong))} says {row['documents']} documents of {row['tokens']} tokens of {itemsize} "
+            f"bytes in files of {row['bin_bytes']} and {row['idx_bytes']} bytes, which does not agree"
         )
-    return ShardTable(manifest.sources, rows)
+    place = sources * len(SPLITS) + splits
+    for name, counted in (("shards", None), ("documents", rows["documents"]), ("tokens", tokens)):
+        found = np.bincount(place, counted, minlength=len(SPLITS) * len(manifest.sources))
+        said = [getattr(source.shards[split], name) for source in manifest.sources for split in SPLITS]
+        if differ := [n for n, (one, other) in enumerate(zip(found.tolist(), said)) if int(one) != other]:
+            source = manifest.sources[differ[0] // len(SPLITS)]
+            where = f"{source.name}, {SPLITS[differ[0] % len(SPLITS)]}"
+            return f"has {int(found[differ[0]])} {name} of source {where}; the manifest says {said[differ[0]]}"
+    return None
 
 
 def write_table(folder: str | Path, sources: Sequence[Source], shards: Iterable[Shard]) -> tuple[list[Source], str]:
@@ -153,7 +205,7 @@ def write_table(folder: str | Path, sources: Sequence[Source], shards: Iterable[
     rows = _rows(sources, shards)
     path = Path(folder) / TABLE
     temporary = path.with_name(f"{TABLE}.partial")  # the same after a kill, so that none is left
-    with temporary.open("wb") as file:
+    with new_file(temporary) as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())
@@ -178,7 +230,7 @@ def _rows(sources: Sequence[Source], shards: Iterable[Shard]) -> np.ndarray:
     found = []
     for shard in shards:
         named = _NAME.fullmatch(shard.name)
-        if named is None or named[1] not in numbers:
+        if named is None or named[1] not in numbers or int(named[3] or 0) >= 1 << 16:
             raise DataError(
                 f"shard {shard.name} is of none of the sources {', '.join(numbers)}, or is not named as prepare_data "
                 "names shards; prepare the folder again"
@@ -203,11 +255,11 @@ def _rows(sources: Sequence[Source], shards: Iterable[Shard]) -> np.ndarray:
 
 
 def check_files(folder: str | Path, table: ShardTable, share: tuple[int, int] = (0, 1)) -> None:
-    """See that the .bin and .idx of shards are there with the sizes that they were written with.
+    """See that the files of shards that a run reads are there, in the folder, with the sizes that they were written in.
 
     Args:
         share: (k, n): look at the k-th (from 0) of n equal runs of shards, so that n ranks look at each file once.
-    Raises: DataError: naming the first that is missing or cut.
+    Raises: DataError: naming the first that is missing, cut, or not a file of the folder.
     """
     rank, ranks = share
     mine = range(len(table) * rank // ranks, len(table) * (rank + 1) // ranks)
@@ -222,36 +274,62 @@ def check_files(folder: str | Path, table: ShardTable, share: tuple[int, int] = 
 def _first_fault(folder: str | Path, table: ShardTable, run: range) -> str | None:
     """Return what is wrong with the first file of some shards that is not as it was written; None: all are."""
     sizes = {suffix: table.rows[f"{suffix}_bytes"][run.start : run.stop].tolist() for suffix in ("bin", "idx")}
+    if table.has_sums:
+        sizes["sums"] = list(map(sums_bytes, sizes["bin"]))
     for at, number in enumerate(run):
         name = table.name(number)
         for suffix, expected in sizes.items():
-            file, size = f"{folder}/{name}.{suffix}", expected[at]
-            try:
-                found = os.stat(file).st_size
-            except OSError as error:
-                return f"{file} is missing ({error.strerror}), the manifest says {size} bytes"
-            if found != size:
-                return f"{file} has {found} bytes, the manifest says {size} bytes"
+            if fault := fault_of_file(folder, f"{name}.{suffix}", expected[at]):
+                return fault
+    return None
+
+
+def fault_of_file(folder: str | Path, name: str, size: int | None = None) -> str | None:
+    """Return what is wrong with a file of a shard by what the system says of it; None: nothing.
+
+    The folder of a source may be a link to another disk: what is looked for there are shards. But a link from the name
+    of a shard to a file elsewhere would have its bytes trained on, whatever they are.
+
+    Args:
+        size: that it was written with; None = it is not compared.
+    """
+    file = f"{folder}/{name}"
+    try:
+        found = os.lstat(file)
+        if stat.S_ISLNK(found.st_mode):
+            if fault := _fault_of_link(Path(folder), name):
+                return f"{file} is refused: {fault}; make it a hard link or a copy"
+            found = os.stat(file)
+    except OSError as error:
+        if size is None:
+            return f"{file} cannot be read ({error.strerror})"
+        return f"{file} is missing ({error.strerror}), the manifest says {size} bytes"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{file} is not a regular file"
+    if size is not None and found.st_size != size:
+        return f"{file} has {found.st_size} bytes, the manifest says {size} bytes"
+    return None
+
+
+def _fault_of_link(folder: Path, name: str) -> str | None:
+    try:
+        inside(folder, name)
+    except ValueError as error:
+        if not (folder / name).resolve().is_relative_to((folder / name).parent.resolve()):
+            return str(error)
     return None
 
 
 def check_table(folder: str | Path, manifest: Manifest) -> None:
     """Read the table and compare its SHA-256. Raises: DataError: it is of another time than the manifest."""
-    if manifest._listed is None and (found := file_sha256(Path(folder) / TABLE)) != manifest.table_sha256:
+    if manifest._listed is not None:
+        return
+    try:
+        found = file_sha256(Path(folder) / TABLE)
+    except OSError as error:
+        raise DataError(f"{Path(folder) / TABLE} cannot be read ({error.strerror}); restore it") from None
+    if found != manifest.table_sha256:
         raise DataError(
             f"{Path(folder) / TABLE} has sha256 {found[:12]}.., the manifest says {manifest.table_sha256[:12]}..; "
             "restore both or prepare the folder again"
         )
-
-
-def verify_checksums(folder: str | Path, manifest: Manifest) -> None:
-    """Read the table and every shard and compare their SHA-256. Raises: DataError: naming the first that differs."""
-    check_table(folder, manifest)
-    for shard in open_table(folder, manifest):
-        expected = {"bin": shard.bin_sha256, "idx": shard.idx_sha256, "origin.npy": shard.origin_sha256}
-        for suffix, digest in expected.items():
-            if digest is None:
-                continue
-            file = Path(folder) / f"{shard.name}.{suffix}"
-            if (found := file_sha256(file)) != digest.hex():
-                raise DataError(f"{file} has sha256 {found[:12]}.., the table says {digest.hex()[:12]}..; restore it")

@@ -6,6 +6,7 @@ A folder that prepare_data wrote holds
     shards.npy                  a row for each shard (:mod:`~dsv3_megatron.data.source.shard_table`)
     tokenizer.json
     SOURCE/SPLIT_00000.bin .idx .origin.npy     tokens, lengths, and where each document comes from
+    SOURCE/SPLIT_00000.sums     checksums of the blocks of .bin, compared when they are read (data/checked/blocks.py)
     SOURCE/files.jsonl          the input files of a source; their numbers are its lines from 0
 
 A document is its tokens and the end token; the reader puts the begin token, fill-in-the-middle and packing on top, so
@@ -15,16 +16,21 @@ that the same shards serve every recipe.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from dsv3_megatron.data.begun import unfinished
+from dsv3_megatron.data.checked.blocks import BlockSums
+from dsv3_megatron.run.handed import open_regular, parse_json, read_text
+from dsv3_megatron.run.made import new_file
 from parallel.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +40,14 @@ Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 VERSION = 2
+SUFFIXES = ("bin", "idx", "origin.npy", "sums")  # of the files of a shard
 ORIGIN = np.dtype([("file", "<u4"), ("row", "<u8")])  # of a document: number of its input file, and row in it
+
+
+_T = TypeVar("_T")
+_OfFiles = Annotated[dict[Literal["bin", "idx"], _T], Field(min_length=2)]
+Count = Annotated[int, Field(ge=0, lt=1 << 62, strict=True)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Shard(BaseModel):
@@ -43,13 +56,24 @@ class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="path without suffix, inside the folder")
-    documents: int
-    tokens: int
-    sha256: dict[Literal["bin", "idx"], str]
-    bytes: dict[Literal["bin", "idx"], int]
-    origin_sha256: str | None = Field(None, description="of .origin.npy; null = it is not known where documents are of")
-    first_file: int = Field(0, description="origin of its first document: number of the input file")
-    first_row: int = Field(0, description="and row in it: from 1, or 0 where the file is the document")
+    documents: Count
+    tokens: Count
+    sha256: _OfFiles[Sha256]
+    bytes: _OfFiles[Count]
+    origin_sha256: Sha256 | None = Field(
+        None, description="of .origin.npy; null = it is not known where documents are of"
+    )
+    first_file: Annotated[Count, Field(lt=1 << 32)] = Field(
+        0, description="origin of its first document: number of the input file"
+    )
+    first_row: Count = Field(0, description="and row in it: from 1, or 0 where the file is the document")
+    has_sums: bool = Field(False, description="whether .sums is there: earlier versions wrote none")
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Those of its files."""
+        there = {"origin.npy": self.origin_sha256 is not None, "sums": self.has_sums}
+        return [suffix for suffix in SUFFIXES if there.get(suffix, True)]
 
 
 class Totals(BaseModel):
@@ -57,9 +81,9 @@ class Totals(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    shards: int = 0
-    documents: int = 0
-    tokens: int = 0
+    shards: Count = 0
+    documents: Count = 0
+    tokens: Count = 0
 
 
 def _no_shards() -> dict[Split, Totals]:
@@ -73,20 +97,40 @@ class Source(BaseModel):
 
     name: str
     input: str
-    weight: Annotated[float, Field(gt=0)] | None = Field(None, description="share of samples; null = by its tokens")
-    files: int = 0
-    ignored_files: int = 0
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    duplicates: int = 0
-    empty: int = 0
-    bad: int = Field(0, description="rows and whole texts that could not be read")
-    bad_bytes: int = Field(0, description="in those rows and texts")
-    torn: int = Field(0, description="places from which on a file could not be read")
-    torn_bytes: int = Field(0, description="on disk, from there on: nobody knows how many rows they held")
-    skipped: int = Field(0, description="links that are not followed, pipes, hidden files and folders")
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="share of samples; null = by its tokens"
+    )
+    files: Count = 0
+    ignored_files: Count = 0
+    documents: Count = 0
+    tokens: Count = 0
+    text_bytes: Count = 0
+    duplicates: Count = 0
+    empty: Count = 0
+    bad: Count = Field(0, description="rows and whole texts that could not be read")
+    bad_bytes: Count = Field(0, description="in those rows and texts")
+    torn: Count = Field(0, description="places from which on a file could not be read")
+    torn_bytes: Count = Field(0, description="on disk, from there on: nobody knows how many rows they held")
+    skipped: Count = Field(0, description="links that are not followed, pipes, hidden files and folders")
     shards: dict[Split, Totals] = Field(default_factory=_no_shards)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"{name!r} is no name of a folder inside this one")
+        return name
+
+
+def _no_two_alike(sources: list[Source]) -> list[Source]:
+    counts = Counter(source.name for source in sources)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"source {twice[0]!r} is there twice")
+    return sources
+
+
+Sources = Annotated[list[Source], AfterValidator(_no_two_alike)]
+VocabularySize = Annotated[int, Field(ge=1, lt=1 << 31, strict=True)]
 
 
 class Manifest(BaseModel):
@@ -94,13 +138,14 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = VERSION
+    version: Count = VERSION
     tokenizer_sha256: str
-    vocab_size: int
+    vocab_size: VocabularySize
     options: dict[str, object]
-    sources: list[Source]
+    sources: Sources
     bad_examples: list[str] = []
     table_sha256: str = Field(description="of shards.npy: a table of another time is noticed")
+    has_sums: bool = Field(False, description="whether every shard has its .sums (launcher/data.py check writes them)")
     _listed: list[Shard] | None = PrivateAttr(None)  # version 1 names its shards here, and has no table
 
 
@@ -115,18 +160,23 @@ def read_manifest(folder: str | Path) -> Manifest:
         what = unfinished(folder) or "holds no manifest.json; name a folder that launcher/prepare_data.py wrote"
         raise DataError(f"data.path = {folder} {what}")
     try:
-        manifest = _Version.model_validate_json(path.read_text())
-        if manifest.version == 1:
-            return _of_version_1(path.read_text())
-        if manifest.version == VERSION:
-            return Manifest.model_validate_json(path.read_text())
-    except (ValidationError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); prepare the folder again") from None
-    raise DataError(f"{path} has version {manifest.version}, this code reads {VERSION}; prepare the folder again")
+        content = parse_json(read_text(path), unique=True)
+        version = content.get("version") if isinstance(content, dict) else None
+        if version == 1:
+            return _of_version_1(content)
+        if version == VERSION or not isinstance(version, int):  # of which it is said what is wrong with it
+            return Manifest.model_validate(content)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({_why(error)}); restore it or prepare the folder again") from None
+    raise DataError(f"{path} has version {version}, this code reads {VERSION}; prepare the folder again")
 
 
-class _Version(BaseModel):
-    version: int
+def _why(error: OSError | ValueError) -> str:
+    """Return in a line why a file cannot be read."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the whole of it'}: {first['msg']}"
+    return str(error.strerror or error) if isinstance(error, OSError) else str(error)
 
 
 class _SourceOfVersion1(Source):
@@ -136,17 +186,18 @@ class _SourceOfVersion1(Source):
 class _ManifestOfVersion1(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    version: int
+    version: Count
     tokenizer_sha256: str
-    vocab_size: int
+    vocab_size: VocabularySize
     options: dict[str, object]
     sources: list[_SourceOfVersion1]
     bad_examples: list[str] = []
+    has_sums: bool = False
 
 
-def _of_version_1(text: str) -> Manifest:
+def _of_version_1(content: object) -> Manifest:
     """Return a manifest that lists its shards itself: the table is made of them in memory."""
-    old = _ManifestOfVersion1.model_validate_json(text)
+    old = _ManifestOfVersion1.model_validate(content)
     sources = []
     for source in old.sources:
         totals = {
@@ -159,7 +210,9 @@ def _of_version_1(text: str) -> Manifest:
     listed = [shard for source in old.sources for split in SPLITS for shard in source.shards.get(split, [])]
     manifest = Manifest(
         **{**old.model_dump(exclude={"sources"}), "sources": sources},
-        table_sha256=hashlib.sha256("".join(shard.model_dump_json() for shard in listed).encode()).hexdigest(),
+        table_sha256=hashlib.sha256(
+            "".join(shard.model_dump_json(exclude={"has_sums"}) for shard in listed).encode()
+        ).hexdigest(),
     )
     manifest._listed = listed
     return manifest
@@ -176,8 +229,8 @@ def stored_alike(one: int, other: int) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file. Raises OSError: it cannot be read."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -219,8 +272,8 @@ class ShardWriter:
         self._partial = folder / f"{name}.partial"
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         self._dtype = token_dtype(vocab_size)
-        self._bin = open(f"{self._partial}.bin", "wb")  # noqa: SIM115  (commit closes it)
-        self._digest = hashlib.sha256()
+        self._bin = new_file(Path(f"{self._partial}.bin"))
+        self._digest, self._sums = hashlib.sha256(), BlockSums()
         self._lengths: list[int] = []
         self._origins: list[np.ndarray] | None = None
         self.documents = self.tokens = 0
@@ -243,6 +296,7 @@ class ShardWriter:
             data = document.astype(self._dtype).tobytes()
             self._bin.write(data)
             self._digest.update(data)
+            self._sums.add(data)
             self._lengths.append(len(document))
             self.documents += 1
             self.tokens += len(document)
@@ -256,16 +310,18 @@ class ShardWriter:
     def commit(self) -> Shard:
         """Finish the files, put them in their place and return what the table says of them."""
         self._bin.close()
-        Path(f"{self._partial}.idx").write_bytes(self._index())
-        suffixes = ["bin", "idx"]
         origins = None if self._origins is None else np.concatenate(self._origins)
+        written = {"idx": self._index(), "sums": self._sums.content()}
         if origins is not None:
-            np.save(f"{self._partial}.origin.npy", origins)
-            suffixes.append("origin.npy")
-        sha256, sizes = {}, {}
-        for suffix in suffixes:
+            written["origin.npy"] = _as_npy(origins)
+        for suffix, content in written.items():
+            with new_file(Path(f"{self._partial}.{suffix}")) as file:
+                file.write(content)
+        sha256 = {suffix: hashlib.sha256(content).hexdigest() for suffix, content in written.items()}
+        sha256["bin"] = self._digest.hexdigest()
+        sizes = {}
+        for suffix in sha256:
             partial = Path(f"{self._partial}.{suffix}")
-            sha256[suffix] = self._digest.hexdigest() if suffix == "bin" else file_sha256(partial)
             sizes[suffix] = partial.stat().st_size
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -275,11 +331,12 @@ class ShardWriter:
             name=self._name,
             documents=self.documents,
             tokens=self.tokens,
-            origin_sha256=sha256.pop("origin.npy", None),
-            sha256=sha256,
-            bytes={suffix: sizes[suffix] for suffix in sha256},
+            sha256={"bin": sha256["bin"], "idx": sha256["idx"]},
+            bytes={"bin": sizes["bin"], "idx": sizes["idx"]},
+            origin_sha256=sha256.get("origin.npy"),
             first_file=first[0],
             first_row=first[1],
+            has_sums=True,
         )
 
     def _index(self) -> bytes:
@@ -291,7 +348,13 @@ class ShardWriter:
         return head + lengths.astype("<i4").tobytes() + begins.tobytes() + ends.tobytes()
 
 
-class _Counted(_Named, Protocol):
+def _as_npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+class _Indexed(_Named, Protocol):
     @property
     def documents(self) -> int: ...
 
@@ -299,22 +362,40 @@ class _Counted(_Named, Protocol):
     def tokens(self) -> int: ...
 
 
-def read_lengths(folder: str | Path, shard: _Counted, vocab_size: int) -> np.ndarray:
+def index_bytes(documents: int) -> int:
+    """Return how long the .idx of so many documents is."""
+    return _INDEX_HEAD.size + 4 * documents + 8 * documents + 8 * (documents + 1)
+
+
+def read_lengths(folder: str | Path, shard: _Indexed, vocab_size: int, sha256: bytes | None = None) -> np.ndarray:
     """Return the tokens of each document of a shard, end tokens included: [documents] int64.
 
+    Args:
+        sha256: of the .idx; None = it is not compared.
     Raises: DataError: the .idx is not that of the shard.
     """
-    path = f"{folder}/{shard.name}.idx"
+    path, size = f"{folder}/{shard.name}.idx", index_bytes(shard.documents)
     try:
-        with open(path, "rb") as file:
-            head = file.read(_INDEX_HEAD.size)
-            lengths = np.fromfile(file, dtype="<i4", count=shard.documents).astype(np.int64)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); restore it") from None
+        with open_regular(Path(path)) as file:
+            found = os.fstat(file.fileno()).st_size  # before memory is asked for
+            content = file.read(size) if found == size else b""
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({_why(error)}); restore it") from None
     expected = (_INDEX_MARK, 1, _DTYPE_CODES[token_dtype(vocab_size)], shard.documents)
-    if len(head) < _INDEX_HEAD.size or _INDEX_HEAD.unpack(head)[:4] != expected or lengths.sum() != shard.tokens:
+    lengths = np.frombuffer(content, "<i4", shard.documents, _INDEX_HEAD.size) if content else _NO_LENGTHS
+    if (
+        not content
+        or _INDEX_HEAD.unpack(content[: _INDEX_HEAD.size])[:4] != expected
+        or (shard.documents and int(lengths.min()) < 1)
+        or int(lengths.sum(dtype=np.int64)) != shard.tokens
+    ):
         raise DataError(
             f"{path} does not hold {shard.documents} documents of {shard.tokens} tokens as the table of shards says; "
             "restore it or prepare the folder again"
         )
-    return lengths
+    if sha256 is not None and hashlib.sha256(content).digest() != sha256:
+        raise DataError(f"{path} has another SHA-256 than the table of shards says; restore it")
+    return lengths.astype(np.int64)
+
+
+_NO_LENGTHS = np.zeros(0, dtype="<i4")

@@ -22,10 +22,10 @@ def ready_together(folder: ShardFolder, tell: Callable[[str], None]) -> Path:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     place = from_first(folder.choose_place)
     with agreed(any_counts=True):  # a file that is cut is met by the rank whose share it is in
-        folder.make_ready(place, (rank, ranks), _Progress(tell if rank == 0 else lambda _: None))
+        folder.make_ready(place, (rank, ranks), _Progress(tell if rank == 0 else lambda _: None), tell)
     with agreed(looked=rank == 0):
         if rank == 0:
-            folder.seal(place)
+            folder.seal(place, tell)
     return place
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.checked.whole import verify_checksums
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
 from dsv3_megatron.data.prepare.encode import HASH
 from dsv3_megatron.data.prepare.merge import merge
@@ -23,7 +24,7 @@ from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import files_of
 from dsv3_megatron.data.raw.lines import Lines
 from dsv3_megatron.data.source.origins import document_origin
-from dsv3_megatron.data.source.shard_table import open_table, verify_checksums
+from dsv3_megatron.data.source.shard_table import open_table
 from dsv3_megatron.data.source.shards import open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.exclusive import me

@@ -17,10 +17,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.checked.whole import verify_checksums
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import files_of
-from dsv3_megatron.data.source.shard_table import check_files, open_table, verify_checksums
+from dsv3_megatron.data.source.shard_table import check_files, open_table
 from dsv3_megatron.data.source.shards import open_shard, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.names import BEGIN, END, FIM_HOLE

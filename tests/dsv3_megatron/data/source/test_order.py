@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from dsv3_megatron.data.checked.shards import CheckedShards
 from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import MixtureCurve
@@ -49,8 +50,9 @@ def sources(tmp_path):
         make_ready([files])
         seal([files])
         found[name] = PackedShards(
-            [OpenPacking(files, opened)], name=name, seed=7, start_token=0, pad_token=2, isolate=True, files=opened
-        )
+            [OpenPacking(files, opened)], name=name, seed=7, start_token=0, pad_token=2, isolate=True,
+            shards=CheckedShards(tmp_path, table, 60_000, opened),
+        )  # fmt: skip
     return found
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_megatron.data.checked.shards import CheckedShards
 from dsv3_megatron.data.mixture.blend import Blend
 from dsv3_megatron.data.mixture.order import Mixture
 from dsv3_megatron.data.mixture.phases import MixtureCurve
@@ -79,7 +80,9 @@ def shards(tmp_path_factory):
         found[source] = documents
         written += [writer.commit(), second.commit()]
     sources, digest = write_table(folder, [Source(name=name, input=name) for name in found], written)
-    manifest = Manifest(tokenizer_sha256="", vocab_size=60_000, options={}, sources=sources, table_sha256=digest)
+    manifest = Manifest(
+        tokenizer_sha256="", vocab_size=60_000, options={}, sources=sources, table_sha256=digest, has_sums=True
+    )
     return folder, open_table(folder, manifest), found
 
 
@@ -98,7 +101,7 @@ def packed(shards, source, *, fim_rate=0.0, isolate=False, seed=1, length=64, pl
         start_token=START,
         pad_token=PAD,
         isolate=isolate,
-        files=opened,
+        shards=CheckedShards(folder, table, 60_000, opened),
         **more,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_megatron.data.checked.shards import CheckedShards
 from dsv3_megatron.data.settings import DataSettings
 from dsv3_megatron.data.source import packing_files
 from dsv3_megatron.data.source.build import build
@@ -34,7 +35,7 @@ START, END, PAD = 0, 1, 2
 FIM = Middle(begin=4, hole=3, end=5)
 
 
-def write_folder(folder, *, shards=7, vocab_size=60_000, documents=40, split="train"):
+def write_folder(folder, *, shards=7, vocab_size=60_000, documents=40, split="train", has_sums=True):
     """Return the table of ``shards`` shards of one source, and their documents."""
     random, written, found = np.random.default_rng(3), [], []
     for number in range(shards):
@@ -44,7 +45,9 @@ def write_folder(folder, *, shards=7, vocab_size=60_000, documents=40, split="tr
         writer.add(found[-1])
         written.append(writer.commit())
     sources, digest = write_table(folder, [Source(name="a", input="a")], written)
-    manifest = Manifest(tokenizer_sha256="", vocab_size=vocab_size, options={}, sources=sources, table_sha256=digest)
+    manifest = Manifest(
+        tokenizer_sha256="", vocab_size=vocab_size, options={}, sources=sources, table_sha256=digest, has_sums=has_sums
+    )
     return open_table(folder, manifest), found
 
 
@@ -64,6 +67,7 @@ def write_corpus(folder, splits):
         options={},
         sources=sources,
         table_sha256=digest,
+        has_sums=True,
     )
     write_json(folder / "manifest.json", manifest.model_dump())
 
@@ -75,8 +79,9 @@ def files_of(folder, table, *, vocab_size=60_000, place=None, length=64, fim_rat
 
 def reader(files, *, opened=None, **more):
     opened = opened or OpenFiles()
+    shards = CheckedShards(files.folder, files.table, files.vocab_size, opened)
     common = {"name": "a", "seed": 1, "start_token": START, "pad_token": PAD, "isolate": True}
-    return PackedShards([OpenPacking(files, opened)], files=opened, **{**common, **more})
+    return PackedShards([OpenPacking(files, opened)], shards=shards, **{**common, **more})
 
 
 def ready(files):
@@ -208,8 +213,8 @@ def read_all(source):
     return [source.sample(number) for number in range(source.count)]
 
 
-def test_a_shard_that_ends_early_or_is_gone_is_named_with_its_document(folder):
-    place, table, documents = folder
+def test_a_shard_that_ends_early_or_is_gone_is_named_with_its_document(tmp_path):
+    table, documents = write_folder(place := tmp_path, has_sums=False)
     source = reader(ready(files_of(place, table)), opened=OpenFiles(2))
     path = place / f"{table.name(3)}.bin"
     whole = path.read_bytes()
@@ -223,7 +228,7 @@ def test_a_shard_that_ends_early_or_is_gone_is_named_with_its_document(folder):
 
 @pytest.mark.parametrize(("vocab_size", "wrong"), [(60_000, 60_000), (129_280, 129_280), (129_280, -1)])
 def test_an_id_that_the_tokenizer_does_not_have_is_never_read(tmp_path, vocab_size, wrong):
-    table, _ = write_folder(tmp_path, shards=1, vocab_size=vocab_size)
+    table, _ = write_folder(tmp_path, shards=1, vocab_size=vocab_size, has_sums=False)
     source = reader(ready(files_of(tmp_path, table, vocab_size=vocab_size)))
     path = tmp_path / f"{table.name(0)}.bin"
     stored = np.fromfile(path, dtype="<u2" if vocab_size < 65_500 else "<i4")
@@ -257,9 +262,11 @@ def test_a_torn_packing_is_noticed_and_made_anew(folder, keep):
     path = files.file(2)
     path.write_bytes(path.read_bytes()[:keep])
     assert files.missing() == [path]
-    with pytest.raises(DataError, match="train_00002.pack ends early"):
+    with pytest.raises(DataError, match="train_00002.pack is damaged: it (ends at byte|has 31 bytes)"):
         read_all(reader(files))
-    make_ready([files])
+    told = []
+    make_ready([files], tell=told.append)
+    assert told == [f"packing {path} is damaged; it is made again"]
     assert [sample.labels.tolist() for sample in read_all(reader(files))] == expected
 
 
@@ -277,7 +284,7 @@ def test_ranks_make_each_a_share_and_one_seals(folder, monkeypatch):
         DataError, match="2 of 7 packings are missing, such as .*train_00002.pack: .*data.cache must be"
     ):
         seal([files])
-    with pytest.raises(DataError, match="train.npy is missing on .*data.cache must be a folder that all nodes share"):
+    with pytest.raises(DataError, match="train.index is missing on .*data.cache must be a folder that all nodes share"):
         OpenPacking(files, OpenFiles())
     make_ready([files], (2, 3))
     assert sorted(made) == list(range(7)), "each file once"
@@ -330,7 +337,7 @@ def test_packings_lie_beside_the_shards_or_in_the_cache_where_that_cannot_be(tmp
     def refuse(*given, **more):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(packing_files, "new_file", refuse)
     assert choose_place(tmp_path, tmp_path / "cache") == tmp_path / "cache" / "packing"
 
 
@@ -477,9 +484,87 @@ def test_packings_that_are_there_are_taken_where_the_folder_cannot_be_written(tm
     def refuse(*given, **more):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(packing_files, "new_file", refuse)
     monkeypatch.setattr(packing_files, "pack", None)  # nothing is packed again
     assert ShardFolder.of(settings).choose_place() == tmp_path / "packing"
     build(settings, vocab_size=512, seed=1)
     other = settings.model_copy(update={"sequence_length": 32})
     assert ShardFolder.of(other).choose_place() == tmp_path / "cache" / "packing"
+
+
+def flipped(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0, 12, 20, 40, 300, 900, -100, -9, -1])
+def test_a_flipped_bit_in_a_packing_is_found_at_the_start_and_while_it_is_read(folder, place):
+    root, table, _ = folder
+    files = ready(files_of(root, table))
+    whole = files.file(1).read_bytes()
+    flipped(files.file(1), place)
+    assert files.missing() == [files.file(1)]
+    with pytest.raises(DataError, match="train_00001.pack is damaged: .*; start again, and it is made again"):
+        read_all(reader(files))
+    told = []
+    make_ready([files], tell=told.append)
+    assert told == [f"packing {files.file(1)} is damaged; it is made again"] and files.file(1).read_bytes() == whole
+
+
+@pytest.mark.parametrize("place", [0, 9, 17, 24, 40, -1])
+def test_a_damaged_index_of_a_packing_is_found_and_made_again(folder, place):
+    root, table, _ = folder
+    files = ready(files_of(root, table))
+    whole = files.index.read_bytes()
+    flipped(files.index, place)
+    with pytest.raises(DataError, match="train.index cannot be read .*remove it to have it rebuilt"):
+        OpenPacking(files, OpenFiles())
+    told = []
+    seal([files], told.append)
+    assert told == [f"packing {files.index} was damaged; it was made again"] and files.index.read_bytes() == whole
+
+
+def test_a_damaged_packing_in_a_folder_that_cannot_be_written_is_refused(folder, monkeypatch):
+    root, table, _ = folder
+    files = ready(files_of(root, table))
+    flipped(files.file(1), -1)
+
+    def refuse(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(packing_files, "new_file", refuse)
+    with pytest.raises(DataError, match=r"train_00001.pack is damaged, and cannot be made again there \(Read-only"):
+        make_ready([files])
+
+
+def test_a_packing_whose_checksums_agree_and_whose_pieces_cannot_be_is_refused(folder, monkeypatch):
+    root, table, _ = folder
+    original = packing_files.pack
+    for field, value in (
+        ("length", 1 << 31), ("length", 0), ("offset", 1 << 30), ("document", 40), ("position", 1 << 62),
+        ("document_length", 1 << 31),
+    ):  # fmt: skip
+
+        def crafted(*given, field=field, value=value):
+            packing = original(*given)
+            packing.pieces[field] = value
+            return packing
+
+        monkeypatch.setattr(packing_files, "pack", crafted)
+        source = reader(ready(files_of(root, table, place=root / f"{field}{value}")))
+        with pytest.raises(DataError, match=r"\.pack is not of these shards; remove it"):
+            source.sample(0)
+
+
+def test_nothing_is_written_through_a_link_where_a_packing_is_to_be(folder):
+    root, table, _ = folder
+    victim = root / "victim"
+    victim.write_text("kept")
+    files = files_of(root, table)
+    files.index.parent.mkdir(parents=True)
+    for path in (files.file(0), files.index):
+        path.symlink_to(victim)
+    ready(files)
+    assert victim.read_text() == "kept" and not files.index.is_symlink()
+    assert reader(files).count > 0

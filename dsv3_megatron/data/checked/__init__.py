@@ -1,0 +1,1 @@
+"""What is read of large files, compared with checksums before it is used."""
