@@ -50,6 +50,24 @@ def prepared(place, output, *numbers):
     return prepare(options, workers=1)
 
 
+def test_shards_are_checked_and_get_the_checksums_that_they_lack(place, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shards = sum(totals.shards for totals in prepared(place, folder, 0).sources[0].shards.values())
+    assert data.main(["check", f"data={folder}", "workers=1"]) == 0
+    assert f"{shards} shards of " in (said := capsys.readouterr().out) and "are as they were written" in said
+    assert "checksums of blocks" not in said
+    for path in folder.rglob("*.sums"):
+        path.unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "has_sums"}))
+    settings = DataSettings(source="indexed", path=str(folder), sequence_length=64)
+    assert "launcher/data.py check" in build(settings, vocab_size=512, seed=1).notes[-1]
+    assert data.main(["check", f"data={folder}", "workers=1"]) == 0
+    assert f"were written for {shards} of them" in capsys.readouterr().out
+    assert not build(settings, vocab_size=512, seed=1).notes
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+
+
 def test_folders_that_were_prepared_each_by_itself_are_joined(place, tmp_path, capsys):
     counts = [prepared(place, tmp_path / f"out{number}", number).sources[0].documents for number in range(2)]
     words = [f"input={tmp_path}/out0,{tmp_path}/out1", f"output={tmp_path}/joined"]
