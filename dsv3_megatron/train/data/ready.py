@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from dsv3_megatron.data.source.shard_folder import ShardFolder
 from parallel.agree import agreed, from_first
 
 TOLD_SECONDS = 10.0  # between two lines
+MOST_LINES = 8  # of packings that are made again
 
 
 def ready_together(folder: ShardFolder, tell: Callable[[str], None]) -> Path:
@@ -21,12 +23,36 @@ def ready_together(folder: ShardFolder, tell: Callable[[str], None]) -> Path:
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     place = from_first(folder.choose_place)
+    made_again: list[str] = []
     with agreed(any_counts=True):  # a file that is cut is met by the rank whose share it is in
-        folder.make_ready(place, (rank, ranks), _Progress(tell if rank == 0 else lambda _: None), tell)
+        folder.make_ready(place, (rank, ranks), _Progress(tell if rank == 0 else lambda _: None), made_again.append)
+    for line in _of_all(made_again):
+        tell(line)
     with agreed(looked=rank == 0):
         if rank == 0:
             folder.seal(place, tell)
     return place
+
+
+def _of_all(lines: list[str]) -> list[str]:
+    """Return on rank 0 what the ranks have to tell, the first lines of each and how many there are; elsewhere nothing.
+
+    Where no rank has a line, this takes one all-reduce of a number.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    count = torch.tensor(len(lines))
+    if ranks > 1:
+        dist.all_reduce(count)
+    if not count:
+        return []
+    found: list[list[str]] = [lines]
+    if ranks > 1:
+        found = [[] for _ in range(ranks)]
+        dist.gather_object(lines[:MOST_LINES], found if rank == 0 else None)
+    if rank:
+        return []
+    told = [line for each in found for line in each][:MOST_LINES]
+    return [*told, f"and {int(count) - len(told):,} more"] if int(count) > len(told) else told
 
 
 class _Progress:
