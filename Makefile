@@ -1,4 +1,4 @@
-# make env | demo | test | test-all | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | fuzz | clean. Everything starts from a bare python3 (>= 3.11).
+# make env | demo | test | test-all | test-slurm | test-docker | test-te-compiled | lint | docs | bench | gpu-check | chaos | fuzz | locks | clean. Everything starts from a bare python3 (>= 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,18 +8,24 @@ TRITON := $(wildcard testing/triton/requirements.txt)
 RUN := runs/demo
 export OMP_NUM_THREADS ?= 1
 
-BESIDE = $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all:
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Each file by its hash, and nothing that the locks do not name: testing/locks.py.
+LOCKED = $(PIP) install --require-hashes --no-deps --no-build-isolation
+BESIDE = $(PIP) download --no-deps --only-binary=:all: --require-hashes
 
-.PHONY: env demo test test-all test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos fuzz clean slurm-installed
+.PHONY: env demo test test-all test-slurm test-docker test-te-compiled lint docs bench gpu-check chaos fuzz locks clean slurm-installed
 
 env: $(STAMP)
 
 # Installed anew only when what is to be installed changes.
-$(STAMP): pyproject.toml setup.py constraints.txt $(TE) $(TRITON)
+$(STAMP): pyproject.toml setup.py $(wildcard locks/*.txt) $(TE) $(TRITON)
 	@$(PYTHON) -c 'import sys; sys.exit("python: " + sys.version.split()[0] + " is too old; install Python 3.11 or newer, or set PYTHON=") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(LOCKED) -r locks/build.txt
+	$(LOCKED) -r locks/runtime.txt $(if $(wildcard locks/dev.txt),-r locks/dev.txt)
+# The build for CPUs where pip finds it, as PyTorch's index has it; else PyPI's.
+	@$(LOCKED) -r locks/torch_cpu.txt 2>/dev/null || { echo "torch: PyPI's build, with CUDA's libraries: pip finds none for CPUs"; $(LOCKED) -r locks/torch.txt -r locks/cuda.txt; }
+	$(PIP) install --no-deps --no-build-isolation -e .
 # Transformer Engine's Python and Triton, for tests: beside the packages, so that nothing else finds them. An image has no
 # tests.
 	@rm -rf $(VENV)/te $(VENV)/triton
@@ -33,7 +39,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(TE) $(TRITON)
 # trained is kept under another name.
 demo: $(STAMP)
 	@if [ -e $(RUN) ]; then kept=$(RUN)-$$(date +%Y%m%d-%H%M%S); mv $(RUN) $$kept; echo "demo: starts anew; $(RUN) is now $$kept"; fi
-	$(BIN)/torchrun --nproc-per-node 4 launcher/pretrain.py recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
+	$(BIN)/dsv3 train --nproc-per-node 4 recipe=dsv3_tiny parallel=pp2_ep2 run.device=cpu run.name=demo logging.console_every_steps=10
 	@$(BIN)/python launcher/demo.py run=$(RUN)
 
 # Two lanes (CONTRIBUTING.md). `make test` is the fast one: every promise in a small form, all that is not marked `full`.
@@ -70,7 +76,7 @@ test-docker: $(STAMP)
 TE_BINDINGS ?=
 TE_TORCH ?= 2.11.0
 TE_PYTHON ?= python3.12
-TE_VERSION = $(shell sed -n s/^transformer_engine==//p $(TE))
+TE_VERSION = $(shell sed -n 's/^transformer_engine==\([^ ]*\).*/\1/p' $(TE))
 COMPILED := .cache/te-compiled
 PIP_COMPILED = $(COMPILED)/bin/python -m pip --quiet --disable-pip-version-check
 test-te-compiled:
@@ -100,6 +106,11 @@ bench: $(STAMP)
 # with the machine's own python3, as a container of a cluster has it. GPU_CHECK="seconds=120 only=losses" to choose.
 gpu-check:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
+
+# locks/ and docs/licences.md, anew from constraints.txt, docker/constraints-gpu.txt and pyproject.toml.
+locks: $(STAMP)
+	$(BIN)/python -m testing.locks
+	$(BIN)/python -m testing.licences
 
 # A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
 chaos: $(STAMP)

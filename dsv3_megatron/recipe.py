@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,12 +16,14 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from dsv3_megatron.run.secret_values import check_secrets
 from dsv3_megatron.settings import ClusterSettings, LoggingSettings, RunSettings
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors
 from parallel.pipeline.actions import Placement
 from parallel.schedules import placement
 from parallel.settings import ParallelSettings
+from parallel.units import MOST
 
 
 class Recipe(BaseModel):
@@ -29,7 +31,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = Field(description="the file of recipes/recipe/ this came from")
+    recipe: str = Field(pattern=r"^\w[\w.-]*$", description="the file of recipes/recipe/ this came from")
     run: RunSettings
     model: ModelSettings
     parallel: ParallelSettings
@@ -47,6 +49,12 @@ class Recipe(BaseModel):
 
     def check(self) -> None:
         """Raise RecipeError or LayoutError where sections contradict each other. Needs no world size."""
+        values = self.model_dump(mode="json")
+        _check_numbers(values, "")
+        try:
+            check_secrets(values)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         self.model.check()
         if self.run.steps is None and self.run.tokens is None:
             raise RecipeError("run.steps and run.tokens are both null; set one of them, or the run has no end")
@@ -185,3 +193,15 @@ class Recipe(BaseModel):
                 f"{field} = {value} is not a multiple of optim.micro_batch = {self.optim.micro_batch} times "
                 f"{dp} data-parallel ranks = {sequences}; use {near}, or change optim.micro_batch"
             )
+
+
+def _check_numbers(content: Any, key: str) -> None:
+    """Raise RecipeError where a number is infinite, none, or larger than arithmetic with it is exact or soon done."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _check_numbers(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            _check_numbers(value, f"{key}[{index}]")
+    elif isinstance(content, int | float) and not -MOST <= content <= MOST:
+        raise RecipeError(f"{key} = {str(content)[:40]} is not a number up to {MOST:,}; write one that is")

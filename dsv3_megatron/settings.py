@@ -29,6 +29,12 @@ def _time(text: str) -> str:
     return text
 
 
+def _interface(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,14}", text):
+        raise ValueError("it is not a name of a network interface; write one as `ip link` shows it, such as ib0")
+    return text
+
+
 def _variables(values: dict[str, str]) -> dict[str, str]:
     for name in values:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -38,6 +44,7 @@ def _variables(values: dict[str, str]) -> dict[str, str]:
 
 Line = Annotated[str, BeforeValidator(_as_text), AfterValidator(_one_line)]
 TimeLimit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_time)]
+Interface = Annotated[str, AfterValidator(_interface)]
 Variables = Annotated[dict[str, Annotated[str, BeforeValidator(_as_text)]], AfterValidator(_variables)]
 Count = Annotated[NonNegativeInt, BeforeValidator(parse_count)]
 Bytes = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
@@ -67,9 +74,13 @@ class SlurmSettings(BaseModel):
     python: Line | None = Field(
         None, description="interpreter of the job; null = the submitting one, python in a container"
     )
+    interface: Interface | None = Field(
+        None, description="interface of the fabric, such as ib0: ranks meet there and listen there alone; null = any"
+    )
     setup: tuple[str, ...] = Field((), description="shell lines to run first on the batch host, such as module load")
     environment: Variables = Field(
-        default_factory=dict, description="variables of every process: NCCL, UCX and network settings of this cluster"
+        default_factory=dict,
+        description="variables of every process: NCCL, UCX and network settings of this cluster; no secrets",
     )
     container: Literal["none", "pyxis", "apptainer"] = Field("none", description="what starts the container, if any")
     image: Line | None = Field(None, description="container image: a squash file, a .sif or a registry's name")
@@ -83,6 +94,9 @@ class RunSettings(BaseModel):
 
     name: str = Field(min_length=1, description="what the run is called; its directory is runs/<name>")
     directory: str = Field(description="where the run's files go; runs/<name> unless told otherwise")
+    readable_by: Literal["owner", "group"] = Field(
+        "owner", description="who may read the run's files: owner, or group for a team"
+    )
     seed: NonNegativeInt = Field(1234, description="of initialisation and of the order of the data")
     steps: PositiveInt | None = Field(None, description="stop after so many steps; null = when run.tokens are consumed")
     tokens: Count | None = Field(None, description="token budget of the run, such as 14.8T")
@@ -151,7 +165,7 @@ class ClusterSettings(BaseModel):
     intra_node: LinkSettings | None = Field(None, description="links inside a node")
     inter_node: LinkSettings | None = Field(None, description="links between nodes")
     launcher: Literal["torchrun", "slurm"] = Field("torchrun", description="what starts the ranks there")
-    partition: str | None = Field(None, description="SLURM partition; null = the cluster's default")
+    partition: Line | None = Field(None, description="SLURM partition; null = the cluster's default")
     time_limit: TimeLimit | None = Field(
         None, description="of one job: minutes, or such as 24:00:00; a run goes on over many"
     )

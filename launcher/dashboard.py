@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.metrics.names import FAMILIES, NAMES
+from dsv3_megatron.run.yaml_text import read_yaml
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
 from launcher.command_line.recipe_files import DATA
@@ -72,22 +72,22 @@ def main(asked: DashboardArguments) -> int:
 def load(path: Path) -> Dashboard:
     """Return the dashboard of a file. Raises RecipeError: unreadable, or a metric that no run logs."""
     try:
-        dashboard = Dashboard.model_validate(yaml.safe_load(path.read_text()))
+        dashboard = Dashboard.model_validate(read_yaml(path))
     except OSError as error:
         raise RecipeError(f"file = {path} cannot be read ({error.strerror}); name a file of dashboards/") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"file = {path} is not YAML ({str(error).splitlines()[0]})") from None
-    except ValidationError as error:
+    except ValidationError as error:  # a ValueError too
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"])[:200]
         raise RecipeError(f"{path.name}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    except ValueError as error:
+        raise RecipeError(f"file = {error}") from None
     known = {*NAMES.values(), *(f"{family}/*" for family in FAMILIES)}
     for section in dashboard.sections:
         for panel in section.panels:
             for name in panel.y:
                 if not {name, name.removesuffix("/*")} & known:
                     raise RecipeError(
-                        f"{path.name}: panel {panel.title!r} shows {name}, which no run logs; there are: "
+                        f"{path.name}: panel {panel.title[:80]!r} shows {name[:80]}, which no run logs; there are: "
                         f"{', '.join(sorted(known))}"
                     )
     return dashboard

@@ -5,18 +5,21 @@ python launcher/demo.py run=RUN_DIRECTORY
 
 from __future__ import annotations
 
-import json
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from dsv3_megatron.report.sound import is_number, sound_step
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.files import read_json
 from dsv3_megatron.run.shell import program
 from launcher import generate
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded, text_plot
+from launcher.command_line.output import write_output
 from launcher.command_line.typed import command
 from parallel.errors import DataError
 from parallel.units import show_count, show_duration
@@ -33,20 +36,38 @@ class DemoArguments(Arguments):
 def main(given: DemoArguments) -> int:
     """Print the story of a finished run; return the exit code."""
     directory = RunDirectory(given.run)
-    steps = directory.read_metrics()
-    if not steps or not directory.summary.exists():
+    try:
+        steps = [step for row in directory.read_metrics() if (step := shown_step(row)) is not None]
+    except OSError as error:
+        raise DataError(f"{directory.metrics} cannot be read ({error.strerror}); name another run") from None
+    summary = read_json(directory.summary)
+    checkpoints = sorted(directory.checkpoints.glob("step_*"))
+    if not steps or not checkpoints or not is_summary(summary):
         raise DataError(f"run = {given.run} holds no finished run; train one with launcher/pretrain.py")
-    summary = json.loads(directory.summary.read_text())
     plot = save_plot(directory, steps)
     print("\n" + text_plot([s["lm_loss"] for s in steps], title="training loss (nats per token) by step"))
     tell_result(steps, summary)
     tell_sample(given)
-    checkpoint = max(directory.checkpoints.glob("step_*"))
-    print(f"\nrun directory  {directory.path}\ncheckpoint     {checkpoint}\nplot           {plot}")
+    print(f"\nrun directory  {directory.path}\ncheckpoint     {checkpoints[-1]}\nplot           {plot}")
     print(f"report         {directory.report} (open it in a browser)")
     print(f"metrics        {directory.metrics} (and {directory.path}/wandb: `{program('wandb')} sync` uploads it)")
     print("\nTry next\n" + "\n".join(f"  {line}" for line in next_commands(given.run)))
     return 0
+
+
+def shown_step(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what is told of a step; None where it has no loss, or is none."""
+    step = sound_step(row, ("lm_loss", "mtp_loss", "max_violation", "tokens_per_second"))
+    return step if step and isinstance(step["lm_loss"], float) and step["tokens_per_second"] is not None else None
+
+
+def is_summary(content: dict[str, Any]) -> bool:
+    """Return whether a run's summary says what is told of it."""
+    numbers = [content.get(key) for key in ("step", "tokens", "seconds")]
+    held_out = [content.get(key) or {} for key in ("before", "after")]
+    return all(is_number(n) for n in numbers) and all(
+        isinstance(part, dict) and is_number(part.get("bits_per_byte", 0.0)) for part in held_out
+    )
 
 
 def next_commands(run: str) -> list[str]:
@@ -61,8 +82,8 @@ def next_commands(run: str) -> list[str]:
 
 def tell_result(steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Print what was learned and how fast."""
-    before, after = summary["before"], summary["after"]
-    if before and after and "bits_per_byte" in after:
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    if "bits_per_byte" in before and "bits_per_byte" in after:
         print(f"\nheld-out bits per byte: {before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after")
     rates = sorted(s["tokens_per_second"] for s in steps)
     print(
@@ -99,8 +120,10 @@ def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
         axes.grid(alpha=0.3)
     path = directory.path / "loss.svg"
     figure.tight_layout()
-    figure.savefig(path)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="svg")
     plt.close(figure)
+    write_output(path, drawn.getvalue(), "run")
     return path
 
 

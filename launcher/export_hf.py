@@ -22,9 +22,11 @@ from dsv3_megatron.data.tokenizer_files.names import CONFIG
 from dsv3_megatron.data.tokenizer_identity import check_trained_with, described, tokenizer_of_run
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.files import write_atomically
-from launcher.command_line.arguments import Arguments, takes
-from launcher.command_line.compose import load_resolved
+from dsv3_megatron.run.files import write_atomically, write_json
+from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.written import WrittenFiles
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
+from launcher.command_line.compose import load_resolved, resolved_yaml
 from launcher.command_line.console import ProgressLine, guarded
 from parallel.errors import CheckpointError, UserError
 from parallel.units import parse_bytes, show_bytes
@@ -32,7 +34,8 @@ from parallel.units import parse_bytes, show_bytes
 if TYPE_CHECKING:
     from dsv3_megatron.checkpoint.hugging_face.export import Scales
 
-RECIPE = "recipe.yaml"
+RECIPE, MARK = "recipe.yaml", ".exported.json"
+WRITTEN = (INDEX, RECIPE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class ExportArguments(Arguments):
@@ -48,6 +51,7 @@ class ExportArguments(Arguments):
     step: int | None = Field(None, description="checkpoint to take; null = the newest valid one")
     shard: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = Field(5 * 2**30, description="bytes of a file")
     processes: PositiveInt | None = Field(None, description="files written at once; null = one a core, 8 at most")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(ExportArguments, __doc__)
@@ -67,8 +71,8 @@ def main(given: ExportArguments) -> int:
     checkpoint = choose_checkpoint(
         given.run, given.step, holding=(WEIGHTS, "ema") if given.weights == "ema" else (WEIGHTS,)
     )
-    for wrong in checkpoint.wrong:
-        print(f"warning: {wrong}", file=sys.stderr)
+    for warning in checkpoint.warnings:
+        print(warning, file=sys.stderr)
     scales = scales_of(given)
     shards = shards_of(
         recipe.model,
@@ -83,13 +87,17 @@ def main(given: ExportArguments) -> int:
     content = read_content(checkpoint.path)
     check_trained_with(checkpoint.path, content.get("tokenizer"), tokenizer, allowed=False)
     trained_with = {"tokenizer": described(tokenizer), "data": content.get("data")}
+    files = WrittenFiles(output, MARK)
+    earlier = candidates(output)
+    files.begin({*WRITTEN, *earlier, *(name for shard in shards for name in (shard.name, f".{shard.name}.done"))})
     (output / INDEX).unlink(missing_ok=True)  # what is there is incomplete from here on
-    write_atomically(output / RECIPE, (Path(given.run) / RECIPE).read_text())  # says whose files these are
+    write_atomically(output / RECIPE, resolved_yaml(recipe))  # says whose files these are
     tokens = {} if tokenizer is None else write_tokenizer(tokenizer, recipe, output)
     write_config(recipe, output, given.dtype, tokens, power_of_two=scales.power_of_two)
     shown = ProgressLine("exporting")
     processes = given.processes or min(8, os.cpu_count() or 1)
-    size = export(shards, output, processes=processes, progress=shown.files, trained_with=trained_with)
+    size = export(shards, output, processes=processes, progress=shown.files, trained_with=trained_with, earlier=earlier)
+    files.end({*WRITTEN, *(shard.name for shard in shards)})
     shown.close()
     print(f"{checkpoint.path} -> {output}: {show_bytes(size)} of {given.dtype} weights, verified")
     if not tokens:
@@ -98,7 +106,8 @@ def main(given: ExportArguments) -> int:
 
 
 def refuse_other_files(output: Path, recipe: Recipe) -> None:
-    """Raise CheckpointError where a folder holds a model that is no earlier export of this run.
+    """Raise CheckpointError where a folder holds files, of the kinds that an export writes or replaces, that no export
+    of this run has written.
 
     An export's recipe.yaml, which is written before anything else, says whose files they are.
     """
@@ -106,15 +115,22 @@ def refuse_other_files(output: Path, recipe: Recipe) -> None:
         return
     if (output / "checkpoints").exists():
         raise CheckpointError(f"output = {output} is the directory of a run; name a new folder")
-    written = (INDEX, RECIPE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [name for name in written if (output / name).exists()]
-    files += sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in output.glob(pattern))
-    if not files:
-        return
-    if not is_of_run(output / RECIPE, recipe):
+    files = candidates(output)
+    if files and not is_of_run(output / RECIPE, recipe):
         raise CheckpointError(
             f"output = {output} holds {files[0]} of another model; name a new folder, or remove what is in it"
         )
+    if other := WrittenFiles(output, MARK).other(files):
+        raise CheckpointError(
+            f"output = {output} holds {other}, which no export of this run has written; name a new folder, or remove it"
+        )
+
+
+def candidates(output: Path) -> list[str]:
+    """Return the files of a folder that an export would write or replace, or that hold a model."""
+    files = [name for name in WRITTEN if os.path.lexists(output / name)]
+    patterns = ("*.safetensors", "*.bin", ".*.done")
+    return files + sorted(path.name for pattern in patterns for path in output.glob(pattern))
 
 
 def is_of_run(path: Path, recipe: Recipe) -> bool:
@@ -144,8 +160,8 @@ def writable_folder(folder: Path) -> Path:
     """Return a folder that exists. Raises CheckpointError when it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
+        probe = folder / f".writable-{os.getpid()}"
+        new_file(probe).close()
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"output = {folder} cannot be written ({error.strerror}); name another folder") from None
@@ -173,7 +189,7 @@ def write_tokenizer(tokenizer: Tokenizer, recipe: Recipe, output: Path) -> dict[
     }
     files[CONFIG] = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     for name, text in files.items():
-        (output / name).write_text(text, encoding="utf-8")
+        write_atomically(output / name, text)
     ids = {"bos_token": tokenizer.begin, "eos_token": tokenizer.end, "pad_token": tokenizer.pad}
     return {key: number for key, number in ids.items() if number is not None}
 
@@ -184,9 +200,9 @@ def write_config(recipe: Recipe, output: Path, dtype: str, tokens: dict[str, int
     config = config_from_settings(recipe.model, dtype, begin=begin, end=end)
     if power_of_two:
         config["quantization_config"] = {**config["quantization_config"], "scale_fmt": "ue8m0"}
-    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(output / "config.json", config)
     generation = {"do_sample": False, "bos_token_id": begin, "eos_token_id": end}
-    (output / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    write_json(output / "generation_config.json", generation)
 
 
 if __name__ == "__main__":

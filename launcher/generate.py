@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from dsv3_megatron.run.terminal import print_exactly
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.compose import load_resolved
 from launcher.command_line.console import guarded
@@ -65,7 +66,7 @@ def main(given: GenerateArguments) -> int:
             go_on = partial(continue_tokens, temperature=given.temperature, seed=given.seed, top_p=given.top_p)
         window = recipe.data.sequence_length
         made = list(go_on(model.parts, prompt, count=given.tokens, window=window, end=tokenizer.end))
-        print(tokenizer.decode([*prompt, *made]))
+        print_exactly(tokenizer.decode([*prompt, *made]))
         if given.speculate:
             rate = f"{counts.accepted}/{counts.drafted} drafts accepted"
             print(f"{len(made)} tokens in {counts.passes} passes of the model, {rate}", file=sys.stderr)

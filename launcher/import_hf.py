@@ -7,7 +7,6 @@ alone gives the recipe alone. Memory is a tensor a process. The same command aga
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,14 +16,18 @@ from pydantic import Field, PositiveInt
 
 from dsv3_megatron.checkpoint.hugging_face.config import settings_from_config, text_model, told_by_config
 from dsv3_megatron.checkpoint.hugging_face.headers import holds_weights, read_trained_with
-from dsv3_megatron.checkpoint.manifest import checkpoints, read_content
+from dsv3_megatron.checkpoint.manifest import checkpoints, folder_name, read_content
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.data.tokenizer_files.names import CONFIG
 from dsv3_megatron.data.tokenizer_files.read import FILES, TOKENIZER
 from dsv3_megatron.data.tokenizer_identity import check_rows, described, other_tokenizer
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from launcher.command_line.arguments import Arguments, takes
+from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.handed import inside, is_nested_deeper, read_json_file
+from dsv3_megatron.run.written import WrittenFiles
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.compose import build, compose, load_resolved, resolved_yaml
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.recipe_files import options
@@ -36,6 +39,18 @@ from parallel.units import show_bytes
 if TYPE_CHECKING:
     from dsv3_megatron.checkpoint.hugging_face.sources import Sources
 
+# What a recipe.yaml beside weights may say: numbers of the training. Whoever made the folder decides no command, place,
+# layout or report of this machine's.
+TAKEN = {
+    "optim": None,  # whole
+    "run": ("seed", "steps", "tokens"),
+    "data": ("source", "sequence_length", "held_out", "held_out_sequences", "weights", "mixture", "at_source_end",
+             "start_token", "isolate_documents", "fim_rate"),
+}  # fmt: skip
+FIRST, MARK = folder_name(0), ".imported.json"
+PARTIAL = f".{FIRST}.import"
+WRITTEN = ("recipe.yaml", TOKENIZER, CONFIG, "published_scales.safetensors", f"checkpoints/{FIRST}/manifest.json")
+CONFIG_BYTES, CONFIG_LEVELS = 1 << 22, 20  # of a configuration; published ones have a hundredth
 CONTINUING = ("recipe=moonlight_16b", "parallel=single", "optim.micro_batch=1")
 
 
@@ -50,6 +65,7 @@ class ImportArguments(Arguments):
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="of the weights; null = as they are, FP8 as BF16")
     allow_other: bool = Field(False, description="take a tokenizer that the weights were not trained with")
     processes: PositiveInt | None = Field(None, description="files read at once; null = one a core, 8 at most")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(ImportArguments, __doc__)
@@ -61,8 +77,7 @@ def main(given: ImportArguments) -> int:
         print(line)
     weights = sources_of(model, Path(given.input), config)
     model = weights.model if weights else model
-    if (Path(given.output) / "config.json").exists():
-        raise CheckpointError(f"output = {given.output} holds a published model, and no run; name a new folder")
+    refuse_other_files(Path(given.output))
     directory = RunDirectory(writable_folder(Path(given.output)))
     recipe = recipe_of(model, folder, given, precision_of(config, given.dtype, weights))
     tokenizer = tokenizer_of(folder, model)
@@ -73,24 +88,55 @@ def main(given: ImportArguments) -> int:
                 "or set allow_other=true"
             )
         print(f"its weights were trained with {difference}: allow_other = true")
+    files = WrittenFiles(directory.path, MARK)
+    files.begin(WRITTEN)
     if weights:
         size = import_weights(weights, directory, recipe, given, tokenizer)
         print(f"{folder} -> {directory.path}: {show_bytes(size)} of weights, checksummed")
-    directory.recipe.write_text(resolved_yaml(recipe))
+    write_atomically(directory.recipe, resolved_yaml(recipe))
     if tokenizer is not None:
         tokenizer.save(directory.path / TOKENIZER)
+    files.end(WRITTEN)
     print(f"recipe: {directory.recipe}; train from it: {command('train')} recipe={directory.recipe}")
     return 0
 
 
+def refuse_other_files(output: Path) -> None:
+    """Raise CheckpointError where the output holds what no import has written: a run, a model, or anything else."""
+    if (output / "config.json").exists():
+        raise CheckpointError(f"output = {output} holds a published model, and no run; name a new folder")
+    folder = RunDirectory(output).checkpoints
+    if later := [path for path in checkpoints(folder) if path.name != FIRST]:
+        raise CheckpointError(f"output = {output} holds {later[0].name} of another run; name a new folder")
+    if not output.is_dir():
+        return
+    there = sorted(path.name for path in output.iterdir() if not path.name.startswith(".") and path != folder)
+    if os.path.lexists(folder):
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        held = sorted(os.listdir(folder)) if is_folder else [""]
+        known = (
+            is_folder
+            and (output / MARK).is_file()
+            and not any((folder / name).is_symlink() for name in (FIRST, PARTIAL))
+        )
+        there += [f"{folder.name}/{name}" for name in held if name not in (FIRST, PARTIAL) or not known]
+        there += [name for name in WRITTEN if "/" in name]
+    if other := WrittenFiles(output, MARK).other(there):
+        raise CheckpointError(
+            f"output = {output} holds {other}, which no import has written; name a new folder, or remove it"
+        )
+
+
 def read_config(given: Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder and its config.json. Raises CheckpointError when there is none."""
-    path = given / "config.json" if given.is_dir() else given
     try:
-        config = json.loads(path.read_text())
+        path = inside(given, "config.json") if given.is_dir() else given
+        config = read_json_file(path, CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"input = {given}: {path} cannot be read ({error}); name a Hugging Face folder") from None
-    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"input = {given}: its config.json cannot be read ({error}); name a Hugging Face folder"
+        ) from None
+    if not isinstance(config, dict) or is_nested_deeper(config, CONFIG_LEVELS):
         raise CheckpointError(f"input = {given}: {path} is no configuration; name a Hugging Face folder")
     return path.parent, config
 
@@ -144,7 +190,7 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
     """Return a recipe for the model: the rest from the export's own recipe, from the one named, or a shipped one."""
     output = Path(given.output)
     if given.recipe is None and (folder / "recipe.yaml").is_file():
-        base = load_resolved(folder / "recipe.yaml").model_dump(mode="json")
+        base = with_numbers_of(folder / "recipe.yaml")
     else:
         words = [f"recipe={given.recipe}"] if given.recipe else words_for(model)
         base = compose(words).model_dump(mode="json")
@@ -158,6 +204,27 @@ def recipe_of(model: ModelSettings, folder: Path, given: ImportArguments, precis
         return build(base)
     except RecipeError as error:
         raise CheckpointError(f"input = {given.input} does not go with the recipe: {error.args[0]}") from None
+
+
+def with_numbers_of(path: Path) -> dict[str, Any]:
+    """Return a recipe that is shipped, with what a recipe.yaml beside weights may say of a training; say what it may
+    not, and is left out."""
+    theirs = load_resolved(path).model_dump(mode="json")
+    base = compose(CONTINUING).model_dump(mode="json")
+    left_out = []
+    for section, values in theirs.items():
+        taken = TAKEN.get(section, ())
+        if taken is None:
+            base[section] = values
+        elif section not in ("recipe", "model", "precision") and not isinstance(values, dict):
+            left_out += [section] if values != base[section] else []
+        elif section not in ("recipe", "model", "precision"):
+            base[section] |= {key: values[key] for key in taken}
+            other = [key for key, value in values.items() if value != base[section][key]]
+            left_out += [f"{section}.{key}" for key in other] if taken else [section] * bool(other)
+    if left_out:
+        print(f"{path}: model and numbers of the training are taken; not {', '.join(left_out)}")
+    return base
 
 
 def words_for(model: ModelSettings) -> list[str]:
@@ -179,8 +246,6 @@ def import_weights(
     from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights  # as above
     from dsv3_megatron.checkpoint.hugging_face.published_scales import keep_scales
 
-    if later := [path for path in checkpoints(directory.checkpoints) if path.name != "step_00000000"]:
-        raise CheckpointError(f"output = {given.output} holds {later[0].name} of another run; name a new folder")
     shown = ProgressLine("importing")
     path = import_weights(
         weights,

@@ -13,13 +13,15 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from launcher.command_line.arguments import Arguments, takes_recipe
 from launcher.command_line.compose import compose
 from launcher.command_line.console import guarded
-from parallel.layout import GROUPS, Layout
+from parallel.layout import GROUPS, MOST_RANKS, Layout
 
 
 class LayoutArguments(Arguments):
     """Keys of the command."""
 
-    world: PositiveInt | None = Field(None, description="ranks; null = those of the recipe's cluster, else 1")
+    world: PositiveInt | None = Field(
+        None, le=MOST_RANKS, description="ranks; null = those of the recipe's cluster, else 1"
+    )
     rank: NonNegativeInt = Field(0, description="the rank whose groups are shown")
 
 

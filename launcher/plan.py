@@ -38,6 +38,7 @@ from launcher.views.plan_report import html_of
 from launcher.views.precision import show_precision
 from launcher.views.regime import show_regime
 from launcher.views.search import search_run
+from parallel.layout import MOST_RANKS
 from parallel.units import parse_count
 
 _PLAN = {"world", "fast", "output", "report", "calibrate", "assume", "advice"}
@@ -53,7 +54,7 @@ _EFFECTIVE = {  # what is asked for -> the keys that have an effect there
 class PlanArguments(Arguments):
     """Keys of the command."""
 
-    world: PositiveInt | None = Field(None, description="plan for N ranks instead of the whole cluster")
+    world: PositiveInt | None = Field(None, le=MOST_RANKS, description="plan for N ranks instead of the whole cluster")
     fast: bool = Field(False, description="memory by formulae, in seconds")
     output: Path | None = Field(None, description="file to write; null = plan.json, and stdout with show=")
     report: Path | None = Field(None, description="HTML page to write: timeline of one step, memory by rank")
@@ -67,7 +68,7 @@ class PlanArguments(Arguments):
     )
     advice: bool = Field(True, description="search for overrides that would help")
     search: bool = Field(False, description="try hundreds of layouts, by formulae")
-    top: PositiveInt = Field(20, description="rows of the search's table")
+    top: PositiveInt = Field(20, le=10_000, description="rows of the search's table")
     save: str | None = Field(
         None, pattern=r"^\w[\w.-]*$", description="recipe to write as: recipes/recipe/NAME.yaml; null = a file here"
     )

@@ -22,7 +22,7 @@ from dsv3_megatron.data.prepare.output import Part
 from dsv3_megatron.data.prepare.shard import PrepareOptions, prepare
 from dsv3_megatron.data.raw.inputs import printable
 from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
@@ -66,6 +66,7 @@ class PrepareArguments(Arguments):
         DOCUMENT_BYTES, description="largest row or text that is read, unpacked; a larger one counts as not readable"
     )
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that read, encode and write")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(PrepareArguments, __doc__)

@@ -20,11 +20,13 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.made import for_owner
 from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
 from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.last_words import Failure, last_words
 from launcher.command_line.refusal import Vote, refusal_file, write_refusal
+from launcher.command_line.typed import command
 from parallel.errors import UserError
 from parallel.world import World
 
@@ -34,6 +36,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 
     ``signals``: listens already, since the process began.
     """
+    for_owner(recipe.run.readable_by)
     world = World.from_environment()
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
     recipe.data.check_source()
@@ -42,6 +45,11 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 
     first = world.rank == 0
     reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
+    if world.is_open:
+        reporter.note(
+            "note: torchrun listens on all addresses of this host, and whoever reaches its port can run programs as "
+            f"you; `{command('train', ranks=world.size)}` listens on none (docs/security.md)"
+        )
     summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")

@@ -44,7 +44,7 @@ class ScheduleArguments(Arguments):
     cost: str | None = Field(None, alias="times.cost", description="relative cost of each stage, such as 1,1,1,1.4")
     seed: NonNegativeInt = Field(0, description="of the search that name=auto makes")
     format: Literal["text", "json", "svg", "actions"] = Field("text", description="text, json, svg or actions")
-    width: PositiveInt | None = Field(None, description="columns of text, pixels of svg; null = what suits")
+    width: PositiveInt | None = Field(None, le=100_000, description="columns of text, pixels of svg; null = what suits")
     output: Path | None = Field(None, description="file to write; null = stdout")
 
 

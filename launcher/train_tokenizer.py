@@ -8,9 +8,11 @@ line breaks and digits in threes are those of DeepSeek-V3's published tokenizer;
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -19,7 +21,9 @@ from dsv3_megatron.data.prepare.plan import text_bytes
 from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import check_distinct, files_of, printable
 from dsv3_megatron.data.tokenizer import Tokenizer
-from launcher.command_line.arguments import Arguments, takes
+from dsv3_megatron.data.tokenizer_files.names import CONFIG
+from dsv3_megatron.data.tokenizer_files.read import TOKENIZER
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.data_commands.words import path_list, tell
 from parallel.errors import DataError
@@ -40,12 +44,13 @@ class TokenizerArguments(Arguments):
     sample: Annotated[PositiveInt, BeforeValidator(parse_count)] = Field(
         1_000_000_000, description="characters to learn from, spread evenly over the inputs"
     )
+    readable_by: ReadableBy = "owner"
 
 
 @takes(TokenizerArguments, __doc__)
 def main(given: TokenizerArguments) -> int:
     """Train the tokenizer; return the exit code."""
-
+    refuse_other_files(Path(given.output))
     inputs = path_list(given.input)
     found = _Found()
     tokenizer = Tokenizer.train(_sample(inputs, given.field, given.sample, found), given.vocab_size, "vocab_size")
@@ -54,14 +59,25 @@ def main(given: TokenizerArguments) -> int:
         raise DataError(f"input = {printable(given.input)} holds no readable document{told}; check the input and field")
     try:
         tokenizer.save(given.output)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"output = {given.output} cannot be written ({error}); name another file") from None
+    except OSError as error:
+        raise DataError(
+            f"output = {printable(given.output)} cannot be written ({error.strerror}); name another file"
+        ) from None
     learned = f"{found.documents:,} documents, {found.characters:,} characters"
     left_out = f"; {found.lost:,} not readable" if found.lost else ""
     print(f"{printable(given.output)}: {tokenizer.vocab_size:,} tokens learned from {learned}{left_out}")
     if found.first:
         tell(f"    such as {found.first}")
     return 0
+
+
+def refuse_other_files(output: Path) -> None:
+    """Raise DataError where a file has the name of one that would be written: a tokenizer cannot be made again from the
+    data that it was used for."""
+    beside = [output.with_name(CONFIG)] if output.name == TOKENIZER else []
+    for path in (output, *beside):
+        if os.path.lexists(path):
+            raise DataError(f"output = {printable(str(output))}: {path} exists; name another file, or remove it")
 
 
 @dataclass

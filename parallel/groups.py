@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from parallel.errors import LayoutError, RankFault
 from parallel.layout import GROUPS, Layout
+from parallel.meeting import listen_at_home, open_store
 from parallel.world import World
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
     Raises: RankFault: not all ranks have come in time, or one has left. LayoutError: too few open files are allowed.
     """
     allow_open_files(world.size + OTHER_FILES)
+    listen_at_home(world)
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # torch reads it as each group is made (2.13)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -103,19 +105,6 @@ def set_timeouts(seconds: float) -> None:
     for group in list(_world.pg_map):
         if dist.get_backend(group) != "fake":  # whose collectives end at once
             _set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-def open_store(world: World, timeout_seconds: float) -> dist.Store:
-    """Return the store by which the ranks of this start meet, in a part that no earlier start of theirs has written to.
-
-    torchrun --max-restarts on one node keeps its store, in which restarted ranks would find the addresses of the dead
-    and wait for them for ever (torch 2.13). Over several nodes the count differs from agent to agent; set
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there, which gives every start a new store, in the process of rank 0.
-    """
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_seconds)))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        return store
-    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def build_groups(layout: Layout, *, mirrored: bool = False) -> ProcessGroupCollection:

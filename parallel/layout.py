@@ -43,10 +43,14 @@ KEYS = {
     "expert_tp": "parallel.expert_tensor",
 }
 
+MOST_RANKS = 1_000_000  # whose groups can be listed
+_MOST_TRIED = 100_000  # divisors: no degree of parallelism is larger
+
 
 def nearest_divisors(number: int, wanted: int) -> str:
     """Return the two divisors of ``number`` nearest to ``wanted``, as text for an error message."""
-    divisors = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+    candidates = (*range(1, min(number, _MOST_TRIED) + 1), number)
+    divisors = sorted({d for d in candidates if number % d == 0}, key=lambda d: (abs(d - wanted), d))
     return ", ".join(str(d) for d in sorted(divisors[:2]))
 
 
@@ -66,8 +70,10 @@ class Layout:
     def of(cls, parallel: ParallelSettings, world_size: int) -> Layout:
         """Return the layout of ``world_size`` ranks; the data-parallel degrees are what remains.
 
-        Raises: LayoutError: the degrees do not divide the world.
+        Raises: LayoutError: the degrees do not divide the world, or it is larger than any.
         """
+        if world_size > MOST_RANKS:
+            raise LayoutError(f"{str(world_size)[:40]} ranks are more than {MOST_RANKS:,}; start fewer")
         tp, cp, pp = parallel.tensor, parallel.context, parallel.pipeline
         ep, expert_tp = parallel.expert, parallel.expert_tensor
         for what, degrees in (

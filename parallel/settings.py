@@ -21,9 +21,9 @@ class ParallelSettings(BaseModel):
     )
     expert: PositiveInt = Field(1, description="expert-parallel ranks (EP): each holds n_routed_experts / EP experts")
     expert_tensor: PositiveInt = Field(1, description="tensor-parallel ranks inside an expert")
-    pipeline: PositiveInt = Field(1, description="pipeline-parallel ranks (PP)")
+    pipeline: PositiveInt = Field(1, le=10_000, description="pipeline-parallel ranks (PP)")
     schedule: ScheduleName = Field("1f1b", description="order of forwards and backwards over the stages")
-    chunks: PositiveInt = Field(1, description="stages a pipeline rank holds under the interleaved schedule")
+    chunks: PositiveInt = Field(1, le=1_000, description="stages a pipeline rank holds under the interleaved schedule")
     stages: tuple[PositiveInt, ...] | None = Field(
         None, description="decoder layers of each stage, first to last; null = balanced by cost"
     )

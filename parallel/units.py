@@ -8,6 +8,8 @@ import re
 DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 GIB = BINARY["GiB"]
+MOST = 10**18  # of what is counted, bytes too: a million times the largest runs, and exact in every sum
+_LONGEST = 40  # characters
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -16,25 +18,34 @@ def parse_count(text: str | int | float) -> int:
     if isinstance(text, bool):
         raise ValueError(f"{text} is not a count; write a number with an optional K, M, B or T, such as 469B")
     if isinstance(text, (int, float)):
-        if not math.isfinite(text) or text < 0 or text != int(text):
-            raise ValueError(f"{text} is not a whole number of zero or more")
-        return int(text)
-    match = _QUANTITY.fullmatch(text)
+        if not 0 <= text < math.inf or text != int(text):
+            raise ValueError(f"{str(text)[:_LONGEST]} is not a whole number of zero or more")
+        return _at_most(int(text))
+    match = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST else None
     if not match or match[2] not in DECIMAL:
-        raise ValueError(f"{text!r} is not a count; write a number with an optional K, M, B or T, such as 469B")
-    return round(float(match[1]) * DECIMAL[match[2]])
+        shown = repr(text[:_LONGEST])
+        raise ValueError(f"{shown} is not a count; write a number with an optional K, M, B or T, such as 469B")
+    return _at_most(float(match[1]) * DECIMAL[match[2]])
 
 
 def parse_bytes(text: str | int | float) -> int:
     """Return a size such as ``80GiB`` in bytes. Raises ValueError when it is none."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        if not math.isfinite(text) or text < 0:
-            raise ValueError(f"{text} is not a size; write a number with KiB, MiB, GiB or TiB, such as 80GiB")
-        return int(text)
-    match = _QUANTITY.fullmatch(str(text))
+        if not 0 <= text < math.inf:
+            shown = str(text)[:_LONGEST]
+            raise ValueError(f"{shown} is not a size; write a number with KiB, MiB, GiB or TiB, such as 80GiB")
+        return _at_most(int(text))
+    match = _QUANTITY.fullmatch(str(text)) if len(str(text)) <= _LONGEST else None
     if not match or match[2] not in BINARY:
-        raise ValueError(f"{text!r} is not a size; write a number with KiB, MiB, GiB or TiB, such as 80GiB")
-    return round(float(match[1]) * BINARY[match[2]])
+        shown = repr(str(text)[:_LONGEST])
+        raise ValueError(f"{shown} is not a size; write a number with KiB, MiB, GiB or TiB, such as 80GiB")
+    return _at_most(float(match[1]) * BINARY[match[2]])
+
+
+def _at_most(number: int | float) -> int:
+    if number > MOST:
+        raise ValueError(f"it is more than {MOST:,}, which is more than anybody counts; write a smaller number")
+    return round(number)
 
 
 def show_count(count: int | float) -> str:

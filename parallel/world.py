@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 from parallel.errors import LayoutError
+
+NOT_SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # environment variable, of torch: an agent keeps its store to itself
+AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # environment variable, of torch: whether ranks use the agent's store
+LOOPBACK = ("lo", "lo0")
 
 
 @dataclass(frozen=True)
@@ -28,3 +33,14 @@ class World:
         if not 0 <= world.rank < world.size:
             raise LayoutError(f"RANK = {world.rank} is not in WORLD_SIZE = {world.size}; start with torchrun")
         return world
+
+    @property
+    def is_at_home(self) -> bool:
+        """Whether torchrun has started all ranks on this host."""
+        return os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether torchrun's agent serves its store to other hosts too, although all ranks are on this one."""
+        others = any(name not in LOOPBACK for _, name in socket.if_nameindex())
+        return self.is_at_home and others and os.environ.get(AGENTS_STORE) == "True"

@@ -16,7 +16,7 @@ def commands(page: Path) -> Iterator[str]:
     """Yield every command of a page or of a Dockerfile's comments; of a container, what it is to run."""
     for line in shell_lines(page):
         line = re.sub(r"^docker run .*? dsv3-megatron:\w+ ", "", line.strip().removeprefix("$ "))
-        if re.match(r"(?:[A-Z_]+=\S+ )*(python|torchrun|make)\b", line):
+        if re.match(r"(?:[A-Z_]+=\S+ )*(python|torchrun|dsv3 train|make)\b", line):
             yield line
 
 

@@ -21,7 +21,7 @@ def folder(tmp_path):
                 shutil.copy(ROOT / name, tmp_path / name)
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name in ("python", "torchrun"):
+    for name in ("python", "dsv3"):
         (programs / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
         (programs / name).chmod(0o755)
     (tmp_path / ".venv" / ".installed").touch()
@@ -51,8 +51,8 @@ def test_clean_keeps_what_was_trained_and_says_so(folder):
 
 def test_a_demo_keeps_the_demo_of_before(folder):
     said = make(folder, "demo")
-    assert not (folder / "runs" / "demo").exists()  # torchrun is a stand-in: nothing was trained anew
+    assert not (folder / "runs" / "demo").exists()  # dsv3 is a stand-in: nothing was trained anew
     assert trained(folder) == ["demo", "mine"]
     kept = next(folder.glob("runs/demo-*")).name
     assert f"demo: starts anew; runs/demo is now runs/{kept}" in said
-    assert "torchrun --nproc-per-node 4" in said
+    assert "dsv3 train --nproc-per-node 4" in said

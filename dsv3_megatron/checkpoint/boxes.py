@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Box(NamedTuple):
     """A box of a tensor: its first corner and its extent, a number for every axis."""
@@ -49,6 +51,19 @@ def common_box(one: Box, other: Box) -> Box | None:
     ends = (min(a + b, c + d) for a, b, c, d in zip(one.start, one.extent, other.start, other.extent))
     extent = tuple(end - begin for begin, end in zip(start, ends))
     return Box(start, extent) if all(size > 0 for size in extent) else None
+
+
+def is_partition(boxes: Sequence[Box], numbers: int) -> bool:
+    """Return whether boxes, each with numbers and all within so many, have none in common and leave none out."""
+    if sum(prod(box.extent) for box in boxes) != numbers:
+        return False
+    if len(boxes) < 2:
+        return True
+    first = np.array([box.start for box in boxes])
+    behind = first + np.array([box.extent for box in boxes])
+    return all(
+        np.count_nonzero(((first < behind[n]) & (first[n] < behind)).all(axis=1)) == 1 for n in range(len(boxes))
+    )
 
 
 def strides_of(shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from dsv3_megatron.run.stored_recipe import read_stored_recipe
+from parallel.errors import CheckpointError
 
 # Where and how a run is started and watched: no number that is trained depends on it.
 NOT_TOLD = ("recipe", "run.name", "run.directory", "run.resume", "cluster", "logging", "checkpoint.load")
@@ -15,10 +16,13 @@ NOT_FIXED = ("model.freeze",)  # whose moments are kept: what a checkpoint lacks
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a stored recipe as plain values."""
-    recipe = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(recipe, dict), f"{path} holds no sections"
-    return {str(name): section for name, section in recipe.items()}
+    """Return a stored recipe as plain values. Raises CheckpointError: it cannot be read, or is none."""
+    try:
+        return read_stored_recipe(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore it") from None
+    except ValueError as error:
+        raise CheckpointError(f"{error}; restore it") from None
 
 
 def changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

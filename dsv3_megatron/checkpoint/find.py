@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.manifest import (
     RECIPE,
+    USE_OLDER,
     DamageError,
     FileFacts,
     checkpoints,
@@ -45,6 +46,12 @@ class Chosen:
 
     path: Path
     wrong: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for each newer one that is damaged: what is wrong with it, and which one is used instead."""
+        reasons = (wrong.removeprefix("checkpoint: ").removesuffix(f"; {USE_OLDER}") for wrong in self.wrong)
+        return tuple(f"warning: {reason}; {self.path} is used instead" for reason in reasons)
 
 
 def choose_checkpoint(run: str | Path, step: int | None, holding: Collection[str]) -> Chosen:

@@ -6,14 +6,17 @@ no more of it than is about its own stages.
 
 from __future__ import annotations
 
+import gc
 import pickle
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
@@ -24,9 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError
+from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError, damage_of, read_content
+from dsv3_megatron.checkpoint.stored.metadata import metadata_of
 from dsv3_megatron.megatron.host import adapt_host
 from dsv3_megatron.run.files import retried
+from dsv3_megatron.run.handed import read_bytes
 from parallel.agree import agreed
 
 adapt_host()
@@ -114,7 +119,7 @@ def index_of(checkpoint: Path, keys: Collection[str]) -> Metadata:
     whole: _Part = {}
     with agreed(any_counts=True):
         if dist.get_rank() == 0:
-            whole = _read(checkpoint / INDEX)
+            whole = _by_tensor(read_index(checkpoint))
     # megatron-core's global state: the groups of a mirrored pipeline have two pipeline ranks in one data-parallel
     # group, of which only one is the first.
     data = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -141,13 +146,38 @@ def _ask(whole: _Part, keys: set[str], axes: Sequence[dist.ProcessGroup]) -> _Pa
     return answer[0]
 
 
-def _read(path: Path) -> _Part:
-    """Return an index as it is stored."""
-    try:
-        index = pickle.loads(retried(path.read_bytes))
-    except (OSError, pickle.UnpicklingError, EOFError) as error:
-        raise DamageError(f"{path} cannot be read ({error}); {USE_OLDER}") from None
+def _by_tensor(index: Metadata) -> _Part:
+    """Return an index by tensor."""
     part: _Part = {key: (tensor, {}) for key, tensor in index.state_dict_metadata.items()}
     for box, place in index.storage_data.items():
         part[box.fqn][1][box] = place
     return part
+
+
+def read_index(checkpoint: Path) -> Metadata:
+    """Return what a checkpoint's index says, its types and places checked against the manifest.
+
+    The file is a pickle, and read as data: what it names is not called. Kept of it are the tensors and their pieces.
+    Raises: DamageError: it cannot be read, is not what was written, or describes what the files do not hold.
+    """
+    path, files = checkpoint / INDEX, read_content(checkpoint)["files"]
+    try:
+        with damage_of(path):
+            stored = retried(lambda: read_bytes(path, files[INDEX]["bytes"]))
+        if xxhash.xxh3_128_hexdigest(stored) != files[INDEX]["xxh3"]:
+            raise ValueError("it is not what was written")
+        with _without_collections():  # which look at every object so far again and again: three quarters of the time
+            return metadata_of(stored, files)
+    except ValueError as error:
+        raise DamageError(f"{path} cannot be read ({error}); {USE_OLDER}") from None
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

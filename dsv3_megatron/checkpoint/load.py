@@ -7,7 +7,6 @@ damaged piece, a fault of a host.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from math import prod
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from dsv3_megatron.checkpoint.find import Found
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from dsv3_megatron.checkpoint.index import index_of
+from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError, damage_of
 from dsv3_megatron.checkpoint.optimizer_states import (
     MASTER,
     forget_moments,
@@ -38,6 +38,7 @@ from dsv3_megatron.checkpoint.optimizer_states import (
 from dsv3_megatron.checkpoint.read import misfit, read_entries
 from dsv3_megatron.checkpoint.shares import Share, buffer_entries, gather_frozen, shares_of, whole_shares
 from dsv3_megatron.checkpoint.state import optimizer_entries, weight_entries
+from dsv3_megatron.checkpoint.stored.saved_tensor import read_description
 from dsv3_megatron.checkpoint.write import COMMON
 from dsv3_megatron.model.freeze import is_frozen
 from dsv3_megatron.model.initialise import global_name
@@ -46,6 +47,7 @@ from dsv3_megatron.optim.muon import MOMENTUM
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.run.files import retried
+from dsv3_megatron.run.handed import read_bytes
 from parallel.agree import agreed, from_first
 from parallel.errors import CheckpointError
 
@@ -164,15 +166,23 @@ def _updates(found: Found) -> int:
 
 
 def _updates_in_format_1(common: Path) -> int:
-    """Return them from the file of what is no tensor."""
-    data = io.BytesIO(retried(common.read_bytes))
-    return max(_steps(torch.load(data, weights_only=False)["optimizer"]), default=0)
+    """Return them from the file of what is no tensor. Raises: DamageError: it says something else."""
+    try:
+        with damage_of(common):
+            data = retried(lambda: read_bytes(common))
+        found, _ = read_description(memoryview(data))
+        return max(_steps(found["optimizer"]), default=0)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        said = error if isinstance(error, ValueError) else "it does not say how often weights were updated"
+        raise DamageError(f"{common} cannot be read ({said}); {USE_OLDER}") from None
 
 
 def _steps(state: Any) -> Iterable[int]:
-    """Yield the values of all keys "step" in nested dictionaries and lists."""
+    """Yield the values of all keys "step" in nested dictionaries and lists. Raises: ValueError: one is no number."""
     for key, value in state.items() if isinstance(state, dict) else enumerate(state):
         if key == "step":
+            if type(value) not in (int, float) or not 0 <= value < 1 << 48:
+                raise ValueError("it does not say how often weights were updated")
             yield int(value)
         elif isinstance(value, (dict, list)):
             yield from _steps(value)

@@ -11,18 +11,22 @@ import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.run.files import retried
+from dsv3_megatron.run.handed import inside, open_regular, read_json_file
 from parallel.errors import CheckpointError
 
 MANIFEST, RECIPE = "manifest.json", "recipe.yaml"
+NEEDED = (".metadata", "common.pt", "metadata.json", RECIPE)  # what every checkpoint has beside its tensors
 WEIGHTS, OPTIMIZER = "weights", "optimizer"  # what files hold, beside extra states by their names
 FORMAT = 2  # 1: no checksums of pieces, so that files are read whole before they are trusted; optimizer states gathered
 _HASHERS = 8
@@ -36,6 +40,64 @@ FileFacts = dict[str, dict[str, Any]]  # name -> {"bytes": size, "xxh3": checksu
 
 class DamageError(CheckpointError):
     """A checkpoint is not what was written: another one may be."""
+
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class _Typed(BaseModel):
+    """A part of a manifest; what it has beside these keys is left to who asks for it."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=True)
+
+
+class _File(_Typed):
+    bytes: _Count
+    xxh3: _Digest
+    holds: str = ""
+
+
+class _Health(_Typed):
+    model_config = ConfigDict(extra="forbid")
+
+    losses: list[float] = []
+    norms: list[float] = []
+    skipped_in_row: _Count = 0
+    rollbacks: _Count = 0
+
+
+class _Progress(_Typed):
+    model_config = ConfigDict(extra="forbid")
+
+    step: _Count
+    tokens: _Count
+    samples: _Count
+    skipped: _Count
+    health: _Health = _Health()
+
+
+class _Named(_Typed):
+    sha256: str
+    name: str
+
+
+class _Text(_Named):
+    order: int
+
+
+class _Content(_Typed):
+    """What a manifest says (:func:`manifest_text`)."""
+
+    format: Annotated[int, Field(ge=1)]
+    progress: _Progress
+    files: dict[str, _File]
+    extra: list[str]
+    optimizer: bool
+    updates: _Count | None = None
+    freeze: list[str] = []
+    tokenizer: _Named | None = None
+    data: _Text | None = None
 
 
 @contextmanager
@@ -66,7 +128,7 @@ def checksum(path: Path) -> str:
 
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 24):
             digest.update(piece)
     return digest.hexdigest()
@@ -91,22 +153,41 @@ def _digest(content: dict[str, Any]) -> str:
 def read_content(folder: Path) -> dict[str, Any]:
     """Return all that a manifest says, checked against its own checksum but not against the files.
 
-    Raises: DamageError: it is missing or damaged. CheckpointError: a later version has written it.
+    Raises: DamageError: it is missing or damaged, or does not say what a manifest does: every file, inside the folder.
+    CheckpointError: a later version has written it.
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(retried(path.read_text))
+        with damage_of(path):
+            manifest = retried(lambda: read_json_file(inside(folder, MANIFEST)))
         content = manifest["content"]
         whole = manifest["xxh3"] == _digest(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{path} cannot be read ({error}); {USE_OLDER}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        said = "it is none" if isinstance(error, KeyError | TypeError | RecursionError) else error
+        raise DamageError(f"{path} cannot be read ({said}); {USE_OLDER}") from None
     if not whole:
         raise DamageError(f"{path} does not match its own checksum; {USE_OLDER}")
-    if content["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {content['format']}, this version reads up to {FORMAT}; use a newer one"
-        )
+    if isinstance(content, dict) and type(number := content.get("format")) is int and number > FORMAT:
+        raise CheckpointError(f"{path} has format {number}, this version reads up to {FORMAT}; use a newer one")
+    try:
+        _Content.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its content"
+        raise DamageError(f"{path}: {place}: {first['msg']}; {USE_OLDER}") from None
+    if wrong := _wrong_names(content["files"]):
+        raise DamageError(f"{path} {wrong}; {USE_OLDER}")
     return content
+
+
+def _wrong_names(files: FileFacts) -> str | None:
+    """Return what is wrong with the files that a manifest names: it names all that there must be, inside the folder."""
+    if lacking := [name for name in NEEDED if name not in files]:
+        return f"names no {lacking[0]}"
+    if not any(name.endswith(".distcp") for name in files):
+        return "names no file of tensors"
+    other = next((name for name in files if name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name), None)
+    return None if other is None else f"names {other!r}, which can be no file of this folder"
 
 
 def read_manifest(folder: Path, holding: Collection[str] | None = None) -> dict[str, Any]:
@@ -145,14 +226,27 @@ def _problem(path: Path, expected: dict[str, Any], *, whole: bool) -> str | None
     """Return what is wrong with a file. One that is not as it was written is read twice before it is called damaged."""
     try:
         with damage_of(path):
-            size = retried(path.stat).st_size
+            size = retried(lambda: _size(path))
             if size != expected["bytes"]:
                 return f"{path} has {size} bytes, its manifest says {expected['bytes']}; {USE_OLDER}"
             if whole and checksum(path) != expected["xxh3"] and (found := checksum(path)) != expected["xxh3"]:
                 return f"{path} has xxh3 {found[:8]}.., its manifest says {expected['xxh3'][:8]}..; {USE_OLDER}"
     except DamageError as damage:
         return str(damage.args[0])
+    except ValueError as error:
+        return f"{path} is refused ({error}); {USE_OLDER}"
     return None
+
+
+def _size(path: Path) -> int:
+    """Return the size of a regular file; a link is followed within its folder. One look, where it is none."""
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        inside(path.parent, path.name)
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return found.st_size
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ whoever reads a piece can tell whether it is what was written, without reading t
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -20,7 +19,10 @@ import xxhash
 from torch import Tensor
 
 from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError, damage_of
+from dsv3_megatron.checkpoint.stored.saved_tensor import find_tensor
 from dsv3_megatron.run.files import retried
+from dsv3_megatron.run.handed import open_regular
+from dsv3_megatron.run.made import new_file
 
 _ROW = struct.Struct("<QQ16s")  # place, length, xxh3
 _END = struct.Struct("<Q8s16s")  # pieces, mark, xxh3 of the table
@@ -31,7 +33,7 @@ class ChecksummingFile:
     """A file that knows the checksum of what was written to it, in order; on the disk once closed without error."""
 
     def __init__(self, path: Path):
-        self._file: BinaryIO = path.open("wb")
+        self._file: BinaryIO = new_file(path)
         self._digest, self._position = xxhash.xxh3_128(), 0
         self.error: OSError | None = None  # what the disk said: torch.save reports it as "unexpected pos"
 
@@ -125,7 +127,7 @@ def open_pieces(path: Path, *, checked: bool) -> Iterator[Callable[[int, int], T
     Raises: DamageError: the file, or later a piece, is missing, cannot be read, or is not what was written.
     """
     with damage_of(path):
-        file = retried(lambda: path.open("rb", buffering=0))
+        file = retried(lambda: open_regular(path))
     with file:
         rows = _read_table(path, file) if checked else None
 
@@ -134,7 +136,12 @@ def open_pieces(path: Path, *, checked: bool) -> Iterator[Callable[[int, int], T
                 with damage_of(path):
                     data = retried(lambda: _read(file, start, length))
                 if rows is None or rows.get((start, length)) == xxhash.xxh3_128_digest(data):
-                    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                    try:
+                        return find_tensor(memoryview(data)).of(data)
+                    except ValueError as error:
+                        raise DamageError(
+                            f"{path}: the piece at byte {start} cannot be read ({error}); {USE_OLDER}"
+                        ) from None
             raise DamageError(f"{path} is not what was written, {length} bytes from byte {start} on; {USE_OLDER}")
 
         yield read

@@ -43,6 +43,7 @@ from dsv3_megatron.checkpoint.shares import shares_of
 from dsv3_megatron.checkpoint.state import states_to_save
 from dsv3_megatron.checkpoint.write import Staging, Written, write_description, write_share
 from dsv3_megatron.pipeline.parts import Parts
+from dsv3_megatron.run.files import write_atomically
 from parallel.errors import CheckpointError
 from parallel.units import show_bytes
 
@@ -319,9 +320,7 @@ class Saver:
         return files
 
     def _point_to(self, target: Path) -> None:
-        new = self.folder / f".{LATEST}.new"
-        new.write_text(target.name + "\n")
-        os.replace(new, self.folder / LATEST)
+        write_atomically(self.folder / LATEST, target.name + "\n")
 
     def _prune(self, step: int) -> None:
         """Remove what is old, and what failed saves and killed processes have left.

@@ -45,7 +45,7 @@ from dsv3_megatron.data.tokenizer_files.read import (
     tokenizer_file,
 )
 from dsv3_megatron.data.tokenizer_files.spelling import Spelling
-from dsv3_megatron.run.files import write_json
+from dsv3_megatron.run.files import write_atomically, write_json
 from parallel.errors import DataError
 
 _JOINED = re.compile(r"( ?[^\w\s]+)([\r\n]+)")  # marks with the line breaks after them: one token, or two
@@ -144,9 +144,9 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, and beside it the names of its tokens where the file alone does not tell them.
 
-        Raises: Exception: what the library raises when the file cannot be written.
+        Raises: OSError: a file cannot be written.
         """
-        self._engine.save(str(path))
+        write_atomically(Path(path), self._engine.to_str(pretty=True))
         beside = Path(path).with_name(CONFIG)
         said = self.names != known_names(self._engine) or self.names.chat_template is not None
         if Path(path).name != TOKENIZER:

@@ -69,7 +69,8 @@ def trained_model(
     Raises: CheckpointError: there is none, it is damaged, it holds no average, data and run have different tokenizers,
     or the run's own data was exchanged. DataError: the run's tokenizer does not fit the model.
     """
-    path = choose_checkpoint(directory, step, _read_for(weights)).path
+    chosen = choose_checkpoint(directory, step, _read_for(weights))
+    path = chosen.path
     content = read_content(path)
     found = Found.of(path, content)
     # What the checkpoint holds an average of is what was trained then.
@@ -77,6 +78,7 @@ def trained_model(
     world = World(0, 1, 0)
     device = choose_device(recipe.run.device, world)
     alone, notes = as_it_runs_here(recipe.model_copy(update={"parallel": ParallelSettings()}), device)
+    notes = [*chosen.warnings, *notes]
     own = tokenizer_of_run(directory, recipe.model.vocab_size)
     data, allowed = None, recipe.data.allow_other
     check_trained_with(path, content.get("tokenizer"), own, allowed=False)

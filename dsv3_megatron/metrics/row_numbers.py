@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from dsv3_megatron.run.handed import read_text
 from dsv3_megatron.run.resilient import ResilientFiles
 
 _BLOCK = 100  # rows between two writes; as many numbers at most stay unused when a run is killed
@@ -19,8 +21,7 @@ class RowNumbers:
 
     def __init__(self, path: Path, files: ResilientFiles):
         self._path, self._files = path, files
-        text = path.read_text().strip() if path.exists() else ""
-        self._next = self._end = int(text) if text.isdigit() else 0
+        self._next = self._end = _stored(path)
 
     def take(self) -> int:
         """Return the next number."""
@@ -29,3 +30,12 @@ class RowNumbers:
             self._files.replace(self._path, f"{self._end}\n")
         self._next += 1
         return self._next - 1
+
+
+def _stored(path: Path) -> int:
+    """Return the number in a file, 0 where there is none."""
+    try:
+        text = read_text(path, 1000).strip() if path.exists() else ""
+    except (OSError, ValueError):
+        return 0
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0

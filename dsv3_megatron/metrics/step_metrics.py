@@ -107,7 +107,7 @@ class JsonLines:
 
     def rewind(self, last_step: int) -> None:
         """Drop the steps after ``last_step``: they are done again."""
-        self._files.cut(self._directory.metrics, lambda row: row["step"] <= last_step)
+        self._files.cut(self._directory.metrics, lambda row: _is_step(row, last_step))
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step."""
@@ -125,6 +125,11 @@ class JsonLines:
     def close(self) -> None:
         """Write what had to wait; every other line was written at once."""
         self._files.flush()
+
+
+def _is_step(row: dict[str, Any], last: int) -> bool:
+    """Return whether a row is a step up to ``last``: what is none is dropped with those that are done again."""
+    return isinstance(row.get("step"), int) and row["step"] <= last
 
 
 def append_event(files: ResilientFiles, directory: RunDirectory, name: str, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.handed import read_text
 from dsv3_megatron.run.resilient import ResilientFiles
 from dsv3_megatron.run.shell import program
 from parallel.errors import PackageError
@@ -32,6 +34,8 @@ class WandbRun:
     def __init__(
         self, recipe: Recipe, first_step: int, tokens: int, files: ResilientFiles, tell: Callable[[str], None]
     ):
+        if recipe.logging.wandb == "offline":  # the library reports errors and times to its makers, offline too (0.31)
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb  # a second to import, and may be off
         except ImportError:
@@ -113,8 +117,11 @@ class WandbRun:
 def run_id(directory: Path, files: ResilientFiles) -> str:
     """Return the run's W&B id: made once, kept in the run directory, the same after every requeue."""
     path = directory / "wandb_id"
-    made = path.read_text().strip() if path.exists() else ""
-    if not made:
+    try:
+        made = read_text(path, 1000).strip() if path.exists() else ""
+    except (OSError, ValueError):
+        made = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", made):  # it becomes the name of a folder
         made = secrets.token_hex(4)
         files.replace(path, made + "\n")
     return made

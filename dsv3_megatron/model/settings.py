@@ -41,7 +41,7 @@ class ModelSettings(BaseModel):
     hidden_size: PositiveInt = Field(7168, description="width of the residual stream")
     intermediate_size: PositiveInt = Field(18432, description="width of the dense feed-forward layers")
     moe_intermediate_size: PositiveInt = Field(2048, description="width of one expert")
-    num_hidden_layers: PositiveInt = Field(61, description="decoder layers, MTP modules not counted")
+    num_hidden_layers: PositiveInt = Field(61, le=10_000, description="decoder layers, MTP modules not counted")
     first_k_dense_replace: NonNegativeInt = Field(3, description="leading layers that are dense instead of MoE")
     num_attention_heads: PositiveInt = Field(128, description="heads of multi-head latent attention (MLA)")
     q_lora_rank: PositiveInt | None = Field(1536, description="width of the query latent; null = full-rank queries")
@@ -49,7 +49,9 @@ class ModelSettings(BaseModel):
     qk_nope_head_dim: PositiveInt = Field(128, description="width of a head's query and key without position")
     qk_rope_head_dim: PositiveInt = Field(64, description="width of a head's query and key that RoPE turns")
     v_head_dim: PositiveInt = Field(128, description="width of a head's value")
-    n_routed_experts: PositiveInt = Field(256, description="experts of a MoE layer that the router chooses from")
+    n_routed_experts: PositiveInt = Field(
+        256, le=100_000, description="experts of a MoE layer that the router chooses from"
+    )
     n_shared_experts: NonNegativeInt = Field(1, description="experts of a MoE layer that every token goes through")
     num_experts_per_tok: PositiveInt = Field(8, description="routed experts a token is sent to (top-k)")
     n_group: PositiveInt = Field(8, description="groups the routed experts are divided into (nodes, in training)")
@@ -65,7 +67,7 @@ class ModelSettings(BaseModel):
         1.25, description="topk_method=capacity: tokens an expert takes of a microbatch, in even shares"
     )
     norm_topk_prob: bool = Field(True, description="weights of the chosen experts add up to 1, before the scaling")
-    num_nextn_predict_layers: NonNegativeInt = Field(1, description="multi-token-prediction depths (MTP)")
+    num_nextn_predict_layers: NonNegativeInt = Field(1, le=1_000, description="multi-token-prediction depths (MTP)")
     rms_norm_eps: PositiveFloat = Field(1e-6, description="what RMSNorm adds to the mean square")
     rope_theta: PositiveFloat = Field(10000.0, description="base of RoPE's wavelengths")
     rope_scaling: RopeScaling | None = Field(None, description="YaRN context extension; null = plain RoPE, as in 4K")

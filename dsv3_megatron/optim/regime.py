@@ -16,6 +16,8 @@ from dsv3_megatron.optim.settings import OptimSettings, Phase
 from parallel.errors import RecipeError
 from parallel.units import show_count
 
+_MOST_STEPS = 1_000_000  # of a batch that changes
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -99,6 +101,7 @@ class Regime:
         self._batch = build_curve("optim.global_batch", optim.global_batch, self._no_steps)
         if self._batch(0) < 1:
             raise RecipeError("optim.global_batch[0].at = null, but a ramp of the batch cannot start at 0; set at: N")
+        self._ramp_end = 0 if self._batch_is_fixed else self._batch.pieces[-1].end  # the batch is one number from here
         self._known_steps = [0]
         self.learning_rate = build_curve("optim.learning_rate", optim.learning_rate, self.tokens_of_step)
         self.mtp_weight = build_curve("optim.mtp_weight", optim.mtp_weight, self.tokens_of_step)
@@ -123,8 +126,18 @@ class Regime:
         return batch if self._batch_is_fixed else max(batch // self._multiple, 1) * self._multiple
 
     def tokens_of_step(self, step: int) -> int:
-        """Return the tokens consumed when step ``step`` (from 0) begins."""
+        """Return the tokens consumed when step ``step`` (from 0) begins.
+
+        Raises: RecipeError: it is millions of steps into a ramp of the batch, which is followed step by step.
+        """
         known = self._known_steps
-        while len(known) <= step:
+        while len(known) <= step and known[-1] < self._ramp_end:
             known.append(known[-1] + self.global_batch(known[-1]) * self.sequence_length)
-        return known[step]
+            if len(known) > _MOST_STEPS:
+                raise RecipeError(
+                    f"optim.global_batch takes more than {_MOST_STEPS:,} steps to reach its last phase; end the phases "
+                    "before it sooner"
+                )
+        if step < len(known):
+            return known[step]
+        return known[-1] + (step - len(known) + 1) * self.global_batch(known[-1]) * self.sequence_length

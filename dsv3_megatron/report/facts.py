@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.report.sound import is_drawing, shown_event, sound_event, sound_loads, sound_step
 from dsv3_megatron.report.thinning import Envelope, Point, Sample
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import iterate_json_lines, last_json_line, read_json
+from dsv3_megatron.run.handed import read_text
+from dsv3_megatron.run.resilient import reason_of
+from dsv3_megatron.run.secret_values import check_secrets
+from dsv3_megatron.run.stored_recipe import read_stored_recipe
+from dsv3_megatron.run.yaml_text import YAML_BYTES
 
 CURVES = (
     "lm_loss", "mtp_loss", "grad_norm", "max_violation", "max_violation_running", "tokens_per_second", "mfu",
     "tflops_per_device", "step_seconds", "memory_peak_bytes", "max_attention_logit", "clipped_heads",
 )  # fmt: skip
+OTHERS = (
+    "skipped", "memory_peak_rank", "bubble_fraction", "data_seconds", "pipeline_seconds", "update_seconds",
+)  # fmt: skip
 MARKED = ("resumed", "skipped", "rolled_back", "save_failed")
 _NEWEST = 200  # events that are listed, and marked in curves
+_SERIES = 200  # held-out sources, and tasks
+_MEASURED = 50_000  # steps at which one of them was measured
+_DRAWING_BYTES = 1 << 24
 
 
 class Steps:
@@ -44,8 +55,10 @@ class Steps:
         self._wanted, self._sample = wanted, Sample(300)
         self._curves = {key: Envelope() for key in CURVES}
 
-    def add(self, step: dict[str, Any]) -> None:
-        """Take the next step."""
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take the next step; return whether it is one (sound.py)."""
+        if (step := sound_step(row, (*CURVES, *OTHERS))) is None:
+            return False
         self.first = self.first or step
         self.last = step
         self.seconds += step["step_seconds"]
@@ -55,6 +68,7 @@ class Steps:
         for key, curve in self._curves.items():
             if (value := _number(step.get(key))) is not None:
                 curve.add(step["tokens"], value)
+        return True
 
     @property
     def sample(self) -> list[dict[str, Any]]:
@@ -92,21 +106,24 @@ class Events:
         self.started: str | None = None
         self.latest: str | None = None
 
-    def add(self, event: dict[str, Any]) -> None:
-        """Take the next event."""
-        self.newest.append(event)
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take the next event; return whether it is one (sound.py)."""
+        if (event := sound_event(row)) is None:
+            return False
+        self.newest.append(shown_event(event))
         self.latest = max(self.latest or event["time"], event["time"])
         if event["event"] == "started" and self.started is None:
             self.started = event["time"]
         if event["event"] == "held_out":
-            self.held_out[event["step"]] = event["held_out_loss"]
+            _measured(self.held_out, event["step"], event.get("held_out_loss"))
             for key, loss in event.items():
                 if key.startswith("held_out/"):
-                    self.sources.setdefault(key.removeprefix("held_out/"), {})[event["step"]] = loss
+                    _measured(_series(self.sources, key.removeprefix("held_out/")), event["step"], loss)
         if event["event"] == "task":
-            self.tasks.setdefault(event["task"], {})[event["step"]] = event["acc"]
-        if event["event"] in MARKED and "step" in event:
-            self.marked.append(event)
+            _measured(_series(self.tasks, event["task"]), event["step"], event.get("acc"))
+        if event["event"] in MARKED and event.get("step") is not None:
+            self.marked.append({"event": event["event"], "step": event["step"]})
+        return True
 
     @property
     def steps(self) -> set[int]:
@@ -115,9 +132,22 @@ class Events:
         return {event["step"] for event in self.marked}.union(*measured)
 
 
+def _series(all_of_them: dict[str, dict[int, float]], name: str) -> dict[int, float]:
+    """Return what was measured under a name; of more names than can be drawn, nothing that is kept."""
+    return all_of_them.setdefault(name, {}) if name in all_of_them or len(all_of_them) < _SERIES else {}
+
+
+def _measured(values: dict[int, float], step: int, value: float | None) -> None:
+    if value is not None and (step in values or len(values) < _MEASURED):
+        values[step] = value
+
+
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its directory tells it."""
+    """A run as its directory tells it.
+
+    ``left_out``: what of its files is not shown, one text each.
+    """
 
     recipe: Recipe
     recipe_text: str
@@ -127,6 +157,7 @@ class RunFacts:
     environment: dict[str, Any]
     schedule_svg: str | None
     finished: bool
+    left_out: tuple[str, ...] = ()
 
     @property
     def last(self) -> dict[str, Any] | None:
@@ -165,26 +196,79 @@ class RunFacts:
 
 
 def read_run(path: Path) -> RunFacts:
-    """Return the facts of a run directory. Files that are not there yet leave their part empty.
+    """Return the facts of a run directory. Files that are not there yet leave their part empty; rows that are no steps
+    or events are counted.
 
     Every file is read once, a line at a time; of expert_load.jsonl only the end.
-    Raises: FileNotFoundError: there is no recipe.yaml, so this is no run directory.
+    Raises: FileNotFoundError: there is no recipe.yaml, so this is no run directory. ValueError: it holds none.
     """
-    run = RunDirectory(path)
-    text = run.recipe.read_text()
+    run, left_out = RunDirectory(path), _LeftOut()
+    values, text = read_stored_recipe(run.recipe), read_text(run.recipe, YAML_BYTES)
+    try:
+        check_secrets(values)
+    except (ValueError, AttributeError, TypeError) as error:  # of an older run; the types are judged below
+        text = ""
+        left_out.note(f"recipe.yaml ({reason_of(error)})")
     events = Events()
-    for event in iterate_json_lines(run.events):
-        events.add(event)
+    left_out.read(run.events, events.add)
     steps = Steps(events.steps)
-    for step in iterate_json_lines(run.metrics):
-        steps.add(step)
+    left_out.read(run.metrics, steps.add)
     return RunFacts(
-        recipe=Recipe.model_validate(OmegaConf.to_container(OmegaConf.create(text))),
+        recipe=Recipe.model_validate(values),
         recipe_text=text,
         steps=steps,
         events=events,
-        loads=last_json_line(run.expert_load),
+        loads=left_out.newest_loads(run.expert_load),
         environment=read_json(run.environment),
-        schedule_svg=run.schedule.read_text() if run.schedule.exists() else None,
+        schedule_svg=left_out.drawing(run.schedule),
         finished=run.finished.exists(),
+        left_out=tuple(left_out.texts),
     )
+
+
+class _LeftOut:
+    """Reads files, and takes note of what is not sound."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._rows = 0
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+    def read(self, path: Path, add: Callable[[dict[str, Any]], bool]) -> None:
+        self._rows = 0
+        try:
+            for row in iterate_json_lines(path, self._lose):
+                if not add(row):
+                    self._lose()
+        except OSError as error:
+            self.note(f"{path.name} ({reason_of(error)})")
+        if self._rows:
+            self.note(f"{self._rows:,} row{'s' * (self._rows > 1)} of {path.name}")
+
+    def newest_loads(self, path: Path) -> dict[str, Any] | None:
+        try:
+            newest = last_json_line(path)
+        except OSError as error:
+            self.note(f"{path.name} ({reason_of(error)})")
+            return None
+        loads = sound_loads(newest)
+        if newest is not None and loads is None:
+            self.note(f"the newest row of {path.name}")
+        return loads
+
+    def drawing(self, path: Path) -> str | None:
+        if not path.exists():
+            return None
+        try:
+            text = read_text(path, _DRAWING_BYTES)
+            if is_drawing(text):
+                return text
+            self.note(f"{path.name} (no drawing of a schedule)")
+        except (OSError, ValueError) as error:
+            self.note(f"{path.name} ({reason_of(error)})")
+        return None
+
+    def _lose(self) -> None:
+        self._rows += 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.report.facts import RunFacts, read_run
 from dsv3_megatron.report.panels import PANELS, WIDE
+from dsv3_megatron.report.sound import short
 from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.resilient import reason_of
 from parallel.units import show_count, show_duration
 
 _REFRESH_SECONDS = 60
@@ -28,47 +32,63 @@ def page(facts: RunFacts) -> str:
     sections = "".join(
         f"<section{' class=full' if title in WIDE else ''}><h2>{title}</h2>{content}</section>"
         for title, panel in PANELS.items()
-        if (content := panel(facts))
+        if (content := _content(panel, facts))
     )
     name = escape(facts.recipe.run.name)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        "form-action 'none'; base-uri 'none'\">"
         f'{refresh}<link rel="icon" href="data:,"><title>{name}</title><style>{_STYLE}</style></head><body>'
         f"<header><h1>{name}</h1>{_numbers(facts)}</header><main>{sections}</main>"
         f"<footer>written {datetime.now(UTC).isoformat(sep=' ', timespec='seconds')[:19]} UTC</footer></body></html>\n"
     )
 
 
+def _content(panel: Callable[[RunFacts], str], facts: RunFacts) -> str:
+    """Return what is in a panel, or why nothing is: one that cannot be drawn costs the others nothing."""
+    try:
+        return panel(facts)
+    except Exception as error:
+        return f'<p class="none">not drawn: {escape(reason_of(error)[:200])}</p>'
+
+
 def _numbers(facts: RunFacts) -> str:
     last = facts.last
-    world = facts.environment.get("world", {})
+    world = facts.environment.get("world")
+    size = world.get("size") if isinstance(world, dict) else None
     shown = {"state": "finished" if facts.finished else "running or stopped", "recipe": facts.recipe.recipe}
     if last:
         of = f" of {facts.recipe.run.steps}" if facts.recipe.run.steps else ""
         shown |= {
             "step": f"{last['step']}{of}",
             "tokens": f"{show_count(last['tokens'])} of {show_count(facts.budget_tokens)}",
-            "loss": f"{last['lm_loss']:.4f}" if last["lm_loss"] is not None else "not a number",
-            "tokens a second": show_count(last["tokens_per_second"]),
+            "loss": _shown(last["lm_loss"], lambda loss: f"{loss:.4f}"),
+            "tokens a second": _shown(last["tokens_per_second"], show_count),
             "training": show_duration(facts.steps.seconds),
-            "skipped": str(last["skipped"]),
+            "skipped": _shown(last["skipped"], str),
         }
     if facts.effective_time is not None:
         shown["effective time"] = f"{facts.effective_time:.0%}"
-    if world.get("size"):
-        shown["ranks"] = f"{world['size']:,}"
+    if isinstance(size, int):
+        shown["ranks"] = short(size)
     shown["precision"] = facts.recipe.precision.name
     if facts.recipe.model.freeze:
         counted = count_parameters(facts.recipe.model)
         shown["trained"] = f"{show_count(counted.trained)} of {show_count(counted.trained + counted.frozen)} parameters"
     commit = facts.environment.get("git_commit")
-    if commit:
+    if isinstance(commit, str) and commit:
         shown["commit"] = commit[:9] + (" + changes" if facts.environment.get("git_changed") else "")
+    if facts.left_out:
+        shown["left out"] = "; ".join(facts.left_out)
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in shown.items())
     return f"<dl>{items}</dl>"
+
+
+def _shown(value: Any, show: Callable[[Any], str]) -> str:
+    return show(value) if isinstance(value, int | float) else "not a number"
 
 
 _STYLE = (

@@ -74,7 +74,7 @@ def expert_load(facts: RunFacts) -> str:
     """Every expert's share of its layer's tokens, newest record."""
     if facts.loads is None:
         return heat_map([], "", "")
-    note = f'<p class="none">batch of step {facts.loads["step"]}; MTP modules are the last rows</p>'
+    note = f'<p class="none">batch of step {facts.loads["step"]:d}; MTP modules are the last rows</p>'
     return heat_map(facts.loads["loads"], "MoE layers", "experts") + note
 
 
@@ -128,6 +128,9 @@ def utilisation(facts: RunFacts) -> str:
     return draw(Chart(series, "tokens", "10^12 operations a second", lambda v: f"{v:.3g}", from_zero=True))
 
 
+_MEASURED_SECONDS = ("data_seconds", "pipeline_seconds", "update_seconds")
+
+
 def step_time(facts: RunFacts) -> str:
     """Where a step's seconds go."""
     names = {
@@ -136,7 +139,7 @@ def step_time(facts: RunFacts) -> str:
         "wait_seconds": "waiting for pipeline neighbours",
         "update_seconds": "gradients and optimizer",
     }
-    split = [s for s in facts.steps.sample if s.get("pipeline_seconds") is not None]
+    split = [s for s in facts.steps.sample if all(s[key] is not None for key in _MEASURED_SECONDS)]
     for step in split:
         step["wait_seconds"] = (step.get("bubble_fraction") or 0.0) * step["pipeline_seconds"]
         step["compute_seconds"] = step["pipeline_seconds"] - step["wait_seconds"]
@@ -169,11 +172,10 @@ def events(facts: RunFacts) -> str:
     """What happened besides steps, newest first."""
     rows = []
     for event in reversed(facts.events.newest):
-        values = {k: v for k, v in event.items() if k not in ("event", "time", "step")}
-        details = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in values.items() if v is not None)
-        step = event.get("step", "")
+        details = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in event["values"].items())
+        step = escape(str(event.get("step", "")))
         rows.append(
-            f"<tr><td>{escape(str(event.get('time', ''))[:19].replace('T', ' '))}</td><td>{step}</td>"
+            f"<tr><td>{escape(event['time'][:19].replace('T', ' '))}</td><td>{step}</td>"
             f"<td>{escape(event['event'].replace('_', ' '))}</td><td>{escape(details)}</td></tr>"
         )
     if not rows:
@@ -184,11 +186,9 @@ def events(facts: RunFacts) -> str:
 
 def recipe(facts: RunFacts) -> str:
     """The resolved recipe."""
+    if not facts.recipe_text:
+        return '<p class="none">not shown: see what is left out, above</p>'
     return f"<details><summary>recipe.yaml, resolved</summary><pre>{escape(facts.recipe_text)}</pre></details>"
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _marks(facts: RunFacts) -> list[tuple[float, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.run.files import read_json_lines
+from dsv3_megatron.run.made import new_file
 from parallel.errors import RecipeError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "hydra-core", "wandb", "tokenizers", "numpy")
@@ -93,15 +94,20 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     def create(self) -> None:
-        """Make the folders. Raises RecipeError when the place cannot be written."""
+        """Make the folders.
+
+        Raises RecipeError when the place cannot be written, or holds what is no run: a run replaces files by their
+        names, and drops from metrics.jsonl what it takes for steps that are done again.
+        """
         with self._writing():
+            self._refuse_others()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._try_to_write()
 
     def leave_mark(self, token: str) -> None:
         """Leave a file by which another host knows this very folder. Raises RecipeError: it cannot be written."""
         with self._writing():
-            self._mark(token).touch()
+            new_file(self._mark(token)).close()
 
     def check_mark(self, token: str) -> None:
         """Raise RecipeError where this host does not see the folder that holds the mark, or cannot write there."""
@@ -116,12 +122,23 @@ class RunDirectory:
         """Remove it again."""
         self._mark(token).unlink(missing_ok=True)
 
+    def _refuse_others(self) -> None:
+        is_run = self.recipe.exists() or self.checkpoints.is_dir()  # a run has one of them from its first second on
+        own = (self.metrics, self.events, self.summary, self.report, self.schedule, self.expert_load, self.environment)
+        others = [] if is_run else [path for path in (*own, self.path / "tokenizer.json") if path.exists()]
+        if (index := self.path / "model.safetensors.index.json").exists():
+            others.append(index)
+        if others:
+            raise RecipeError(
+                f"run.directory = {self.path} holds {others[0].name} of something that is no run; name a new directory"
+            )
+
     def _mark(self, token: str) -> Path:
         return self.path / f".made-{token}"
 
     def _try_to_write(self) -> None:
         probe = self.path / f".writable-{platform.node()}-{os.getpid()}"  # hosts look at the same time
-        probe.touch()
+        new_file(probe).close()
         probe.unlink()
 
     @contextmanager

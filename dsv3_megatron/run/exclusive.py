@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsv3_megatron.run.handed import read_json_file
-from dsv3_megatron.run.made import appended_file
+from dsv3_megatron.run.made import appended_file, new_file
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
+_OWNER_BYTES = 10_000
 _LOOK_SECONDS = 0.05
 # What a file system says that has no flock: Lustre without -o flock, NFS without its lock daemon, FUSE, object stores.
 NO_FLOCK = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK))
@@ -77,11 +78,16 @@ def take(path: Path, **more: object) -> dict[str, object] | None:
 
 
 def owner_of(path: Path) -> dict[str, object] | None:
-    """Return who made ``path``; None where nobody is named: it is gone, or torn."""
+    """Return who made ``path``; None where nobody is named: it is gone, torn, or says what is no owner."""
     try:
-        return {k: v for k, v in read_json_file(path).items() if k in ("host", "process", "job")}
-    except (OSError, ValueError, AttributeError):
+        content = read_json_file(path, _OWNER_BYTES)
+    except (OSError, ValueError):
         return None
+    if not isinstance(content, dict):
+        return None
+    host, process, job = (content.get(key) for key in ("host", "process", "job"))
+    known = isinstance(host, str) and type(process) is int and 0 < process < 1 << 31 and isinstance(job, str | None)
+    return {"host": host, "process": process, "job": job} if known else None
 
 
 def discard(path: Path, owner: dict[str, object]) -> None:
@@ -125,7 +131,7 @@ def age_seconds(path: Path) -> float:
     """Return the seconds since ``path`` was touched, by the clock of its file system, which may not be ours."""
     probe = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        probe.touch()
+        new_file(probe).close()
         return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
     except OSError:
         return 0.0

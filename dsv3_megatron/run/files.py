@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsv3_megatron.run.handed import parse_json, read_json_file
+from dsv3_megatron.run.handed import open_regular, parse_json, read_json_file
 from dsv3_megatron.run.made import new_file
 
 T = TypeVar("T")
 
 WAITS = (0.5, 2.0)  # seconds before a read is tried again
+LINE_BYTES = 1 << 24  # of a line that is read; the load of every expert of a large model takes some 2 ** 18
 _BLOCK_BYTES = 1 << 16  # read at a time from the end of a file
+_SKIPPED_BYTES = 1 << 20  # read at a time of a line that is too long
 
 
 def retried(read: Callable[[], T]) -> T:
@@ -33,7 +35,7 @@ def retried(read: Callable[[], T]) -> T:
     return read()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Replace a file as a whole: a reader sees the old text or the new one, after a power cut too.
 
     Raises OSError, and then leaves the old file and nothing else.
@@ -41,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with new_file(temporary) as file:
-            file.write(text.encode())
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())  # else the rename can reach the disk before the text
         os.replace(temporary, path)
@@ -69,23 +71,31 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return list(iterate_json_lines(path))
 
 
-def iterate_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def iterate_json_lines(path: Path, lost: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file that holds one a line, oldest first; none where there is no file.
 
-    One line is in memory at a time. A line that is no whole object is left out: a kill tears the line being written.
+    One line is in memory at a time. A line that is no whole object, or longer than ``LINE_BYTES``, is left out.
+    ``lost``: called for each such line, but for the last one without an end, which a kill tears.
+    Raises: OSError: it cannot be read, or is no regular file.
     """
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for line in file:
+    with open_regular(path) as file:
+        while line := file.readline(LINE_BYTES):
             if (content := _object(line)) is not None:
                 yield content
+                continue
+            is_whole = line.endswith(b"\n")
+            while not is_whole and (rest := file.readline(_SKIPPED_BYTES)):
+                is_whole = rest.endswith(b"\n")
+            if is_whole:
+                lost()
 
 
 def last_json_line(path: Path) -> dict[str, Any] | None:
     """Return the newest whole object of a file that holds one a line, None where there is none.
 
-    Reads from the end, and no further than it must.
+    Reads from the end, and no further than it must. Raises: OSError: as :func:`iterate_json_lines`.
     """
     if not path.exists():
         return None
@@ -111,13 +121,20 @@ def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (place in the file, line with its newline), the last line first."""
-    with path.open("rb", buffering=0) as file:
+    """Yield (place in the file, line with its newline), the last line first; none that is longer than LINE_BYTES."""
+    with open_regular(path) as file:
         start, tail = file.seek(0, os.SEEK_END), b""
+        is_long = False  # whether the line whose end was seen has no beginning yet, and is not kept
         while start:
             size = min(start, max(_BLOCK_BYTES, len(tail)))  # doubles: a long line is not put together block by block
             start -= size
-            tail = os.pread(file.fileno(), size, start) + tail
+            block = os.pread(file.fileno(), size, start)
+            if is_long:
+                before, newline, _ = block.rpartition(b"\n")
+                if not newline:
+                    continue
+                is_long, block = False, before + newline
+            tail = block + tail
             *whole, last = tail.split(b"\n")
             lines = [line + b"\n" for line in whole] + ([last] if last else [])
             place = start + len(tail)
@@ -125,6 +142,8 @@ def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
             for line in reversed(lines):
                 place -= len(line)
                 yield place, line
+            if len(tail) > LINE_BYTES:
+                is_long, tail = True, b""
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -40,7 +40,10 @@ def read_bytes(path: Path, limit: int = TEXT_BYTES) -> bytes:
     Raises OSError: it cannot be read. ValueError: it has more than ``limit`` bytes.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
+        size = min(limit, os.fstat(file.fileno()).st_size)
+        content = file.read(size + 1)  # Python takes the memory for as much as is asked for
+        if len(content) > size:  # it grows, or its file system says no size
+            content += file.read(limit - size)
     if len(content) > limit:
         raise ValueError(f"has more than {limit:,} bytes")
     return content
@@ -62,6 +65,22 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=_without_twins if unique else None)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+def is_nested_deeper(content: object, levels: int) -> bool:
+    """Return whether what a JSON text holds has more levels of objects and lists: each of them may be shown or
+    compared by functions that call themselves."""
+    level = [content]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return any(isinstance(inner, dict | list) for inner in level)
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+_USERS = "DSV3_UMASK"  # environment variable: the umask of the shell that started the first of our processes
 Readers = Literal["owner", "group"]
 _UMASKS: dict[Readers, int] = {"owner": 0o077, "group": 0o027}
 
 
 def for_owner(readers: Readers = "owner") -> None:
-    """From here on this process and its children make files for their owner alone, or for the group to read too."""
-    os.umask(_UMASKS[readers])
+    """From here on this process and its children make files for their owner alone, or for the group to read too.
+
+    Whatever the umask forbids that the user's shell has set stays forbidden. Processes that this one starts, and a job
+    that it submits, find that one in the environment: theirs is this process's.
+    """
+    before = os.umask(_UMASKS["owner"])
+    users = os.environ.setdefault(_USERS, f"{before:o}")
+    os.umask(_UMASKS[readers] | (int(users, 8) if re.fullmatch("[0-7]{1,3}", users) else before))
 
 
 def new_file(path: Path) -> BinaryIO:

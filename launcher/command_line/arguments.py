@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.made import Readers, for_owner
 from launcher.command_line.help import command_help
 from launcher.command_line.recipe_files import GROUPS
 from launcher.command_line.schema import Key, keys_of, nearest, unknown_key
@@ -23,6 +24,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+ReadableBy = Annotated[Readers, Field(description="who may read what is made: owner, or group for a team")]
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -35,7 +37,10 @@ def takes(model: type[T], description: str | None) -> Callable[[Callable[[T], in
             if HELP & set(words):
                 print(command_help(description or "", model))
                 return 0
-            return main(parse_arguments(model, words))
+            given = parse_arguments(model, words)
+            if getattr(given, "readable_by", "owner") != "owner":
+                for_owner("group")
+            return main(given)
 
         return read
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,24 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.interpolations import check_interpolations, escaped
+from dsv3_megatron.run.stored_recipe import read_stored_recipe
 from launcher.command_line.overrides import quoted
-from launcher.command_line.recipe_files import GROUPS, RECIPES, check_numbers, files_of, options, own_folders
+from launcher.command_line.recipe_files import (
+    GROUPS,
+    RECIPES,
+    files_of,
+    install_file_source,
+    options,
+    own_folders,
+    read_recipe_file,
+)
 from launcher.command_line.schema import dotted, nearest, unknown_key
 from parallel.errors import RecipeError
 
 SEARCHPATH = "hydra.searchpath"  # Hydra's own key: further folders of recipe files
 DEFAULT_RECIPE = "dsv3_tiny"
+_DEPTH = 32  # of what is typed
 
 
 def compose(overrides: Sequence[str]) -> Recipe:
@@ -48,15 +60,16 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         return _from_file(Path(stored[-1].partition("=")[2]), [o for o in overrides if o not in stored])
     folders = own_folders(_searchpath(overrides))
     for file in files_of(folders):
-        check_numbers(file)
+        read_recipe_file(file)  # a file that this recipe does not take may be the next one's
     overrides = [_checked(override, folders) for override in overrides]
     if folders:
         overrides = _with_searchpath(overrides, folders)
     GlobalHydra.instance().clear()
+    install_file_source()
     try:
         with warnings.catch_warnings(), initialize_config_dir(str(RECIPES), version_base="1.3"):
             warnings.simplefilter("ignore")
-            return hydra_compose("pretrain", overrides=overrides)
+            return _harmless(hydra_compose("pretrain", overrides=overrides))
     except MissingConfigException as error:
         raise _missing_config(error, overrides) from None
     except Exception as error:  # Hydra raises kinds of its own, ValueError and TypeError alike for what was typed
@@ -68,7 +81,7 @@ def _searchpath(overrides: Sequence[str]) -> list[str]:
     places: list[str] = []
     for override in overrides:
         if override.partition("=")[0].lstrip("+") == SEARCHPATH:
-            value = _parsed(override).value()
+            value = parsed_override(override).value()
             places = [str(place).strip("'\"") for place in (value if isinstance(value, list) else [value])]
     return places
 
@@ -83,14 +96,14 @@ def _with_searchpath(overrides: Sequence[str], folders: Sequence[Path]) -> list[
 
 def _from_file(path: Path, overrides: list[str]) -> DictConfig:
     """Return a resolved recipe with overrides: groups take the place of sections, then keys are set."""
-    config = OmegaConf.create(load_resolved(path).model_dump(mode="json"))
+    config = OmegaConf.create(escaped(load_resolved(path).model_dump(mode="json")))
     of_hydra = [o for o in overrides if o.partition("=")[0].lstrip("+") in (*GROUPS, SEARCHPATH)]
     keys = [_checked(o) for o in overrides if o not in of_hydra]
     groups = [o.partition("=")[0] for o in of_hydra]
     if groups:
         chosen = compose_config(of_hydra)
         for group in (g for g in groups if g in GROUPS):
-            config[group] = OmegaConf.to_container(chosen[group], resolve=True)
+            config[group] = escaped(OmegaConf.to_container(chosen[group], resolve=True))
     given = {}
     for override in OverridesParser.create().parse_overrides(keys):
         given[override.get_key_element().lstrip("+~")] = None if override.is_delete() else override.value()
@@ -98,6 +111,19 @@ def _from_file(path: Path, overrides: list[str]) -> DictConfig:
         given.setdefault("run.directory", f"runs/{given['run.name']}")
     for key, value in given.items():
         OmegaConf.update(config, key, value, force_add=True)
+    return _harmless(config)
+
+
+def _look_at(key: str, content: object) -> None:
+    try:
+        check_interpolations(content, key)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _harmless(config: DictConfig) -> DictConfig:
+    """Return the configuration, or refuse it where it refers to what may be secret."""
+    _look_at("", OmegaConf.to_container(config, resolve=False))
     return config
 
 
@@ -117,7 +143,7 @@ def build(config: DictConfig | ListConfig | dict[str, Any]) -> Recipe:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """Return the recipe as YAML that :func:`load_resolved` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(recipe.model_dump(mode="json"))))
 
 
 def load_resolved(path: Path) -> Recipe:
@@ -125,15 +151,17 @@ def load_resolved(path: Path) -> Recipe:
 
     Raises: RecipeError: there is none, or it does not validate.
     """
-    if not path.is_file():
+    if not path.exists():
         raise RecipeError(
             f"{path} does not exist; name the directory of a run that was started by launcher/pretrain.py"
         )
-    check_numbers(path)
     try:
-        return build(OmegaConf.load(path))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({_first_line(error)}); restore it or start a new run") from None
+        content = read_stored_recipe(path)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}); restore it or start a new run") from None
+    except ValueError as error:
+        raise RecipeError(f"{error}; restore it or start a new run") from None
+    return build(content)
 
 
 def _checked(override: str, folders: Sequence[Path] = ()) -> str:
@@ -144,10 +172,11 @@ def _checked(override: str, folders: Sequence[Path] = ()) -> str:
     """
     if "=" not in override and not override.startswith("~"):
         raise RecipeError(f"{override!r} is not an override; write key=value, such as run.steps=100")
-    _parsed(override)
+    parsed_override(override)
     key, _, value = override.partition("=")
     key = key.lstrip("+~").split("@")[0]
     if key in GROUPS:
+        _look_at(key, value)
         offered = options(key, folders)
         if value and not re.search(r"[,{\[$(*]", value) and value not in offered:
             hint = f"{nearest(value, offered)}there are: {', '.join(offered)}"
@@ -162,11 +191,16 @@ def _checked(override: str, folders: Sequence[Path] = ()) -> str:
     return override if override.startswith("~") else "++" + override.lstrip("+")
 
 
-def _parsed(override: str) -> Override:
+def parsed_override(override: str) -> Override:
+    """Return what Hydra reads in one word. Raises RecipeError: it cannot be read."""
+    deepest = max(accumulate((letter in "[{(") - (letter in "]})") for letter in override), default=0)
+    if deepest > _DEPTH:  # Hydra's parser calls itself for each
+        key = override.partition("=")[0][:80]
+        raise RecipeError(f"{key} holds lists and mappings more than {_DEPTH} deep in each other; write a flatter one")
     try:
         return OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        raise RecipeError(f"{override} cannot be read ({_first_line(error)}); quote or close its value") from None
+    except (HydraException, ValueError) as error:  # of a number with thousands of digits
+        raise RecipeError(f"{override[:200]} cannot be read ({_first_line(error)}); quote or close its value") from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -178,7 +212,12 @@ def _missing_config(error: MissingConfigException, overrides: Sequence[str]) -> 
 
 
 def _hydra_error(error: Exception) -> RecipeError:
-    """Return Hydra's or OmegaConf's complaint as one line."""
+    """Return Hydra's or OmegaConf's complaint as one line; one of ours that came through them as it is."""
+    ours: BaseException | None = error
+    while ours is not None:
+        if isinstance(ours, RecipeError):
+            return ours
+        ours = ours.__cause__ or ours.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__
     if cause is not None and str(cause).strip() and not isinstance(cause, RecipeError):

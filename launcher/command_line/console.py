@@ -10,6 +10,8 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from dsv3_megatron.run.made import for_owner
+from dsv3_megatron.run.terminal import printing_safely, rewrite
 from launcher.command_line.typed import as_typed
 from parallel.errors import UserError
 from parallel.units import show_bytes, show_count, show_duration
@@ -21,8 +23,15 @@ if TYPE_CHECKING:
 def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> int:
     """Run a command on the arguments given; return its exit code. What a user can fix becomes one line on stderr.
 
+    Files are made for their owner from here on, and nothing that is printed drives the terminal.
     ``speaks``: False on all ranks but the first, for what ends them all, such as Ctrl-C.
     """
+    for_owner()
+    with printing_safely():
+        return _answered(command, speaks)
+
+
+def _answered(command: Callable[[Sequence[str]], int], speaks: bool) -> int:
     try:
         return command(sys.argv[1:])
     except UserError as error:
@@ -90,7 +99,7 @@ class ConsoleReporter:
             return
         keep = is_last or time.monotonic() - self._kept_at > 15
         self._kept_at = time.monotonic() if keep else self._kept_at
-        print(f"\r\x1b[2K{line}", end="\n" if keep else "", flush=True)
+        rewrite(sys.stdout, line, end="\n" if keep else "")
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Print a held-out loss."""
@@ -107,7 +116,10 @@ class ConsoleReporter:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        print(f"\r\x1b[2K{text}" if self._live else text, flush=True)
+        if self._live:
+            rewrite(sys.stdout, text, end="\n")
+        else:
+            print(text, flush=True)
 
 
 def step_line(metrics: StepMetrics, last_step: int | None, recent_seconds: float) -> str:
@@ -172,7 +184,10 @@ class ProgressLine:
             return
         self._shown_at, self._open = now, self._live
         line = f"{self._what}: {text}"
-        print(f"\r\x1b[2K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+        if self._live:
+            rewrite(sys.stderr, line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def text_plot(values: Sequence[float], *, title: str, width: int = 72, height: int = 12) -> str:

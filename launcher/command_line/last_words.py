@@ -33,7 +33,7 @@ from types import FrameType
 
 from dsv3_megatron.run.exclusive import exclusive
 from launcher.command_line.refusal import VOTE_SECONDS, Vote
-from parallel.errors import RankFault, UserError
+from parallel.errors import RankFault, UserError, one_line
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment variable: one file a rank, read for torchrun's report
 GRACE_SECONDS = 3.0  # ranks of one host that make the same mistake come to it within a second, if it is not busy
@@ -58,7 +58,8 @@ class Failure:
         whole = "".join(traceback.format_exception(error))
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        return cls(" ".join(traceback.format_exception_only(error)[-1].split()) + place, whole, 1)
+        said = " ".join(traceback.format_exception_only(error)[-1].split())
+        return cls(one_line(said) + place, whole, 1)  # torchrun prints it
 
     @property
     def key(self) -> str:

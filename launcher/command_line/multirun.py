@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from itertools import islice, product
 
 from dsv3_megatron.recipe import Recipe
-from launcher.command_line.compose import compose
+from launcher.command_line.compose import compose, parsed_override
 from launcher.command_line.overrides import quoted
 from parallel.errors import RecipeError
 
+MOST_POINTS = 1000
+
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Return one list of overrides for every combination of the swept values (``a=1,2``)."""
-    try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(overrides=list(overrides))
-    except HydraException as error:
-        raise RecipeError(f"{str(error).splitlines()[0]}; write key=value or key=value1,value2") from None
+    """Return one list of overrides for every combination of the swept values (``a=1,2``).
+
+    Raises: RecipeError: one cannot be read, or there are more than a thousand combinations.
+    """
     choices = []
-    for override in parsed:
+    for override in map(parsed_override, overrides):
         key = override.get_key_element()
         if override.is_sweep_override():
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            values = islice(override.sweep_string_iterator(), MOST_POINTS + 1)
+            choices.append([f"{key}={value}" for value in values])
         else:
             choices.append([str(override.input_line)])
-    return [list(point) for point in itertools.product(*choices)]
+        if math.prod(map(len, choices)) > MOST_POINTS:
+            raise RecipeError(
+                f"--multirun: {override.input_line} makes more than {MOST_POINTS:,} runs; sweep fewer values"
+            )
+    return [list(point) for point in product(*choices)]
 
 
 def recipes_of_sweep(overrides: Sequence[str]) -> list[tuple[Recipe, list[str]]]:

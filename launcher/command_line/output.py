@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsv3_megatron.run.files import write_atomically
 from parallel.errors import RecipeError
 
 
-def write_output(path: Path, text: str, key: str) -> None:
-    """Write a file. Raises RecipeError naming ``key``, by which it was asked for, where that cannot be."""
+def write_output(path: Path, text: str | bytes, key: str) -> None:
+    """Write a file as a whole, in the place of a link too; a device or a pipe that was named is written to.
+
+    Raises RecipeError naming ``key``, by which it was asked for, where that cannot be.
+    """
     try:
-        path.write_text(text)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(text.encode() if isinstance(text, str) else text)
+        else:
+            write_atomically(path, text)
     except OSError as error:
         raise RecipeError(
             f"{key} = {path} cannot be written ({error.strerror}); name a file in a folder that exists"

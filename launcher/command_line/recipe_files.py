@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult
+from omegaconf import OmegaConf
 
+from dsv3_megatron.run.handed import read_bytes, read_text
+from dsv3_megatron.run.interpolations import check_interpolations
+from dsv3_megatron.run.yaml_text import YAML_BYTES, read_yaml
 from parallel.errors import RecipeError
 
 PACKAGE = Path(__file__).resolve().parent.parent  # launcher/
@@ -39,9 +46,16 @@ def own_folders(searchpath: Sequence[str] = ()) -> list[Path]:
     folders = [folder for folder in folders if folder.resolve() != RECIPES]
     for file in files_of(folders):
         shipped = RECIPES / file.parent.name / file.name
-        if shipped.is_file() and shipped.read_bytes() != file.read_bytes():
+        if shipped.is_file() and not _is_copy(file, shipped):
             raise RecipeError(f"{file} has the name of a shipped file ({shipped}) and differs; rename it")
     return folders
+
+
+def _is_copy(file: Path, shipped: Path) -> bool:
+    try:
+        return read_bytes(file, YAML_BYTES) == shipped.read_bytes()
+    except (OSError, ValueError):
+        return False
 
 
 def files_of(folders: Sequence[Path]) -> Iterator[Path]:
@@ -51,40 +65,44 @@ def files_of(folders: Sequence[Path]) -> Iterator[Path]:
             yield from sorted((folder / group).glob("*.yaml"))
 
 
-def check_numbers(file: Path) -> None:
-    """Refuse numbers of a recipe file that YAML 1.1 reads otherwise than people: by sixties, and by eights.
+def read_recipe_file(file: Path) -> Any:
+    """Return what a recipe file holds, as plain values that refer to keys of the recipe and to nothing secret.
 
-    Raises: RecipeError: naming the first one, its line, and what to write.
+    Raises: RecipeError: one line that names the file, and where there is one the line.
     """
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return  # whoever reads the file says so
-    for key, node in _plain_scalars(root, ""):
-        text = node.value
-        by_eights = re.fullmatch(r"[-+]?0[0-7_]+", text) is not None
-        if ":" not in text and not by_eights:
-            continue
-        read = yaml.safe_load(text)
-        if isinstance(read, str) or (by_eights and read == int(text)):
-            continue
-        name = key.rpartition(".")[2]
-        fix = f"write {'' if name.isdecimal() else f'{name}: '}'{text}'"
-        fix += f", or {int(text)} without the zero in front" if by_eights else " in quotes"
-        place = f"{file}:{node.start_mark.line + 1}"
-        raise RecipeError(f"{place}: {key} = {text} is the number {read} to YAML; {fix}")
+        content = read_yaml(file)
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read ({error.strerror}); name a file that can") from None
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    try:
+        check_interpolations(content)
+    except ValueError as error:
+        raise RecipeError(f"{file}: {error}") from None
+    return content
 
 
-def _plain_scalars(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    """Yield the values without quotes that YAML takes for numbers, with their dotted keys."""
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            yield from _plain_scalars(value, f"{key}.{name.value}".lstrip("."))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield from _plain_scalars(value, f"{key}.{index}".lstrip("."))
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.endswith((":int", ":float")):
-        yield key, node
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Where Hydra finds recipe files: in folders, but each is read by :func:`read_recipe_file`."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return a file's content and what its header says of it, as Hydra takes them."""
+        file = Path(self.path) / self._normalize_file_name(config_path)
+        if not file.exists():
+            raise ConfigLoadError(f"Config not found : {file}")
+        content = read_recipe_file(file)
+        if not isinstance(content, dict | None):
+            raise RecipeError(f"{file} holds no keys; write key: value")
+        header = self._get_header_dict(read_text(file, YAML_BYTES)[:512])
+        config, place = OmegaConf.create(content or {}), f"{self.scheme()}://{self.path}"
+        return ConfigResult(provider=self.provider, path=place, config=config, header=header)
+
+
+def install_file_source() -> None:
+    """Have Hydra read files by :class:`FileConfigSource`, now that it has registered its own."""
+    Plugins.instance()
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 def options(group: str, folders: Sequence[Path] | None = None) -> list[str]:

@@ -68,7 +68,8 @@ class Vote(threading.Thread):
         # torch: seconds, which no rank waits for before it has spoken
         import torch.distributed as dist
 
-        from parallel.groups import JOINED, open_store  # as above
+        from parallel.groups import JOINED  # as above
+        from parallel.meeting import open_store
         from parallel.pipeline.watchdog import process_group_store
 
         deadline, world = time.monotonic() + self._seconds, World.from_environment()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import uuid
 from collections.abc import Sequence
 
 from dsv3_megatron.data.tasks.read import check_tasks
@@ -14,9 +15,11 @@ from launcher.command_line.compose import compose
 from launcher.command_line.hydra_flags import FLAGS
 from launcher.command_line.recipe_files import PACKAGE
 from parallel.errors import RecipeError
-from parallel.world import World
+from parallel.world import NOT_SHARED, World
 
 PRETRAIN = PACKAGE / "pretrain.py"
+MEETING = {"standalone", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "master-addr", "master-port",
+           "node-rank", "local-addr"}  # torchrun's options of how ranks meet  # fmt: skip
 
 
 def train(words: Sequence[str]) -> int:
@@ -38,8 +41,21 @@ def train(words: Sequence[str]) -> int:
     recipe.data.check_source()
     check_tasks(recipe.evaluate)
     sys.stdout.flush()
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(PRETRAIN), *rest]
+    if meeting := at_home(options):
+        os.environ[NOT_SHARED] = "1"  # else the agent opens a store for the ranks, on all addresses
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, *options, str(PRETRAIN), *rest]
     os.execv(sys.executable, command)
+
+
+def at_home(options: Sequence[str]) -> list[str]:
+    """Return options by which torchrun listens to nothing, where all ranks are to be on this host and the user says
+    nothing of how they meet: its agent keeps what it knows in a file of the user's, and the ranks meet at a loopback
+    address. By default it listens on all addresses of the host, and whoever reaches its port can run programs as the
+    user (torch 2.13; docs/security.md)."""
+    names = {_name(option) for option in options if option.startswith("-")}
+    if names & MEETING or _values(options, nnodes="1")["nnodes"] not in ("1", "1:1"):
+        return []
+    return ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--local-addr=127.0.0.1", f"--rdzv-id={uuid.uuid4()}"]
 
 
 def split_torchrun(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -65,11 +81,20 @@ def split_torchrun(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def world_size(options: Sequence[str]) -> int | None:
     """Return how many ranks torchrun's options ask for; None where they leave it to the machine (auto, 1:4)."""
-    values = {"nproc-per-node": "1", "nnodes": "1"}
-    words = iter(options)
-    for word in words:
-        name, equals, value = word.lstrip("-").partition("=")
-        if (name := name.replace("_", "-")) in values:
-            values[name] = value if equals else next(words, "")
+    values = _values(options, **{"nproc-per-node": "1", "nnodes": "1"})
     sizes = list(values.values())
     return int(sizes[0]) * int(sizes[1]) if all(size.isdecimal() for size in sizes) else None
+
+
+def _values(options: Sequence[str], **defaults: str) -> dict[str, str]:
+    """Return the values of torchrun's options of these names."""
+    words = iter(options)
+    for word in words:
+        _, equals, value = word.partition("=")
+        if (name := _name(word)) in defaults:
+            defaults[name] = value if equals else next(words, "")
+    return defaults
+
+
+def _name(option: str) -> str:
+    return option.partition("=")[0].lstrip("-").replace("_", "-")

@@ -33,10 +33,9 @@ def script(name: str) -> str:
 
 def command(name: str, *, ranks: int | None = None) -> str:
     """Return how ``dsv3 NAME`` is typed here, on so many ranks; what is printed works as pasted."""
-    if not IS_CHECKOUT:
+    if not IS_CHECKOUT or ranks:
         return f"{program('dsv3')} {name}" + (f" --nproc-per-node {ranks}" if ranks else "")
-    started = f"{program('torchrun')} --nproc-per-node {ranks}" if ranks else program("python")
-    return f"{started} {script(f'launcher/{COMMANDS[name]}.py')}"
+    return f"{program('python')} {script(f'launcher/{COMMANDS[name]}.py')}"
 
 
 def as_typed(text: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from dsv3_megatron.data.prepare.merge import merge
 from dsv3_megatron.data.raw.inputs import printable
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.typed import command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import path_list, source_lines, tell, warnings
@@ -35,6 +35,7 @@ class MergeArguments(Arguments):
     sequence_length: Lengths | None = Field(None, description=AHEAD)
     fim_rate: FimRate = Field(0.0, description=FIM_RATE)
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that write shards without copies")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(MergeArguments, __doc__)

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from dsv3_megatron.data.prepare.pack import CACHE, pack_share, packed
 from dsv3_megatron.data.source.shard_folder import ShardFolder
-from launcher.command_line.arguments import Arguments, takes
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.data_commands.lengths import FIM_RATE, LENGTH, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of
 from parallel.errors import DataError, one_line
@@ -32,6 +32,7 @@ class PackArguments(Arguments):
         None, description="make one share of several, 3/16, on several nodes; the last of them to end says so"
     )
     workers: PositiveInt = Field(os.cpu_count() or 1, description="processes that pack")
+    readable_by: ReadableBy = "owner"
 
 
 @takes(PackArguments, __doc__)

@@ -13,6 +13,8 @@ from launcher.command_line.overrides import quoted
 from launcher.command_line.recipe_files import IS_CHECKOUT, ROOT
 from launcher.command_line.typed import as_typed
 from launcher.slurm.job import Job
+from parallel.errors import ClusterError, one_line
+from parallel.world import NOT_SHARED
 
 # A checkout is run from its place, in the container too; what is installed is found by the job's interpreter.
 PRETRAIN = shlex.quote(str(ROOT / "launcher" / "pretrain.py")) if IS_CHECKOUT else "-m launcher.pretrain"
@@ -33,6 +35,7 @@ def render(job: Job) -> str:
         "# shellcheck disable=SC2016  # what stands in single quotes is meant literally",
         "",
         "set -uo pipefail",
+        f"umask {'077' if job.recipe.run.readable_by == 'owner' else '027'}  # run.readable_by",
         *job.recipe.cluster.slurm.setup,
         *_point(job),
         _BEFORE.format(max_starts=job.recipe.cluster.slurm.max_starts).strip("\n"),
@@ -77,7 +80,12 @@ def _directives(job: Job) -> list[str]:
 
 
 def _directive(value: str) -> str:
-    """Return a value as an #SBATCH line takes it: sbatch knows double quotes and the backslash."""
+    """Return a value as an #SBATCH line takes it: sbatch knows double quotes and the backslash.
+
+    Raises ClusterError: it would begin another line, which is run.
+    """
+    if one_line(value) != value:
+        raise ClusterError(f"{value!r:.80} holds a control character, which a #SBATCH line cannot; name another")
     if all(c.isalnum() or c in "-_.,:/@%=+[]*" for c in value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -94,7 +102,7 @@ _WRITTEN = "# Written by launcher/submit.py. `sbatch FILE` submits it by hand; `
 def _what(job: Job) -> list[str]:
     world = job.nodes * job.ranks_per_node
     return [
-        f"# {job.recipe.recipe}: {job.nodes} nodes x {job.ranks_per_node} ranks = {world:,} ranks; "
+        f"# {one_line(job.recipe.recipe)}: {job.nodes} nodes x {job.ranks_per_node} ranks = {world:,} ranks; "
         f"{job.recipe.layout(world).describe()}.",
         as_typed(_WRITTEN),
     ]
@@ -127,17 +135,21 @@ _BEFORE = """
 mkdir -p "$run/checkpoints" "$run/logs"
 # A later job of a chain, or a requeue that came too late: nothing to do, or nothing that could go well.
 [ -e "$run/finished" ] && exit 0
-[ -e "$run/refused" ] && {{ cat "$run/refused" >&2; exit 2; }}
+[ -f "$run/refused" ] && {{ head -c 2000 "$run/refused" >&2; exit 2; }}
 
 # Requeued for as long as the run makes progress: starts are counted since the newest checkpoint changed. A limit on
 # SLURM_RESTART_COUNT alone would end a long run in short slots.
-newest=$(find "$run/checkpoints" -maxdepth 1 -type d -name 'step_????????' -printf '%f\\n' | sort | tail -n 1)
+newest=$(find "$run/checkpoints" -maxdepth 1 -type d -regex '.*/step_[0-9]+' -printf '%f\\n' | sort | tail -n 1)
 seen=none starts=0
-[ -s "$run/starts" ] && read -r seen starts <"$run/starts"
+[ -f "$run/starts" ] && read -r seen starts <"$run/starts"
+# A number and nothing else: bash's arithmetic runs commands that it finds in a text.
+case $starts in ??????* | *[!0-9]* | "") starts=0 ;; esac
 [ "$seen" = "${{newest:-nothing}}" ] || starts=0
-starts=$((starts + 1))
+starts=$((10#$starts + 1))
+rm -f "$run/starts" # which may be a link to something else
 echo "${{newest:-nothing}} $starts" >"$run/starts"
 if [ "$starts" -gt {max_starts} ]; then
+  rm -f "$run/refused"
   echo "cluster: {max_starts} starts without a new checkpoint (newest: ${{newest:-none}}); fix the run, submit again" |
     tee "$run/refused" >&2
   exit 1
@@ -146,30 +158,50 @@ fi
 
 
 def _environment(job: Job) -> list[str]:
-    lines = [
-        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
+    slurm = job.recipe.cluster.slurm
+    return [
+        *_meeting(slurm.interface),
         *(_CODE if IS_CHECKOUT else ()),
         "# A mistake in the recipe is written there, and ends the job for good.",
         'export DSV3_REFUSED_FILE="$run/refused"',
         f'export {WARNED_FILE}="$run/logs/warned-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
-        "# Without it restarted ranks meet under different prefixes of the store (pytorch#108158, #135712).",
-        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        f"export {NOT_SHARED}=1",
+        *(f"export {name}={shlex.quote(value)}" for name, value in sorted(slurm.environment.items())),
+        "# What this start ran with; no secrets: only variables of these families, and none that names a credential.",
+        'noted="$run/logs/environment-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.txt"',
+        'rm -f "$noted"',
+        'env | grep -E "^(SLURM|NCCL|UCX|GLOO|NVSHMEM|CUDA|TORCH|OMP|MASTER)_" |',
+        '  grep -vE "^[A-Za-z0-9_]*(JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH)[A-Za-z0-9_]*=" | sort >"$noted"',
     ]
-    environment = job.recipe.cluster.slurm.environment
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+
+
+def _meeting(interface: str | None) -> list[str]:
+    """Return where the ranks meet: at the first node, on the fabric where its interface is named."""
+    port = [
+        "# No port that follows from the job's number; one that is taken ends this start, and the next has another.",
+        "MASTER_PORT=$((20000 + RANDOM % 12000))",
+    ]
+    if interface is None:
+        return ['MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', *port]
     return [
-        *lines,
-        "# What this start ran with; no secrets: only variables of these families.",
-        'env | grep -E "^(SLURM|NCCL|UCX|GLOO|NVSHMEM|CUDA|TORCH|OMP|MASTER)_" | sort '
-        '>"$run/logs/environment-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.txt"',
+        "# This is the first node. Ranks meet at its address on the fabric, and gloo and NCCL listen there alone.",
+        f"interface={shlex.quote(interface)}",
+        'MASTER_ADDR=$(PATH=$PATH:/usr/sbin:/sbin ip -o -4 addr show dev "$interface" |',
+        """  awk '{sub("/.*", "", $4); print $4; exit}')""",
+        'if [ -z "$MASTER_ADDR" ]; then',
+        '  echo "cluster: cluster.slurm.interface = $interface has no address on $(hostname)" >&2',
+        "  exit 1",
+        "fi",
+        *port,
+        'export GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface"',
     ]
 
 
 # A shell waits for its child again after every signal that it takes; it ignores the warning while the child is made.
 _KEEP_WARNING = f"""
-  trap "" USR1; "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
+  trap "" USR1; unset SLURM_JWT; export PET_NODE_RANK=$SLURM_NODEID
+  "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
   wait $!; rc=$?; while kill -0 $! 2>/dev/null; do wait $!; rc=$?; done; exit $rc
 """
 
@@ -199,17 +231,19 @@ def _training(job: Job) -> list[str]:
         *container,
     ]
     return [
-        "# One agent a node; ranks meet at the first node. A new meeting for every start.",
+        "# One agent a node; ranks meet at the first node, anew at every start. A static rendezvous: with one",
+        "# of torch's c10d kind, agents unpickle what whoever reaches their port has written there (docs/security.md).",
         "train=(",
         f"  {shlex.quote(job.python)} -m torch.distributed.run",
         f'  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} --max-restarts={slurm.restarts}',
-        '  --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"',
+        '  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"',
         '  --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
         f'  {PRETRAIN} "${{overrides[@]}}"',
         ")",
         "# SLURM's warning goes to every process of the step. The agent would die of it, so it ignores it; the ranks",
         "# set a handler of their own: they finish the step, save and leave with 0. A warning that comes before there",
         "# are ranks is kept in a file that they read. TERM is the agent's business, too: it gives the ranks time.",
+        "# Agents number their nodes as SLURM does (PET_: torchrun's options). Ranks have no use for a credential.",
         f"keep_warning='{_KEEP_WARNING}'",
         " \\\n  ".join([" ".join(step[:4]), " ".join(step[4:6]), *container, " ".join(inside)]),
         "rc=$?",
@@ -219,7 +253,7 @@ def _training(job: Job) -> list[str]:
 _AFTER = """
 # Judged by what the run left, never by a code of its own: torchrun turns every failure into 1.
 [ -e "$run/finished" ] && exit 0
-[ -e "$run/refused" ] && { cat "$run/refused" >&2; exit 2; }
+[ -f "$run/refused" ] && { head -c 2000 "$run/refused" >&2; exit 2; }
 # No trap for TERM anywhere above: scancel ends this shell before the next line, and the job stays cancelled.
 echo "srun left with $rc before the run was finished; requeue (start $starts since ${newest:-the beginning})" >&2
 scontrol requeue "$job"
@@ -228,7 +262,7 @@ scontrol requeue "$job"
 _AFTER_CHAINED = """
 # Judged by what the run left, never by a code of its own: torchrun turns every failure into 1.
 [ -e "$run/finished" ] && exit 0
-[ -e "$run/refused" ] && { cat "$run/refused" >&2; exit 2; }
+[ -f "$run/refused" ] && { head -c 2000 "$run/refused" >&2; exit 2; }
 # A job of a chain: after the warning before the time limit the next job goes on; a failure is tried again here.
 [ "$rc" -eq 0 ] && exit 0
 # No trap for TERM anywhere above: scancel ends this shell before the next line, and the job stays cancelled.

@@ -35,6 +35,10 @@ list of phases: `{until: 2000 steps, shape: linear, to: 2.2e-4}`.
 Files of your own need no checkout: `./recipes/recipe/mine.yaml` is `recipe=mine`, and `./recipes/cluster/ours.yaml` is
 `cluster=ours`, in the folder that a command is started from. Other folders: `hydra.searchpath=[file:///FOLDER]`, with a
 folder for each group in it. A file of yours must not have the name of a shipped one.
+
+What a recipe holds is written to recipe.yaml, the report and W&B, so it holds no secret. A value may refer to another
+key (`${run.name}`) and to variables of the environment that name places and jobs (`${oc.env:SCRATCH}`, HOME, USER,
+SLURM_JOB_ID). Keys and tokens stay in the environment, which sbatch hands to the job.
 """
 _TABLE = "| key | value | default | meaning |\n|---|---|---|---|"
 

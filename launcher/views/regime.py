@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from dsv3_megatron.data.mixture.phases import MixtureCurve, MixturePiece, mixture_of_recipe
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
-from parallel.errors import RecipeError
+from launcher.command_line.output import write_output
 from parallel.units import show_count
 
 COLUMNS = ("learning_rate", "global_batch", "mtp_weight", "bias_speed", "balance_weight")
@@ -170,12 +171,10 @@ def plot(name: str, regime: Regime, end: int, path: Path, mixture: MixtureCurve 
         axis.grid(alpha=0.25)
         for edge in edges[1:-1]:
             axis.axvline(edge, color="#c0392b", alpha=0.25, linewidth=0.8)
-    axes[0].set_title(f"training regime of recipe={name}", loc="left")
+    axes[0].set_title(f"training regime of recipe={name}".replace("$", r"\$"), loc="left")  # no formula
     axes[-1].set_xlabel("tokens consumed (red: a phase ends)")
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: show_count(x)))
-    try:
-        figure.savefig(path, format="svg")
-    except OSError as error:
-        raise RecipeError(f"svg = {path} cannot be written ({error.strerror}); name another file") from None
-    finally:
-        plt.close(figure)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="svg")
+    plt.close(figure)
+    write_output(path, drawn.getvalue(), "svg")

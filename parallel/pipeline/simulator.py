@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from parallel.errors import ScheduleError
 from parallel.pipeline.actions import Action, Schedule, Step
 
+LONGEST = 1e9  # of a time, and of a stage's cost: sums of millions stay exact enough to be drawn
+
 
 @dataclass(frozen=True)
 class Times:
@@ -45,16 +47,20 @@ class Times:
         """Return times of ``stages`` stages, of which stage s costs ``cost[s]`` times a plain one (default 1 each).
 
         ``overlapped`` is what an overlapped action of two plain stages takes; None = the sum of its parts.
-        Raises: ScheduleError: a time is negative, or ``cost`` has not one number per stage.
+        Raises: ScheduleError: a time is negative or too long for arithmetic, all are 0, or ``cost`` has not one number
+        per stage.
         """
         given = {"forward": forward, "input_grad": input_grad, "weight_grad": weight_grad, "send": send}
         for name, value in {**given, "overlapped": 0.0 if overlapped is None else overlapped}.items():
-            if not 0 <= value < float("inf"):
-                raise ScheduleError(f"times.{name} = {value} is no duration; use a number of 0 or more")
+            if not 0 <= value <= LONGEST:
+                raise ScheduleError(f"times.{name} = {value} is no duration; use a number from 0 to {LONGEST:g}")
         cost = tuple(cost) if cost is not None else (1.0,) * stages
-        if len(cost) != stages or min(cost) < 0:
-            raise ScheduleError(f"cost = {list(cost)} must be {stages} numbers of 0 or more, one per stage")
+        if len(cost) != stages or not all(0 <= c <= LONGEST for c in cost):
+            shown = str(list(cost[:8]))
+            raise ScheduleError(f"cost = {shown} must be {stages} numbers from 0 to {LONGEST:g}, one per stage")
         whole = forward + input_grad + weight_grad
+        if not whole or not any(cost):
+            raise ScheduleError("times: forward, input_grad and weight_grad are all 0; give one of them a duration")
         overlap = 1.0 if overlapped is None or not whole else overlapped / whole
         f, i, w = (tuple(value * c for c in cost) for value in (forward, input_grad, weight_grad))
         return cls(f, i, w, overlap, send)

@@ -19,7 +19,7 @@ from parallel.schedules.interleaved import interleaved
 from parallel.schedules.one_f_one_b import one_f_one_b
 from parallel.schedules.zb1p import zb1p
 
-__all__ = ["PLACEMENTS", "SCHEDULES", "forward_only", "make_schedule", "placement"]
+__all__ = ["MOST_PASSES", "PLACEMENTS", "SCHEDULES", "check_size", "forward_only", "make_schedule", "placement"]
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "1f1b": one_f_one_b,
@@ -28,6 +28,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }
+
+MOST_PASSES = 1_000_000  # stages times microbatches; a large run has ten thousand
 
 PLACEMENTS: dict[str, Literal["loop", "v", "mirror"]] = {
     "1f1b": "loop",
@@ -38,8 +40,18 @@ PLACEMENTS: dict[str, Literal["loop", "v", "mirror"]] = {
 }
 
 
+def check_size(ranks: int, microbatches: int, chunks: int) -> None:
+    """Raise ScheduleError where a schedule would have more passes than can be listed, proven and drawn."""
+    if ranks * microbatches * chunks > MOST_PASSES:
+        raise ScheduleError(
+            f"pipeline = {ranks}, microbatches = {microbatches}, chunks = {chunks} are more than {MOST_PASSES:,} "
+            "passes; lower one of them (microbatches = optim.global_batch / optim.micro_batch / data-parallel ranks)"
+        )
+
+
 def placement(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Placement:
-    """Return where stages lie under a schedule, without making it."""
+    """Return where stages lie under a schedule, without making it. Raises ScheduleError: it would be too large."""
+    check_size(ranks, microbatches, chunks)
     # A searched schedule has DualPipe's placement where that exists: two directions leave the fewest bubbles.
     kind = ("loop" if ranks % 2 else "mirror") if name == "auto" else PLACEMENTS[name]
     return Placement(kind, ranks, 2 * ranks if kind == "v" else ranks * chunks, microbatches)
@@ -63,6 +75,7 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 1) -> 
         raise ScheduleError(
             f"pipeline = {ranks}, microbatches = {microbatches}, chunks = {chunks}: use 1 or more of each"
         )
+    check_size(ranks, microbatches, chunks)
     if name == "interleaved":
         return interleaved(ranks, microbatches, chunks)
     if chunks != 1:

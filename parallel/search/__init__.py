@@ -19,11 +19,12 @@ from parallel.errors import ScheduleError
 from parallel.pipeline.actions import Placement, Schedule
 from parallel.pipeline.simulator import Times, simulate
 from parallel.pipeline.validate import validate
-from parallel.schedules import PLACEMENTS, make_schedule
+from parallel.schedules import PLACEMENTS, check_size, make_schedule
 from parallel.search.annealing import anneal
 from parallel.search.list_scheduling import Rule, list_schedule
 
 VERSION = 1  # of what the search finds; part of the cache's key
+_CACHED_BYTES = 1 << 26
 _BUDGET = 6_000_000  # actions simulated while annealing: some ten seconds
 RULES = tuple(Rule(*choice) for choice in product((False, True), repeat=3))
 
@@ -58,6 +59,7 @@ def search(
         seed: of the annealing.
     Raises: ScheduleError: nothing fits the memory bound.
     """
+    check_size(placement.ranks, placement.microbatches, max(1, placement.stages // placement.ranks))
     cap = memory_bound(placement) if cap is None else cap
     candidates = [(name, s) for name, s in _candidates(placement, times, cap) if max(s.peak_microbatches) <= cap]
     if not candidates:
@@ -100,6 +102,8 @@ def cached_search(folder: str | Path, placement: Placement, times: Times, **opti
     key = hashlib.blake2b(repr((VERSION, placement, times, sorted(options.items()))).encode(), digest_size=12)
     path = Path(folder) / f"schedule-{key.hexdigest()}.txt"
     try:
+        if not path.is_file() or path.stat().st_size > _CACHED_BYTES:  # no pipe, and no more than a schedule takes
+            raise OSError
         schedule = Schedule.parse_text("auto", placement, path.read_text())
         validate(schedule)
         return schedule
@@ -108,7 +112,9 @@ def cached_search(folder: str | Path, placement: Placement, times: Times, **opti
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(schedule.text())
+        beside.unlink(missing_ok=True)
+        with beside.open("x") as file:  # never through a link
+            file.write(schedule.text())
         os.replace(beside, path)
     except OSError:  # a cache that cannot be written costs the next start ten seconds
         pass

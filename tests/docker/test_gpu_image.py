@@ -1,13 +1,12 @@
-"""What docker/Dockerfile installs can be resolved, for the Python and platform of its image, from the registry that pip
-is configured with: uv resolves, as its Python need not be there. Nothing is installed, and no package is fetched but
-the sources of two, half a MB.
+"""What locks/ makes docker/Dockerfile install is what its packages need, for the Python and platform of its image: uv
+resolves it from the registry that pip is configured with, as that Python need not be there. Nothing is installed, and
+no package is fetched but the sources of two, half a MB.
 
-What it cannot show: that the base image has the tags and Ubuntu packages named, that Transformer Engine's bindings,
-Apex and DeepEP compile there, that anything runs."""
+What it cannot show: that the base image has the Ubuntu packages named, that Transformer Engine's bindings, Apex and
+DeepEP compile there, that anything runs."""
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -16,50 +15,29 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from testing.clean_root import instructions
+from testing.locks import BUILD, ROOT, lock, normal, pinned
 
-ROOT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = (ROOT / "constraints.txt", ROOT / "docker" / "constraints-gpu.txt")
 PYTHON = "3.12"  # of Ubuntu 24.04
 PLATFORM = "x86_64-manylinux_2_39"  # its glibc
 BINDINGS = "transformer_engine_torch"  # exists as source alone, whose setup asks torch for its version of CUDA
 
 
-def pip_lines():
-    """Return the words after ``pip install`` of every such command of the file."""
-    found = []
-    for keyword, rest in instructions((ROOT / "docker" / "Dockerfile").read_text()):
-        for command in re.split(r"&&|\|\||;", rest) if keyword == "RUN" else ():
-            words = shlex.split(command)
-            if "install" in words and "pip" in words[: words.index("install")]:
-                found.append(words[words.index("install") + 1 :])
-    return found
+def needed():
+    """Return what the image needs, before what that needs in turn: the project, and what it is compiled against."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], "transformer-engine[core-cu13,pytorch]", *BUILD]
 
 
-def parts(lines):
-    """Return (requirements, constraints files) of pip lines; the sources that the image clones are none of them."""
-    requirements, constraints = [], []
-    for words in lines:
-        words = iter(words)
-        for word in words:
-            if word == "-c":
-                constraints.append(ROOT / next(words))
-            elif word == "-e":
-                project = tomllib.loads((ROOT / next(words) / "pyproject.toml").read_text())["project"]
-                requirements += project["dependencies"]
-            elif not word.startswith(("-", "/tmp/")):
-                requirements.append(word)
-    return requirements, list(dict.fromkeys(constraints))
-
-
-def pinned(files):
-    """Return package -> version of constraints files."""
-    lines = [line.partition("#")[0].strip() for file in files for line in file.read_text().splitlines()]
-    return {normal(name): version for name, _, version in (line.partition("==") for line in lines if line)}
-
-
-def normal(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
+def locked(*names):
+    """Return package -> version of locks, of what their markers let into the image."""
+    requirements = [Requirement(entry.partition("\\")[0]) for name in names for entry in lock(name).values()]
+    environment = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.3"}
+    found = [each for each in requirements if each.marker is None or each.marker.evaluate(environment)]
+    return {normal(each.name): str(each.specifier).removeprefix("==") for each in found}
 
 
 def pip(*words):
@@ -122,20 +100,18 @@ def resolved(requirements, constraints, folder):
 @pytest.mark.slow
 @pytest.mark.full
 def test_the_gpu_image_resolves_to_what_is_pinned(tmp_path, monkeypatch):
-    requirements, constraints = parts(pip_lines())
-    pins = pinned(constraints)
+    pins = pinned(CONSTRAINTS)
     bindings_wheel(pins[normal(BINDINGS)], tmp_path, monkeypatch)
-    found = resolved(requirements, constraints, tmp_path)
-    loose = sorted(f"{name}=={version}" for name, version in found.items() if pins.get(normal(name)) != version)
-    assert not loose, "not pinned:\n" + "\n".join(loose)
-    unused = set(pinned([ROOT / "docker" / "constraints-gpu.txt"])) - {normal(name) for name in found}
+    found = {normal(name): version for name, version in resolved(needed(), CONSTRAINTS, tmp_path).items()}
+    assert found == locked("build", "runtime", "torch", "cuda", "gpu", "gpu_bindings")
+    unused = set(pinned(CONSTRAINTS[1:])) - set(found)
     assert not unused, f"pinned and not installed: {sorted(unused)}"
     assert {"torch", "transformer-engine-torch", "transformer-engine-cu13", "megatron-core"} <= set(found)
     assert "transformer-engine-cu12" not in found, "of another version of CUDA"
 
 
 def test_the_pins_of_the_gpu_image_add_to_the_others_and_are_all_of_one_cuda():
-    ours, gpu = pinned([ROOT / "constraints.txt"]), pinned([ROOT / "docker" / "constraints-gpu.txt"])
+    ours, gpu = pinned(CONSTRAINTS[:1]), pinned(CONSTRAINTS[1:])
     assert not set(ours) & set(gpu)
     base = next(rest for _, rest in instructions((ROOT / "docker/Dockerfile").read_text()) if "nvidia/cuda:" in rest)
     cuda = re.search(r"nvidia/cuda:(\d+\.\d+)", base)[1]

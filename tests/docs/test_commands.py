@@ -15,6 +15,7 @@ import zstandard
 from dsv3_megatron.preflight.world import check_world
 from launcher.command_line.compose import compose
 from launcher.command_line.recipe_files import RECIPES
+from launcher.command_line.start_ranks import split_torchrun, world_size
 from parallel.errors import ClusterError
 from parallel.world import World
 from testing.pages import DOCKER_FILES, PAGES, commands
@@ -29,7 +30,7 @@ TINY = (
 )  # fmt: skip
 NOT_RUN = {
     r"make ": "installs, or takes minutes, or is what runs this test; make -n says what it would do",
-    r"torchrun .*pretrain\.py": "tests/end_to_end starts torchrun; composed, and laid out over its ranks",
+    r"dsv3 train .*--nproc-per-node \d": "tests/end_to_end starts ranks; composed, and laid out over them",
     r"torchrun ": "no command but a mention of a flag",
     r"python -m benchmarks\.gpu_check ": "minutes, tests/benchmarks rehearses it; refused where there is no GPU",
     r"python -m benchmarks\.": "minutes to hours, some on a GPU; compiled",
@@ -74,7 +75,8 @@ def without_work(reason, command, words):
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
     elif "laid out" in reason:
-        recipe, ranks = compose(arguments), int(words[words.index("--nproc-per-node") + 1])
+        options, overrides = split_torchrun(words[2:])
+        recipe, ranks = compose(overrides), world_size(options)
         check_world(recipe, World(rank=0, size=ranks, local_rank=0))
         recipe.data.check_source()
     elif "refused where" in reason:

@@ -78,9 +78,32 @@ def test_a_mistake_is_found_once_before_any_rank_starts(words, says, monkeypatch
 def test_a_right_recipe_becomes_torchrun_with_its_options(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")  # put back afterwards
+    monkeypatch.setattr(start_ranks, "at_home", lambda options: ["--local-addr=127.0.0.1"])
     dsv3.main(["train", "--nproc-per-node", "4", "--max-restarts=1", "parallel=pp2_ep2"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--max-restarts=1"]
-    assert started == [[*torchrun, str(start_ranks.PRETRAIN), "parallel=pp2_ep2"]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
+    options = ["--nproc-per-node", "4", "--max-restarts=1"]
+    assert started == [[*torchrun, *options, str(start_ranks.PRETRAIN), "parallel=pp2_ep2"]]
+    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_ours"),
+    [
+        (["--nproc-per-node", "4"], True),
+        (["--nproc-per-node=4", "--nnodes=1"], True),
+        (["--nproc_per_node=4", "--nnodes", "1", "--max-restarts", "2"], True),
+        (["--nproc-per-node=4", "--nnodes=2", "--node-rank=0"], False),
+        (["--nproc-per-node=4", "--nnodes", "1:4"], False),
+        (["--nproc-per-node=4", "--standalone"], False),
+        (["--nproc-per-node=4", "--master_port", "29500"], False),
+        (["--nproc-per-node=4", "--rdzv-endpoint=host:1"], False),
+    ],
+)
+def test_ranks_of_one_host_meet_by_a_file_unless_the_user_says_how(options, is_ours):
+    meeting = start_ranks.at_home(options)
+    assert ("--rdzv-conf=store_type=file" in meeting and "--local-addr=127.0.0.1" in meeting) is is_ours
+    assert bool(meeting) is is_ours
 
 
 def test_recipe_files_of_the_current_folder_and_of_a_search_path_are_found(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Every mistake in a recipe is one line that names the field, the value and the fix."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,32 @@ BAD = {  # override(s) -> what the line must hold
     "parallel.pipeline=2 parallel.stages=[1,1]": ["adds up to 2", "model.num_hidden_layers = 4"],
     "~model": ["model", "required"],
     "data.path=[1,2": ["data.path"],
+    "model.num_hidden_layers=1000000000": ["model.num_hidden_layers = 1000000000", "less than or equal to 10000"],
+    "model.n_routed_experts=1000000000": ["model.n_routed_experts = 1000000000", "less than or equal to 100000"],
+    "parallel.pipeline=1000000000": ["parallel.pipeline = 1000000000", "less than or equal to 10000"],
+    "parallel.tensor=1000000000 model.vocab_size=999999999": ["parallel.tensor = 1000000000", "nearest that do"],
+    f"run.steps=1{400 * '0'}": ["run.steps = 1000", "is not a number up to 1,000,000,000,000,000,000"],
+    f"run.steps=1{5000 * '0'}": ["run.steps=1000", "cannot be read"],
+    "run.hang_seconds=inf": ["run.hang_seconds = inf is not a number up to"],
+    "health.skip_sigma=nan": ["health.skip_sigma = nan"],
+    "run.tokens=1e5000T": ["run.tokens = 1e5000T: it is more than 1,000,000,000,000,000,000"],
+    "run.tokens=1e400": ["run.tokens = inf", "is not a whole number"],
+    "cluster.memory=1e999GiB": ["cluster.memory = 1e999GiB: it is more than"],
+    f"cluster.memory='{90 * '1'}GiB'": ["is not a size"],
+    "optim.learning_rate=[{until: 1e400 steps, at: 1}]": ["until", "it is more than"],
+    "optim.global_batch=[{until: 9T, at: 1}, {until: 10T, at: 2}] optim.learning_rate=[{until: 1T steps, at: 1}]": [
+        "optim.global_batch takes more than 1,000,000 steps"
+    ],
+    "run.name=${oc.env:SECRET}": ["run.name = ${oc.env:SECRET} would be written", "or to HOME, USER"],
+    "run.name=${oc.decode:x}": ["run.name = ${oc.decode:x} would be written"],
+    "run.name=${hydra:runtime.cwd}": ["run.name = ${hydra:runtime.cwd} would be written"],
+    "recipe=${oc.env:SECRET}": ["recipe = ${oc.env:SECRET} would be written"],
+    "+cluster.slurm.environment.HF_TOKEN=abc": ["cluster.slurm.environment.HF_TOKEN would be", "leave it out: sbatch"],
+    "cluster.slurm.setup=['export A=1 WANDB_API_KEY=abc']": ["cluster.slurm.setup sets WANDB_API_KEY", "$(cat FILE)"],
+    "cluster.slurm.options=['--export=ALL,MY_SECRET=abc']": ["cluster.slurm.options sets MY_SECRET"],
+    "cluster.slurm.image='docker://me:abc@registry/image'": ["cluster.slurm.image holds an address with a password"],
+    "run.name=" + 150 * "[" + 150 * "]": ["run.name holds lists and mappings more than 32 deep in each other"],
+    "run.name=" + 99_999 * "[": ["run.name holds lists and mappings more than 32 deep in each other"],
 }
 BAD_WORLDS = {  # (overrides, world size) -> what the line must hold
     ("parallel.pipeline=2", 3): ["parallel.pipeline = 2", "3 ranks", "start 4"],
@@ -96,12 +123,14 @@ def one_line(error: UserError) -> str:
 
 @pytest.mark.parametrize("overrides", BAD)
 def test_a_mistake_is_one_line_with_field_value_and_mend(overrides):
-    words = [overrides] if overrides.count("=") <= 1 or "{" in overrides else overrides.split(" ")
+    words = [overrides] if re.search(r"='|=\['", overrides) else re.split(r" (?=[\w.]+=)", overrides)
     with pytest.raises(UserError) as caught:
         compose(words)
     text = one_line(caught.value)
     for fragment in BAD[overrides]:
         assert fragment in text, text
+    assert "abc" not in text or "abc" not in overrides  # what may be a secret is not repeated
+    assert len(text) < 1000
 
 
 @pytest.mark.parametrize(("overrides", "world"), BAD_WORLDS)
@@ -120,6 +149,72 @@ def test_every_shipped_recipe_composes_and_survives_its_resolved_file(name, tmp_
     (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
     assert load_resolved(tmp_path / "recipe.yaml") == recipe
     assert recipe.recipe == recipe.run.name == name
+
+
+def test_harmless_references_and_shell_lines_are_taken_and_survive_the_resolved_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    lines = r"cluster.slurm.setup=['export A=\${B:-c}','export HF_TOKEN=$(cat ~/.token)']"
+    recipe = compose(["run.directory=${oc.env:SCRATCH}/${run.name}", lines, "+cluster.slurm.environment.UCX_TLS=rc"])
+    assert recipe.run.directory == "/scratch/me/dsv3_tiny"
+    assert recipe.cluster.slurm.setup == ("export A=${B:-c}", "export HF_TOKEN=$(cat ~/.token)")
+    stored = tmp_path / "recipe.yaml"
+    stored.write_text(resolved_yaml(recipe))
+    assert "hf_secret" not in stored.read_text()
+    assert load_resolved(stored) == compose([f"recipe={stored}"]) == recipe
+    stored.write_text(resolved_yaml(recipe).replace("directory: /scratch/me", "directory: ${oc.env:HF_TOKEN}"))
+    with pytest.raises(UserError, match=r"run.directory = \$\{oc.env:HF_TOKEN\}/dsv3_tiny would be written"):
+        load_resolved(stored)
+
+
+HOSTILE = {  # a recipe file -> what its line must hold
+    "name: ours\nname: theirs": [":2: name is given twice"],
+    "name: ours\n---\nnodes: 2": [":2: a second document begins here"],
+    "name: [": [": is not YAML"],
+    "name: 'a": [": is not YAML"],
+    "name: a\0b": [": is not YAML"],
+    "nodes: !!python/object/apply:os.system [id]": [":1: the tag !!python/object/apply:os.system is not read"],
+    "nodes: !!python/object/apply:pathlib.Path [id]": [":1: the tag !!python/object/apply:pathlib.Path is not read"],
+    "a: &a [x, x, x, x, x, x, x, x]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdefgh", "bcdefghi")): ["50,000 values"],
+    "a: &a [*a]": [":1: it holds itself"],
+    100_000 * "[": [":1: lists and mappings lie more than 32 deep"],
+    "nodes: 1e400": [":1: nodes = 1e400 is more than a number can be"],
+    f"nodes: {'9' * 9000}": [":1: nodes is a number of 9,000 characters"],
+    f"name: {'x' * 300_000}": ["has more than 262,144 bytes"],
+    "? [a]\n: b": [":1: a key is a list or a mapping"],
+    "- a": ["holds no keys"],
+    "partition: ${oc.env:SECRET}": [": partition = ${oc.env:SECRET} would be written"],
+    "defaults:\n  - local@x: ${oc.env:SECRET}": ["would be written"],
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("group", ["cluster", "elsewhere"])
+def test_a_hostile_recipe_file_is_one_line_wherever_hydra_finds_it(text, group, tmp_path, monkeypatch):
+    """``elsewhere``: a folder that no group names, which a file's defaults lead to."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("cluster", "elsewhere"):
+        (tmp_path / "recipes" / folder).mkdir(parents=True)
+    (tmp_path / "recipes" / group / "theirs.yaml").write_text(text + "\n")
+    (tmp_path / "recipes" / "cluster" / "ours.yaml").write_text(
+        f"defaults:\n  - {'' if group == 'cluster' else '/elsewhere/'}theirs\nname: ours\n"
+    )
+    with pytest.raises(UserError) as caught:
+        compose(["recipe=dsv3_tiny", "cluster=ours"])
+    said = one_line(caught.value)
+    assert "theirs.yaml" in said and len(said) < 1000
+    for fragment in HOSTILE[text]:
+        assert fragment in said, said
+
+
+@pytest.mark.parametrize("place", ["recipes/cluster/ours.yaml", "stored.yaml"])
+def test_a_pipe_in_the_place_of_a_recipe_is_one_line(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(UserError, match="cannot be read"):
+        compose(["cluster=ours" if "ours" in place else f"recipe={place}"])
 
 
 def test_the_shipped_recipes_are_those_of_the_design():
@@ -174,6 +269,14 @@ def test_points_of_a_sweep_never_share_a_directory_that_was_given():
 def test_multirun_checks_every_point_before_the_first_runs():
     with pytest.raises(UserError, match="parallel.expert = 3"):
         run_command(lambda recipe: pytest.fail("ran"), ["-m", "parallel.expert=2,3"], "help")
+
+
+@pytest.mark.parametrize(
+    "words", [["run.seed=range(0,1000000000)"], [f"run.{key}=range(1,99)" for key in ("seed", "steps")]]
+)
+def test_a_sweep_without_end_is_one_line(words):
+    with pytest.raises(UserError, match="makes more than 1,000 runs"):
+        sweep(words)
 
 
 def test_a_sweep_leaves_lists_alone():

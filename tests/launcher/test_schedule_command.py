@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from launcher.schedule import main
-from parallel.errors import RecipeError
+from parallel.errors import UserError
 
 WORDS = ["name=dualpipe", "pipeline=16", "microbatches=120", "times.overlapped=2.5"]
 
@@ -51,10 +51,18 @@ def test_unequal_stages_cost_more(capsys):
     [
         (["name=1f1b", "pipeline=2", "microbatches=4", "times.forwar=1"], "did you mean times.forward"),
         (["name=1f1b", "pipeline=2"], "microbatches is missing"),
+        (["name=auto", "pipeline=1000000000", "microbatches=2"], "more than 1,000,000 passes"),
+        (
+            ["name=1f1b", "pipeline=2", "microbatches=4", "times.forward=1e308"],
+            r"times.forward = 1e\+308 is no duration",
+        ),
+        (["name=1f1b", "pipeline=2", "microbatches=4", "times.cost=1,nan"], "must be 2 numbers from 0"),
+        (["name=auto", "pipeline=2", "microbatches=4", "times.cost=0,0"], "give one of them a duration"),
+        (["name=1f1b", "pipeline=2", "microbatches=4", "width=1000000000"], "width = 1000000000"),
         (["name=1f1b", "pipeline=2", "microbatches=4", "times.cost=a,b"], "times.cost = a,b"),
         (["name=1f1b", "pipeline=2", "microbatches=4", "output=/nowhere/x"], "output = /nowhere/x cannot be written"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UserError, match=message):
         main(words)

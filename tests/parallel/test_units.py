@@ -35,3 +35,11 @@ def test_durations_are_shown(seconds, text):
 
 def test_counts_are_shown():
     assert show_count(62_914_560) == "62.91M"
+
+
+@pytest.mark.parametrize("number", ["1e400", "2e18", 10**400, 1e19, "9" * 41, "1" * 100_000])
+@pytest.mark.parametrize(("parse", "unit"), [(parse_count, "K"), (parse_bytes, "KiB")])
+def test_what_is_more_than_anybody_counts_is_refused_and_not_repeated(number, parse, unit):
+    with pytest.raises(ValueError, match="is more than 1,000,000,000,000,000,000|is not a") as caught:
+        parse(number + unit if isinstance(number, str) else number)
+    assert len(str(caught.value)) < 200

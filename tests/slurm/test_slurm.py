@@ -105,7 +105,7 @@ run=${run#"'"} run=${run%"'"}
 def undisturbed(cluster, tmp_path_factory):
     """A run of forty steps over two nodes that nothing happened to."""
     directory = tmp_path_factory.mktemp("slurm") / "undisturbed run"
-    [job] = submit(directory, "run.steps=40")
+    [job] = submit(directory, "run.steps=40", "cluster.slurm.interface=lo")
     assert wait_for_end(job, directory) == "COMPLETED", logs(directory)
     return directory
 

@@ -6,16 +6,31 @@ What decides is the mathematics, not the name: a key that changes it and is not 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import ValidationError
 
-from dsv3_megatron.checkpoint.hugging_face.config_keys import ALIASES, AROUND, HARMLESS, OURS, is_known, refusal
+from dsv3_megatron.checkpoint.hugging_face.config_keys import ALIASES, AROUND, HARMLESS, OURS, is_known, refusal, shown
 from dsv3_megatron.checkpoint.hugging_face.config_rope import rope_from_config, rope_to_config
 from dsv3_megatron.checkpoint.hugging_face.families import FAMILIES, OUTSIDE, Family
 from dsv3_megatron.model.settings import ModelSettings
 from parallel.errors import CheckpointError
 
+# No published model is near them; each row costs time and memory before its weights are looked at. Layers and experts
+# have limits of their own in ModelSettings.
+_MOST = {
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 40,
+    "n_shared_experts": 10_000,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "q_lora_rank",
+         "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+        1 << 20,
+    ),
+}  # fmt: skip
+_MOST_EXPERTS = 200_000  # of all layers together
+_MOST_TOLD = 100  # keys that are not known, in a line each
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -34,23 +49,23 @@ def settings_from_config(config: dict[str, Any]) -> ModelSettings:
     values = _merged(text, family)
     for key, allowed in family.gate.items():
         if values.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(
-                f"config.json: {key} = {values[key]!r}, but {model_type} computes {' or '.join(map(repr, allowed))}"
-            )
+            built = " or ".join(map(repr, allowed))
+            raise CheckpointError(f"config.json: {key} = {shown(values[key])}, but {model_type} computes {built}")
     if (architectures := text.get("architectures") or []) not in ([], [family.architecture]):
         raise CheckpointError(
-            f"config.json: architectures = {architectures} contradicts model_type = {model_type!r}, which is "
+            f"config.json: architectures = {shown(architectures)} contradicts model_type = {model_type!r}, which is "
             f"{family.architecture}; a model of another class does not become one by a changed model_type"
         )
     values |= rope_from_config(text, values.get("max_position_embeddings", _default("max_position_embeddings")))
     if values.get("topk_method") == "greedy":
         values |= {"n_group": 1, "topk_group": 1}  # the class does not look at them
     try:
-        model = ModelSettings.model_validate({**values, "model_type": model_type})
+        model = ModelSettings.model_validate({**values, "model_type": model_type}, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"config.json: {key} = {first['input']!r}: {first['msg']}") from None
+        raise CheckpointError(f"config.json: {key} = {shown(first['input'])}: {first['msg']}") from None
+    _check_sizes(model)
     model.check()
     _check_derived(text, model)
     return model
@@ -65,7 +80,7 @@ def text_model(config: dict[str, Any]) -> dict[str, Any]:
 def told_by_config(config: dict[str, Any]) -> list[str]:
     """Return what somebody who imports a configuration should know: one line for each key that was not used."""
     text = text_model(config)
-    lines = []
+    lines: list[str] = []
     if text is not config:
         lines.append("config.json: only the text model under text_config is taken")
     if text.get("model_type") is None:
@@ -76,18 +91,34 @@ def told_by_config(config: dict[str, Any]) -> list[str]:
             key: value for key, value in config.items() if key not in AROUND and value not in (None, text.get(key))
         }
         unknown |= {key: value for key, value in beside.items() if key not in HARMLESS}
-    return lines + [
-        f"config.json: {key} = {_shown(value)} is not known here and was not used" for key, value in unknown.items()
+    told = list(unknown.items())[:_MOST_TOLD]
+    lines += [
+        f"config.json: {shown(key)[1:-1]} = {shown(value)} is not known here and was not used" for key, value in told
     ]
+    if more := len(unknown) - len(told):
+        lines.append(f"config.json: {more:,} more keys are not known here and were not used")
+    return lines
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _check_sizes(model: ModelSettings) -> None:
+    """Refuse a model that no file can hold, before anything is done for each of its layers and experts."""
+    values = model.model_dump()
+    for key, most in _MOST.items():
+        if values[key] is not None and values[key] > most:
+            raise CheckpointError(f"config.json: {key} = {values[key]:,} is above {most:,}; correct it")
+    matrices = (model.num_hidden_layers + model.num_nextn_predict_layers) * model.n_routed_experts
+    if matrices > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"config.json: n_routed_experts = {model.n_routed_experts:,} in num_hidden_layers = "
+            f"{model.num_hidden_layers:,} are more than {_MOST_EXPERTS:,} experts; correct them"
+        )
+    for key, value in [*values.items(), *(values["rope_scaling"] or {}).items()]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"config.json: {key} = {value} is no finite number; correct it")
 
 
 def _refused(key: str, value: object, why: str) -> str:
-    return f"config.json: {key} = {_shown(value)} is refused: {why}"
+    return f"config.json: {key} = {shown(value)} is refused: {why}"
 
 
 def _is_one_of(value: object, allowed: tuple[Any, ...]) -> bool:
@@ -122,7 +153,8 @@ def _merged(config: dict[str, Any], family: Family) -> dict[str, Any]:
             continue
         if field in given and given[field] != value:
             raise CheckpointError(
-                f"config.json: {key} = {value!r} contradicts another name of {field}, = {given[field]!r}; leave one"
+                f"config.json: {key} = {shown(value)} contradicts another name of {field}, = {shown(given[field])}; "
+                "leave one"
             )
         given[field] = value
     if "q_lora_rank" in config:
@@ -152,7 +184,7 @@ def _check_derived(config: dict[str, Any], model: ModelSettings) -> None:
     }
     for key, (value, what) in expected.items():
         if config.get(key) not in (None, value):
-            raise CheckpointError(f"config.json: {key} = {config[key]} is not {value}, which is {what}")
+            raise CheckpointError(f"config.json: {key} = {shown(config[key])} is not {shown(value)}, which is {what}")
 
 
 def config_from_settings(model: ModelSettings, dtype: str, *, begin: int | None, end: int | None) -> dict[str, Any]:

@@ -126,3 +126,9 @@ def refusal(key: str) -> tuple[tuple[Any, ...], str] | None:
 def is_known(key: str) -> bool:
     """Return whether a key is read, harmless or checked."""
     return key in READ or key in HARMLESS or refusal(key) is not None
+
+
+def shown(value: object) -> str:
+    """Return a value of a configuration as a message quotes it, shortened."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

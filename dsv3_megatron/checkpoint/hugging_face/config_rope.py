@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dsv3_megatron.checkpoint.hugging_face.config_keys import shown
 from dsv3_megatron.model.settings import RopeScaling
 from parallel.errors import CheckpointError
 
@@ -30,14 +31,18 @@ def rope_from_config(config: dict[str, Any], max_positions: int) -> dict[str, An
     theta = given.pop("rope_theta", 10000.0)
     for key, allowed in _FIXED.items():
         if (value := given.pop(key, allowed[0])) not in allowed:
-            raise CheckpointError(f"config.json: RoPE's {key} = {value!r}, but only {allowed[0]} can be built here")
+            raise CheckpointError(
+                f"config.json: RoPE's {key} = {shown(value)}, but only {allowed[0]} can be built here"
+            )
     if kind == "default":
         if given and set(given) != {"original_max_position_embeddings"}:
             key = next(iter(given))
-            raise CheckpointError(f"config.json: RoPE's {key} = {given[key]!r} has no meaning without rope_type = yarn")
+            raise CheckpointError(
+                f"config.json: RoPE's {key} = {shown(given[key])} has no meaning without rope_type = yarn"
+            )
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "yarn":
-        raise CheckpointError(f"config.json: rope_type = {kind!r}, but only plain RoPE and yarn can be built here")
+        raise CheckpointError(f"config.json: rope_type = {shown(kind)}, but only plain RoPE and yarn can be built here")
     return {"rope_theta": theta, "rope_scaling": _yarn(given, max_positions)}
 
 
@@ -49,16 +54,19 @@ def _one_of_all_places(config: dict[str, Any]) -> dict[str, Any]:
     def add(key: str, value: Any, place: str) -> None:
         if value is None:
             return
+        if isinstance(value, float) and not math.isfinite(value):  # also: NaN is not equal to itself
+            raise CheckpointError(f"config.json: {place} = {value} is no finite number; write one")
         if found.setdefault(key, value) != value:
             raise CheckpointError(
-                f"config.json: {place} = {value!r} contradicts {places[key]} = {found[key]!r}; leave one of them"
+                f"config.json: {place} = {shown(value)} contradicts {places[key]} = {shown(found[key])}; leave one of "
+                "them"
             )
         places.setdefault(key, place)
 
     for outer in ("rope_scaling", "rope_parameters"):
         inside = config.get(outer)
         if inside is not None and not isinstance(inside, dict):
-            raise CheckpointError(f"config.json: {outer} = {inside!r} is no list of keys; write them as an object")
+            raise CheckpointError(f"config.json: {outer} = {shown(inside)} is no list of keys; write them as an object")
         for key, value in (inside or {}).items():
             if isinstance(value, dict):
                 raise CheckpointError(f"config.json: {outer}.{key}: RoPE by kinds of layers cannot be built here")
@@ -71,11 +79,12 @@ def _one_of_all_places(config: dict[str, Any]) -> dict[str, Any]:
 def _yarn(given: dict[str, Any], max_positions: int) -> dict[str, Any]:
     if unknown := sorted(set(given) - {*_YARN, "attention_factor"}):
         raise CheckpointError(
-            f"config.json: rope_scaling.{unknown[0]} = {given[unknown[0]]!r} is not known here; YaRN has {list(_YARN)}"
+            f"config.json: rope_scaling.{unknown[0]} = {shown(given[unknown[0]])} is not known here; YaRN has "
+            f"{list(_YARN)}"
         )
     for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: rope_scaling.{key} = {value!r} is no number; write one")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise CheckpointError(f"config.json: rope_scaling.{key} = {shown(value)} is no such number; write one")
     factor = given.get("factor")
     if factor is None or factor <= 0:
         raise CheckpointError(f"config.json: rope_scaling.factor = {factor} under yarn; set it to the extension, > 1")

@@ -6,11 +6,13 @@ the same command goes on with the shards that are missing.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from dsv3_megatron.model.freeze import is_frozen
 from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.precision.weights import quantise_weight, requantise_weight
 from dsv3_megatron.run.files import write_json
+from dsv3_megatron.run.made import new_file
 from parallel.errors import CheckpointError
 
 EMA = "ema."  # begins the keys of the average of the weights (train/ema.py)
@@ -109,7 +112,9 @@ def as_stored(tensor: Published, values: Tensor, dtype: str, scales: Scales = Sc
     if tensor.is_float32:
         return {tensor.name: values.float()}
     if dtype == "fp8" and tensor.is_quantised:
-        kept = kept_scales(scales.kept, tensor.name) if scales.kept else None
+        rows, columns = tensor.shape
+        grid = -(-rows // 128), -(-columns // 128)
+        kept = kept_scales(scales.kept, tensor.name, grid) if scales.kept else None
         if kept is None:
             data, scale_inv = quantise_weight(values.float(), power_of_two=scales.power_of_two)
         else:
@@ -136,8 +141,10 @@ def write_shard(shard: Shard) -> dict[str, Any]:
         entries |= as_stored(tensor, values, shard.dtype, shard.scales)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        new_file(partial).close()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         save_file(entries, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors writes for the owner alone, and these are to travel
+        partial.chmod(mode)  # safetensors makes a file of its own, for the owner alone whatever the umask says
         _sync(partial)
     except Exception as error:  # safetensors has an error of its own for what the system says
         partial.unlink(missing_ok=True)
@@ -215,6 +222,7 @@ def export(
     processes: int,
     progress: Callable[[int, int, int], None] = lambda done, count, size: None,
     trained_with: dict[str, Any] | None = None,
+    earlier: Collection[str] = (),
 ) -> int:
     """Write the files of a model (:func:`shards_of`) and their index; return the bytes of tensors.
 
@@ -222,6 +230,7 @@ def export(
         trained_with: the tokenizer and the text, as the checkpoint's manifest describes them: kept in the index.
         processes: workers; each holds one shard in memory.
         progress: told (shards done, shards, bytes done) after each shard.
+        earlier: files of an earlier export that this one replaces; shards that it does not write again are removed.
     """
     (folder / INDEX).unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
@@ -231,9 +240,9 @@ def export(
         size += record["bytes"]
         progress(number + 1, len(shards), size)
     kept = {shard.name for shard in shards}
-    for other in folder.glob("model-*.safetensors"):
-        if other.name not in kept:  # of an export with other shard sizes
-            other.unlink()
+    for other in earlier:
+        if fnmatch.fnmatchcase(other, "model-*.safetensors") and other not in kept:  # of other shard sizes
+            (folder / other).unlink(missing_ok=True)
     known = {name: facts for name, facts in (trained_with or {}).items() if facts is not None}
     metadata = {"total_size": size, **({TRAINED_WITH: known} if known else {})}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

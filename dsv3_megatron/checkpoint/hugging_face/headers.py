@@ -6,7 +6,7 @@ the long work starts.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dsv3_megatron.checkpoint.hugging_face.config_keys import shown
+from dsv3_megatron.run.handed import inside, open_regular, read_json_file
 from parallel.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -22,6 +24,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OTHERS = (".gguf", ".npz", ".h5", ".msgpack", ".onnx")
 # Pickles of trainers that hold no weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+_HEADER_BYTES = 1 << 25  # of a file's description of its tensors, a hundred bytes each
 _POINTER = b"version https://git-lfs"
 
 
@@ -61,7 +64,7 @@ def read_trained_with(folder: Path, what: str) -> dict[str, Any] | None:
     """Return what an export's index says of the ``tokenizer`` or the ``data`` that its model was trained with; None
     where there is no index, or another program wrote it."""
     try:
-        found = json.loads((folder / INDEX).read_text())["metadata"][TRAINED_WITH][what]
+        found = read_json_file(inside(folder, INDEX))["metadata"][TRAINED_WITH][what]
         described = {"sha256": found["sha256"], "name": found["name"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,15 +108,18 @@ def _read_index(folder: Path) -> dict[str, str]:
     """Return the file of every tensor, as the index says."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}); fetch it again") from None
+        index = read_json_file(inside(folder, INDEX))["weight_map"]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from None
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} cannot be read (it holds no weight_map); fetch it again") from None
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path} names no tensors; fetch it again")
     for name, file in index.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
             raise CheckpointError(
-                f"{path} says that {name} is in {file!r}, which is no safetensors file of this folder; fetch it again"
+                f"{path} says that {shown(name)[1:-1]} is in {shown(file)}, which is no safetensors file of this "
+                "folder; fetch it again"
             )
     return index
 
@@ -121,14 +127,18 @@ def _read_index(folder: Path) -> dict[str, str]:
 def _headers(folder: Path, file: str) -> Iterator[Header]:
     path = folder / file
     try:
-        with path.open("rb") as raw:
-            if raw.read(len(_POINTER)) == _POINTER:
-                raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights; run: git lfs pull")
+        with open_regular(inside(folder, file)) as raw:
+            beginning, size = raw.read(len(_POINTER)), os.fstat(raw.fileno()).st_size
+        if beginning == _POINTER:
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights; run: git lfs pull")
+        length = int.from_bytes(beginning[:8], "little")
+        if length > min(size - 8, _HEADER_BYTES):
+            raise ValueError(f"its header would have {length:,} bytes")
         with safe_open(path, "numpy") as opened:
             for name in opened.keys():  # noqa: SIM118  (no dictionary)
                 tensor = opened.get_slice(name)
                 yield Header(name, file, tensor.get_dtype(), tuple(tensor.get_shape()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from None
 
 

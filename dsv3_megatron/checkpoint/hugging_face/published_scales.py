@@ -7,8 +7,12 @@ the run directory, and an export in FP8 gives every block that is still as it wa
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, float8_e8m0fnu
@@ -18,6 +22,7 @@ from dsv3_megatron.checkpoint.hugging_face.quantisation import POWERS
 from dsv3_megatron.checkpoint.hugging_face.sources import Sources
 from dsv3_megatron.checkpoint.hugging_face.values import OpenFiles, as_numbers
 from dsv3_megatron.precision.weights import BLOCK
+from dsv3_megatron.run.handed import inside, open_regular
 from parallel.errors import CheckpointError
 
 _FORM = "scale_fmt"  # of the file's metadata: ue8m0 or float, as quantization_config spells it
@@ -32,7 +37,7 @@ def check_scales(sources: Sources) -> str | None:
     with OpenFiles(sources.folder) as files:
         for scale in _headers(sources):
             numbers = as_numbers(files.read(scale))
-            if not bool(((numbers > 0) & numbers.isfinite()).all()):
+            if not _are_scales(numbers):
                 raise CheckpointError(
                     f"{sources.folder / scale.file}: {scale.name} holds a scale that is not above 0 and finite; "
                     "fetch it again"
@@ -74,19 +79,43 @@ def keep_scales(sources: Sources, path: Path) -> None:
 
 def has_power_of_two_scales(path: Path) -> bool | None:
     """Return whether a run's weights came with scales that are powers of two; None where none were kept."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    try:
+    with _reading(path):
+        open_regular(inside(path.parent, path.name)).close()
         with safe_open(path, "pt") as file:
-            return bool(file.metadata()[_FORM] == "ue8m0")
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}); import the weights again, or remove it") from None
+            return bool((file.metadata() or {}).get(_FORM) == "ue8m0")
 
 
-def kept_scales(path: Path, name: str) -> Tensor | None:
-    """Return the scales that a weight came with, as they were stored; None where none were kept of it."""
-    file, names = _opened(path, path.stat().st_mtime_ns)
-    return file.get_tensor(name) if name in names else None
+def kept_scales(path: Path, name: str, grid: tuple[int, int]) -> Tensor | None:
+    """Return the scales that a weight came with, as they were stored; None where none were kept of it.
+
+    Args:
+        grid: how many there must be.
+    Raises: CheckpointError: the file cannot be read, or they are no scales of this weight.
+    """
+    with _reading(path):
+        file, names = _opened(path, path.stat().st_mtime_ns)
+        if name not in names:
+            return None
+        found = file.get_tensor(name)
+        if tuple(found.shape) != grid or found.dtype not in (torch.float32, torch.float8_e8m0fnu):
+            raise ValueError(f"scales of {name} are {found.dtype} of {list(found.shape)}, not of {list(grid)}")
+        if not _are_scales(found.float()):
+            raise ValueError(f"it holds a scale of {name} that is not above 0 and finite")
+        return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); import the weights again, or remove it") from None
+
+
+def _are_scales(numbers: Tensor) -> bool:
+    return bool(((numbers > 0) & numbers.isfinite()).all())
 
 
 @functools.lru_cache(maxsize=1)

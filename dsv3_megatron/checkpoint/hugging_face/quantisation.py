@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_megatron.checkpoint.hugging_face.config_keys import shown
 from dsv3_megatron.checkpoint.hugging_face.headers import Header
 from dsv3_megatron.precision.weights import BLOCK, tile_of_scales
 from parallel.errors import CheckpointError
@@ -80,12 +81,14 @@ def quantisation_of(config: dict[str, Any]) -> Quantisation:
         raise CheckpointError("config.json: quantization_config stands there twice and differs, or is none; keep one")
     if (method := said.get("quant_method")) != "fp8":
         raise CheckpointError(
-            f"config.json: quantization_config.quant_method = {method!r}, but fp8 alone is read; {ORIGINAL} "
+            f"config.json: quantization_config.quant_method = {shown(method)}, but fp8 alone is read; {ORIGINAL} "
             "(or remove quantization_config where the files hold plain numbers)"
         )
     for key, allowed in {"fmt": ("e4m3",), "scale_fmt": ("ue8m0", "float")}.items():
         if said.get(key) not in (None, *allowed):
-            raise CheckpointError(f"config.json: quantization_config.{key} = {said[key]!r}, not {allowed}; {ORIGINAL}")
+            raise CheckpointError(
+                f"config.json: quantization_config.{key} = {shown(said[key])}, not {allowed}; {ORIGINAL}"
+            )
     given = "weight_block_size" in said
     return Quantisation(
         _block(said["weight_block_size"]) if given else BLOCK, given, power_of_two=said.get("scale_fmt") == "ue8m0"
@@ -97,7 +100,7 @@ def _block(said: object) -> tuple[int, int] | None:
         return None
     if isinstance(said, list | tuple) and len(said) == 2 and all(type(size) is int and size > 0 for size in said):
         return said[0], said[1]
-    raise CheckpointError(f"config.json: quantization_config.weight_block_size = {said!r}; give two sizes above 0")
+    raise CheckpointError(f"config.json: quantization_config.weight_block_size = {shown(said)}; give two sizes above 0")
 
 
 def refuse_packed(headers: Iterable[Header]) -> None:

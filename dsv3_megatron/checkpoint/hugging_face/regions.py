@@ -5,15 +5,17 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
+from dsv3_megatron.checkpoint.boxes import Box, is_partition
+from dsv3_megatron.checkpoint.index import read_index
+from dsv3_megatron.checkpoint.manifest import DamageError, damage_of
+from dsv3_megatron.checkpoint.stored.saved_tensor import find_tensor
+from dsv3_megatron.run.handed import open_regular
 from parallel.errors import CheckpointError
 
 
@@ -23,6 +25,7 @@ class _Chunk:
 
     start: tuple[int, ...]
     extent: tuple[int, ...]
+    dtype: torch.dtype
     file: str
     offset: int
     length: int
@@ -33,7 +36,7 @@ class Regions:
 
     def __init__(self, checkpoint: Path):
         self._folder = checkpoint
-        metadata = FileSystemReader(str(checkpoint)).read_metadata()
+        metadata = read_index(checkpoint)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._corners: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of all chunks: first, and behind the last
@@ -44,8 +47,9 @@ class Regions:
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             self.shapes[key] = tuple(entry.size)
+            dtype = entry.properties.dtype
             self._chunks[key] = [
-                _Chunk(tuple(c.offsets), tuple(c.sizes), info.relative_path, info.offset, info.length)
+                _Chunk(tuple(c.offsets), tuple(c.sizes), dtype, info.relative_path, info.offset, info.length)
                 for c in entry.chunks
                 for info in [stored[key, tuple(c.offsets)]]
             ]
@@ -55,12 +59,13 @@ class Regions:
     def read(self, key: str, start: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
         """Return a box of a tensor, copied, in the dtype it is stored in.
 
-        Raises: CheckpointError: no such tensor, or the box is not covered by what is stored.
+        Raises: CheckpointError: no such tensor, or the box is not covered by what is stored. DamageError: a piece is
+        not what the index says.
         """
         if key not in self._chunks:
             raise CheckpointError(f"{self._folder} holds no tensor {key}; it is of another model")
         found: Tensor | None = None
-        missing = int(np.prod(extent))
+        boxes: list[Box] = []
         starts, ends = self._corners[key]
         low, high = np.array(start), np.array(start) + np.array(extent)
         for number in np.flatnonzero(((starts < high) & (low < ends)).all(axis=1)):
@@ -70,8 +75,8 @@ class Regions:
             if found is None:
                 found = torch.empty(extent, dtype=piece.dtype)
             found[_slices(first - low, last - low)] = piece
-            missing -= piece.numel()
-        if missing or found is None:
+            boxes.append(Box(tuple(first), tuple(last - first)))
+        if found is None or not is_partition(boxes, found.numel()):
             raise CheckpointError(f"{self._folder}: {key} from {start} by {extent} is not stored whole")
         return found
 
@@ -83,22 +88,24 @@ class Regions:
         return torch.from_numpy(np.array(numbers[box])).view(dtype).squeeze(-1)
 
     def _view(self, chunk: _Chunk) -> tuple[np.ndarray, torch.dtype]:
-        """Return a chunk's bytes [..., bytes of a number] where they lie, and its dtype. torch tells where in the file
-        a saved tensor's numbers begin."""
+        """Return a chunk's bytes [..., bytes of a number] where they lie, and its dtype."""
         path = self._folder / chunk.file
-        with path.open("rb") as file:
-            view = _create_file_view(file, chunk.offset, chunk.length)
-            described = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
+        with damage_of(path):
             if chunk.file not in self._maps:
-                self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        size, storage = described.itemsize, described.untyped_storage()
-        raw = np.frombuffer(
-            self._maps[chunk.file], np.uint8, storage.nbytes(), chunk.offset + storage._checkpoint_offset
-        )
-        raw = raw[described.storage_offset() * size :]
-        strides = tuple(s * size for s in described.stride())
-        shape = (*described.shape, size)
-        return np.lib.stride_tricks.as_strided(raw, shape, (*strides, 1), writeable=False), described.dtype
+                with open_regular(path) as file:
+                    self._maps[chunk.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = memoryview(self._maps[chunk.file])[chunk.offset : chunk.offset + chunk.length]
+        try:
+            found = find_tensor(data)
+            if found.shape != chunk.extent or found.dtype != chunk.dtype:
+                raise ValueError(f"it is {found.dtype} of {found.shape}, not {chunk.dtype} of {chunk.extent}")
+        except ValueError as error:
+            raise DamageError(f"{path}: the piece at byte {chunk.offset} cannot be read ({error})") from None
+        size = found.dtype.itemsize
+        raw = np.frombuffer(data, np.uint8, found.span, found.place)
+        strides = tuple(stride * size for stride in found.strides)
+        view = np.lib.stride_tricks.as_strided(raw, (*found.shape, size), (*strides, 1), writeable=False)
+        return view, found.dtype
 
 
 def _slices(first: np.ndarray, behind: np.ndarray) -> tuple[slice, ...]:

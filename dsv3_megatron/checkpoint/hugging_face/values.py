@@ -64,8 +64,15 @@ class OpenFiles:
             place += "" if stored.expert is None else f" (expert {stored.expert})"
             if bool(found.float().isfinite().all()):
                 raise CheckpointError(f"{place} holds numbers that {dtype or 'bf16'} cannot; use dtype=fp32")
-            raise CheckpointError(f"{place} holds NaN or Inf; fetch it again")
+            count, first = _not_finite(found if stored.scale is None else values)
+            raise CheckpointError(f"{place} holds NaN or Inf ({count:,} of them, the first at {first}); fetch it again")
         return values
+
+
+def _not_finite(values: Tensor) -> tuple[int, list[int]]:
+    """Return how many numbers are not finite, and the indices of the first."""
+    wrong = ~values.float().isfinite()
+    return int(wrong.sum()), [int(index) for index in wrong.nonzero()[0]]
 
 
 def as_numbers(scales: Tensor) -> Tensor:

@@ -7,18 +7,19 @@ a list stands for every stage.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.pipeline.split import layers_of_stages
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.handed import read_json_file
 from parallel.errors import RecipeError
-from parallel.pipeline.simulator import Times
+from parallel.pipeline.simulator import LONGEST, Times
 
-Seconds = PositiveFloat | tuple[PositiveFloat, ...]
+Second = Annotated[float, Field(gt=0, le=LONGEST)]
+Seconds = Second | tuple[Second, ...]
 
 
 class Measured(BaseModel):
@@ -29,8 +30,8 @@ class Measured(BaseModel):
     forward: Seconds
     input_grad: Seconds
     weight_grad: Seconds
-    overlapped: PositiveFloat | tuple[tuple[PositiveFloat, ...], ...] | None = None
-    send: Annotated[float, NonNegativeFloat] = 0.0
+    overlapped: Second | tuple[tuple[Second, ...], ...] | None = None
+    send: Annotated[float, Field(ge=0, le=LONGEST)] = 0.0
 
     def times(self, stages: int) -> Times:
         """Return the simulator's times. Raises ValueError: a list has not one number per stage."""
@@ -53,7 +54,7 @@ class Measured(BaseModel):
 def times_from_file(path: Path, recipe: Recipe) -> Times:
     """Return the times in a file. Raises RecipeError naming it, why, and what it should be."""
     try:
-        return Measured.model_validate(json.loads(path.read_text())).times(len(layers_of_stages(recipe)))
+        return Measured.model_validate(read_json_file(path)).times(len(layers_of_stages(recipe)))
     except OSError as error:
         raise RecipeError(
             f"calibrate = {path} cannot be read ({error.strerror}); name a file of measured times"

@@ -1,6 +1,8 @@
 """W&B and TensorBoard: everything a step reports arrives, read back with their own readers."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 
 from dsv3_megatron.metrics.names import GROUPS, NAMES, grouped
-from dsv3_megatron.metrics.step_metrics import StepMetrics
+from dsv3_megatron.metrics.row_numbers import RowNumbers
+from dsv3_megatron.metrics.step_metrics import JsonLines, StepMetrics
 from dsv3_megatron.metrics.wandb_writer import WandbRun, run_id
+from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.resilient import ResilientFiles
 from dsv3_megatron.train.writers import open_writers
 from launcher.command_line.compose import compose
@@ -185,3 +189,23 @@ def test_tensorboard_reads_every_metric_back(offline):
     assert {name for name, _ in grouped(asdict(METRICS))} <= scalars
     assert [e.step for e in reader.Scalars("train/lm_loss")] == [3, 4]
     assert "moe/load/layer_01" in reader.Tags()["histograms"]
+
+
+@pytest.mark.parametrize("found", ["", "../../x", "a b", "x" * 65, "a/b", None])
+def test_an_id_that_is_no_name_is_made_again_for_it_names_a_folder(tmp_path, found):
+    os.mkfifo(tmp_path / "wandb_id") if found is None else (tmp_path / "wandb_id").write_text(found + "\n")
+    made = run_id(tmp_path, FILES)
+    assert re.fullmatch("[0-9a-f]{8}", made) and run_id(tmp_path, FILES) == made
+
+
+@pytest.mark.parametrize("found", ["", "²", "9" * 5000, "-3", "x", None])
+def test_row_numbers_that_are_none_begin_at_nothing(tmp_path, found):
+    os.mkfifo(tmp_path / "rows") if found is None else (tmp_path / "rows").write_text(found)
+    assert [RowNumbers(tmp_path / "rows", FILES).take() for _ in range(2)] == [0, 100]
+
+
+def test_rows_that_are_no_steps_end_no_run_and_are_dropped_with_those_that_are_done_again(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.metrics.write_text('{"step": 1}\n{"step": "2"}\n{"step": null}\nnull\n{}\n\0\n{"step": 4}\n')
+    JsonLines(directory, FILES, last_step=3)
+    assert directory.metrics.read_text() == '{"step": 1}\n'

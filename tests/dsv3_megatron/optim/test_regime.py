@@ -80,3 +80,14 @@ def test_a_phase_in_steps_follows_the_batch_ramp():
 def test_a_batch_that_starts_at_nothing_is_refused():
     with pytest.raises(RecipeError, match="cannot start at 0"):
         Regime(OptimSettings(global_batch=[{"until": "1K", "shape": "linear", "to": 8}]), 16)
+
+
+def test_the_tokens_of_a_far_step_are_known_at_once_and_are_those_of_following_every_step():
+    optim = compose(["optim.global_batch=[{until: 8K, at: 1}, {until: 16K, shape: linear, to: 9}]"]).optim
+    regime, tokens = Regime(optim, 256), 0
+    for step in range(60):
+        assert Regime(optim, 256).tokens_of_step(step) == regime.tokens_of_step(step) == tokens
+        tokens += regime.global_batch(tokens) * 256
+    assert regime.tokens_of_step(10**17) - regime.tokens_of_step(10**17 - 1) == 9 * 256
+    fixed = Regime(compose(["optim.global_batch=16"]).optim, 256)
+    assert fixed.tokens_of_step(10**17) == 16 * 256 * 10**17

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from dsv3_megatron.report.charts import Chart, Series, draw, heat_map, short, th
 from dsv3_megatron.report.facts import read_run
 from dsv3_megatron.report.page import page, write_report
 from dsv3_megatron.report.panels import PANELS
+from dsv3_megatron.report.sound import is_drawing
 from dsv3_megatron.report.writer import schedule_drawing
 from launcher.command_line.compose import compose, resolved_yaml
 
@@ -138,9 +140,101 @@ def test_what_others_wrote_cannot_become_markup(run):
 
 def test_the_report_asks_for_nothing_from_anywhere(run):
     text = (run / "report.html").read_text()
-    assert "default-src 'none'" in text
+    assert "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'" in text
     outside = re.sub(r'xmlns="[^"]*"', "", text)
     assert not re.search(r"https?://|@import|url\((?!#)", outside)
+
+
+BAD_EVENTS = [
+    "null", "[]", "3", "{", "\0\0", '{"event": "saved"}', '{"event": 3, "time": "2026-01-01T00:00:00+00:00"}',
+    '{"event": "saved", "time": 5}', '{"event": "saved", "time": "yesterday"}',
+    '{"event": "saved", "time": "2026-01-01T00:00:00"}',
+    '{"event": "skipped", "time": "2026-01-01T00:00:00+00:00", "step": "</td><meta http-equiv=refresh>"}',
+    '{"event": "held_out", "time": "2026-01-01T00:00:00+00:00", "step": 20, "held_out_loss": "low"}',
+    '{"event": "held_out", "time": "2026-01-01T00:00:00+00:00", "held_out_loss": 1.0}',
+    '{"event": "held_out", "time": "2026-01-01T00:00:00+00:00", "step": 20, "held_out/web": [1]}',
+    '{"event": "task", "time": "2026-01-01T00:00:00+00:00", "step": 20, "task": {}, "acc": 1}',
+]  # fmt: skip
+BAD_STEPS = [
+    "null", '{"step": 61}', '{"step": 1e400, "tokens": 1, "step_seconds": 1}',
+    '{"step": 61, "tokens": "<b>", "step_seconds": 1}', '{"step": 61, "tokens": 1, "step_seconds": NaN}',
+    '{"step": true, "tokens": 1, "step_seconds": 1}', '{"step": 61, "tokens": -1, "step_seconds": 1}',
+    '{"step": 61, "tokens": 1, "step_seconds": 1, "lm_loss": "1"}',
+    '{"step": 61, "tokens": 1, "step_seconds": 1, "grad_norm": Infinity}',
+    '{"step": 61, "tokens": 1, "step_seconds": 1, "max_attention_logit": [[1]]}',
+    '{"step": 61, "tokens": 1' + 400 * "0" + ', "step_seconds": 1}',
+]  # fmt: skip
+
+
+def test_rows_that_are_not_sound_are_counted_and_cost_the_report_nothing_else(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").write_text(
+        "\n".join(BAD_EVENTS) + "\n" + (run / "events.jsonl").read_text() + "\n".join(BAD_EVENTS) + "\n"
+    )
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(BAD_STEPS) + "\n" + (run / "metrics.jsonl").read_text())
+    (tmp_path / "run" / "expert_load.jsonl").write_text('{"step": 3, "loads": [[1], [-1e999, "x"]]}\n')
+    text = write_report(tmp_path / "run").read_text()
+    told = f"{2 * len(BAD_EVENTS)} rows of events.jsonl; {len(BAD_STEPS)} rows of metrics.jsonl; the newest row of"
+    assert f"<dt>left out</dt><dd>{told} expert_load.jsonl</dd>" in text
+    assert "http-equiv=refresh>" not in text
+    same = [PANELS[name](read_run(tmp_path / "run")) == PANELS[name](read_run(run)) for name in ("Loss", "Events")]
+    assert all(same) and "60 of 200" in text
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "expert_load.jsonl", "schedule.svg"])
+def test_a_file_that_cannot_be_read_is_named_and_the_report_made_of_the_others(run, tmp_path, name):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    os.mkfifo(tmp_path / "run" / name)
+    assert f"<dt>left out</dt><dd>{name} (not a regular file)</dd>" in write_report(tmp_path / "run").read_text()
+
+
+def test_what_lies_in_memory_and_on_the_page_of_one_event_is_short(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    event = {"event": "saved", "time": "2026-01-01T00:00:00+00:00", "step": 1}
+    event |= {f"k{n}": ["x" * 10_000] * 100 for n in range(100)}
+    (tmp_path / "run" / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert len(PANELS["Events"](read_run(tmp_path / "run"))) < 20_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda svg: svg.replace("</svg>", "<script>x</script></svg>"),
+        lambda svg: svg.replace("<rect ", '<rect onclick="x()" ', 1),
+        lambda svg: svg.replace("<rect ", '<rect style="x" ', 1),
+        lambda svg: svg.replace("url(#hatch)", "url(http://x/y)", 1),
+        lambda svg: svg.replace('fill="#ffffff"', 'fill="&#104;ttp"', 1),
+        lambda svg: svg + '<meta http-equiv="refresh" content="0;url=http://x">',
+        lambda svg: '<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "b">]>' + svg,
+        lambda svg: svg.replace("</svg>", '<image href="http://x/y"/></svg>'),
+        lambda svg: svg.replace("</svg>", "<!-- "),
+        lambda svg: "hello",
+        lambda svg: "",
+    ],
+)
+def test_a_schedule_that_is_no_drawing_of_ours_does_not_become_part_of_the_page(run, tmp_path, change):
+    shutil.copytree(run, tmp_path / "run")
+    drawing = (run / "schedule.svg").read_text()
+    assert is_drawing(drawing) and "F0: forward of microbatch 0" in PANELS["Pipeline schedule"](read_run(run))
+    (tmp_path / "run" / "schedule.svg").write_text(change(drawing))
+    assert "schedule.svg (no drawing of a schedule)" in (text := write_report(tmp_path / "run").read_text())
+    assert "http://x" not in text and "onclick" not in text
+
+
+def test_a_panel_that_cannot_be_drawn_says_so_and_the_others_are_there(run, monkeypatch):
+    sections = page(read_run(run)).count("<section")
+    monkeypatch.setitem(PANELS, "Memory", lambda facts: 1 / 0)
+    text = page(read_run(run))
+    assert "not drawn: division by zero" in text and text.count("<section") == sections
+
+
+def test_a_recipe_of_an_older_run_that_holds_a_secret_is_not_shown(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("environment: {}", "environment: {HF_TOKEN: hf_abc}"))
+    text = write_report(tmp_path / "run").read_text()
+    assert "hf_abc" not in text and "recipe.yaml (cluster.slurm.environment.HF_TOKEN" in text
 
 
 def test_effective_time_is_useful_seconds_over_all(run):

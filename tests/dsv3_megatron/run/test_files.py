@@ -1,11 +1,21 @@
 """Files of a run survive kills: a torn last line is left out, a failed write leaves what was there."""
 
 import json
+import os
 
 import pytest
 
+import dsv3_megatron.run.files as files
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.files import read_json, read_json_lines, write_atomically, write_json
+from dsv3_megatron.run.files import (
+    cut_json_lines,
+    iterate_json_lines,
+    last_json_line,
+    read_json,
+    read_json_lines,
+    write_atomically,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "loss', '{"step": 3}}', "3", "\udcff", ""])
@@ -56,3 +66,40 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
         write_atomically(path, json.dumps({"step": 2}))
     assert read_json(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    monkeypatch.setattr(files, "LINE_BYTES", 64)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(files, "_SKIPPED_BYTES", 16)
+
+
+LONG = b'{"step": 2, "x": "' + 1000 * b"a" + b'"}\n'
+
+
+@pytest.mark.parametrize("bad", [b"null\n", b"\0\0\n", b"\n", b"[1]\n", b"[" * 60 + b"\n", LONG])
+def test_lines_that_are_no_object_are_counted_and_cost_nothing_else(tmp_path, short_lines, bad):
+    path, lost = tmp_path / "events.jsonl", []
+    path.write_bytes(b'{"step": 1}\n' + bad + b'{"step": 3}\n' + bad + b'{"step": 4')
+    assert [row["step"] for row in iterate_json_lines(path, lambda: lost.append(1))] == [1, 3]
+    assert len(lost) == 2
+
+
+def test_a_line_too_long_to_be_read_is_passed_over_from_the_end_too(tmp_path, short_lines):
+    path = tmp_path / "metrics.jsonl"
+    rows = b'{"step": 1}\n{"step": 2}\n'
+    for lines in (rows + LONG, rows + 3 * LONG, rows + LONG[:-1], rows + LONG + b"\n\n" + LONG[:-1]):
+        path.write_bytes(lines)
+        assert last_json_line(path) == {"step": 2}
+        cut_json_lines(path, lambda row: row["step"] < 2)
+        assert path.read_bytes() == b'{"step": 1}\n'
+    path.write_bytes(LONG)
+    assert last_json_line(path) is None
+
+
+@pytest.mark.parametrize("read", [read_json_lines, last_json_line, lambda path: cut_json_lines(path, bool)])
+def test_a_pipe_in_the_place_of_a_file_does_not_wait(tmp_path, read):
+    os.mkfifo(tmp_path / "events.jsonl")
+    with pytest.raises(OSError, match="not a regular file"):
+        read(tmp_path / "events.jsonl")

@@ -51,7 +51,12 @@ def test_a_live_process_on_this_host_holds_it_however_old(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("text", [
+        "", "{", "[]", "null", "{}", '{"process": 1}', '{"host": "x"}', '{"host": "x", "process": "1"}',
+        '{"host": "x", "process": -1}', '{"host": "x", "process": true}', '{"host": ["x"], "process": 1}',
+        '{"host": "x", "process": 99999999999}', '{"host": "x", "process": 1, "job": {}}', "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_a_torn_lock_is_nobodys(tmp_path, text):
     (tmp_path / "lock").write_text(text)
     with run_lock(tmp_path):

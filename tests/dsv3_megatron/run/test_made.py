@@ -57,14 +57,32 @@ def test_nothing_is_appended_to_a_pipe(tmp_path):
         appended_file(tmp_path / "events.jsonl")
 
 
-@pytest.mark.parametrize(("readers", "mode"), [("owner", 0o600), ("group", 0o640)])
-def test_files_are_made_for_their_owner_or_the_group(tmp_path, readers, mode):
-    before = os.umask(0o022)
+@pytest.mark.parametrize(
+    ("users", "readers", "mode"),
+    [(0o022, "owner", 0o600), (0o022, "group", 0o640), (0o002, "group", 0o640), (0o077, "group", 0o600)],
+)
+def test_files_are_made_for_their_owner_or_the_group(tmp_path, monkeypatch, users, readers, mode):
+    """``users``: what the user's shell says. A process that another of ours has started still knows it."""
+    monkeypatch.delenv("DSV3_UMASK", raising=False)
+    before = os.umask(users)
     try:
+        for_owner()
+        for_owner(readers)
         for_owner(readers)
         write_atomically(tmp_path / "it", "text")
         (tmp_path / "folder").mkdir()
     finally:
         os.umask(before)
+        monkeypatch.delenv("DSV3_UMASK", raising=False)
     assert (tmp_path / "it").stat().st_mode & 0o777 == mode
     assert (tmp_path / "folder").stat().st_mode & 0o777 == (mode | 0o100 | (0o010 if mode & 0o040 else 0))
+
+
+def test_a_umask_that_is_none_of_ours_is_not_believed(monkeypatch):
+    monkeypatch.setenv("DSV3_UMASK", "zz")
+    before = os.umask(0o022)
+    try:
+        for_owner("group")
+        assert os.umask(0) == 0o027 | 0o022
+    finally:
+        os.umask(before)

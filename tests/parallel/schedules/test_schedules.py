@@ -15,7 +15,7 @@ from parallel.pipeline.connections import connection_rounds, pairs_of
 from parallel.pipeline.simulator import Times, simulate
 from parallel.pipeline.transfers import Transfers
 from parallel.pipeline.validate import validate
-from parallel.schedules import SCHEDULES, forward_only, make_schedule
+from parallel.schedules import SCHEDULES, forward_only, make_schedule, placement
 from testing.lanes import examples
 
 
@@ -300,3 +300,10 @@ def test_schedules_need_no_torch():
         "launcher.schedule.main(['name=dualpipe', 'pipeline=4', 'microbatches=8']); assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("make", [make_schedule, placement])
+@pytest.mark.parametrize("size", [(2, 10**9), (10**9, 2 * 10**9), (1000, 1001)])
+def test_a_schedule_too_large_to_be_listed_is_refused_at_once(make, size):
+    with pytest.raises(ScheduleError, match="more than 1,000,000 passes"):
+        make("1f1b", *size)

@@ -1,6 +1,7 @@
 """What files may hold: each folder is read right, or refused in one line that names file, tensor and remedy."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -216,7 +217,7 @@ def quantization(**said):
 
 SCALE = f"{MATRIX}_scale_inv"
 REFUSED = {
-    "NaN": (put(MATRIX, lambda t: spoil(t, float("nan"))), f"{MATRIX} holds NaN or Inf"),
+    "NaN": (put(MATRIX, lambda t: spoil(t, float("nan"))), r"o_proj.weight holds NaN or Inf \(1 of them, .* \[0, 5\]"),
     "Inf": (put(EXPERT, lambda t: spoil(t, float("inf"))), f"{EXPERT} holds NaN or Inf"),
     "NaN in the router's bias": (put(BIAS, lambda t: t * float("nan")), f"{BIAS} holds NaN or Inf"),
     "E5M2": (put(MATRIX, lambda t: t.to(torch.float8_e5m2)), f"{MATRIX} is F8_E5M2, FP8 in E5M2"),
@@ -343,6 +344,41 @@ def pickled(name):
     return change
 
 
+def elsewhere(name):
+    """Put a link to a file outside in a file's place."""
+
+    def change(folder):
+        outside = folder.parent / "outside"
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+
+    return change
+
+
+def pipe(name):
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def write_beginning(folder, data, size=None):
+    with (folder / "model-00002-of-00003.safetensors").open("r+b") as file:
+        file.write(data)
+        if size:
+            file.truncate(size)  # a file with a hole: no byte of it is stored
+
+
+def write_header(folder, change):
+    """Change what a file says of its tensors."""
+    path = folder / "model-00002-of-00003.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(change(json.loads(data[8 : 8 + length]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
 FOLDERS = {
     "a pointer of Git LFS": (pointer, "00002-of-00003.safetensors is a pointer of Git LFS, not the weights; run"),
     "a file beside the index": (
@@ -354,6 +390,33 @@ FOLDERS = {
     "no file of the index": (lambda folder: [path.unlink() for path in folder.glob("model-*")], "is missing and 2"),
     "files without an index": (lambda folder: (folder / INDEX).unlink(), f"holds neither {INDEX} nor"),
     "an index that is no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff"), f"{INDEX} cannot be read"),
+    "a link out of the folder": (elsewhere("model-00002-of-00003.safetensors"), "is a link out of the folder"),
+    "an index that is a link out": (elsewhere(INDEX), "is a link out of the folder"),
+    "a pipe": (pipe("model-00002-of-00003.safetensors"), "00002-of-00003.safetensors is missing"),
+    "an index that is a pipe": (pipe(INDEX), "not a regular file"),
+    "a header larger than the file": (
+        lambda folder: write_beginning(folder, bytes(5) + b"\1\0\0"), "its header would have 1,099,511,627,776",
+    ),
+    "a header larger than memory": (
+        lambda folder: write_beginning(folder, bytes(4) + b"\x10\0\0\0", size=1 << 37), "its header would have 68,7",
+    ),
+    "tensors that overlap": (
+        lambda folder: write_header(folder, lambda found: {**found, "x": next(iter(found.values()))}), "cannot be read",
+    ),
+    "numbers behind the end": (
+        lambda folder: write_header(
+            folder, lambda found: {**found, "x": {"dtype": "F32", "shape": [1 << 50], "data_offsets": [0, 1 << 52]}}
+        ),
+        "cannot be read",
+    ),
+    "an index of a million levels": (
+        lambda folder: (folder / INDEX).write_text('{"weight_map":' * 1_000_000), f"{INDEX} cannot be read",
+    ),
+    "a weight_map of null": (lambda folder: (folder / INDEX).write_text('{"weight_map": null}'), "names no tensors"),
+    "a weight_map that is a list": (
+        lambda folder: (folder / INDEX).write_text('{"weight_map": ["a"]}'), "names no tensors",
+    ),
+    "an index of null": (lambda folder: (folder / INDEX).write_text("null"), "it holds no weight_map"),
     "a pickle": (pickled("pytorch_model.bin"), "pytorch_model.bin: pickled weights are not read; convert them"),
     "a pickle of another name": (pickled("consolidated.00.pth"), "consolidated.00.pth: pickled weights"),
     "GGUF": (pickled("model-q4.gguf"), "weights are read from safetensors alone"),

@@ -1,14 +1,18 @@
 """There and back: published FP8 comes out as it went in; transformers' own folders; what an export may overwrite."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dsv3_megatron.checkpoint.hugging_face.export as export_module
 from dsv3_megatron.checkpoint.hugging_face.export import INDEX, Scales, as_stored, export, shards_of
 from dsv3_megatron.checkpoint.hugging_face.import_ import import_weights
 from dsv3_megatron.checkpoint.hugging_face.names import published_tensors
+from dsv3_megatron.checkpoint.hugging_face.published_scales import kept_scales
 from dsv3_megatron.checkpoint.hugging_face.sources import find_sources
 from dsv3_megatron.precision.weights import dequantise_weight
 from launcher import export_hf, import_hf
@@ -248,9 +252,65 @@ def test_an_export_of_the_same_run_is_replaced(run, tmp_path):
     assert (folder / INDEX).exists() and (folder / "README.md").exists()
 
 
+def test_files_beside_an_earlier_export_that_it_has_not_written_are_not_touched(run, tmp_path):
+    folder = tmp_path / "exported"
+    for name in ("model-00001-of-00009.safetensors", "adapter.safetensors", "config.json"):
+        take(run, folder)
+        (folder / name).write_text("of another model")
+        with pytest.raises(CheckpointError, match=f"holds {name}, which no export of this run has written"):
+            take(run, folder)
+        assert (folder / name).read_text() == "of another model"
+        shutil.rmtree(folder)
+
+
+def test_an_export_that_was_stopped_before_its_mark_goes_on(run, tmp_path, monkeypatch):
+    folder = tmp_path / "exported"
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "mark_done", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(run, folder, "shard=20KiB")
+    assert len(list(folder.glob("*.safetensors"))) == 1 and not list(folder.glob(".*.done"))
+    take(run, folder)
+    assert (folder / INDEX).exists() and len(list(folder.glob("*.safetensors"))) == 1
+
+
+def test_nothing_is_written_through_a_link(run, tmp_path):
+    folder, outside = tmp_path / "exported", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("precious")
+    (folder / ".model-00001-of-00001.safetensors.partial").symlink_to(outside)
+    (folder / ".exported.json.tmp").symlink_to(outside)
+    take(run, folder)
+    for name in ("config.json", "model-00001-of-00001.safetensors"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(outside)
+        with pytest.raises(CheckpointError, match=f"holds {name}"):
+            take(run, folder)
+        (folder / name).unlink()
+    assert outside.read_text() == "precious"
+
+
+def test_files_of_an_export_have_the_permissions_of_the_umask(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        take(run, tmp_path / "exported")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "exported").iterdir()} == {0o640}
+
+
 def test_an_export_that_is_refused_leaves_the_earlier_one_alone(run, tmp_path):
     take(run, tmp_path / "exported")
     before = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
     with pytest.raises(CheckpointError, match="ema"):
         take(run, tmp_path / "exported", "weights=ema", "dtype=fp32")
     assert {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "scales", [torch.ones(3, 1), torch.ones(1, 1).double(), torch.zeros(1, 1), torch.full((1, 1), float("nan"))]
+)
+def test_kept_scales_that_are_none_of_the_weight_are_refused(tmp_path, scales):
+    save_file({"a": scales}, tmp_path / "scales.safetensors")
+    with pytest.raises(CheckpointError, match=r"scales.safetensors cannot be read .*; import the weights again"):
+        kept_scales(tmp_path / "scales.safetensors", "a", (1, 1))

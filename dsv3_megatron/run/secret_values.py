@@ -1,0 +1,56 @@
+"""Secrets that a recipe spells out. It is written to recipe.yaml, report, batch script and W&B, which others read."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+ENVIRONMENT = "cluster.slurm.environment"
+_WORDS = r"API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS?"
+_NAME = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_|$)", re.IGNORECASE)
+# A value that the shell looks up ($(cat FILE), $NAME) is no secret itself.
+_ASSIGNED = re.compile(r"(?<![\w$])(?P<name>[A-Za-z_]\w*)=(?=['\"]?[^\s'\"$`;])")
+_IN_ADDRESS = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s/@:]*:[^\s/@]+@")
+_ADVICE = (
+    "leave it out: sbatch hands the variables of the submitting shell to the job, and cluster.slurm.setup can read it "
+    "from a file (export NAME=$(cat FILE))"
+)
+
+
+def is_secret(name: str) -> bool:
+    """Return whether a variable of this name holds a secret: ``WANDB_API_KEY``, ``HF_TOKEN``."""
+    return _NAME.search(name) is not None
+
+
+def check_secrets(recipe: dict[str, Any]) -> None:
+    """Look through a whole recipe's plain values for passwords, keys and tokens.
+
+    Raises: ValueError: one line that names the first key, not its value, and where a secret belongs.
+    """
+    slurm = recipe.get("cluster", {}).get("slurm", {})
+    for name in slurm.get("environment", {}):
+        if is_secret(name):
+            raise ValueError(f"{ENVIRONMENT}.{name} would be written to recipe.yaml, report and W&B; {_ADVICE}")
+    for field in ("setup", "options"):
+        for line in slurm.get(field, ()):
+            for found in _ASSIGNED.finditer(line):
+                if is_secret(found["name"]):
+                    raise ValueError(
+                        f"cluster.slurm.{field} sets {found['name']}, which would be written to recipe.yaml, report "
+                        f"and W&B; {_ADVICE}"
+                    )
+    _check_addresses(recipe, "")
+
+
+def _check_addresses(content: Any, key: str) -> None:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _check_addresses(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            _check_addresses(value, f"{key}[{index}]")
+    elif isinstance(content, str) and _IN_ADDRESS.search(content):
+        raise ValueError(
+            f"{key} holds an address with a password in it, which would be written to recipe.yaml, report and W&B; "
+            "write it without, and keep the password where its program looks for it (~/.netrc, a login)"
+        )

@@ -1,0 +1,155 @@
+"""The batch script does what the recipe asks for and nothing that a value or a run directory has smuggled in.
+
+Scripts are run by bash, with stand-ins for SLURM's commands that do nothing.
+"""
+
+import itertools
+import os
+import subprocess
+import types
+import typing
+
+import pytest
+from omegaconf import OmegaConf
+
+from dsv3_megatron.settings import ClusterSettings, SlurmSettings
+from launcher.command_line.compose import build, compose, compose_config
+from launcher.command_line.overrides import quoted
+from launcher.slurm.job import Point, job_of
+from launcher.slurm.script import render
+from parallel.errors import UserError
+
+TWO_NODES = ["recipe=dsv3_tiny", "cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=2", "parallel.pipeline=2"]
+
+
+def script_of(recipe, folder, overrides=()):
+    job = job_of(recipe, [Point(tuple(overrides), folder / "run")], chained=False, working_directory=folder)
+    return render(job)
+
+
+def run(text, folder, **variables):
+    """Run a script; return what it printed. Commands of SLURM do nothing."""
+    programs = folder / "programs"
+    programs.mkdir(exist_ok=True)
+    for name in ("srun", "scontrol"):
+        (programs / name).write_text("#!/bin/sh\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=folder, capture_output=True, text=True, timeout=20, env=environment | variables
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "logs").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def script(folder):
+    return script_of(compose(TWO_NODES), folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("nothing BASH_VERSINFO[$(touch ran)0]", "nothing 1"),
+        ("nothing a[$(touch ran)]", "nothing 1"),
+        ("$(touch ran) `touch ran`", "nothing 1"),
+        ("nothing 08", "nothing 9"),
+        ("nothing 99999999999999999999", "nothing 1"),
+        ("nothing -5", "nothing 1"),
+        ("", "nothing 1"),
+        ("nothing 1", "nothing 2"),
+        ("step_00000001 2", "nothing 1"),
+    ],
+)
+def test_the_count_of_starts_is_a_number_and_runs_nothing(folder, script, before, after):
+    (folder / "run" / "starts").write_text(before + "\n")
+    run(script.replace("-gt 3 ]", "-gt 30 ]"), folder)
+    assert (folder / "run" / "starts").read_text().strip() == after
+    assert not list(folder.rglob("ran"))
+
+
+@pytest.mark.parametrize("name", ["starts", "refused", "logs/environment-7-0.txt"])
+def test_the_script_writes_through_no_link(folder, script, name):
+    (folder / "precious").write_text("precious")
+    (folder / "run" / "starts").write_text("nothing 3\n" if name == "refused" else "nothing 0\n")
+    (folder / "run" / name).unlink(missing_ok=True)
+    (folder / "run" / name).symlink_to(folder / ("absent" if name == "refused" else "precious"))
+    run(script, folder)
+    assert (folder / "precious").read_text() == "precious" and not (folder / "absent").exists()
+    assert (folder / "run" / name).read_text() and not (folder / "run" / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["starts", "refused"])
+def test_the_script_waits_for_no_pipe(folder, script, name):
+    os.mkfifo(folder / "run" / name)
+    run(script, folder)
+
+
+def test_no_credential_is_noted_and_what_is_made_is_its_owners(folder, script):
+    variables = {
+        "SLURM_JWT": "secret", "NCCL_API_TOKEN": "secret", "UCX_PASSWORD": "secret", "AWS_SECRET_ACCESS_KEY": "secret",
+        "NCCL_DEBUG_SUBSYS": "INIT",
+    }  # fmt: skip
+    run(script, folder, **variables)
+    noted = folder / "run" / "logs" / "environment-7-0.txt"
+    assert "NCCL_DEBUG_SUBSYS=INIT" in noted.read_text() and "secret" not in noted.read_text()
+    assert noted.stat().st_mode & 0o077 == 0
+
+
+def texts(model):
+    """Return the names of a section's keys that take a text, alone or in a list or mapping."""
+
+    def has_text(kind):
+        return kind is str or any(has_text(part) for part in typing.get_args(kind) if part is not types.NoneType)
+
+    return [name for name, field in model.model_fields.items() if has_text(field.annotation)]
+
+
+COMPOSED = compose_config([*TWO_NODES, "cluster.slurm.container=apptainer", "cluster.slurm.image=/x.sif"])
+KEYS = [f"cluster.{name}" for name in texts(ClusterSettings) if name != "peak_tflops"]
+KEYS += [f"cluster.slurm.{name}" for name in texts(SlurmSettings) if name != "setup"]  # whose lines are commands
+KEYS += ["recipe", "run.name", "run.directory"]
+SMUGGLED = ("x\ntouch ran", "x\n#SBATCH --wrap='touch ran'\ntouch ran", "x'; touch ran; '", 'x"; touch ran; "',
+            "$(touch ran)", "`touch ran`", "x\rtouch ran", "x\u2028touch ran", "; touch ran #")  # fmt: skip
+
+
+def test_the_keys_that_take_a_text_are_found():
+    assert {"cluster.partition", "cluster.slurm.account", "cluster.slurm.options", "cluster.slurm.environment"} <= set(
+        KEYS
+    )
+
+
+def directives(text):
+    """Return the lines that sbatch takes for its own: those before the first command."""
+    lines = itertools.takewhile(lambda line: not line.strip() or line.startswith("#"), text.splitlines())
+    return [line for line in lines if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_value_of_a_recipe_is_run_as_a_command(folder, key):
+    """A recipe that was handed over, with one text of it made to begin another line or to leave its quotes."""
+    for smuggled in SMUGGLED:
+        config = OmegaConf.to_container(COMPOSED, resolve=True)
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        as_it_is = {"environment": {"NCCL_DEBUG": smuggled}, "options": [smuggled], "mounts": [smuggled]}
+        section[name] = as_it_is.get(name, smuggled)
+        try:
+            recipe = build(config)
+            text = script_of(recipe, folder, [f"{key}={quoted(smuggled)}"])
+        except UserError as error:
+            assert "\n" not in str(error), (key, smuggled)
+            continue
+        said = run(text, folder)
+        assert not list(folder.rglob("ran")), (key, smuggled, text, said)
+        if key != "cluster.slurm.options":  # those are sbatch's options, as they stand
+            assert not any(line.startswith("#SBATCH --wrap") for line in directives(text)), (key, smuggled, text)
+        subprocess.run(["bash", "-n", "-c", text], check=True)
