@@ -7,7 +7,6 @@ the arrays. Files are held out by a hash of their name, so that no part of a hel
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sysconfig
@@ -19,6 +18,7 @@ import numpy as np
 from dsv3_megatron.data.checked.npy import open_npy
 from dsv3_megatron.data.source.shards import file_sha256, why_unread
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.files import write_json
 from dsv3_megatron.run.handed import read_json_file
 from parallel.errors import DataError
 
@@ -112,7 +112,7 @@ def _prepare(folder: Path, root: Path, files: list[Path], vocab_size: int, held_
             tokens = np.concatenate(chosen) if chosen else np.zeros(0, np.int32)
             np.save(temporary / f"{name}.npy", tokens)
             counts[name], sums[name] = len(tokens), file_sha256(temporary / f"{name}.npy")
-        (temporary / "meta.json").write_text(json.dumps({"files": len(texts), "tokens": counts, "sha256": sums}))
+        write_json(temporary / "meta.json", {"files": len(texts), "tokens": counts, "sha256": sums})
         os.replace(temporary, folder)
     except OSError:
         if not (folder / "meta.json").exists():  # else another process was first, with the same content

@@ -13,7 +13,7 @@ from dsv3_megatron.data.source.shard_folder import ShardFolder
 from parallel.agree import agreed, from_first
 
 TOLD_SECONDS = 10.0  # between two lines
-MOST_LINES = 8  # of packings that are made again
+_LINE_BYTES = 1024  # of a line about a packing that is made again
 
 
 def ready_together(folder: ShardFolder, tell: Callable[[str], None]) -> Path:
@@ -35,24 +35,28 @@ def ready_together(folder: ShardFolder, tell: Callable[[str], None]) -> Path:
 
 
 def _of_all(lines: list[str]) -> list[str]:
-    """Return on rank 0 what the ranks have to tell, the first lines of each and how many there are; elsewhere nothing.
+    """Return on rank 0 the first line that any rank has to tell, and how many more there are; elsewhere nothing.
 
     Where no rank has a line, this takes one all-reduce of a number.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    count = torch.tensor(len(lines))
+    count, first = torch.tensor(len(lines)), torch.tensor(rank if lines else ranks)
     if ranks > 1:
         dist.all_reduce(count)
     if not count:
         return []
-    found: list[list[str]] = [lines]
+    text = torch.zeros(_LINE_BYTES, dtype=torch.uint8)  # bytes, for objects would be pickled
     if ranks > 1:
-        found = [[] for _ in range(ranks)]
-        dist.gather_object(lines[:MOST_LINES], found if rank == 0 else None)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if rank == int(first):
+        said = lines[0].encode()[:_LINE_BYTES]
+        text[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    if ranks > 1:
+        dist.broadcast(text, src=int(first))
     if rank:
         return []
-    told = [line for each in found for line in each][:MOST_LINES]
-    return [*told, f"and {int(count) - len(told):,} more"] if int(count) > len(told) else told
+    told = bytes(text.tolist()).rstrip(b"\0").decode("utf-8", "replace")
+    return [told, f"and {int(count) - 1:,} more"] if int(count) > 1 else [told]
 
 
 class _Progress:
