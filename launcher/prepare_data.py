@@ -27,7 +27,7 @@ from launcher.command_line.console import ProgressLine, guarded
 from launcher.command_line.typed import as_typed, command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of, path_list, source_lines, tell, warnings
-from parallel.errors import RecipeError
+from parallel.errors import RecipeError, one_line
 from parallel.units import parse_bytes, parse_count, show_count
 
 
@@ -103,14 +103,14 @@ def main(given: PrepareArguments) -> int:
         tell(f"    {example}")
     output = printable(given.output)
     if isinstance(made, Part):
-        print(f"part {made.part} of {made.parts} is in {printable(options.folder)}; when all are made: "
-              f"{as_typed('python launcher/data.py')} merge input={output} output={output}")  # fmt: skip
+        print(one_line(f"part {made.part} of {made.parts} is in {printable(options.folder)}; when all are made: "
+                       f"{as_typed('python launcher/data.py')} merge input={output} output={output}"))  # fmt: skip
         return 0
     for warning in warnings(made.sources, given.held_out):
         tell(f"    {warning}")
     for packed in ahead.results(given.output):
-        print(packed)
-    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}")
+        print(one_line(packed))
+    print(one_line(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={output}"))
     return 0
 
 

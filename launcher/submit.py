@@ -37,7 +37,7 @@ from launcher.command_line.typed import command
 from launcher.slurm import client
 from launcher.slurm.job import Job, Point, job_of
 from launcher.slurm.script import render
-from launcher.slurm.watch import active_jobs, jobs_of, log_text, note_job, status_text
+from launcher.slurm.watch import SCRIPT, active_jobs, jobs_of, log_text, note_job, status_text
 from parallel.errors import ClusterError, DoesNotFitError, RecipeError
 from parallel.units import show_bytes
 
@@ -81,6 +81,11 @@ def submit(given: SubmitArguments, overrides: list[str]) -> int:
     jobs = [_job(recipe, words, chained) for recipe, words in recipes]  # every point is checked
     job = _job(recipes[0][0], recipes[0][1], chained, [point for one in jobs for point in one.points])
     plan(job)
+    if setup := job.recipe.cluster.slurm.setup:
+        print(
+            f"cluster.slurm.setup: {len(setup)} shell lines of the recipe run first (dry_run=true shows them)",
+            file=sys.stderr,
+        )
     text = render(job)
     if given.dry_run is True:
         print(text, end="")
@@ -140,7 +145,7 @@ def send(job: Job, text: str, chain: int, *, test_only: bool) -> int:
             )
         RunDirectory(point.directory).create()
     job.directory.mkdir(parents=True, exist_ok=True)
-    script = job.directory / "submit.sbatch"
+    script = job.directory / SCRIPT
     write_atomically(script, text)
     if test_only:
         print(client.submit(script, test_only=True))

@@ -11,7 +11,8 @@ from dsv3_megatron.run.files import read_json
 
 WORK, PARTS, PART = ".prepare", "parts", "part.json"
 BEGUN = "begun.json"  # in WORK: fingerprint of what was begun, and the command that finishes it
-_PART_FOLDER = re.compile(r"(\d+)_of_(\d+)")
+_PART_FOLDER = re.compile(r"([0-9]{3,5})_of_([0-9]{3,5})")
+_MOST_CHARACTERS = 10_000  # of a command that is repeated
 _MOST_NAMED = 8  # inputs or parts, in a line
 
 
@@ -34,7 +35,17 @@ def command_begun(folder: str | Path) -> str | None:
     if not work.is_dir():
         return None
     command = read_json(work / BEGUN).get("command")
-    return command if isinstance(command, str) else "launcher/prepare_data.py"
+    # Whoever reads it may type it: only what this program would have written is repeated.
+    return command if isinstance(command, str) and _is_ours(command) else "launcher/prepare_data.py"
+
+
+def _is_ours(command: str) -> bool:
+    try:
+        python, script, *words = shlex.split(command)
+    except ValueError:
+        return False
+    ours = python == "python" and script in ("launcher/prepare_data.py", "launcher/data.py")
+    return ours and len(command) <= _MOST_CHARACTERS and shlex.join((python, script, *words)) == command
 
 
 def unfinished(folder: str | Path) -> str | None:
@@ -43,7 +54,8 @@ def unfinished(folder: str | Path) -> str | None:
     if (folder / PART).exists():
         whole = folder.resolve().parent.parent if folder.resolve().parent.name == PARTS else None
         part = read_json(folder / PART)
-        return f"is part {part.get('part')} of {part.get('parts')}, to be merged with the others: {_merging(whole)}"
+        number, parts = (str(part.get(key))[:9] for key in ("part", "parts"))
+        return f"is part {number} of {parts}, to be merged with the others: {_merging(whole)}"
     parts = _parts_of(folder)
     if (folder / WORK / BEGUN).exists() or (command_begun(folder) is not None and not parts):
         return f"was begun and is not finished; run the same command again: {command_begun(folder)}"

@@ -21,9 +21,11 @@ import numpy as np
 from dsv3_megatron.data.source.origins import Origin, find_documents
 from dsv3_megatron.data.source.samples import MOST_SAMPLES, SampleRange
 from dsv3_megatron.data.source.shard_table import ShardTable
-from dsv3_megatron.data.source.shards import Manifest
+from dsv3_megatron.data.source.shards import Manifest, why_unread
+from dsv3_megatron.run.handed import parse_json, read_bytes
 from parallel.errors import DataError
 
+_MOST_BYTES, _MOST_LINE = 1 << 28, 1 << 16  # of a file of what is left out, and of a line of it
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -82,9 +84,9 @@ def read_exclusion(path: str | Path) -> Exclusion:
     Raises: DataError: it cannot be read, or a line is none of the two objects; the line is named.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        text = read_bytes(Path(path), _MOST_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else why_unread(error)
         raise DataError(f"data.exclude = {path} cannot be read ({why}); name a file of JSON lines") from None
     documents, samples = [], []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -129,8 +131,8 @@ def find_excluded(folder: str | Path, manifest: Manifest, table: ShardTable, exc
 
 def _parse(here: str, line: str) -> Origin | SampleRange:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line, unique=True) if len(line) <= _MOST_LINE else None
+    except ValueError:
         raise DataError(f"{here} is not JSON: {_short(line)}; {_FORM}") from None
     if isinstance(value, dict) and ("samples" in value) != ({"source", "file", "row"} <= value.keys()):
         if "samples" in value and (found := _sample_range(value["samples"])):

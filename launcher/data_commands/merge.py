@@ -20,6 +20,7 @@ from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.typed import command
 from launcher.data_commands.lengths import AHEAD, FIM_RATE, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import path_list, source_lines, tell, warnings
+from parallel.errors import one_line
 from parallel.units import parse_bytes
 
 
@@ -49,6 +50,8 @@ def main(given: MergeArguments) -> int:
     for line in (*manifest.bad_examples, *warnings(manifest.sources, float(str(manifest.options["held_out"])))):
         tell(f"    {line}")
     for packed in ahead.results(given.output):
-        print(packed)
-    print(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
+        print(one_line(packed))
+    print(
+        one_line(f"train on it: {command('train')} recipe=dsv3_tiny data=indexed data.path={printable(given.output)}")
+    )
     return 0

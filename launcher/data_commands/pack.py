@@ -18,7 +18,7 @@ from dsv3_megatron.data.source.shard_folder import ShardFolder
 from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.data_commands.lengths import FIM_RATE, LENGTH, FimRate, Lengths, ahead_of
 from launcher.data_commands.words import part_of
-from parallel.errors import DataError
+from parallel.errors import DataError, one_line
 
 
 class PackArguments(Arguments):
@@ -44,9 +44,9 @@ def main(given: PackArguments) -> int:
         place = folder.choose_place()
         pack_share(settings, place, (number, parts), given.workers)
         try:
-            print(packed(folder, place))
+            print(one_line(packed(folder, place)))
         except DataError:
             if parts == 1:
                 raise
-            print(f"part {number} of {parts} is packed in {place}; the others are not all there yet")
+            print(one_line(f"part {number} of {parts} is packed in {place}; the others are not all there yet"))
     return 0

@@ -15,6 +15,7 @@ for which there is no run.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,8 @@ from launcher.command_line.compose import compose, load_resolved
 from launcher.command_line.console import guarded
 from parallel.errors import RecipeError
 from parallel.units import parse_count
+
+_COMMANDS_A_TERMINAL = re.compile(r"[\x7f-\x9f\u2028\u2029]")  # JSON escapes those below itself
 
 
 class TraceArguments(Arguments):
@@ -87,7 +90,8 @@ def main(given: TraceArguments, overrides: list[str]) -> int:
     tracer = Tracer(settings, vocab_size=vocab_size, seed=seed, text=read.text)
     for number in read.numbers:
         for piece in tracer.sample(number, with_text=given.text):
-            print(json.dumps({"step": read.step, "sample": number, **piece}, ensure_ascii=False))
+            line = json.dumps({"step": read.step, "sample": number, **piece}, ensure_ascii=False)
+            print(_COMMANDS_A_TERMINAL.sub(lambda found: f"\\u{ord(found[0]):04x}", line))
     return 0
 
 

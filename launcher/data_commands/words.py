@@ -74,7 +74,7 @@ def source_lines(sources: Sequence[Source]) -> list[str]:
         made = f"{splits['train']:,} training and {splits['held_out']:,} held-out tokens in {_counted(shards, 'shard')}"
         read = f"{_counted(source.documents, 'document')} of {_counted(source.files, 'file')}"
         lines.append(
-            f"{source.name}: {read}, {show_bytes(source.text_bytes)} -> "
+            f"{one_line(source.name)}: {read}, {show_bytes(source.text_bytes)} -> "
             f"{made if shards else f'{source.tokens:,} tokens'}"
         )
         if left_out := _left_out(source):

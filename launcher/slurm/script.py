@@ -35,7 +35,7 @@ def render(job: Job) -> str:
         "# shellcheck disable=SC2016  # what stands in single quotes is meant literally",
         "",
         "set -uo pipefail",
-        "umask 077  # what a run holds is its owner's",
+        f"umask {'077' if job.recipe.run.readable_by == 'owner' else '027'}  # run.readable_by",
         *job.recipe.cluster.slurm.setup,
         *_point(job),
         _BEFORE.format(max_starts=job.recipe.cluster.slurm.max_starts).strip("\n"),

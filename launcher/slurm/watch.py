@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import last_json_line, read_json_lines
+from dsv3_megatron.run.handed import open_regular
+from dsv3_megatron.run.made import appended_file
 from launcher.slurm.client import job_facts
 from parallel.errors import ClusterError
 from parallel.units import show_count, show_duration
 
+SCRIPT = "submit.sbatch"  # of a job, in its directory
+_TAIL_BYTES = 1 << 20
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "REQUEUED", "RESIZING")
 
 
@@ -25,26 +31,39 @@ def jobs_file(directory: Path) -> Path:
 def note_job(directory: Path, job: str, dependency: str | None) -> None:
     """Keep the number of a submitted job."""
     line = {"job": job, "submitted": datetime.now(UTC).isoformat(timespec="seconds"), "dependency": dependency}
-    with jobs_file(directory).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with appended_file(jobs_file(directory)) as file:
+        file.write(f"{json.dumps(line)}\n".encode())
 
 
 def jobs_of(directory: Path) -> list[dict[str, Any]]:
     """Return the jobs noted, oldest first. Raises ClusterError when none was ever submitted from here."""
     if not jobs_file(directory).is_file():
         raise ClusterError(f"run = {directory} has no jobs.jsonl: no job was submitted for it; see launcher/submit.py")
-    return read_json_lines(jobs_file(directory))
+    jobs = read_json_lines(jobs_file(directory))
+    for number, noted in enumerate(jobs, 1):
+        if re.fullmatch(r"[0-9]{1,12}", str(noted.get("job"))) is None:  # a word that scancel takes for an option, say
+            raise ClusterError(f"{jobs_file(directory)}: entry {number} names no job by its number; remove it")
+    if not jobs:
+        raise ClusterError(f"{jobs_file(directory)} names no job; submit the run with launcher/submit.py")
+    return jobs
 
 
 def active_jobs(directory: Path) -> list[str]:
-    """Return the jobs of a run that wait or run."""
+    """Return the jobs of a run that wait or run. One that the file names and that runs another script is none of it."""
     if not jobs_file(directory).is_file():
         return []
     active = []
     for noted in jobs_of(directory):
-        if any(facts.get("JobState") in ACTIVE for facts in job_facts(noted["job"])):
+        tasks = [facts for facts in job_facts(noted["job"]) if _is_of(facts, directory)]
+        if any(facts.get("JobState") in ACTIVE for facts in tasks):
             active.append(noted["job"])
     return active
+
+
+def _is_of(facts: dict[str, str], directory: Path) -> bool:
+    """Return whether a job runs the script of this run, or of a sweep beside it."""
+    script = Path(facts.get("Command", ""))
+    return script.name == SCRIPT and script.parent.parent == directory.parent
 
 
 def status_text(directory: Path) -> str:
@@ -88,7 +107,7 @@ def _run_lines(run: RunDirectory) -> list[str]:
     if run.finished.exists():
         lines.append("finished")
     if run.refused.exists():
-        lines.append(f"stopped for good: {run.refused.read_text().strip()}")
+        lines += [f"stopped for good: {line}" for line in _tail(run.refused, 1)]
     return lines
 
 
@@ -100,6 +119,15 @@ def log_text(directory: Path, lines: int) -> str:
         raise ClusterError(f"job {newest} of run = {directory} has written no log yet; ask status for its state")
     parts = []
     for file in files:
-        tail = file.read_text(errors="replace").splitlines()[-lines:]
-        parts.append(f"==> {file} <==\n" + "\n".join(tail))
+        parts.append(f"==> {file} <==\n" + "\n".join(_tail(file, lines)))
     return "\n\n".join(parts)
+
+
+def _tail(file: Path, lines: int) -> list[str]:
+    """Return the last lines of a log, of its last megabyte."""
+    try:
+        with open_regular(file) as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            return log.read(_TAIL_BYTES).decode(errors="replace").splitlines()[-lines:]
+    except OSError as error:
+        return [f"cannot be read ({error.strerror})"]

@@ -11,6 +11,7 @@ import yaml
 from launcher import dashboard, demo, evaluate, export_hf, generate, import_hf, plan
 from launcher.command_line.compose import compose, compose_config
 from launcher.command_line.recipe_files import RECIPES, options
+from launcher.command_line.start_ranks import split_torchrun
 from launcher.views import reference
 from launcher.views.reference import reference as written_reference
 from parallel.errors import UserError
@@ -46,10 +47,14 @@ def test_every_command_names_what_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for command in commands(page):
         words = shlex.split(command, comments=True)
-        words = words[next(i for i, w in enumerate(words) if w in ("python", "torchrun", "make")) :]
+        words = words[next(i for i, w in enumerate(words) if w in ("python", "torchrun", "dsv3", "make")) :]
         if words[0] == "make":
             asked = [w for w in words[1:] if "=" not in w]
             assert set(asked) <= targets, f"{page.name}: {command}"
+            continue
+        if words[:2] == ["dsv3", "train"]:
+            _, overrides = split_torchrun(words[2:])
+            check_overrides(page, command, overrides)
             continue
         script = next((w for w in words if w.endswith(".py")), None)
         if words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("benchmarks", "testing"):

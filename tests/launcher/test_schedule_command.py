@@ -52,7 +52,10 @@ def test_unequal_stages_cost_more(capsys):
         (["name=1f1b", "pipeline=2", "microbatches=4", "times.forwar=1"], "did you mean times.forward"),
         (["name=1f1b", "pipeline=2"], "microbatches is missing"),
         (["name=auto", "pipeline=1000000000", "microbatches=2"], "more than 1,000,000 passes"),
-        (["name=1f1b", "pipeline=2", "microbatches=4", "times.forward=1e308"], "times.forward = 1e+308 is no duration"),
+        (
+            ["name=1f1b", "pipeline=2", "microbatches=4", "times.forward=1e308"],
+            r"times.forward = 1e\+308 is no duration",
+        ),
         (["name=1f1b", "pipeline=2", "microbatches=4", "times.cost=1,nan"], "must be 2 numbers from 0"),
         (["name=auto", "pipeline=2", "microbatches=4", "times.cost=0,0"], "give one of them a duration"),
         (["name=1f1b", "pipeline=2", "microbatches=4", "width=1000000000"], "width = 1000000000"),

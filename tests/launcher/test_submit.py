@@ -184,3 +184,35 @@ def test_status_shows_the_last_step_beside_the_job(monkeypatch, tmp_path):
 def test_a_run_that_was_never_submitted_has_no_status(tmp_path):
     with pytest.raises(ClusterError, match="no job was submitted"):
         main(["status", f"run={tmp_path}"])
+
+
+@pytest.mark.parametrize("job", ["--user=me", "1 2", "", None, 7.5, ["1"], "1" * 40, "7;x"])
+@pytest.mark.parametrize("ask", ["status", "cancel", "logs"])
+def test_a_job_file_of_somebody_else_names_numbers_or_nothing(tmp_path, job, ask):
+    """scancel would take `--user=me` for an option."""
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"job": job}) + "\n")
+    with pytest.raises(ClusterError, match=r"jobs\.jsonl: entry 1 names no job by its number") as caught:
+        main([ask, f"run={tmp_path}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_job_of_another_run_is_not_cancelled(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    note_job(run, "7", None)
+    running = {"JobId": "7", "JobState": "RUNNING", "Command": f"{tmp_path}/elsewhere/mine/submit.sbatch"}
+    monkeypatch.setattr("launcher.slurm.watch.job_facts", lambda job: [running])
+    monkeypatch.setattr("launcher.slurm.client.cancel", lambda jobs: pytest.fail("cancelled"))
+    assert main(["cancel", f"run={run}"]) == 0
+    assert "no job of this run" in capsys.readouterr().out
+
+
+def test_logs_end_although_a_log_has_no_end(tmp_path, monkeypatch, capsys):
+    note_job(tmp_path, "7", None)
+    (tmp_path / "slurm-7.out").symlink_to("/dev/zero")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a-0-7.log").write_text("one\ntwo\n" * 1000)
+    monkeypatch.setattr("launcher.slurm.watch.job_facts", lambda job: [])
+    assert main(["logs", f"run={tmp_path}", "lines=1"]) == 0
+    said = capsys.readouterr().out
+    assert "not a regular file" in said and said.strip().endswith("two")

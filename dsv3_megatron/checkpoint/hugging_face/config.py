@@ -17,16 +17,15 @@ from dsv3_megatron.checkpoint.hugging_face.families import FAMILIES, OUTSIDE, Fa
 from dsv3_megatron.model.settings import ModelSettings
 from parallel.errors import CheckpointError
 
-# No published model is near them; each row, layer and expert costs time and memory before its weights are looked at.
+# No published model is near them; each row costs time and memory before its weights are looked at. Layers and experts
+# have limits of their own in ModelSettings.
 _MOST = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 40,
-    "num_hidden_layers": 10_000,
-    "num_nextn_predict_layers": 1_000,
     "n_shared_experts": 10_000,
     **dict.fromkeys(
         ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "q_lora_rank",
-         "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts"),
+         "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
         1 << 20,
     ),
 }  # fmt: skip

@@ -6,11 +6,14 @@ and is sorted there. The first in the order of the input stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
+from dsv3_megatron.data.prepare.encode import read_hashes
+from dsv3_megatron.run.made import new_file
 
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 _BYTES_EACH = 96  # of memory, for a record while its file is sorted
@@ -31,8 +34,9 @@ def mark_duplicates(files: Sequence[Path], counts: Sequence[int], memory: int, f
     paths = [folder / f"{number:06d}" for number in range(buckets)]
     for path in paths:
         path.unlink(missing_ok=True)  # of a run that was killed here
-    _deal(files, memory, paths)
+    _deal(files, counts, memory, paths)
     partial = result.with_name(f"{result.name}.partial")
+    new_file(partial).close()
     marked = np.lib.format.open_memmap(partial, mode="w+", dtype=bool, shape=(total,))
     for path in paths:
         if path.exists():
@@ -44,11 +48,11 @@ def mark_duplicates(files: Sequence[Path], counts: Sequence[int], memory: int, f
     partial.rename(result)
 
 
-def _deal(files: Iterable[Path], memory: int, paths: list[Path]) -> None:
+def _deal(files: Sequence[Path], counts: Sequence[int], memory: int, paths: list[Path]) -> None:
     """Append each document's record to the file that its hash names."""
     at, held, size = 0, [], 0
-    for file in files:
-        hashes = np.load(file)
+    for file, count in zip(files, counts):
+        hashes = read_hashes(file, count)
         records = np.empty(len(hashes), dtype=_RECORD)
         records["high"], records["low"] = hashes["high"], hashes["low"]
         records["number"] = np.arange(at, at + len(hashes))

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 
+from dsv3_megatron.data.checked.npy import open_npy
 from dsv3_megatron.data.prepare.plan import Key, Task
 from dsv3_megatron.data.raw.documents import Document, Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import check_unchanged
 from dsv3_megatron.data.source.hashing import key_of
-from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Split
+from dsv3_megatron.data.source.shards import SPLITS, Count, Shard, ShardWriter, Split, why_unread
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.made import new_file
 from dsv3_megatron.run.processes import end_with_parent
 from parallel.errors import DataError
 
@@ -30,36 +32,44 @@ HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("text_bytes", "<u8")])  # of 
 class Counts(BaseModel):
     """What became of the documents of a task; the names are those of a source's."""
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    duplicates: int = 0
-    empty: int = 0
-    bad: int = 0
-    bad_bytes: int = 0
-    torn: int = 0
-    torn_bytes: int = 0
-    ignored_files: int = 0
+    documents: Count = 0
+    tokens: Count = 0
+    text_bytes: Count = 0
+    duplicates: Count = 0
+    empty: Count = 0
+    bad: Count = 0
+    bad_bytes: Count = 0
+    torn: Count = 0
+    torn_bytes: Count = 0
+    ignored_files: Count = 0
 
 
 class Least(BaseModel):
     """The training documents of a task whose text has the least hash: what is held out where nothing else is."""
 
     hash: str
-    places: list[tuple[int, int]]  # shard of the task, document
+    places: list[tuple[Count, Count]]  # shard of the task, document
 
 
 class Done(BaseModel):
     """A task that is done, as the journal keeps it. ``shards``: named in the folder of work, in order."""
 
-    key: Key
+    key: tuple[Count, Count, Count]
     ended: bool
-    disk: int
-    place: tuple[int, int, int]
+    disk: Count
+    place: tuple[Count, Count, Count]
     counts: Counts
     examples: list[str]
-    shards: dict[Split, list[Shard]]
+    shards: Annotated[dict[Split, list[Shard]], Field(min_length=len(SPLITS))]
     least: Least | None
+
+    @model_validator(mode="after")
+    def _least_is_its_own(self) -> Done:
+        train = self.shards["train"]
+        for shard, document in self.least.places if self.least else ():
+            if shard >= len(train) or document >= train[shard].documents:
+                raise ValueError(f"least names document {document} of shard {shard}, which the task does not have")
+        return self
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,8 @@ class _TaskWork:
             return
         shard = writer.commit()
         if self.encoding.deduplicate:
-            np.save(hash_file(self.encoding.work, shard), np.asarray(self.hashes[split], dtype=HASH))
+            with new_file(hash_file(self.encoding.work, shard)) as file:
+                np.save(file, np.asarray(self.hashes[split], dtype=HASH))
             self.hashes[split] = []
         self.shards[split].append(shard)
 
@@ -224,6 +235,14 @@ class _TaskWork:
 def hash_file(work: str | Path, shard: Shard) -> Path:
     """Return where the hashes [documents] of a shard's texts are."""
     return Path(work) / f"{shard.name}.hash.npy"
+
+
+def read_hashes(path: Path, documents: int) -> np.ndarray:
+    """Return the hashes [documents] of a shard's texts. Raises: DataError: they are missing or damaged."""
+    try:
+        return open_npy(path, HASH, documents)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({why_unread(error)}); prepare the part again") from None
 
 
 def check_limits(bad: int, torn_bytes: int, max_bad: int, max_torn: int, example: Callable[[], str]) -> None:

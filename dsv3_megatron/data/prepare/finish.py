@@ -15,11 +15,24 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.checked.npy import open_npy
 from dsv3_megatron.data.prepare.duplicates import mark_duplicates
-from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Counts, Done, hash_file
+from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Counts, Done, hash_file, read_hashes
 from dsv3_megatron.data.raw.inputs import InputFile
 from dsv3_megatron.data.source.origins import FILES
-from dsv3_megatron.data.source.shards import SPLITS, Shard, ShardWriter, Source, Split, read_lengths, token_dtype
+from dsv3_megatron.data.source.shard_table import fault_of_file
+from dsv3_megatron.data.source.shards import (
+    ORIGIN,
+    SPLITS,
+    Shard,
+    ShardWriter,
+    Source,
+    Split,
+    file_sha256,
+    read_lengths,
+    token_dtype,
+    why_unread,
+)
 from dsv3_megatron.run.files import write_atomically
 from dsv3_megatron.run.handed import open_regular
 from dsv3_megatron.run.made import new_file
@@ -108,7 +121,7 @@ class Finishing:
                 source.documents -= len(copies)
                 source.duplicates += len(copies)
                 source.tokens -= int(read_lengths(entry.work, entry.shard, self.vocab_size)[copies].sum())
-                source.text_bytes -= int(np.load(file)["text_bytes"][copies].sum())
+                source.text_bytes -= int(read_hashes(file, entry.shard.documents)["text_bytes"][copies].sum())
 
     def _held_out_of_small(
         self, tasks: Sequence[tuple[Path, Done]], entries: list[_Entry], sources: list[Source]
@@ -196,11 +209,13 @@ def write_files(folder: Path, source: str, files: Sequence[InputFile]) -> None:
 def put(work: Path, shard: Shard, name: str, folder: Path, *, moves: bool) -> Shard:
     """Put the files of a shard in their place under ``name``; return it as it is called there.
 
-    Raises: DataError: one is missing.
+    Raises: DataError: one is missing, or is not what its folder says.
     """
     for suffix in shard.suffixes:
         old, new = work / f"{shard.name}.{suffix}", folder / f"{name}.{suffix}"
         if not moves:
+            if fault := fault_of_file(work, f"{shard.name}.{suffix}", _size_of(shard, suffix)):
+                raise DataError(f"{fault}; restore it, or prepare its folder again")
             link_or_copy(old, new)
         elif old.exists():
             os.replace(old, new)
@@ -216,7 +231,7 @@ def link_or_copy(old: Path, new: Path) -> None:
     """
     new.unlink(missing_ok=True)
     try:
-        os.link(old, new)
+        os.link(os.path.realpath(old), new)
     except FileNotFoundError:
         raise _missing(old) from None
     except OSError:  # another file system, or one without hard links
@@ -224,6 +239,11 @@ def link_or_copy(old: Path, new: Path) -> None:
         with open_regular(old) as source, new_file(partial) as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
         os.replace(partial, new)
+
+
+def _size_of(shard: Shard, suffix: str) -> int | None:
+    """Return the size of a shard's file, where that is known."""
+    return shard.bytes.get(suffix) if suffix in ("bin", "idx") else None  # type: ignore[call-overload,no-any-return]
 
 
 def _missing(file: Path) -> DataError:
@@ -240,12 +260,34 @@ class _Rewrite:
     kept: list[tuple[str, Shard, np.ndarray]]
 
 
+def _opened(folder: Path, shard: Shard, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens, lengths and origins of a shard, which is compared with its checksums: what is written of it gets
+    new ones. Raises: DataError: a file is not what it was."""
+    for suffix, digest in (("bin", shard.sha256["bin"]), ("origin.npy", shard.origin_sha256)):
+        path = folder / f"{shard.name}.{suffix}"
+        if fault := fault_of_file(folder, f"{shard.name}.{suffix}", _size_of(shard, suffix)):
+            raise DataError(f"{fault}; restore it, or prepare its folder again")
+        if file_sha256(path) != digest:
+            raise DataError(f"{path} has another SHA-256 than when it was written; restore it, or prepare its folder "
+                            "again")  # fmt: skip
+    lengths = read_lengths(folder, shard, vocab_size, bytes.fromhex(shard.sha256["idx"]))
+    dtype = token_dtype(vocab_size)
+    if shard.bytes["bin"] != shard.tokens * dtype.itemsize:
+        raise DataError(f"{folder / shard.name} has tokens of another size; prepare its folder again")
+    with open_regular(folder / f"{shard.name}.bin") as file:
+        tokens = np.memmap(file, dtype, "r") if shard.tokens else np.zeros(0, dtype)
+    try:
+        origins = open_npy(folder / f"{shard.name}.origin.npy", ORIGIN, shard.documents)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / shard.name}.origin.npy cannot be read ({why_unread(error)}); restore it") from None
+    return tokens, lengths, origins
+
+
 def _rewrite(given: _Rewrite) -> Shard:
     writer = ShardWriter(Path(given.folder), given.name, given.vocab_size)
     for work, shard, documents in given.kept:
-        tokens = np.memmap(f"{work}/{shard.name}.bin", dtype=token_dtype(given.vocab_size), mode="r")
-        ends = np.cumsum(read_lengths(work, shard, given.vocab_size))
-        origins = np.load(f"{work}/{shard.name}.origin.npy")
+        tokens, lengths, origins = _opened(Path(work), shard, given.vocab_size)
+        ends = np.cumsum(lengths)
         begins = np.concatenate([[0], ends[:-1]])
         for document in documents:
             writer.add([tokens[begins[document] : ends[document]]], origins[document : document + 1])

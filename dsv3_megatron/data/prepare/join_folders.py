@@ -9,15 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.checked.npy import open_npy
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Counts
 from dsv3_megatron.data.prepare.finish import add_counts, check_documents, put
-from dsv3_megatron.data.prepare.output import Output
+from dsv3_megatron.data.prepare.output import Output, held_out_of
 from dsv3_megatron.data.prepare.shard import write_manifest
-from dsv3_megatron.data.source.origins import FILES
+from dsv3_megatron.data.source.origins import FILES, read_list
 from dsv3_megatron.data.source.shard_table import ShardRow, open_table
-from dsv3_megatron.data.source.shards import TOKENIZER, Manifest, Shard, Source, file_sha256, read_manifest
+from dsv3_megatron.data.source.shards import (
+    ORIGIN,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    Source,
+    file_sha256,
+    read_manifest,
+    why_unread,
+)
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.made import new_file
 from parallel.errors import DataError
 
 _DIFFER = ("weights", "shard_tokens", "deduplicate", "fingerprint")  # what folders need not have in common
@@ -31,6 +42,8 @@ class FoldersJoin:
         """Raises: DataError: a folder is not finished, or their tokenizers, options or weights do not fit together."""
         self._folders, self._tell = folders, tell
         self._manifests = [read_manifest(folder) for folder in folders]
+        for folder, manifest in zip(folders, self._manifests):
+            held_out_of(manifest.options, folder)
         _check_alike(folders, self._manifests)
         said = json.dumps([manifest.model_dump(mode="json") for manifest in self._manifests])
         self.fingerprint = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
@@ -117,13 +130,12 @@ class _Joined:
         """Count a folder's source, take its list of files, and return how many files the source had before."""
         (self._folder / source.name).mkdir(parents=True, exist_ok=True)
         mine = self._folder / source.name / FILES
-        listed = folder / source.name / FILES
-        text = listed.read_text() if listed.exists() else ""
+        text = read_list(folder, source.name)
         if (known := self.sources.get(source.name)) is None:
             self.sources[source.name] = source.model_copy(deep=True)
             write_atomically(mine, text)
             return 0
-        earlier = mine.read_text()
+        earlier = read_list(self._folder, source.name)
         write_atomically(mine, earlier + text)
         add_counts(known, Counts(**{name: getattr(source, name) for name in Counts.model_fields}))
         known.input = f"{known.input}, {source.input}"
@@ -151,10 +163,15 @@ def _moved_origins(folder: Path, shard: Shard, files: int) -> Shard:
     if not files or shard.origin_sha256 is None:
         return shard
     path = folder / f"{shard.name}.origin.npy"
-    origins = np.load(path)
+    try:
+        if file_sha256(path) != shard.origin_sha256:
+            raise ValueError("has another SHA-256 than its table says")
+        origins = open_npy(path, ORIGIN, shard.documents)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({why_unread(error)}); restore it in its folder") from None
     origins["file"] += files
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with new_file(partial) as file:
         np.save(file, origins)
     partial.replace(path)  # the linked file stays what it is
     return shard.model_copy(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from dsv3_megatron.data.begun import PART, WORK, first_of
+from dsv3_megatron.data.begun import WORK, first_of
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Done
-from dsv3_megatron.data.prepare.finish import Finishing, add_counts, link_or_copy
-from dsv3_megatron.data.prepare.output import Output, Part
+from dsv3_megatron.data.prepare.finish import Finishing, add_counts
+from dsv3_megatron.data.prepare.output import Output, Part, held_out_of, read_part
 from dsv3_megatron.data.prepare.shard import write_manifest
-from dsv3_megatron.data.source.origins import FILES
+from dsv3_megatron.data.source.origins import FILES, read_list
 from dsv3_megatron.data.source.shards import TOKENIZER, Manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.files import write_atomically
 from parallel.errors import DataError
 
 
@@ -42,15 +41,15 @@ class PartsJoin:
             output.work,
             first.sources,
             first.vocab_size,
-            float(first.options["held_out"]),
-            bool(first.options["deduplicate"]),
+            held_out_of(first.options, folders[0]),
+            first.options.get("deduplicate") is True,
             self._memory,
             moves=False,
             workers=self._workers,
         )
         done, shards, examples = finishing.run(tasks)
         for source in done:
-            link_or_copy(folders[0] / source.name / FILES, output.folder / source.name / FILES)
+            write_atomically(output.folder / source.name / FILES, read_list(folders[0], source.name))
         examples = [*examples, *first.skipped][:KEPT_EXAMPLES]
         self.tokenizer.save(output.folder / TOKENIZER)
         return write_manifest(
@@ -80,6 +79,10 @@ def _check_parts(folders: list[Path], parts: list[Part]) -> None:
 def _tasks_of(folder: Path, part: Part) -> list[Done]:
     """Return the tasks of a part. Raises: DataError: its journal does not have all that the part has counted."""
     tasks = Output(folder).done()
+    if wrong := [task.key for task in tasks if task.key[0] >= len(part.sources)]:
+        raise DataError(
+            f"input = {folder} has a task of source {wrong[0][0]}, which is not in it; prepare the part again"
+        )
     found = [source.model_copy(deep=True) for source in part.sources]
     for task in tasks:
         add_counts(found[task.key[0]], task.counts)
@@ -93,9 +96,6 @@ def _tasks_of(folder: Path, part: Part) -> list[Done]:
 
 
 def _read_part(folder: Path) -> Part:
-    try:
-        return Part.model_validate_json((folder / PART).read_text())
-    except (ValidationError, ValueError, OSError) as error:
-        raise DataError(
-            f"{folder / PART} cannot be read ({str(error).splitlines()[0]}); prepare the part again"
-        ) from None
+    part = read_part(folder)
+    held_out_of(part.options, folder)
+    return part

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from dsv3_megatron.data.begun import BEGUN, PART, PARTS, WORK, command_begun
 from dsv3_megatron.data.prepare.encode import Done
-from dsv3_megatron.data.source.shards import MANIFEST, Source
+from dsv3_megatron.data.source.shards import MANIFEST, Count, Sources, VocabularySize, why_unread
 from dsv3_megatron.run.files import cut_json_lines, iterate_json_lines, read_json, write_json
+from dsv3_megatron.run.handed import parse_json, read_text
 from dsv3_megatron.run.lock import held
+from dsv3_megatron.run.made import appended_file
 from parallel.errors import DataError
 
 _LOCK = "lock"
@@ -33,16 +35,32 @@ class Part(BaseModel):
         skipped: what of the input was not read, each with the reason.
     """
 
-    part: int
-    parts: int
+    part: Count
+    parts: Count
     digest: str
     tokenizer_sha256: str
-    vocab_size: int
+    vocab_size: VocabularySize
     options: dict[str, Any]
-    sources: list[Source]
-    counted: list[Source]
+    sources: Sources
+    counted: Sources
     bad_examples: list[str]
     skipped: list[str]
+
+
+def read_part(folder: Path) -> Part:
+    """Return what a part says of itself. Raises: DataError: it cannot be read."""
+    try:
+        return Part.model_validate(parse_json(read_text(folder / PART), unique=True))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / PART} cannot be read ({why_unread(error)}); prepare the part again") from None
+
+
+def held_out_of(options: Mapping[str, Any], folder: Path) -> float:
+    """Return the share of documents that a folder or a part holds out. Raises: DataError: it does not say so."""
+    share = options.get("held_out")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise DataError(f"input = {folder} says held_out = {str(share)[:40]}, which is no share; prepare it again")
+    return float(share)
 
 
 class Output:
@@ -65,8 +83,11 @@ class Output:
 
         Raises: DataError: it cannot be written, or holds something else. RunInUseError: another process works there.
         """
-        if self.folder.is_file():
+        if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"output = {self.folder} is a file; name a folder")
+        for path in (self.work, self._journal, self._begun):
+            if path.is_symlink():  # what is behind it would be removed when the work is done
+                raise DataError(f"{path} is a link, and nothing is written through one; remove it")
         names = {entry.name for entry in self.folder.iterdir()} if self.folder.exists() else set()
         if names - {PARTS} and not names & {MANIFEST, PART, WORK}:
             raise DataError(f"output = {self.folder} is not empty and not of prepare_data; name another folder")
@@ -112,15 +133,15 @@ class Output:
         """Return the tasks of the journal. Raises: DataError: it is damaged."""
         try:
             return [Done.model_validate(line) for line in iterate_json_lines(self._journal)]
-        except ValidationError as error:
-            said = str(error).splitlines()[0]
-            raise DataError(f"{self._journal} cannot be read ({said}); remove {self.folder}") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._journal} cannot be read ({why_unread(error)}); remove {self.folder}") from None
 
     def keep(self, done: Done) -> None:
         """Write in the journal that a task is done; its files are on the disk."""
-        with self._journal.open("a") as file:
-            file.write(json.dumps(done.model_dump(mode="json")) + "\n")
-            file.flush()
+        with appended_file(self._journal) as file:
+            line = memoryview((json.dumps(done.model_dump(mode="json")) + "\n").encode())
+            while line:  # unbuffered: the system may take less than all
+                line = line[file.write(line) :]
             os.fsync(file.fileno())
 
     def close(self) -> None:

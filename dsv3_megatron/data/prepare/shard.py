@@ -18,7 +18,7 @@ from dsv3_megatron.data.begun import PART, folder_of_part, typed_command
 from dsv3_megatron.data.prepare.encode import KEPT_EXAMPLES, Done, Encoding, check_limits
 from dsv3_megatron.data.prepare.farm import encode_all
 from dsv3_megatron.data.prepare.finish import Finishing, add_counts, write_files
-from dsv3_megatron.data.prepare.output import Output, Part
+from dsv3_megatron.data.prepare.output import Output, Part, read_part
 from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.prepare.plan import share_of, units_of
 from dsv3_megatron.data.raw.inputs import check_distinct, check_outside, check_unchanged, files_of, printable
@@ -163,7 +163,7 @@ class _Preparation:
                 raise self.output.other()
             return manifest
         if (self.folder / PART).exists():
-            part = Part.model_validate_json((self.folder / PART).read_text())
+            part = read_part(self.folder)
             if part.digest != digest:
                 raise self.output.other()
             return part

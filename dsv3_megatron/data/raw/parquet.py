@@ -76,8 +76,8 @@ class _Compact:
         """Return the sizes and the type of a page from its header. Raises PagesError."""
         found: dict[str, int] = {}
         number = 0
-        while kind := self._field():
-            delta, kind = kind
+        while field := self._field():
+            delta, kind = field
             number = number + delta if delta else self._signed()
             if number in _SIZES and kind in _INTEGERS:
                 found[_SIZES[number]] = self._signed()

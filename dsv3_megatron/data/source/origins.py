@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_megatron.data.source.shard_table import ShardTable
-from dsv3_megatron.data.source.shards import SPLITS, Manifest
+from dsv3_megatron.data.checked.npy import open_npy
+from dsv3_megatron.data.source.shard_table import ShardTable, fault_of_file
+from dsv3_megatron.data.source.shards import ORIGIN, SPLITS, Manifest, why_unread
+from dsv3_megatron.run.handed import parse_json, read_bytes
 from parallel.errors import DataError
 
 FILES = "files.jsonl"
+_LIST_BYTES, _LINE_BYTES = 1 << 29, 1 << 16  # of FILES, and of a line of it
 
 
 @dataclass(frozen=True)
@@ -106,25 +109,44 @@ def _origins(folder: str | Path, table: ShardTable, shard: int) -> np.ndarray:
 @lru_cache(maxsize=64)  # a step's documents come from few shards again and again, and its pages are shared
 def _loaded(path: str, sha256: bytes, documents: int) -> np.ndarray:
     """Return the origins [documents] of a shard; ``sha256`` tells one file of this path from another."""
+    folder, name = Path(path).parent.parent, "/".join(Path(path).parts[-2:])
+    if fault := fault_of_file(folder, name):
+        raise DataError(f"{fault}; restore it or prepare the folder again")
     try:
-        found = np.load(path, mmap_mode="r")  # of which a page is read, or as many as a search takes
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read ({error}); restore it or prepare the folder again") from None
-    if len(found) != documents:
-        raise DataError(f"{path} has {len(found)} rows, the table says {documents} documents; restore it")
-    return found
+        # mapped: of it a page is read, or as many as a search takes
+        return open_npy(Path(path), ORIGIN, documents, mapped=True)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({why_unread(error)}); restore it or prepare the folder again"
+        ) from None
+
+
+def read_list(folder: Path, source: str) -> str:
+    """Return the list of a source's input files, "" where there is none. Raises: DataError: it cannot be read."""
+    path = folder / source / FILES
+    if not os.path.lexists(path):
+        return ""
+    return _read_list(path).decode()
+
+
+def _read_list(path: Path) -> bytes:
+    try:
+        if fault := fault_of_file(path.parent.parent, f"{path.parent.name}/{path.name}"):
+            raise ValueError(fault)
+        content = read_bytes(path, _LIST_BYTES)
+        content.decode()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({why_unread(error)}); restore it or prepare the folder again"
+        ) from None
+    return content
 
 
 class _Files:
     """The lines of a source's list of files, found without holding them as objects."""
 
     def __init__(self, path: str):
-        try:
-            self._data = Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be read ({error.strerror}); restore it or prepare the folder again"
-            ) from None
+        self._path, self._data = path, _read_list(Path(path))
         ends = np.flatnonzero(np.frombuffer(self._data, dtype=np.uint8) == ord("\n"))
         self._starts = np.concatenate([[0], ends + 1])
 
@@ -133,7 +155,14 @@ class _Files:
 
     def path(self, number: int) -> str:
         """Return the path of an input file."""
-        return str(json.loads(self._data[self._starts[number] : self._starts[number + 1]])["path"])
+        line = self._data[self._starts[number] : self._starts[number + 1]]
+        try:
+            found = parse_json(line) if len(line) <= _LINE_BYTES else None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("path"), str):
+            raise DataError(f'{self._path}, line {number + 1} is not {{"path": ...}}; restore it')
+        return str(found["path"])
 
     @cached_property
     def numbers(self) -> dict[str, int]:

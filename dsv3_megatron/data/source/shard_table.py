@@ -301,9 +301,7 @@ def fault_of_file(folder: str | Path, name: str, size: int | None = None) -> str
                 return f"{file} is refused: {fault}; make it a hard link or a copy"
             found = os.stat(file)
     except OSError as error:
-        if size is None:
-            return f"{file} cannot be read ({error.strerror})"
-        return f"{file} is missing ({error.strerror}), the manifest says {size} bytes"
+        return f"{file} cannot be read ({error.strerror})"
     if not stat.S_ISREG(found.st_mode):
         return f"{file} is not a regular file"
     if size is not None and found.st_size != size:

@@ -21,7 +21,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from dsv3_megatron.data.begun import unfinished
 from dsv3_megatron.data.checked.blocks import BlockSums
 from dsv3_megatron.run.handed import open_regular, parse_json, read_text
 from dsv3_megatron.run.made import new_file
-from parallel.errors import DataError
+from parallel.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -68,6 +68,14 @@ class Shard(BaseModel):
     )
     first_row: Count = Field(0, description="and row in it: from 1, or 0 where the file is the document")
     has_sums: bool = Field(False, description="whether .sums is there: earlier versions wrote none")
+
+    @field_validator("name")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+            raise ValueError(f"{name!r} is no name inside the folder")
+        return name
 
     @property
     def suffixes(self) -> list[str]:
@@ -117,7 +125,7 @@ class Source(BaseModel):
     @field_validator("name")
     @classmethod
     def _is_a_folder(cls, name: str) -> str:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        if name in ("", ".", "..") or "/" in name or one_line(name) != name:
             raise ValueError(f"{name!r} is no name of a folder inside this one")
         return name
 
@@ -167,11 +175,13 @@ def read_manifest(folder: str | Path) -> Manifest:
         if version == VERSION or not isinstance(version, int):  # of which it is said what is wrong with it
             return Manifest.model_validate(content)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({_why(error)}); restore it or prepare the folder again") from None
+        raise DataError(
+            f"{path} cannot be read ({why_unread(error)}); restore it or prepare the folder again"
+        ) from None
     raise DataError(f"{path} has version {version}, this code reads {VERSION}; prepare the folder again")
 
 
-def _why(error: OSError | ValueError) -> str:
+def why_unread(error: OSError | ValueError) -> str:
     """Return in a line why a file cannot be read."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
@@ -380,7 +390,7 @@ def read_lengths(folder: str | Path, shard: _Indexed, vocab_size: int, sha256: b
             found = os.fstat(file.fileno()).st_size  # before memory is asked for
             content = file.read(size) if found == size else b""
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({_why(error)}); restore it") from None
+        raise DataError(f"{path} cannot be read ({why_unread(error)}); restore it") from None
     expected = (_INDEX_MARK, 1, _DTYPE_CODES[token_dtype(vocab_size)], shard.documents)
     lengths = np.frombuffer(content, "<i4", shard.documents, _INDEX_HEAD.size) if content else _NO_LENGTHS
     if (

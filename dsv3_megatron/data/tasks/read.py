@@ -12,7 +12,10 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from dsv3_megatron.data.tasks.settings import EvaluateSettings
+from dsv3_megatron.run.handed import parse_json, read_bytes
 from parallel.errors import DataError
+
+_MOST_BYTES, _MOST_LINE = 1 << 28, 4 << 20  # of a file, and characters of a line of it
 
 
 class Example(BaseModel):
@@ -53,9 +56,11 @@ def read_task(path: str, most: int | None = None) -> Task:
     """
     examples, lines = [], []
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        text = read_bytes(Path(path), _MOST_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        why = "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else (
+            error.strerror if isinstance(error, OSError) else str(error)
+        )  # fmt: skip
         raise DataError(f"evaluate.tasks: {path} cannot be read ({why}); name a file of JSON lines") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -78,6 +83,8 @@ def check_tasks(settings: EvaluateSettings) -> None:
 
 
 def _example(place: str, line: str) -> Example:
+    if len(line) > _MOST_LINE:
+        raise DataError(f"{place}: has {len(line):,} characters, and {_MOST_LINE:,} can be read; shorten it")
     try:
         example = Example.model_validate_json(line)
     except ValidationError as error:
@@ -85,6 +92,10 @@ def _example(place: str, line: str) -> Example:
             f"{place}: {_problem(error)}; an example is "
             '{"context": "...", "choices": ["...", ...], "answer": 0} and may have an "id"'
         ) from None
+    try:
+        parse_json(line, unique=True)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}; write each key once") from None
     if example.answer >= len(example.choices):
         raise DataError(
             f"{place}: answer = {example.answer}, but there are {len(example.choices)} choices; count them from 0"

@@ -15,7 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as Engine
 
-from dsv3_megatron.data.tokenizer_files.names import CONFIG, read_configuration
+from dsv3_megatron.data.tokenizer_files.bounds import MOST_TOKENS
+from dsv3_megatron.data.tokenizer_files.names import CONFIG, is_id, read_configuration
+from dsv3_megatron.run.handed import inside, read_bytes
 from parallel.errors import DataError, PackageError
 
 _RANK = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?")
@@ -43,12 +45,13 @@ def convert(path: Path, probe: str) -> Engine:
     Raises: DataError: it cannot be read, or converted exactly. PackageError: a package is missing.
     """
     try:
-        with path.open("rb") as file:
-            first = file.readline(1 << 16)
-    except OSError as error:
-        raise DataError(f"tokenizer {path} cannot be read ({error.strerror}); name another") from None
+        data = read_bytes(path)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"tokenizer {path} cannot be read ({said}); name another") from None
+    first = data[: 1 << 16].partition(b"\n")[0]
     converter = _from_tiktoken if _RANK.fullmatch(first) else _from_sentencepiece
-    engine, reference = converter(path, probe)
+    engine, reference = converter(path, data, probe)
     ours = engine.encode(probe, add_special_tokens=False).ids
     if ours != reference:
         place = next((n for n, pair in enumerate(zip(ours, reference)) if pair[0] != pair[1]), len(reference))
@@ -68,7 +71,7 @@ def _needing(path: Path, kind: str, packages: str, load: Callable[[], Any]) -> A
         ) from None
 
 
-def _from_tiktoken(path: Path, probe: str) -> tuple[Engine, list[int]]:
+def _from_tiktoken(path: Path, data: bytes, probe: str) -> tuple[Engine, list[int]]:
     def load() -> tuple[Any, Any]:
         import tiktoken  # optional packages, seconds to import: for such files alone
         from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -78,7 +81,7 @@ def _from_tiktoken(path: Path, probe: str) -> tuple[Engine, list[int]]:
     configuration = read_configuration(path)
     _check_split(path, configuration)
     tiktoken, converter = _needing(path, "tiktoken", "tiktoken transformers", load)
-    ranks = _read_ranks(path)
+    ranks = _read_ranks(path, data)
 
     class Converter(converter):  # type: ignore[misc, valid-type]
         @staticmethod
@@ -110,17 +113,20 @@ def _check_split(path: Path, configuration: dict[str, Any]) -> None:
     if not any(module in modules for module in _KIMI_MODULES):
         raise refused
     for source in path.parent.glob("tokenization_*.py"):  # read, never run
-        text = source.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = read_bytes(inside(path.parent, source.name)).decode(errors="replace")
+        except (OSError, ValueError):
+            raise refused from None
         if "pat_str" in text and not all(part in text for part in KIMI_PARTS):
             raise refused
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def _read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     """Return the merge rank of every token of a tiktoken file, which is its id."""
     try:
-        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        pairs = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"tokenizer {path} cannot be read ({error}); fetch it again") from None
     if sorted(ranks.values()) != list(range(len(pairs))):
         raise DataError(f"tokenizer {path} has ranks that are missing or given twice; fetch it again")
@@ -134,20 +140,29 @@ def _added_tokens(path: Path, configuration: dict[str, Any], first: int) -> dict
     listed = configuration.get("added_tokens_decoder")
     if not isinstance(listed, dict) or not listed:
         raise DataError(f"{path.with_name(CONFIG)} lists no added_tokens_decoder, and without it no document can end")
+    if odd := [number for number in listed if not is_id(number)]:
+        raise DataError(f"{path.with_name(CONFIG)}: {odd[0][:40]!r} of added_tokens_decoder is no id of a token")
     given = {int(number): token for number, token in listed.items()}
     if before := [number for number in given if number < first]:
         raise DataError(
             f"{path.with_name(CONFIG)}: token {before[0]} of added_tokens_decoder is one of the {first} tokens of "
             f"{path.name}; they do not belong together"
         )
+    if max(given) >= MOST_TOKENS:
+        raise DataError(
+            f"{path.with_name(CONFIG)}: token {max(given)} of added_tokens_decoder is above {MOST_TOKENS:,}"
+        )
     found = {}
     for number in range(first, max(given) + 1):
         token = given.get(number, {"content": f"<|reserved_token_{number}|>", "special": True})
-        found[number] = AddedToken(token["content"], special=token.get("special", True), normalized=False)
+        name = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(name, str) or not name or not isinstance(special := token.get("special", True), bool):
+            raise DataError(f"{path.with_name(CONFIG)}: token {number} of added_tokens_decoder has no content")
+        found[number] = AddedToken(name, special=special, normalized=False)
     return found
 
 
-def _from_sentencepiece(path: Path, probe: str) -> tuple[Engine, list[int]]:
+def _from_sentencepiece(path: Path, data: bytes, probe: str) -> tuple[Engine, list[int]]:
     def load() -> tuple[Any, Any, Any]:
         import sentencepiece  # optional packages, seconds to import: for such files alone
         from google.protobuf import message  # noqa: F401  transformers reads the file with it

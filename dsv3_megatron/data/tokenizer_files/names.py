@@ -7,13 +7,15 @@ A tokenizer.json names no roles. The files beside it do, and the first that says
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer as Engine
 
+from dsv3_megatron.run.handed import inside, read_json_file, read_text
 from parallel.errors import DataError
 
 BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -31,6 +33,7 @@ ALSO_CALLED = {
 }
 
 CONFIG = "tokenizer_config.json"
+_BYTES = 1 << 24  # of a file beside a tokenizer; published ones have a tenth
 Role = Literal["begin", "end", "pad"]
 ROLES: dict[Role, tuple[str, str]] = {
     "begin": ("bos_token", BEGIN),
@@ -109,9 +112,9 @@ def names_beside(path: Path, engine: Engine) -> Names:
         for role, (key, _) in ROLES.items():
             number = content.get(f"{key}_id")
             number = number[0] if isinstance(number, list) and number else number
-            if role in found or not isinstance(number, int):
+            if role in found or type(number) is not int or number < 0:  # -1: some write it for none
                 continue
-            name = engine.id_to_token(number)
+            name = engine.id_to_token(number) if number < 1 << 32 else None
             if name is None:
                 raise DataError(
                     f"{path.with_name(file)}: {key}_id = {number} is no token of {path.name}; name the token as {key} "
@@ -120,8 +123,11 @@ def names_beside(path: Path, engine: Engine) -> Names:
             found[role], origin[role] = name, file
     known = known_names(engine)
     template = configuration.get("chat_template")
-    if template is None and (separate := path.with_name("chat_template.jinja")).is_file():
-        template = separate.read_text(encoding="utf-8")
+    if template is None and os.path.lexists(separate := path.with_name("chat_template.jinja")):
+        try:
+            template = read_text(inside(separate.parent, separate.name), _BYTES)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{separate} cannot be read ({error}); fetch it again, or remove it") from None
     begin, end, pad = (found.get(role, getattr(known, role)) for role in ROLES)
     return Names(begin, end, pad, origin, template)
 
@@ -129,7 +135,7 @@ def names_beside(path: Path, engine: Engine) -> Names:
 def vocabulary_beside(path: Path) -> int | None:
     """Return the rows of the embedding that a config.json beside a tokenizer file names, None where there is none."""
     rows = _of_text_model(_read(path.with_name("config.json"))).get("vocab_size")
-    return rows if isinstance(rows, int) else None
+    return rows if type(rows) is int else None
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -138,10 +144,10 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_file(inside(path.parent, path.name), _BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again, or remove it") from None
     if not isinstance(content, dict):
@@ -163,12 +169,18 @@ def _token_name(value: object, path: Path, key: str) -> str | None:
     return name
 
 
+def is_id(key: str) -> bool:
+    """Return whether a key of an object is a token's id."""
+    return re.fullmatch("[0-9]{1,9}", key) is not None
+
+
 def _check_added_tokens(path: Path, engine: Engine, configuration: dict[str, Any]) -> None:
     """Refuse a tokenizer_config.json of another tokenizer: it lists ids with their tokens."""
     listed = configuration.get("added_tokens_decoder")
     for number, token in (listed if isinstance(listed, dict) else {}).items():
         name = _token_name(token, path.with_name(CONFIG), f"added_tokens_decoder.{number}")
-        if not str(number).isdigit() or (found := engine.id_to_token(int(number))) != name:
+        found = engine.id_to_token(int(number)) if is_id(number) else None
+        if found is None or found != name:
             raise DataError(
                 f"{path.with_name(CONFIG)} calls token {number} {name}, {path.name} "
                 f"{'has none of that id' if found is None else f'calls it {found}'}; they do not belong together"

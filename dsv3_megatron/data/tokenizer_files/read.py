@@ -7,6 +7,7 @@ lose text in silence is refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
+from dsv3_megatron.data.tokenizer_files.bounds import MOST_TOKENS, check_bounds
 from dsv3_megatron.data.tokenizer_files.convert import convert
 from dsv3_megatron.data.tokenizer_files.names import vocabulary_beside
 from dsv3_megatron.data.tokenizer_files.spelling import UTF8_BYTES, Spelling
+from dsv3_megatron.run.handed import inside, parse_json, read_text
 from parallel.errors import DataError
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tiktoken.model", "tokenizer.model")  # the first that a folder has is read
 _POINTER = "version https://git-lfs."
-MOST_TOKENS = 1 << 24  # no embedding has so many rows
 # Letters with and apart from their accents, ligatures, full width, blanks in a row and at the end, line breaks, rare
 # characters: what a normaliser changes, and what a vocabulary without bytes does not know.
 PROBE = (
@@ -43,8 +45,11 @@ def tokenizer_file(given: str | Path) -> Path:
             raise DataError(f"tokenizer {path} does not exist; name a Hugging Face tokenizer.json, or its folder")
         return path
     for name in FILES:
-        if (path / name).is_file():
-            return path / name
+        if os.path.lexists(path / name):
+            try:
+                return inside(path, name)
+            except ValueError as error:
+                raise DataError(f"tokenizer {path}: {error}; name the file itself") from None
     raise DataError(f"tokenizer {path} holds none of {', '.join(FILES)}; name a folder that does")
 
 
@@ -63,18 +68,24 @@ def read_engine(path: Path) -> tuple[Engine, tuple[str, ...]]:
     converted.
     """
     if path.suffix == ".model":
-        return convert(path, PROBE), ()
+        engine = convert(path, PROBE)
+        try:
+            check_bounds(json.loads(engine.to_str()))
+        except ValueError as error:
+            raise DataError(f"tokenizer {path} is refused ({error}); name another") from None
+        return engine, ()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if text.startswith(_POINTER):
             raise DataError(
                 f"tokenizer {path} is a pointer of Git LFS to the file; fetch the file itself: git lfs pull"
             )
-        content = json.loads(text)
+        content = parse_json(text)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError("it holds no tokenizer's model")
+        check_bounds(content)
         off = _switch_off(content)
-        engine = Engine.from_str(json.dumps(content) if off else text)
+        engine = Engine.from_str(json.dumps(content))  # not the text, of which two readers may see different things
     except (DataError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and where it panics not even that

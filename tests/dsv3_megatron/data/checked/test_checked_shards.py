@@ -121,7 +121,7 @@ def test_a_folder_of_an_earlier_version_is_read_and_gets_its_checksums(tmp_path)
     verify_checksums(tmp_path, after)
     assert check_folder(tmp_path, 1).added == 0
     (tmp_path / "a/train_00001.sums").unlink()
-    with pytest.raises(DataError, match="train_00001.sums is missing"):
+    with pytest.raises(DataError, match="train_00001.sums cannot be read"):
         check_files(tmp_path, checked)
 
 

@@ -202,7 +202,7 @@ def test_a_file_that_is_missing_or_cut_is_named_by_the_rank_whose_share_it_is(fo
         else:
             check_files(folder, table, (rank, 5))
     path.unlink()
-    with pytest.raises(DataError, match="held_out_00000.idx is missing"):
+    with pytest.raises(DataError, match="held_out_00000.idx cannot be read"):
         check_files(folder, table)
 
 
