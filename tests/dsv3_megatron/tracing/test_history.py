@@ -91,7 +91,7 @@ def test_every_step_has_the_recipe_and_the_exclusion_of_its_own_start(tmp_path):
     ("rows", "events", "says"),
     [
         ([{}], (), r"metrics.jsonl: row 1 is no step"),
-        ([row(1, 4), {**row(2, 8), "tokens": None}], (), r"metrics.jsonl: row 2 is no step"),
+        ([{**row(1, 4), "tokens": None}, row(2, 8)], (), r"metrics.jsonl: row 1 is no step"),
         ([{**row(1, 4), "step": "1"}], (), r"metrics.jsonl: row 1 is no step"),
         ([{**row(1, 4), "global_batch": 10**30}], (), r"metrics.jsonl: row 1 is no step"),
         ([row(1, 4)], [{"event": "resumed"}], r"events.jsonl: row 1 is no event"),
