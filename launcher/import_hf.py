@@ -210,7 +210,7 @@ def with_numbers_of(path: Path) -> dict[str, Any]:
     """Return a recipe that is shipped, with what a recipe.yaml beside weights may say of a training; say what it may
     not, and is left out."""
     theirs = load_resolved(path).model_dump(mode="json")
-    base = compose(CONTINUING).model_dump(mode="json")
+    base = compose([*CONTINUING, "backend=auto"]).model_dump(mode="json")
     left_out = []
     for section, values in theirs.items():
         taken = TAKEN.get(section, ())

@@ -8,7 +8,6 @@ line breaks and digits in threes are those of DeepSeek-V3's published tokenizer;
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dsv3_megatron.data.raw.inputs import check_distinct, files_of, printable
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.data.tokenizer_files.names import CONFIG
 from dsv3_megatron.data.tokenizer_files.read import TOKENIZER
+from dsv3_megatron.run.written import WrittenFiles
 from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import ProgressLine, guarded
 from launcher.data_commands.words import path_list, tell
@@ -50,7 +50,7 @@ class TokenizerArguments(Arguments):
 @takes(TokenizerArguments, __doc__)
 def main(given: TokenizerArguments) -> int:
     """Train the tokenizer; return the exit code."""
-    refuse_other_files(Path(given.output))
+    files, names = written_files(Path(given.output))
     inputs = path_list(given.input)
     found = _Found()
     tokenizer = Tokenizer.train(_sample(inputs, given.field, given.sample, found), given.vocab_size, "vocab_size")
@@ -58,7 +58,9 @@ def main(given: TokenizerArguments) -> int:
         told = f": {found.first}" if found.first else ""
         raise DataError(f"input = {printable(given.input)} holds no readable document{told}; check the input and field")
     try:
+        files.begin(names)
         tokenizer.save(given.output)
+        files.end(names)
     except OSError as error:
         raise DataError(
             f"output = {printable(given.output)} cannot be written ({error.strerror}); name another file"
@@ -71,13 +73,20 @@ def main(given: TokenizerArguments) -> int:
     return 0
 
 
-def refuse_other_files(output: Path) -> None:
-    """Raise DataError where a file has the name of one that would be written: a tokenizer cannot be made again from the
-    data that it was used for."""
-    beside = [output.with_name(CONFIG)] if output.name == TOKENIZER else []
-    for path in (output, *beside):
-        if os.path.lexists(path):
-            raise DataError(f"output = {printable(str(output))}: {path} exists; name another file, or remove it")
+def written_files(output: Path) -> tuple[WrittenFiles, list[str]]:
+    """Return the files that are written, as this command knows them again, and their names.
+
+    Raises: DataError: one is there that it has not written; a tokenizer cannot be made again from the data that it was
+    used for.
+    """
+    names = [output.name, *([CONFIG] if output.name == TOKENIZER else [])]
+    files = WrittenFiles(output.parent, f".{output.name}.trained")
+    if other := files.other(names):
+        raise DataError(
+            f"output = {printable(str(output))}: {output.with_name(other)} is there, and this command has not written "
+            "it; name another file, or remove it"
+        )
+    return files, names
 
 
 @dataclass

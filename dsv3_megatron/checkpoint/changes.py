@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.run.stored_recipe import read_stored_recipe
+from dsv3_megatron.run.recipe_text.stored import read_stored_recipe
 from parallel.errors import CheckpointError
 
 # Where and how a run is started and watched: no number that is trained depends on it.
@@ -16,9 +16,13 @@ NOT_FIXED = ("model.freeze",)  # whose moments are kept: what a checkpoint lacks
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a stored recipe as plain values. Raises CheckpointError: it cannot be read, or is none."""
+    """Return a stored recipe as plain values. Raises CheckpointError: it cannot be read, or lacks a section without
+    which nobody can tell whether a run may resume with another one."""
     try:
-        return read_stored_recipe(path)
+        recipe = read_stored_recipe(path)
+        if lacking := [name for name in (FIXED, "optim", "data") if not isinstance(recipe.get(name), dict)]:
+            raise ValueError(f"{path} has no section {lacking[0]}")
+        return recipe
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); restore it") from None
     except ValueError as error:

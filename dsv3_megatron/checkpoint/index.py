@@ -39,6 +39,8 @@ adapt_host()
 from megatron.core import parallel_state
 
 INDEX = ".metadata"  # torch's name for it
+MOST_BYTES = 1 << 30  # of it; that of 671 billion parameters on 2,048 ranks has a twentieth
+_LEAST_BYTES = 1 << 16
 Places = dict[str, list[tuple[int, int]]]  # file -> place and length of every piece
 
 
@@ -161,9 +163,12 @@ def read_index(checkpoint: Path) -> Metadata:
     Raises: DamageError: it cannot be read, is not what was written, or describes what the files do not hold.
     """
     path, files = checkpoint / INDEX, read_content(checkpoint)["files"]
+    size, described = files[INDEX]["bytes"], sum(facts["bytes"] for facts in files.values())
     try:
+        if size > min(MOST_BYTES, described - size + _LEAST_BYTES):  # a piece is longer than what is said of it
+            raise ValueError(f"it has {size:,} bytes, of {described - size:,} that it describes")
         with damage_of(path):
-            stored = retried(lambda: read_bytes(path, files[INDEX]["bytes"]))
+            stored = retried(lambda: read_bytes(path, size))
         if xxhash.xxh3_128_hexdigest(stored) != files[INDEX]["xxh3"]:
             raise ValueError("it is not what was written")
         with _without_collections():  # which look at every object so far again and again: three quarters of the time

@@ -30,7 +30,7 @@ def tell_moved_curves(stored_recipe: Path, recipe: Recipe, progress: Progress, j
         then = Regime(OptimSettings.model_validate(stored["optim"]), stored["data"]["sequence_length"])
         keys = {key: stored["data"].get(key) for key in ("weights", "mixture")}
         mixed = mixture_of_recipe(DataSettings.model_validate(keys))
-    except (ValidationError, RecipeError, KeyError) as error:
+    except (ValidationError, RecipeError, LookupError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         journal.note(f"warning: {stored_recipe} has no curves that can be compared with this recipe's ({why})")
         return

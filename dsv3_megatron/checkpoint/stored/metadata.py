@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dsv3_megatron.checkpoint.manifest import FileFacts
+from dsv3_megatron.checkpoint.stored.pickled import Record, read_pickle
 from dsv3_megatron.checkpoint.stored.saved_tensor import DTYPES
-from dsv3_megatron.run.pickled import Record, read_pickle
 
 # What torch 2.6 to 2.13 and megatron-core 0.16 put into an index. ``_get_layout`` and the enums are named, and not
 # called: of a tensor's properties only the dtype counts.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_megatron.run.pickled import Record, read_pickle
+from dsv3_megatron.checkpoint.stored.pickled import Record, read_pickle
 
 DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 _STORAGES = {
@@ -31,7 +31,7 @@ _STORAGES = {
 _UNTYPED = "torch.storage.UntypedStorage"  # of dtypes without a storage of their own, such as FP8's
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _NAMES = frozenset({*DTYPES, *_STORAGES, *_REBUILD, _UNTYPED, "collections.OrderedDict"})
-_DESCRIPTION_BYTES = 1 << 16
+_DESCRIPTION_BYTES = 1 << 22
 _LOCAL_HEADER = 30  # bytes of it before its two names, whose lengths are the last four
 
 

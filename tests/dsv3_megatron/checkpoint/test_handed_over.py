@@ -7,28 +7,19 @@ import io
 import json
 import os
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
-import xxhash
 
 from dsv3_megatron.checkpoint import manifest
 from dsv3_megatron.checkpoint.hugging_face.regions import Regions
-from dsv3_megatron.checkpoint.index import INDEX, Described, describe_pieces, read_index
+from dsv3_megatron.checkpoint.index import INDEX, Described, read_index
 from dsv3_megatron.checkpoint.load import _updates_in_format_1
-from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, WEIGHTS, DamageError, manifest_text
-from dsv3_megatron.checkpoint.piece_files import PieceFile, write_file
-from dsv3_megatron.checkpoint.read import read_entries
-from dsv3_megatron.checkpoint.write import write_description
-from dsv3_megatron.pipeline.saved import Entry
-
-FILE = "__0_0.distcp"
-WHOLE = torch.arange(24, dtype=torch.float32).view(4, 6)
-BOXES = [Described("a", (4, 6), (0, 0), (2, 6), torch.float32), Described("a", (4, 6), (2, 0), (2, 6), torch.float32)]
+from dsv3_megatron.checkpoint.manifest import MANIFEST, RECIPE, DamageError
+from testing.small_checkpoint import BOXES, FILE, WHOLE, both, checkpoint, seal
 
 
 class Calls:
@@ -39,40 +30,6 @@ class Calls:
 
     def __reduce__(self):
         return self.function, self.given
-
-
-def checkpoint(folder, index=lambda found: found, boxes=BOXES, piece=None):
-    """Write a checkpoint of one tensor in two pieces; ``index`` changes what it says, ``piece`` is the second one."""
-    folder.mkdir()
-    file = PieceFile(folder / FILE)
-    places = [file.add(WHOLE[:2])]
-    places.append(file.add(WHOLE[2:]) if piece is None else put(file, piece))
-    files = {FILE: {**file.finish(), "holds": WEIGHTS}}
-    stored = index(describe_pieces({FILE: boxes}, {FILE: places}))
-    files |= write_description(stored if isinstance(stored, bytes) else pickle.dumps(stored), folder)
-    files[RECIPE] = write_file(folder / RECIPE, b"")
-    progress = {"step": 0, "tokens": 0, "samples": 0, "skipped": 0}
-    facts = {"layout": None, "extra": [], "optimizer": False}
-    (folder / "manifest.json").write_text(manifest_text(progress, files, facts))
-    return folder
-
-
-def put(file, data):
-    """Add bytes in place of a tensor."""
-    start = file.tell()
-    file.write(data)
-    file._rows.append(struct.pack("<QQ16s", start, len(data), xxhash.xxh3_128_digest(data)))
-    return start, len(data)
-
-
-def both(folder):
-    """Read it in both ways: as a run does, and as an export does."""
-    index = read_index(folder)
-    found = torch.full((4, 6), -1.0)
-    read_entries(folder, index, [Entry("a", (4, 6), (0, 0), found)], checked=True)
-    regions = Regions(folder)
-    assert torch.equal(regions.read("a", (0, 0), (4, 6)), found) and regions.shapes == {"a": (4, 6)}
-    return found
 
 
 def refused(folder, line):
@@ -150,6 +107,19 @@ LIES = {
 def test_an_index_that_lies_is_refused(tmp_path, case):
     index, line = case
     refused(checkpoint(tmp_path / "c", index), line)
+
+
+def test_an_index_larger_than_what_it_describes_is_not_read(tmp_path):
+    folder = checkpoint(tmp_path / "c")
+    with (folder / INDEX).open("r+b") as file:
+        file.truncate(1 << 35)  # with a hole: nothing is stored
+    content = json.loads((folder / MANIFEST).read_text())["content"]
+    content["files"][INDEX]["bytes"] = 1 << 35
+    seal(folder, content)
+    refused(folder, "it has 34,359,738,368 bytes, of ")
+    content["files"]["hole.distcp"] = {"bytes": 1 << 40, "xxh3": "0" * 32}
+    seal(folder, content)
+    refused(folder, "it has 34,359,738,368 bytes, of ")
 
 
 def test_pieces_that_overlap_leave_a_gap_and_are_refused(tmp_path):
@@ -243,8 +213,7 @@ def test_a_count_of_updates_is_read(tmp_path):
 def rewrite(folder, change):
     """Change a manifest's content, and let its checksum match."""
     content = json.loads((folder / MANIFEST).read_text())["content"]
-    content = change(content) or content
-    (folder / MANIFEST).write_text(json.dumps({"xxh3": manifest._digest(content), "content": content}))
+    seal(folder, change(content) or content)
 
 
 def setting(place, value):

@@ -1,9 +1,11 @@
 """Recipes against each other: what is told, what is refused, whatever is changed."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_megatron.checkpoint.changes import NOT_TOLD, changes, refusal
+from dsv3_megatron.checkpoint.changes import NOT_TOLD, changes, read_recipe, refusal
+from parallel.errors import CheckpointError
 from testing.training.tiny import small_recipe
 
 RECIPE = small_recipe().model_dump(mode="json")
@@ -57,3 +59,14 @@ def test_a_section_switched_on_or_off_is_a_change():
 
 def _deep(values):
     return {k: _deep(v) if isinstance(v, dict) else v for k, v in values.items()}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "model: {}", "model: 3\noptim: {}\ndata: {}", "a: [", "\0", "optim: &a [*a]"]
+)
+def test_a_stored_recipe_that_says_nothing_of_the_model_is_refused(tmp_path, text):
+    """Else whatever the recipe of now says would go with it."""
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"recipe.yaml.*; restore it") as error:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(error.value)

@@ -454,3 +454,16 @@ def test_an_interrupted_import_reads_anew_what_its_configuration_has_changed(tmp
     assert import_hf.main([f"input={folder}", f"output={tmp_path / 'run'}", "processes=1", "dtype=fp32"]) == 0
     for name, values in imported(tmp_path / "run", made.model).items():
         assert torch.equal(values, expected[name].float()), name
+
+
+def test_a_folder_of_the_hubs_cache_is_read_through_its_links(tmp_path):
+    made = published()
+    blobs = made.write(tmp_path / "models--a--b" / "blobs")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(blobs.iterdir())):
+        file.rename(blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    words = [f"input={snapshot}", f"output={tmp_path / 'run'}", "processes=1", "recipe=dsv3_tiny"]
+    assert import_hf.main(words) == 0
+    assert torch.equal(imported(tmp_path / "run", made.model)[MATRIX], made.tensors[MATRIX])

@@ -9,7 +9,7 @@ from enum import Enum
 
 import pytest
 
-from dsv3_megatron.run.pickled import Global, Record, read_pickle
+from dsv3_megatron.checkpoint.stored.pickled import Global, Record, read_pickle
 
 HERE = __name__
 
