@@ -16,7 +16,7 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
-from dsv3_megatron.run.secret_values import check_secrets
+from dsv3_megatron.run.recipe_text.secret_values import check_secrets
 from dsv3_megatron.settings import ClusterSettings, LoggingSettings, RunSettings
 from parallel.errors import LayoutError, RecipeError
 from parallel.layout import Layout, nearest_divisors

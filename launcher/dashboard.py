@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.metrics.names import FAMILIES, NAMES
-from dsv3_megatron.run.yaml_text import read_yaml
+from dsv3_megatron.run.recipe_text.yaml_text import read_yaml
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
 from launcher.command_line.recipe_files import DATA

@@ -5,6 +5,7 @@ python launcher/demo.py run=RUN_DIRECTORY
 
 from __future__ import annotations
 
+import math
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -58,7 +59,9 @@ def main(given: DemoArguments) -> int:
 def shown_step(row: dict[str, Any]) -> dict[str, Any] | None:
     """Return what is told of a step; None where it has no loss, or is none."""
     step = sound_step(row, ("lm_loss", "mtp_loss", "max_violation", "tokens_per_second"))
-    return step if step and isinstance(step["lm_loss"], float) and step["tokens_per_second"] is not None else None
+    if step is None or not all(is_number(step[key]) for key in ("lm_loss", "tokens_per_second")):
+        return None
+    return step
 
 
 def is_summary(content: dict[str, Any]) -> bool:
@@ -110,7 +113,8 @@ def save_plot(directory: RunDirectory, steps: list[dict[str, Any]]) -> Path:
     tokens = [s["tokens"] for s in steps]
     losses.plot(tokens, [s["lm_loss"] for s in steps], color="black", label="next token")
     if steps[0]["mtp_loss"] is not None:
-        losses.plot(tokens, [s["mtp_loss"] for s in steps], color="gray", linestyle="--", label="MTP")
+        mtp = [math.nan if s["mtp_loss"] is None else s["mtp_loss"] for s in steps]
+        losses.plot(tokens, mtp, color="gray", linestyle="--", label="MTP")
     losses.set_ylabel("loss (nats per token)")
     losses.legend(frameon=False)
     balance.plot(tokens, [s["max_violation"] or 0.0 for s in steps], color="black")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.run.stored_recipe import read_stored_recipe
+from dsv3_megatron.run.recipe_text.stored import read_stored_recipe
 from parallel.errors import CheckpointError
 
 # Where and how a run is started and watched: no number that is trained depends on it.

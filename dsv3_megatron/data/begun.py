@@ -54,8 +54,8 @@ def unfinished(folder: str | Path) -> str | None:
     if (folder / PART).exists():
         whole = folder.resolve().parent.parent if folder.resolve().parent.name == PARTS else None
         part = read_json(folder / PART)
-        number, parts = (str(part.get(key))[:9] for key in ("part", "parts"))
-        return f"is part {number} of {parts}, to be merged with the others: {_merging(whole)}"
+        number, of_how_many = (str(part.get(key))[:9] for key in ("part", "parts"))
+        return f"is part {number} of {of_how_many}, to be merged with the others: {_merging(whole)}"
     parts = _parts_of(folder)
     if (folder / WORK / BEGUN).exists() or (command_begun(folder) is not None and not parts):
         return f"was begun and is not finished; run the same command again: {command_begun(folder)}"

@@ -125,8 +125,8 @@ class RunDirectory:
     def _refuse_others(self) -> None:
         is_run = self.recipe.exists() or self.checkpoints.is_dir()  # a run has one of them from its first second on
         own = (self.metrics, self.events, self.summary, self.report, self.schedule, self.expert_load, self.environment)
-        others = [] if is_run else [path for path in (*own, self.path / "tokenizer.json") if path.exists()]
-        if (index := self.path / "model.safetensors.index.json").exists():
+        others = [] if is_run else [path for path in (*own, self.path / "tokenizer.json") if path.is_file()]
+        if (index := self.path / "model.safetensors.index.json").is_file():
             others.append(index)
         if others:
             raise RecipeError(

@@ -6,10 +6,13 @@ which may have had another recipe than the last one of all, and may have left ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from dsv3_megatron.data.exclude import Exclusion, read_exclusion
 from dsv3_megatron.data.source.samples import numbers_before, sample_numbers
@@ -19,7 +22,7 @@ from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import iterate_json_lines
 from dsv3_megatron.train.progress import Progress
 from parallel.errors import RecipeError
-from parallel.units import show_count
+from parallel.units import MOST, show_count
 
 Row = dict[str, Any]  # of metrics.jsonl
 
@@ -99,7 +102,9 @@ class History:
     def _find(self, wanted: Callable[[Row], bool]) -> tuple[Row | None, Row | None]:
         """Return the first row that is wanted (None: no row is), and the last row that was looked at."""
         row = None
-        for row in iterate_json_lines(self._run.metrics):
+        for number, row in enumerate(iterate_json_lines(self._run.metrics), 1):
+            if not _is_step(row):
+                raise RecipeError(f"{self._run.metrics}: row {number:,} is no step of a run; restore the file")
             if wanted(row):
                 return row, row
         return None, row
@@ -153,7 +158,13 @@ class History:
         excluded = wanted.excluded
         exclusion = Exclusion() if excluded is None else read_exclusion(self._run.excluded(excluded))
         values["data"]["exclude"] = exclusion.path or None
-        return Recipe.model_validate(values), exclusion
+        try:
+            return Recipe.model_validate(values), exclusion
+        except ValidationError as error:
+            key = ".".join(map(str, error.errors()[0]["loc"]))
+            raise RecipeError(
+                f"{self._run.events}: what it says of changes does not give a recipe ({key}); restore it"
+            ) from None
 
 
 def foreseen(
@@ -182,8 +193,10 @@ def _starts(run: RunDirectory) -> list[_Start]:
     """Return the starts of a run that got as far as training, oldest first."""
     found: list[_Start] = []
     coming = _Start()
-    for event in iterate_json_lines(run.events):
-        name = event["event"]
+    for number, event in enumerate(iterate_json_lines(run.events), 1):
+        name = event.get("event")
+        if not _is_event(event):
+            raise RecipeError(f"{run.events}: row {number:,} is no event of a run; restore the file")
         if name == "resumed":
             coming = _Start(event["step"])
         elif name == "recipe_changed":
@@ -197,10 +210,33 @@ def _starts(run: RunDirectory) -> list[_Start]:
     return found
 
 
+def _is_step(row: Row) -> bool:
+    """Return whether a row says what a step has read: step, tokens and batch, and samples where they were counted."""
+    numbers = [row.get("step"), row.get("tokens"), row.get("global_batch"), row.get("samples", 0)]
+    return all(type(number) is int and 0 <= number <= MOST for number in numbers)
+
+
+def _is_event(event: Row) -> bool:
+    """Return whether an event is one that says nothing here, or says it in the way that a run does."""
+    match event.get("event"):
+        case "resumed":
+            return type(event.get("step")) is int
+        case "recipe_changed":
+            changes = event.get("changes")
+            return isinstance(changes, dict) and all(isinstance(v, list) and len(v) == 2 for v in changes.values())
+        case "excluded":
+            return re.fullmatch("[0-9a-f]{64}", str(event.get("sha256"))) is not None
+        case "started":
+            return isinstance(event.get("data"), dict | None)
+    return True
+
+
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key of nested sections; one that is no key any more has no effect, and is left alone."""
     *sections, name = key.split(".")
     for section in sections:
         values = values.get(section) or {}
+        if not isinstance(values, dict):
+            return
     if name in values:
         values[name] = deepcopy(value)

@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run.interpolations import check_interpolations, escaped
-from dsv3_megatron.run.stored_recipe import read_stored_recipe
+from dsv3_megatron.run.recipe_text.interpolations import check_interpolations, escaped
+from dsv3_megatron.run.recipe_text.stored import read_stored_recipe
 from launcher.command_line.overrides import quoted
 from launcher.command_line.recipe_files import (
     GROUPS,

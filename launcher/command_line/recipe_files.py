@@ -13,8 +13,8 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult
 from omegaconf import OmegaConf
 
 from dsv3_megatron.run.handed import read_bytes, read_text
-from dsv3_megatron.run.interpolations import check_interpolations
-from dsv3_megatron.run.yaml_text import YAML_BYTES, read_yaml
+from dsv3_megatron.run.recipe_text.interpolations import check_interpolations
+from dsv3_megatron.run.recipe_text.yaml_text import YAML_BYTES, read_yaml
 from parallel.errors import RecipeError
 
 PACKAGE = Path(__file__).resolve().parent.parent  # launcher/

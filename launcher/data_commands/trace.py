@@ -18,7 +18,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -90,9 +90,14 @@ def main(given: TraceArguments, overrides: list[str]) -> int:
     tracer = Tracer(settings, vocab_size=vocab_size, seed=seed, text=read.text)
     for number in read.numbers:
         for piece in tracer.sample(number, with_text=given.text):
-            line = json.dumps({"step": read.step, "sample": number, **piece}, ensure_ascii=False)
-            print(_COMMANDS_A_TERMINAL.sub(lambda found: f"\\u{ord(found[0]):04x}", line))
+            print(json_line({"step": read.step, "sample": number, **piece}))
     return 0
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """Return an object as a line of JSON in which text stays text, but commands nothing to a terminal."""
+    line = json.dumps(values, ensure_ascii=False)
+    return _COMMANDS_A_TERMINAL.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from html import escape
 
 from dsv3_megatron.planning.memory.ranks import RankMemory
 from dsv3_megatron.planning.plan import Plan
+from dsv3_megatron.report.page import POLICY
 from launcher.views.plan import text_of
 from parallel.pipeline.drawing import draw_svg
 from parallel.units import GIB
@@ -25,7 +26,7 @@ def html_of(plan: Plan) -> str:
     title = f"{plan.recipe.recipe} on {plan.recipe.cluster.name}"
     parts = [
         "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
+        f'<html lang="en"><head><meta charset="utf-8">{POLICY}<title>{escape(title)}</title>',
         "<style>body{font-family:sans-serif;margin:2em;max-width:1700px}pre{background:#f6f6f6;padding:1em;overflow:auto}"
         "svg{max-width:100%;height:auto}</style></head><body>",
         f"<h1>{escape(title)}</h1>",

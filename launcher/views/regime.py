@@ -143,6 +143,11 @@ def _exact(tokens: int) -> str:
     return f"{tokens:,}" if tokens >= 1000 else short
 
 
+def shown(name: str) -> str:
+    """Return a name as Matplotlib writes it: a dollar begins no formula, and none is a label that is left out."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def plot(name: str, regime: Regime, end: int, path: Path, mixture: MixtureCurve | None = None) -> None:
     """Draw every curve over the tokens of the run. Raises RecipeError when the file cannot be written."""
     import matplotlib  # half a second, which the other forms need not wait for  # a second to import, for plot= alone
@@ -161,7 +166,11 @@ def plot(name: str, regime: Regime, end: int, path: Path, mixture: MixtureCurve 
         axis.set_ylabel(_TITLES[column], rotation=0, ha="right", va="center")
     if mixture is not None:
         shares = [mixture(tokens) for tokens in ticks]
-        axes[-1].stackplot(ticks, [[each[name] for each in shares] for name in mixture.names], labels=mixture.names)
+        axes[-1].stackplot(
+            ticks,
+            [[each[name] for each in shares] for name in mixture.names],
+            labels=[shown(name) for name in mixture.names],
+        )
         axes[-1].set_ylabel("share of samples", rotation=0, ha="right", va="center")
         axes[-1].legend(loc="center left", fontsize="small", ncols=-(-len(mixture.names) // 6))
     for axis in axes:
@@ -171,7 +180,7 @@ def plot(name: str, regime: Regime, end: int, path: Path, mixture: MixtureCurve 
         axis.grid(alpha=0.25)
         for edge in edges[1:-1]:
             axis.axvline(edge, color="#c0392b", alpha=0.25, linewidth=0.8)
-    axes[0].set_title(f"training regime of recipe={name}".replace("$", r"\$"), loc="left")  # no formula
+    axes[0].set_title(f"training regime of recipe={shown(name)}", loc="left")
     axes[-1].set_xlabel("tokens consumed (red: a phase ends)")
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: show_count(x)))
     drawn = BytesIO()

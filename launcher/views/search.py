@@ -11,6 +11,7 @@ from pathlib import Path
 from dsv3_megatron.planning.plan import missing_facts
 from dsv3_megatron.planning.search import Found, other_degrees, search_layouts, why_it_wins
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.terminal import rewrite
 from launcher.command_line.output import write_output
 from launcher.command_line.recipe_files import GROUPS, IS_CHECKOUT, RECIPES
 from launcher.command_line.typed import as_typed
@@ -120,6 +121,6 @@ def _progress() -> Callable[[str, int, int], None]:
         return lambda *of: None
 
     def show(name: str, done: int, of: int) -> None:
-        print(f"\r\x1b[2K{name} {done}/{of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+        rewrite(sys.stderr, f"{name} {done}/{of}", end="\n" if done == of else "")
 
     return show

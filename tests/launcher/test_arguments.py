@@ -118,11 +118,11 @@ def test_every_key_of_every_command_is_described():
         prepare_data,
         train_tokenizer,
     )
-    from launcher.data_commands import merge, pack, trace
+    from launcher.data_commands import check, merge, pack, trace
     from launcher.views import reference
 
     modules = (dashboard, demo, evaluate, export_hf, generate, import_hf, layout, plan, prepare_data, reference)
-    for module in (*modules, schedule, submit, train_tokenizer, merge, pack, trace):
+    for module in (*modules, schedule, submit, train_tokenizer, check, merge, pack, trace):
         models = [m for m in vars(module).values() if isinstance(m, type) and issubclass(m, Arguments)]
         assert len(models) > 1, module
         for model in models:

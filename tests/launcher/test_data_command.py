@@ -12,6 +12,7 @@ from dsv3_megatron.data.source import packing_files
 from dsv3_megatron.data.source.build import build
 from dsv3_megatron.data.tokenizer import Tokenizer
 from launcher import data, prepare_data
+from launcher.data_commands.trace import json_line
 from parallel.errors import DataError, RecipeError, RunInUseError
 
 
@@ -48,6 +49,30 @@ def prepared(place, output, *numbers):
     inputs = tuple(str(place / f"{number}.jsonl") for number in numbers)
     options = PrepareOptions(inputs, None, str(output), str(place / "tokenizer.json"), held_out=0.1, shard_tokens=900)
     return prepare(options, workers=1)
+
+
+def test_names_that_are_traced_command_nothing_to_a_terminal():
+    found = {"file": "a\x1b[2J\x9b2J\x7f\u2028\n.txt", "text": "w\u00f6rds"}
+    line = json_line(found)
+    assert line.isprintable() and "w\u00f6rds" in line and json.loads(line) == found
+
+
+def test_shards_are_checked_and_get_the_checksums_that_they_lack(place, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shards = sum(totals.shards for totals in prepared(place, folder, 0).sources[0].shards.values())
+    assert data.main(["check", f"data={folder}", "workers=1"]) == 0
+    assert f"{shards} shards of " in (said := capsys.readouterr().out) and "are as they were written" in said
+    assert "checksums of blocks" not in said
+    for path in folder.rglob("*.sums"):
+        path.unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "has_sums"}))
+    settings = DataSettings(source="indexed", path=str(folder), sequence_length=64)
+    assert "launcher/data.py check" in build(settings, vocab_size=512, seed=1).notes[-1]
+    assert data.main(["check", f"data={folder}", "workers=1"]) == 0
+    assert f"were written for {shards} of them" in capsys.readouterr().out
+    assert not build(settings, vocab_size=512, seed=1).notes
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
 
 
 def test_folders_that_were_prepared_each_by_itself_are_joined(place, tmp_path, capsys):

@@ -178,6 +178,18 @@ def test_what_is_installed_names_its_commands_dsv3(monkeypatch):
     assert typed.command("train", ranks=2).endswith("dsv3 train --nproc-per-node 2")
 
 
+def test_a_file_whose_name_is_a_command_does_not_reach_the_shell_that_completes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "recipe").mkdir(parents=True)
+    for name in ("mine", "$(touch ran)", "`touch ran`", 'a"; touch ran; "', "a b", "-x", "${HOME}"):
+        (tmp_path / "recipes" / "recipe" / f"{name}.yaml").write_text("recipe: mine\n")
+    assert dsv3.main(["completion"]) == 0
+    script = capsys.readouterr().out
+    typed = 'COMP_WORDS=(dsv3 train recipe =) COMP_CWORD=3; compopt() { :; }; _dsv3; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", f"{script}\n{typed}"], capture_output=True, text=True, check=True)
+    assert "mine" in done.stdout.split() and "touch" not in script and not (tmp_path / "ran").exists()
+
+
 def test_bash_completes_commands_groups_and_keys(capsys):
     assert dsv3.main(["completion"]) == 0
     script = capsys.readouterr().out

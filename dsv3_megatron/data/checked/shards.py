@@ -19,9 +19,17 @@ _KEPT = 64  # shards whose checksums stay in memory: 8 bytes for 64 KiB of token
 class CheckedShards:
     """What a folder's shards hold, read from any number of threads."""
 
-    def __init__(self, folder: str | Path, table: ShardTable, vocab_size: int, files: OpenFiles):
-        """``files``: what opens them."""
-        self._folder, self._table, self._vocab_size, self._files = folder, table, vocab_size, files
+    def __init__(
+        self, folder: str | Path, table: ShardTable, vocab_size: int, files: OpenFiles, ids: int | None = None
+    ):
+        """Read a folder that was prepared for ``vocab_size`` ids.
+
+        Args:
+            files: what opens them.
+            ids: that the tokenizer has, where they may be fewer.
+        """
+        self._folder, self._table, self._files = folder, table, files
+        self._ids = vocab_size if ids is None else min(vocab_size, ids)
         self._dtype = token_dtype(vocab_size)
         self._sums = lru_cache(_KEPT)(self._read_sums)
 
@@ -48,17 +56,17 @@ class CheckedShards:
         if len(tokens) != size:
             raise DataError(f"{path} ends within document {document}; restore it or prepare the folder again")
         unsigned = tokens.view(f"<u{itemsize}")  # in which a negative id is a large one
-        if len(tokens) and int(unsigned.max()) >= self._vocab_size:
+        if len(tokens) and int(unsigned.max()) >= self._ids:
             raise DataError(
                 f"{path} has token {tokens[unsigned.argmax()]} in document {document}, none of the tokenizer's "
-                f"{self._vocab_size} ids; restore it or prepare the folder again"
+                f"{self._ids} ids; restore it or prepare the folder again"
             )
         return tokens
 
     def _read_sums(self, shard: int) -> np.ndarray | None:
         """Return the checksums of a shard's blocks; None where the folder has none."""
         size, name = int(self._table.rows["bin_bytes"][shard]), self._table.name(shard)
-        if fault := fault_of_file(self._folder, f"{name}.bin"):
+        if fault := fault_of_file(self._folder, f"{name}.bin", size):  # before memory is asked for
             raise DataError(f"{fault}; restore it or prepare the folder again")
         if not self._table.has_sums:
             return None

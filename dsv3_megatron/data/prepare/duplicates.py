@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_megatron.data.prepare.encode import read_hashes
-from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.made import appended_file, new_file
 
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 _BYTES_EACH = 96  # of memory, for a record while its file is sorted
@@ -73,7 +73,7 @@ def _append(records: np.ndarray, paths: list[Path]) -> None:
     edges = np.flatnonzero(np.diff(bucket, prepend=np.uint64(len(paths)), append=np.uint64(len(paths))))
     for start, stop in pairwise(edges):
         # opened when needed: there may be more of them than a process may open
-        with paths[int(bucket[start])].open("ab") as file:
+        with appended_file(paths[int(bucket[start])]) as file:
             records[start:stop].tofile(file)
 
 

@@ -101,6 +101,8 @@ def files_of(path: str | Path) -> Found:
             if kind is None:
                 raise DataError(f"input = {shown} is of no known kind; known are {KNOWN}")
             return Found([_file(root, printable(root.name), 0, kind)])
+        if not root.is_dir():
+            raise DataError(f"input = {shown} is a pipe, a socket or a device; name a file or a folder")
         found = _walk(root)
     except PermissionError as error:
         name = printable(error.filename or root)

@@ -141,7 +141,7 @@ def _shards(
         start_token=start,
         pad_token=tokenizer.end if tokenizer.pad is None else tokenizer.pad,
         isolate=settings.isolate_documents,
-        shards=CheckedShards(folder.path, folder.table, manifest.vocab_size, files),
+        shards=CheckedShards(folder.path, folder.table, manifest.vocab_size, files, tokenizer.vocab_size),
         excluded=find_excluded(folder.path, manifest, folder.table, exclusion) if exclusion.documents else None,
     )
     names = [source.name for source in manifest.sources]

@@ -120,7 +120,7 @@ class Source(BaseModel):
     torn: Count = Field(0, description="places from which on a file could not be read")
     torn_bytes: Count = Field(0, description="on disk, from there on: nobody knows how many rows they held")
     skipped: Count = Field(0, description="links that are not followed, pipes, hidden files and folders")
-    shards: dict[Split, Totals] = Field(default_factory=_no_shards)
+    shards: dict[Split, Totals] = Field(default_factory=_no_shards, min_length=len(SPLITS))
 
     @field_validator("name")
     @classmethod

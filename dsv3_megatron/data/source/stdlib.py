@@ -7,7 +7,6 @@ the arrays. Files are held out by a hash of their name, so that no part of a hel
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sysconfig
@@ -16,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3_megatron.data.checked.npy import open_npy
+from dsv3_megatron.data.source.shards import file_sha256, why_unread
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.files import write_json
+from dsv3_megatron.run.handed import read_json_file
 from parallel.errors import DataError
 
-VERSION = 2  # of what is written to the cache
+VERSION = 3  # of what is written to the cache
 # Tests repeat themselves, and tables (encodings, topics) are not text a person wrote.
 SKIPPED = {
     "test",
@@ -63,7 +66,23 @@ def load(cache: str | Path, vocab_size: int, held_out: float) -> tuple[Tokenizer
     if not (folder / "meta.json").exists():
         _prepare(folder, root, files, vocab_size, held_out)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    return tokenizer, *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out"))
+    return tokenizer, _tokens(folder, "train"), _tokens(folder, "held_out")
+
+
+def _tokens(folder: Path, name: str) -> np.ndarray:
+    """Return a split as it was written. Raises: DataError: it is damaged."""
+    path = folder / f"{name}.npy"
+    try:
+        meta = read_json_file(folder / "meta.json")
+        try:
+            count, sha256 = int(meta["tokens"][name]), str(meta["sha256"][name])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"meta.json does not say its {error}") from None
+        if file_sha256(path) != sha256:
+            raise ValueError("it is not what was written")
+        return open_npy(path, np.dtype("<i4"), count, mapped=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({why_unread(error)}); remove {folder} to have it made again") from None
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -87,13 +106,13 @@ def _prepare(folder: Path, root: Path, files: list[Path], vocab_size: int, held_
         raise DataError(f"data.cache = {folder.parent} cannot be written ({error.strerror}); name another") from None
     try:
         tokenizer.save(temporary / "tokenizer.json")
-        counts = {}
+        counts, sums = {}, {}
         for name, wanted in (("train", False), ("held_out", True)):
             chosen = [d for d, out in zip(documents, split) if out is wanted]
             tokens = np.concatenate(chosen) if chosen else np.zeros(0, np.int32)
             np.save(temporary / f"{name}.npy", tokens)
-            counts[name] = len(tokens)
-        (temporary / "meta.json").write_text(json.dumps({"files": len(texts), "tokens": counts}))
+            counts[name], sums[name] = len(tokens), file_sha256(temporary / f"{name}.npy")
+        write_json(temporary / "meta.json", {"files": len(texts), "tokens": counts, "sha256": sums})
         os.replace(temporary, folder)
     except OSError:
         if not (folder / "meta.json").exists():  # else another process was first, with the same content

@@ -85,3 +85,32 @@ def test_every_step_has_the_recipe_and_the_exclusion_of_its_own_start(tmp_path):
     assert list(found[3].numbers) == [8, 11, 12, 13]
     assert found[3].recipe.data.exclude == str(RunDirectory(run).excluded(exclusion.sha256))
     assert found[2].recipe.data.exclude is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "events", "says"),
+    [
+        ([{}], (), r"metrics.jsonl: row 1 is no step"),
+        ([{**row(1, 4), "tokens": None}, row(2, 8)], (), r"metrics.jsonl: row 1 is no step"),
+        ([{**row(1, 4), "step": "1"}], (), r"metrics.jsonl: row 1 is no step"),
+        ([{**row(1, 4), "global_batch": 10**30}], (), r"metrics.jsonl: row 1 is no step"),
+        ([row(1, 4)], [{"event": "resumed"}], r"events.jsonl: row 1 is no event"),
+        ([row(1, 4)], [event("recipe_changed", changes=[1])], r"events.jsonl: row 1 is no event"),
+        ([row(1, 4)], [event("recipe_changed", changes={"data": [1]})], r"events.jsonl: row 1 is no event"),
+        ([row(1, 4)], [event("started"), event("excluded", sha256="../../x")], r"events.jsonl: row 2 is no event"),
+        (
+            [row(1, 4), row(2, 8)],
+            [event("started"), event("resumed", step=1), changed("much", 0.0), event("started")],
+            r"does not give a recipe \(data.fim_rate",
+        ),
+    ],
+)
+def test_files_that_no_run_has_written_are_one_line(tmp_path, rows, events, says):
+    with pytest.raises(RecipeError, match=says) as caught:
+        written(tmp_path, rows, events).step(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_events_of_no_concern_and_changes_of_keys_that_are_gone_are_left_alone(tmp_path):
+    events = [{"note": 1}, {"event": 7}, event("recipe_changed", changes={"run.steps.x": [1, 2], "x.y": [1, 2]})]
+    assert list(written(tmp_path, [row(1, 4)], [*events, event("started")]).step(1).numbers) == [0, 1, 2, 3]

@@ -87,6 +87,15 @@ def test_a_flipped_bit_is_found_by_whoever_reads_its_block_and_by_nobody_else(tm
     assert len(read.tokens(0, byte // 2, 1, 0)) == 1
 
 
+def test_an_id_that_only_the_manifest_has_is_never_read(tmp_path):
+    _, table = write_folder(tmp_path)
+    few = CheckedShards(tmp_path, table, VOCABULARY, OpenFiles(), ids=300)
+    with pytest.raises(
+        DataError, match=r"train_00000.bin has token \d+ in document 0, none of the tokenizer's 300 ids"
+    ):
+        few.tokens(0, 0, 50, 0)
+
+
 def test_a_shard_of_zeros_is_found(tmp_path):
     _, table = write_folder(tmp_path)
     path = tmp_path / "a/train_00000.bin"

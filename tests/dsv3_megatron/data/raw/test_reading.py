@@ -48,6 +48,13 @@ def test_rows_are_read_however_they_lie(tmp_path, layout, name):
     assert read(tmp_path / name) == (TEXTS, list(range(1, len(TEXTS) + 1)), [])
 
 
+def test_an_input_that_is_no_file_and_no_folder_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/zero"):
+        with pytest.raises(DataError, match="is a pipe, a socket or a device; name a file or a folder"):
+            files_of(path)
+
+
 def test_several_values_on_a_line_share_its_number(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([ROWS[0], " ".join(ROWS[1:4]), f"[{ROWS[4]}, {ROWS[5]}]", ROWS[6]]))

@@ -171,6 +171,19 @@ def test_held_out_files_are_never_trained_on(tmp_path, monkeypatch):
         assert mark not in texts[file not in out], file
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "meta"])
+def test_a_damaged_cache_of_tokens_is_named(tmp_path, monkeypatch, damage):
+    files = stdlib.source_files()[:30]
+    monkeypatch.setattr(stdlib, "source_files", lambda: files)
+    stdlib.load(tmp_path, 300, 0.2)
+    (path,) = tmp_path.rglob("meta.json" if damage == "meta" else "train.npy")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"flip": data, "cut": data[:-4], "meta": b"{}"}[damage])
+    with pytest.raises(DataError, match=r"train.npy cannot be read \(.*; remove .* to have it made again"):
+        stdlib.load(tmp_path, 300, 0.2)
+
+
 def test_a_sequence_longer_than_the_data_is_refused(tmp_path):
     with pytest.raises(DataError, match="data.sequence_length"):
         build(DataSettings(cache=str(tmp_path), sequence_length=10**9), vocab_size=2048, seed=0)

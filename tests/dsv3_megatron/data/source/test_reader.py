@@ -213,13 +213,13 @@ def read_all(source):
     return [source.sample(number) for number in range(source.count)]
 
 
-def test_a_shard_that_ends_early_or_is_gone_is_named_with_its_document(tmp_path):
-    table, documents = write_folder(place := tmp_path, has_sums=False)
+def test_a_shard_that_ends_early_or_is_gone_is_named(tmp_path):
+    table, _ = write_folder(place := tmp_path, has_sums=False)
     source = reader(ready(files_of(place, table)), opened=OpenFiles(2))
     path = place / f"{table.name(3)}.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=rf"train_00003.bin ends within document {len(documents[3]) - 1}"):
+    with pytest.raises(DataError, match=r"train_00003.bin has \d+ bytes, the manifest says"):
         read_all(source)
     path.unlink()
     with pytest.raises(DataError, match=r"train_00003.bin cannot be read \(No such file"):

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3_megatron.run.interpolations import check_interpolations
-from dsv3_megatron.run.yaml_text import read_yaml
+from dsv3_megatron.run.recipe_text.interpolations import check_interpolations
+from dsv3_megatron.run.recipe_text.yaml_text import read_yaml
 
 
 def read_stored_recipe(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from dsv3_megatron.run.interpolations import check_interpolations, escaped
+from dsv3_megatron.run.recipe_text.interpolations import check_interpolations, escaped
 
 HARMLESS = [
     "${run.name}", "a ${oc.env:HOME} ${run.name}", "${ oc.env : SCRATCH , /tmp }", r"\${oc.env:SECRET}", "${.b}",

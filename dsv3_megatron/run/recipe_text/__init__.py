@@ -1,0 +1,1 @@
+"""What a recipe file may hold: plain YAML, references to other keys, and nothing secret."""
