@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsv3_megatron.run.handed import open_regular, parse_json, read_json_file
-from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.made import appended_file, new_file
 
 T = TypeVar("T")
 
@@ -106,7 +106,8 @@ def last_json_line(path: Path) -> dict[str, Any] | None:
 def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines after the last one that is to be kept, in place.
 
-    Reads from the end, and needs no room on the disk. Raises: OSError: the disk refused.
+    Reads from the end, and needs no room on the disk. Raises: OSError: the disk refused, or it is a link, behind which
+    nothing is cut.
     """
     if not path.exists():
         return
@@ -116,8 +117,9 @@ def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         if content is not None and keep(content):
             end = start + len(line)
             break
-    if end < path.stat().st_size:
-        os.truncate(path, end)
+    with appended_file(path) as file:
+        if end < os.fstat(file.fileno()).st_size:
+            os.ftruncate(file.fileno(), end)
 
 
 def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -184,7 +184,8 @@ def test_status_shows_the_last_step_beside_the_job(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", ["{}", '{"step": "a"}', "x", '{"step": 1, "tokens": 1, "tokens_per_second": 1, "skipped": 0, "lm_loss": [1]}',
+    "row", ["{}", '{"step": "a"}', "x",
+            '{"step": 1, "tokens": 1, "tokens_per_second": 1, "skipped": 0, "lm_loss": [1]}',
             f'{{"step": 1, "tokens": 1, "tokens_per_second": 1, "skipped": 0, "lm_loss": 1{"0" * 400}}}'],
 )  # fmt: skip
 def test_metrics_of_somebody_else_leave_a_status(monkeypatch, tmp_path, row):

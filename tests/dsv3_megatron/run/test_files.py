@@ -103,3 +103,12 @@ def test_a_pipe_in_the_place_of_a_file_does_not_wait(tmp_path, read):
     os.mkfifo(tmp_path / "events.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
         read(tmp_path / "events.jsonl")
+
+
+def test_nothing_is_cut_behind_a_link(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "metrics.jsonl"
+    victim.write_text("somebody's\n")
+    link.symlink_to(victim)
+    with pytest.raises(OSError, match="nothing is written through one"):
+        cut_json_lines(link, lambda row: False)
+    assert victim.read_text() == "somebody's\n"

@@ -1,6 +1,7 @@
 """Which samples a step has read, as the files of a run tell it: starts, recipes that changed, what was left out."""
 
 import json
+import os
 
 import pytest
 
@@ -85,3 +86,38 @@ def test_every_step_has_the_recipe_and_the_exclusion_of_its_own_start(tmp_path):
     assert list(found[3].numbers) == [8, 11, 12, 13]
     assert found[3].recipe.data.exclude == str(RunDirectory(run).excluded(exclusion.sha256))
     assert found[2].recipe.data.exclude is None
+
+
+@pytest.mark.parametrize(
+    "rows", [{}, {**row(1), "step": "1"}, {**row(1), "samples": 1 << 70}, {**row(1), "global_batch": None},
+             {**row(1), "global_batch": 1 << 60}, {**row(1), "tokens": -1}, {**row(1), "samples": "a\nb"}],
+)  # fmt: skip
+def test_metrics_of_somebody_else_are_one_line(tmp_path, rows):
+    with pytest.raises(RecipeError, match=r"metrics\.jsonl cannot be understood \(it is no step: .*; restore the fil"):
+        written(tmp_path, [rows]).step(1)
+
+
+@pytest.mark.parametrize(
+    "said", [{}, event(1), event("resumed"), event("resumed", step=-1), event("recipe_changed", changes=[]),
+             event("recipe_changed", changes={"a": [1]}), event("started", data="x"), event("started", data={}),
+             event("excluded", sha256="../../../x")],
+)  # fmt: skip
+def test_events_of_somebody_else_are_one_line(tmp_path, said):
+    with pytest.raises(RecipeError, match=r"events\.jsonl cannot be understood \(it .*; restore the file$"):
+        written(tmp_path, [row(1)], [event("started"), said]).step(1)
+
+
+@pytest.mark.parametrize("change", [{"data.fim_rate": ["x", 1]}, {"run.name.x": [1, 1], "run": [[], 1]}])
+def test_a_recipe_that_none_can_have_been_is_one_line(tmp_path, change):
+    events = [event("started"), event("resumed", step=1), event("recipe_changed", changes=change), event("started")]
+    with pytest.raises(RecipeError, match=r"events\.jsonl says of a recipe what none can; restore the file$"):
+        written(tmp_path, [row(1), row(2)], events).step(1)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_one_line(tmp_path, name):
+    written(tmp_path, [row(1)])
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RecipeError, match=rf"{name} cannot be read \(not a regular file\); restore the file$"):
+        History(RunDirectory(tmp_path), RECIPE).step(1)
