@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsv3_megatron.run.files import read_json
+from dsv3_megatron.run.handed import real_path
 
 WORK, PARTS, PART = ".prepare", "parts", "part.json"
 BEGUN = "begun.json"  # in WORK: fingerprint of what was begun, and the command that finishes it
@@ -52,7 +53,7 @@ def unfinished(folder: str | Path) -> str | None:
     """Return what a folder without a manifest is, and what finishes it; None: nothing was begun there."""
     folder = Path(folder)
     if (folder / PART).exists():
-        whole = folder.resolve().parent.parent if folder.resolve().parent.name == PARTS else None
+        whole = real_path(folder).parent.parent if real_path(folder).parent.name == PARTS else None
         part = read_json(folder / PART)
         number, of_how_many = (str(part.get(key))[:9] for key in ("part", "parts"))
         return f"is part {number} of {of_how_many}, to be merged with the others: {_merging(whole)}"

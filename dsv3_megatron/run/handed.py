@@ -107,11 +107,16 @@ def inside(folder: Path, name: str) -> Path:
     if not parts or "\0" in name or PurePosixPath(name).is_absolute() or ".." in parts:
         raise ValueError(f"{name!r} is not a name inside the folder")
     path = folder / name
-    own = folder.resolve()
-    real = path.resolve()
+    own, real = real_path(folder), real_path(path)
     if not real.is_relative_to(own) and not _is_blob(own, real):
         raise ValueError(f"{name!r} is a link out of the folder, to {real}")
     return path
+
+
+def real_path(path: Path) -> Path:
+    """Return where a path leads, after links; of one that leads to itself, which ``resolve`` raises for, what can be
+    said: whoever opens it is refused."""
+    return Path(os.path.realpath(path))
 
 
 def _is_blob(own: Path, real: Path) -> bool:

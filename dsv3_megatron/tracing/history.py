@@ -6,25 +6,82 @@ which may have had another recipe than the last one of all, and may have left ou
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.data.exclude import Exclusion, read_exclusion
-from dsv3_megatron.data.source.samples import numbers_before, sample_numbers
+from dsv3_megatron.data.source.samples import MOST_SAMPLES, numbers_before, sample_numbers
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import iterate_json_lines
 from dsv3_megatron.train.progress import Progress
 from parallel.errors import RecipeError
-from parallel.units import MOST, show_count
+from parallel.units import show_count
 
-Row = dict[str, Any]  # of metrics.jsonl
+_Count = Annotated[int, Field(ge=0, lt=MOST_SAMPLES)]
+_MOST_SEQUENCES = 1 << 24  # of a step that is listed
+_EVENT = "it gives what no such event does"
+
+
+_T = TypeVar("_T", bound=BaseModel)
+
+
+class _Typed(BaseModel):
+    """What is read of a line, which may be of somebody else's making; what it says besides is left alone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Row(_Typed):
+    """A line of metrics.jsonl."""
+
+    step: _Count
+    tokens: Annotated[int, Field(ge=0, lt=1 << 62)]
+    global_batch: Annotated[int, Field(gt=0, le=_MOST_SEQUENCES)]
+    samples: _Count | None = None  # an older version did not write it
+
+
+class _Text(_Typed):
+    sha256: str
+    name: str
+    order: int
+
+
+class _Event(_Typed):
+    """A line of events.jsonl: what its kind says is judged once that is known."""
+
+    event: str
+
+
+class _Resumed(_Typed):
+    step: _Count
+
+
+class _RecipeChanged(_Typed):
+    changes: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
+
+
+class _Started(_Typed):
+    data: _Text | None = None
+
+
+class _Excluded(_Typed):
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+_EVENTS: dict[str, type[_Typed]] = {
+    "resumed": _Resumed,
+    "recipe_changed": _RecipeChanged,
+    "started": _Started,
+    "excluded": _Excluded,
+}
 
 
 @dataclass(frozen=True)
@@ -69,18 +126,16 @@ class History:
 
     def step(self, step: int) -> StepRead:
         """Return what step ``step`` (from 1) has read; of one that is not done yet, what it will read."""
-        row, last = self._find(lambda row: row["step"] >= step)
-        if row is not None and row["step"] == step:
+        row, last = self._find(lambda row: row.step >= step)
+        if row is not None and row.step == step:
             return self._done(row)
         if row is not None:
-            raise RecipeError(
-                f"step = {step} is not in {self._run.metrics}, but step {row['step']} is; restore the file"
-            )
+            raise RecipeError(f"step = {step} is not in {self._run.metrics}, but step {row.step} is; restore the file")
         return self._to_come(last, step=step)
 
     def tokens(self, tokens: int) -> StepRead:
         """Return what the step has read that began at so many tokens or before, and ended after them."""
-        row, last = self._find(lambda row: row["tokens"] > tokens)
+        row, last = self._find(lambda row: row.tokens > tokens)
         if row is not None:
             return self._done(row)
         return self._to_come(last, tokens=tokens)
@@ -90,35 +145,34 @@ class History:
         row, last = self._find(lambda row: self._samples_after(row) > number)
         if row is None:
             recipe, exclusion = self._at(self._last)
-            note = "" if last is None else f": {self._run.metrics} ends with step {last['step']}"
+            note = "" if last is None else f": {self._run.metrics} ends with step {last.step}"
             notes = (f"no step has read sample {number:,} yet{note}",)
             return StepRead(None, recipe, exclusion, [number], notes, self._last.text)
         found = self._done(row)
         if number in found.numbers:
             return replace(found, numbers=[number])
-        note = f"sample {number:,} was stepped over: excluded, or left behind by a roll-back, before step {row['step']}"
+        note = f"sample {number:,} was stepped over: excluded, or left behind by a roll-back, before step {row.step}"
         return replace(found, step=None, numbers=[number], notes=(*found.notes, note))
 
     def _find(self, wanted: Callable[[Row], bool]) -> tuple[Row | None, Row | None]:
         """Return the first row that is wanted (None: no row is), and the last row that was looked at."""
         row = None
-        for number, row in enumerate(iterate_json_lines(self._run.metrics), 1):
-            if not _is_step(row):
-                raise RecipeError(f"{self._run.metrics}: row {number:,} is no step of a run; restore the file")
+        for line in _lines(self._run.metrics):
+            row = _typed(Row, line, self._run.metrics, "it is no step")
             if wanted(row):
                 return row, row
         return None, row
 
     def _done(self, row: Row) -> StepRead:
-        start = self._start_of(row["step"])
+        start = self._start_of(row.step)
         recipe, exclusion = self._at(start)
-        numbers = numbers_before(self._samples_after(row), row["global_batch"], exclusion.samples)
-        return StepRead(row["step"], recipe, exclusion, numbers, self._notes_of(row), start.text)
+        numbers = numbers_before(self._samples_after(row), row.global_batch, exclusion.samples)
+        return StepRead(row.step, recipe, exclusion, numbers, self._notes_of(row), start.text)
 
     def _to_come(self, last: Row | None, step: int | None = None, tokens: int | None = None) -> StepRead:
         """Return what a later step will read, going on from the last one that is done."""
         recipe, exclusion = self._at(self._last)
-        at = Progress() if last is None else Progress(last["step"], last["tokens"], self._samples_after(last))
+        at = Progress() if last is None else Progress(last.step, last.tokens, self._samples_after(last))
         done, notes = at.step, () if last is None else self._notes_of(last)
         found = foreseen(recipe, exclusion, at, step, tokens)
         note = f"{done:,} steps are done: this is what step {found.step:,} will read if none is rolled back"
@@ -130,10 +184,10 @@ class History:
 
     def _samples_after(self, row: Row) -> int:
         """Return the number from which on the step after a row reads."""
-        return int(row["samples"] if "samples" in row else row["tokens"] // self._recipe.data.sequence_length)
+        return row.tokens // self._recipe.data.sequence_length if row.samples is None else row.samples
 
     def _notes_of(self, row: Row) -> tuple[str, ...]:
-        if "samples" in row:
+        if row.samples is not None:
             return ()
         return (
             f"{self._run.metrics} does not say which samples were read (an older version wrote it): this is right if "
@@ -160,11 +214,8 @@ class History:
         values["data"]["exclude"] = exclusion.path or None
         try:
             return Recipe.model_validate(values), exclusion
-        except ValidationError as error:
-            key = ".".join(map(str, error.errors()[0]["loc"]))
-            raise RecipeError(
-                f"{self._run.events}: what it says of changes does not give a recipe ({key}); restore it"
-            ) from None
+        except ValidationError:
+            raise RecipeError(f"{self._run.events} says of a recipe what none can; restore the file") from None
 
 
 def foreseen(
@@ -193,50 +244,44 @@ def _starts(run: RunDirectory) -> list[_Start]:
     """Return the starts of a run that got as far as training, oldest first."""
     found: list[_Start] = []
     coming = _Start()
-    for number, event in enumerate(iterate_json_lines(run.events), 1):
-        name = event.get("event")
-        if not _is_event(event):
-            raise RecipeError(f"{run.events}: row {number:,} is no event of a run; restore the file")
-        if name == "resumed":
-            coming = _Start(event["step"])
-        elif name == "recipe_changed":
-            coming.changes = event["changes"]
-        elif name == "started":
-            coming.text = event.get("data")
+    for line in _lines(run.events):
+        name = _typed(_Event, line, run.events, "it has no name").event
+        if name not in _EVENTS:
+            continue
+        event = _typed(_EVENTS[name], line, run.events, _EVENT)
+        if isinstance(event, _Resumed):
+            coming = _Start(event.step)
+        elif isinstance(event, _RecipeChanged):
+            coming.changes = {key: (then, now) for key, (then, now) in event.changes.items()}
+        elif isinstance(event, _Started):
+            coming.text = None if event.data is None else event.data.model_dump()
             found.append(coming)
             coming = _Start()
-        elif name == "excluded" and found:
-            found[-1].excluded = event["sha256"]
+        elif isinstance(event, _Excluded) and found:
+            found[-1].excluded = event.sha256
     return found
 
 
-def _is_step(row: Row) -> bool:
-    """Return whether a row says what a step has read: step, tokens and batch, and samples where they were counted."""
-    numbers = [row.get("step"), row.get("tokens"), row.get("global_batch"), row.get("samples", 0)]
-    return all(type(number) is int and 0 <= number <= MOST for number in numbers)
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from iterate_json_lines(path)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}); restore the file") from None
 
 
-def _is_event(event: Row) -> bool:
-    """Return whether an event is one that says nothing here, or says it in the way that a run does."""
-    match event.get("event"):
-        case "resumed":
-            return type(event.get("step")) is int
-        case "recipe_changed":
-            changes = event.get("changes")
-            return isinstance(changes, dict) and all(isinstance(v, list) and len(v) == 2 for v in changes.values())
-        case "excluded":
-            return re.fullmatch("[0-9a-f]{64}", str(event.get("sha256"))) is not None
-        case "started":
-            return isinstance(event.get("data"), dict | None)
-    return True
+def _typed(model: type[_T], line: dict[str, Any], path: Path, why: str) -> _T:
+    try:
+        return model.model_validate(line)
+    except ValidationError:
+        said = json.dumps(line)
+        raise RecipeError(f"{path} cannot be understood ({why}: {said[:80]}); restore the file") from None
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key of nested sections; one that is no key any more has no effect, and is left alone."""
     *sections, name = key.split(".")
     for section in sections:
-        values = values.get(section) or {}
-        if not isinstance(values, dict):
-            return
+        inner = values.get(section)
+        values = inner if isinstance(inner, dict) else {}
     if name in values:
         values[name] = deepcopy(value)

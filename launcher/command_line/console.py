@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import time
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 def guarded(command: Callable[[Sequence[str]], int], *, speaks: bool = True) -> int:
     """Run a command on the arguments given; return its exit code. What a user can fix becomes one line on stderr.
 
-    Files are made for their owner from here on, and nothing that is printed drives the terminal.
+    Files are made for their owner from here on, nothing that is printed drives the terminal, and processes that are
+    started import nothing from the current directory, which may hold what somebody else has made.
     ``speaks``: False on all ranks but the first, for what ends them all, such as Ctrl-C.
     """
     for_owner()
+    os.environ["PYTHONSAFEPATH"] = "1"  # `python -m` and `python -c`, as of torchrun and multiprocessing, would
     with printing_safely():
         return _answered(command, speaks)
 

@@ -12,7 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult
 from omegaconf import OmegaConf
 
-from dsv3_megatron.run.handed import read_bytes, read_text
+from dsv3_megatron.run.handed import read_bytes, read_text, real_path
 from dsv3_megatron.run.recipe_text.interpolations import check_interpolations
 from dsv3_megatron.run.recipe_text.yaml_text import YAML_BYTES, read_yaml
 from parallel.errors import RecipeError
@@ -43,7 +43,7 @@ def own_folders(searchpath: Sequence[str] = ()) -> list[Path]:
                 f"{', '.join(GROUPS)}"
             )
         folders.append(folder)
-    folders = [folder for folder in folders if folder.resolve() != RECIPES]
+    folders = [folder for folder in folders if real_path(folder) != RECIPES]
     for file in files_of(folders):
         shipped = RECIPES / file.parent.name / file.name
         if shipped.is_file() and not _is_copy(file, shipped):

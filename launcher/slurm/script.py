@@ -162,6 +162,7 @@ def _environment(job: Job) -> list[str]:
     return [
         *_meeting(slurm.interface),
         *(_CODE if IS_CHECKOUT else ()),
+        "export PYTHONSAFEPATH=1  # python -m would run a file of this folder that has the name of a module",
         "# A mistake in the recipe is written there, and ends the job for good.",
         'export DSV3_REFUSED_FILE="$run/refused"',
         f'export {WARNED_FILE}="$run/logs/warned-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',

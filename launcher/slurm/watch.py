@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dsv3_megatron.report.sound import is_number
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import last_json_line, read_json_lines
 from dsv3_megatron.run.handed import open_regular
@@ -20,6 +21,7 @@ from parallel.units import show_count, show_duration
 
 SCRIPT = "submit.sbatch"  # of a job, in its directory
 _TAIL_BYTES = 1 << 20
+_JOBS_BYTES = 1 << 18  # of jobs.jsonl: some 3,000 jobs
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "REQUEUED", "RESIZING")
 
 
@@ -39,6 +41,8 @@ def jobs_of(directory: Path) -> list[dict[str, Any]]:
     """Return the jobs noted, oldest first. Raises ClusterError when none was ever submitted from here."""
     if not jobs_file(directory).is_file():
         raise ClusterError(f"run = {directory} has no jobs.jsonl: no job was submitted for it; see launcher/submit.py")
+    if jobs_file(directory).stat().st_size > _JOBS_BYTES:  # the controller is asked for each
+        raise ClusterError(f"{jobs_file(directory)} has more than {_JOBS_BYTES:,} bytes; remove its oldest lines")
     jobs = read_json_lines(jobs_file(directory))
     for number, noted in enumerate(jobs, 1):
         if re.fullmatch(r"[0-9]{1,12}", str(noted.get("job"))) is None:  # a word that scancel takes for an option, say
@@ -92,16 +96,7 @@ def _job_line(facts: dict[str, str]) -> str:
 
 
 def _run_lines(run: RunDirectory) -> list[str]:
-    lines = []
-    if last := last_json_line(run.metrics):
-        age = show_duration(max(0.0, time.time() - run.metrics.stat().st_mtime))
-        lines.append(
-            f"step {last['step']}  loss {last['lm_loss'] if last['lm_loss'] is not None else float('nan'):.4f}  "
-            f"{show_count(last['tokens'])} tokens  {show_count(last['tokens_per_second'])} tok/s  "
-            f"skipped {last['skipped']}  ({age} ago)"
-        )
-    else:
-        lines.append("no step yet")
+    lines = [_step_line(run)]
     saved = sorted(p.name for p in run.checkpoints.glob("step_*") if p.name[5:].isdigit())
     lines.append(f"newest checkpoint: {saved[-1] if saved else 'none'}")
     if run.finished.exists():
@@ -109,6 +104,25 @@ def _run_lines(run: RunDirectory) -> list[str]:
     if run.refused.exists():
         lines += [f"stopped for good: {line}" for line in _tail(run.refused, 1)]
     return lines
+
+
+def _step_line(run: RunDirectory) -> str:
+    """Return where the run stands by the last row of its metrics, which may be of somebody else's making."""
+    try:
+        last = last_json_line(run.metrics)
+        age = show_duration(max(0.0, time.time() - run.metrics.stat().st_mtime)) if last else ""
+    except OSError as error:
+        return f"{run.metrics} cannot be read ({error.strerror})"
+    if last is None:
+        return "no step yet"
+    step, tokens, speed, skipped = (last.get(key) for key in ("step", "tokens", "tokens_per_second", "skipped"))
+    loss = float("nan") if last.get("lm_loss") is None else last["lm_loss"]
+    if not all(map(is_number, (step, tokens, speed, skipped))) or not (type(loss) is float or is_number(loss)):
+        return f"{run.metrics} ends with a row that is no step"
+    return (
+        f"step {step}  loss {loss:.4f}  {show_count(tokens)} tokens  {show_count(speed)} tok/s  skipped {skipped}  "
+        f"({age} ago)"
+    )
 
 
 def log_text(directory: Path, lines: int) -> str:

@@ -47,6 +47,19 @@ def test_a_pipe_that_broke_elsewhere_is_no_success(monkeypatch):
         os.umask(before)
 
 
+def test_processes_that_a_command_starts_import_nothing_from_the_current_directory(tmp_path, monkeypatch):
+    """They are begun by `python -m` and `python -c`, before which that directory's files come."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setattr(sys, "argv", ["dsv3", "import heapq", "-mheapq"])
+    (tmp_path / "heapq.py").write_text("raise SystemExit(66)\n")
+
+    def command(words):
+        started = [[sys.executable, "-c", words[0]], [sys.executable, words[1]]]
+        return sum(subprocess.run(each, cwd=tmp_path, stdout=subprocess.DEVNULL).returncode for each in started)
+
+    assert guarded(command) == 0
+
+
 def test_control_characters_of_a_name_neither_break_a_line_nor_reach_the_terminal(capsys):
     name = "new\nline\r\x1b[31m \u2028.jsonl\tb"
     tell(f"{name}:1: is not JSON")

@@ -1,6 +1,8 @@
 """launcher/submit.py without SLURM: the script it writes, and what it refuses in one line."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -179,6 +181,29 @@ def test_status_shows_the_last_step_beside_the_job(monkeypatch, tmp_path):
     text = status_text(run)
     assert "RUNNING" in text and "00:01:00 of 1-00:00:00 on n[1-2]" in text and "restarts 2" in text
     assert "step 3  loss 1.5000  3K tokens" in text and "newest checkpoint: step_00000002" in text
+
+
+@pytest.mark.parametrize(
+    "row", ["{}", '{"step": "a"}', "x",
+            '{"step": 1, "tokens": 1, "tokens_per_second": 1, "skipped": 0, "lm_loss": [1]}',
+            f'{{"step": 1, "tokens": 1, "tokens_per_second": 1, "skipped": 0, "lm_loss": 1{"0" * 400}}}'],
+)  # fmt: skip
+def test_metrics_of_somebody_else_leave_a_status(monkeypatch, tmp_path, row):
+    monkeypatch.setattr("launcher.slurm.watch.job_facts", lambda job: [])
+    note_job(tmp_path, "7", None)
+    (tmp_path / "metrics.jsonl").write_text(row + "\n")
+    assert re.search("no step yet|ends with a row that is no step", status_text(tmp_path))
+
+
+def test_a_pipe_in_the_place_of_metrics_and_endless_jobs_are_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("launcher.slurm.watch.job_facts", lambda job: [])
+    note_job(tmp_path, "7", None)
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert "metrics.jsonl cannot be read (not a regular file)" in status_text(tmp_path)
+    with (tmp_path / "jobs.jsonl").open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ClusterError, match=r"jobs\.jsonl has more than 262,144 bytes"):
+        status_text(tmp_path)
 
 
 def test_a_run_that_was_never_submitted_has_no_status(tmp_path):

@@ -18,6 +18,7 @@ from dsv3_megatron.data.prepare.pack import PackAhead
 from dsv3_megatron.data.raw.inputs import printable
 from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
+from dsv3_megatron.run.handed import real_path
 from parallel.errors import DataError
 
 
@@ -60,7 +61,7 @@ def merge(
     result = Output(output)
     if (result.folder / PART).exists():
         raise DataError(f"output = {output} is a part of a preparation; name another folder")
-    if any(folder.resolve() == result.folder.resolve() for folder in folders):
+    if any(real_path(folder) == real_path(result.folder) for folder in folders):
         raise DataError(
             f"output = {output} is one of the inputs, and finished; name another folder, or leave it as it is "
             "(launcher/data.py pack packs it)"
@@ -85,7 +86,7 @@ def _folders(inputs: Sequence[str], output: Path) -> list[Path]:
     found: list[Path] = []
     for given in map(Path, inputs):
         # An output that is finished may be so by the merge of its own parts, which a kill has kept from tidying up.
-        if (given / PARTS).is_dir() and (given.resolve() == output.resolve() or not (given / MANIFEST).exists()):
+        if (given / PARTS).is_dir() and (real_path(given) == real_path(output) or not (given / MANIFEST).exists()):
             found += sorted(path for path in (given / PARTS).iterdir() if path.is_dir())
         elif any((given / name).exists() for name in (PART, MANIFEST, WORK)):
             found.append(given)
@@ -96,9 +97,9 @@ def _folders(inputs: Sequence[str], output: Path) -> list[Path]:
             raise DataError(f"input = {folder} {unfinished(folder) or 'is no part and no finished folder; remove it'}")
     seen: set[Path] = set()
     for folder in found:
-        if folder.resolve() in seen:
+        if real_path(folder) in seen:
             raise DataError(f"input = {folder} is named twice; leave one out")
-        seen.add(folder.resolve())
+        seen.add(real_path(folder))
     return found
 
 

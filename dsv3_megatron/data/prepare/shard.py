@@ -27,6 +27,7 @@ from dsv3_megatron.data.source.shard_table import write_table
 from dsv3_megatron.data.source.shards import MANIFEST, TOKENIZER, Manifest, Shard, Source, read_manifest
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.files import write_json
+from dsv3_megatron.run.handed import real_path
 from parallel.errors import DataError
 from parallel.units import GIB
 
@@ -315,6 +316,6 @@ def _source_names(inputs: tuple[str, ...]) -> list[str]:
     """Return a folder name for each input: its own, numbered so that no two are alike."""
     names = []
     for number, given in enumerate(inputs):
-        stem = Path(given).resolve().name.split(".")[0] or "input"
+        stem = real_path(Path(given)).name.split(".")[0] or "input"
         names.append(f"{number:02d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in stem)}")
     return names

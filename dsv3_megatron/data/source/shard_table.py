@@ -31,7 +31,7 @@ from dsv3_megatron.data.source.shards import (
     index_bytes,
     token_dtype,
 )
-from dsv3_megatron.run.handed import inside
+from dsv3_megatron.run.handed import inside, real_path
 from dsv3_megatron.run.made import new_file
 from parallel.errors import DataError
 
@@ -313,7 +313,7 @@ def _fault_of_link(folder: Path, name: str) -> str | None:
     try:
         inside(folder, name)
     except ValueError as error:
-        if not (folder / name).resolve().is_relative_to((folder / name).parent.resolve()):
+        if not real_path(folder / name).is_relative_to(real_path((folder / name).parent)):
             return str(error)
     return None
 

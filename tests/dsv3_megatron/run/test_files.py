@@ -111,3 +111,12 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(OSError):
             files.retried(lambda path=path: open_regular(path))
+
+
+def test_nothing_is_cut_behind_a_link(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "metrics.jsonl"
+    victim.write_text("somebody's\n")
+    link.symlink_to(victim)
+    with pytest.raises(OSError, match="nothing is written through one"):
+        cut_json_lines(link, lambda row: False)
+    assert victim.read_text() == "somebody's\n"

@@ -61,6 +61,12 @@ def test_names_and_links_within_the_folder_are_taken(tmp_path):
     assert inside(tmp_path / "alias", "link") == tmp_path / "alias" / "link"
 
 
+def test_a_link_that_leads_to_itself_is_what_the_system_refuses(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels"):
+        read_bytes(inside(tmp_path, "loop"))
+
+
 def test_a_snapshot_of_the_hubs_cache_may_lead_to_its_blobs_alone(tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)

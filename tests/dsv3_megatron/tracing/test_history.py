@@ -1,6 +1,7 @@
 """Which samples a step has read, as the files of a run tell it: starts, recipes that changed, what was left out."""
 
 import json
+import os
 
 import pytest
 
@@ -88,29 +89,35 @@ def test_every_step_has_the_recipe_and_the_exclusion_of_its_own_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "events", "says"),
-    [
-        ([{}], (), r"metrics.jsonl: row 1 is no step"),
-        ([{**row(1, 4), "tokens": None}, row(2, 8)], (), r"metrics.jsonl: row 1 is no step"),
-        ([{**row(1, 4), "step": "1"}], (), r"metrics.jsonl: row 1 is no step"),
-        ([{**row(1, 4), "global_batch": 10**30}], (), r"metrics.jsonl: row 1 is no step"),
-        ([row(1, 4)], [{"event": "resumed"}], r"events.jsonl: row 1 is no event"),
-        ([row(1, 4)], [event("recipe_changed", changes=[1])], r"events.jsonl: row 1 is no event"),
-        ([row(1, 4)], [event("recipe_changed", changes={"data": [1]})], r"events.jsonl: row 1 is no event"),
-        ([row(1, 4)], [event("started"), event("excluded", sha256="../../x")], r"events.jsonl: row 2 is no event"),
-        (
-            [row(1, 4), row(2, 8)],
-            [event("started"), event("resumed", step=1), changed("much", 0.0), event("started")],
-            r"does not give a recipe \(data.fim_rate",
-        ),
-    ],
-)
-def test_files_that_no_run_has_written_are_one_line(tmp_path, rows, events, says):
-    with pytest.raises(RecipeError, match=says) as caught:
-        written(tmp_path, rows, events).step(1)
-    assert "\n" not in str(caught.value)
+    "rows", [{}, {**row(1), "step": "1"}, {**row(1), "samples": 1 << 70}, {**row(1), "global_batch": None},
+             {**row(1), "global_batch": 1 << 60}, {**row(1), "tokens": -1}, {**row(1), "samples": "a\nb"}],
+)  # fmt: skip
+def test_metrics_of_somebody_else_are_one_line(tmp_path, rows):
+    with pytest.raises(RecipeError, match=r"metrics\.jsonl cannot be understood \(it is no step: .*; restore the fil"):
+        written(tmp_path, [rows]).step(1)
 
 
-def test_events_of_no_concern_and_changes_of_keys_that_are_gone_are_left_alone(tmp_path):
-    events = [{"note": 1}, {"event": 7}, event("recipe_changed", changes={"run.steps.x": [1, 2], "x.y": [1, 2]})]
-    assert list(written(tmp_path, [row(1, 4)], [*events, event("started")]).step(1).numbers) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    "said", [{}, event(1), event("resumed"), event("resumed", step=-1), event("recipe_changed", changes=[]),
+             event("recipe_changed", changes={"a": [1]}), event("started", data="x"), event("started", data={}),
+             event("excluded", sha256="../../../x")],
+)  # fmt: skip
+def test_events_of_somebody_else_are_one_line(tmp_path, said):
+    with pytest.raises(RecipeError, match=r"events\.jsonl cannot be understood \(it .*; restore the file$"):
+        written(tmp_path, [row(1)], [event("started"), said]).step(1)
+
+
+@pytest.mark.parametrize("change", [{"data.fim_rate": ["x", 1]}, {"run.name.x": [1, 1], "run": [[], 1]}])
+def test_a_recipe_that_none_can_have_been_is_one_line(tmp_path, change):
+    events = [event("started"), event("resumed", step=1), event("recipe_changed", changes=change), event("started")]
+    with pytest.raises(RecipeError, match=r"events\.jsonl says of a recipe what none can; restore the file$"):
+        written(tmp_path, [row(1), row(2)], events).step(1)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_one_line(tmp_path, name):
+    written(tmp_path, [row(1)])
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RecipeError, match=rf"{name} cannot be read \(not a regular file\); restore the file$"):
+        History(RunDirectory(tmp_path), RECIPE).step(1)
