@@ -115,7 +115,7 @@ def _step_line(run: RunDirectory) -> str:
         return f"{run.metrics} cannot be read ({error.strerror})"
     if last is None:
         return "no step yet"
-    step, tokens, speed, skipped = (last.get(key) for key in ("step", "tokens", "tokens_per_second", "skipped"))
+    step, tokens, speed, skipped = (last.get(key, "") for key in ("step", "tokens", "tokens_per_second", "skipped"))
     loss = float("nan") if last.get("lm_loss") is None else last["lm_loss"]
     if not all(map(is_number, (step, tokens, speed, skipped))) or not (type(loss) is float or is_number(loss)):
         return f"{run.metrics} ends with a row that is no step"
