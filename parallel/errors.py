@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_FIRST, _LAST = 4000, 1000  # characters of a message: what it quotes may have no end
 _BREAKS_LINES = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -19,7 +20,10 @@ class UserError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return f"{self.kind}: {one_line(super().__str__())}"
+        text = super().__str__()
+        if len(text) > _FIRST + _LAST:
+            text = f"{text[:_FIRST]} ... {text[-_LAST:]}"
+        return f"{self.kind}: {one_line(text)}"
 
 
 class RankFault(Exception):

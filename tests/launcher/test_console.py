@@ -67,6 +67,10 @@ def test_control_characters_of_a_name_neither_break_a_line_nor_reach_the_termina
     assert str(DataError(name)) == "data: new\\nline\\r\\x1b[31m \\u2028.jsonl\tb"
 
 
+def test_a_line_that_quotes_without_end_has_its_begin_and_its_end():
+    assert str(DataError("a " + "x" * 100_000 + "; do this")) == f"data: a {'x' * 3998} ... {'x' * 991}; do this"
+
+
 @pytest.mark.parametrize("weights", ["inf,1", "1,nan", "nan,1", "1e30,1", "0,1", "1", "-1,2", "a,b"])
 def test_weights_that_training_would_refuse_are_refused_before_preparing(tmp_path, weights):
     words = [f"input={tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"output={tmp_path}/out", "tokenizer=none"]
