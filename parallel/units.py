@@ -21,9 +21,9 @@ def parse_count(text: str | int | float) -> int:
         if not 0 <= text < math.inf or text != int(text):
             raise ValueError(f"{str(text)[:_LONGEST]} is not a whole number of zero or more")
         return _at_most(int(text))
-    match = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST else None
+    match = _QUANTITY.fullmatch(str(text)) if len(str(text)) <= _LONGEST else None
     if not match or match[2] not in DECIMAL:
-        shown = repr(text[:_LONGEST])
+        shown = repr(str(text)[:_LONGEST])
         raise ValueError(f"{shown} is not a count; write a number with an optional K, M, B or T, such as 469B")
     return _at_most(float(match[1]) * DECIMAL[match[2]])
 
