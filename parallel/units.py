@@ -13,7 +13,7 @@ _LONGEST = 40  # characters
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
-def parse_count(text: str | int | float) -> int:
+def parse_count(text: object) -> int:
     """Return a count such as ``469B`` or ``14.8T`` as an integer. Raises ValueError when it is none."""
     if isinstance(text, bool):
         raise ValueError(f"{text} is not a count; write a number with an optional K, M, B or T, such as 469B")
@@ -21,14 +21,14 @@ def parse_count(text: str | int | float) -> int:
         if not 0 <= text < math.inf or text != int(text):
             raise ValueError(f"{str(text)[:_LONGEST]} is not a whole number of zero or more")
         return _at_most(int(text))
-    match = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST else None
+    match = _QUANTITY.fullmatch(str(text)) if len(str(text)) <= _LONGEST else None
     if not match or match[2] not in DECIMAL:
-        shown = repr(text[:_LONGEST])
+        shown = repr(str(text)[:_LONGEST])
         raise ValueError(f"{shown} is not a count; write a number with an optional K, M, B or T, such as 469B")
     return _at_most(float(match[1]) * DECIMAL[match[2]])
 
 
-def parse_bytes(text: str | int | float) -> int:
+def parse_bytes(text: object) -> int:
     """Return a size such as ``80GiB`` in bytes. Raises ValueError when it is none."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         if not 0 <= text < math.inf:

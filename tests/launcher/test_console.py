@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from launcher import prepare_data
 from launcher.command_line.console import guarded, step_line
+from launcher.command_line.output import write_output
 from launcher.data_commands.words import tell
 from parallel.errors import DataError, RecipeError
 
@@ -52,6 +54,15 @@ def test_control_characters_of_a_name_neither_break_a_line_nor_reach_the_termina
     tell(f"{name}:1: is not JSON")
     assert capsys.readouterr().err == "new\\nline\\r\\x1b[31m \\u2028.jsonl\tb:1: is not JSON\n"
     assert str(DataError(name)) == "data: new\\nline\\r\\x1b[31m \\u2028.jsonl\tb"
+
+
+def test_an_output_that_is_open_is_written_to_and_not_replaced(tmp_path):
+    """As by ``output=/dev/stdout >> FILE``; root would replace /dev/stdout itself."""
+    with open(tmp_path / "file", "a+b", buffering=0) as file:
+        file.write(b"before\n")
+        write_output(Path(f"/dev/fd/{file.fileno()}"), "text\n", "output")
+        file.write(b"after\n")
+    assert (tmp_path / "file").read_text() == "before\ntext\nafter\n"
 
 
 def test_a_line_that_quotes_without_end_has_its_begin_and_its_end():
