@@ -26,6 +26,8 @@ def write_output(path: Path, text: str | bytes, key: str) -> None:
             path.write_bytes(text.encode() if isinstance(text, str) else text)
         else:
             write_atomically(path, text)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise RecipeError(
             f"{key} = {path} cannot be written ({error.strerror}); name a file in a folder that exists"

@@ -15,7 +15,7 @@ from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.multirun import sweep
 from launcher.command_line.recipe_files import options
 from launcher.command_line.schema import items_of, keys_of
-from parallel.errors import UserError
+from parallel.errors import RecipeError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,6 +206,17 @@ def test_a_hostile_recipe_file_is_one_line_wherever_hydra_finds_it(text, group, 
     assert "theirs.yaml" in said and len(said) < 1000
     for fragment in HOSTILE[text]:
         assert fragment in said, said
+
+
+def test_a_recipe_file_takes_no_file_from_outside_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "recipe").mkdir(parents=True)
+    (tmp_path / "leak.yaml").write_text("seed: 77\n")
+    (tmp_path / "recipes" / "recipe" / "theirs.yaml").write_text(
+        "# @package _global_\ndefaults: [dsv3_tiny, ../../leak@run]\n"
+    )
+    with pytest.raises(RecipeError, match=r"^recipe: defaults name .*leak.*, outside of .*"):
+        compose(["recipe=theirs"])
 
 
 @pytest.mark.parametrize("place", ["recipes/cluster/ours.yaml", "stored.yaml"])
