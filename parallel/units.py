@@ -13,7 +13,7 @@ _LONGEST = 40  # characters
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
-def parse_count(text: str | int | float) -> int:
+def parse_count(text: object) -> int:
     """Return a count such as ``469B`` or ``14.8T`` as an integer. Raises ValueError when it is none."""
     if isinstance(text, bool):
         raise ValueError(f"{text} is not a count; write a number with an optional K, M, B or T, such as 469B")
@@ -28,7 +28,7 @@ def parse_count(text: str | int | float) -> int:
     return _at_most(float(match[1]) * DECIMAL[match[2]])
 
 
-def parse_bytes(text: str | int | float) -> int:
+def parse_bytes(text: object) -> int:
     """Return a size such as ``80GiB`` in bytes. Raises ValueError when it is none."""
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         if not 0 <= text < math.inf:

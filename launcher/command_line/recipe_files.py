@@ -88,7 +88,10 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return a file's content and what its header says of it, as Hydra takes them."""
-        file = Path(self.path) / self._normalize_file_name(config_path)
+        name = self._normalize_file_name(config_path)
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise RecipeError(f"defaults name {name[:80]}, outside of {self.path}; name files of its folders")
+        file = Path(self.path) / name
         if not file.exists():
             raise ConfigLoadError(f"Config not found : {file}")
         content = read_recipe_file(file)

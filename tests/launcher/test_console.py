@@ -67,6 +67,15 @@ def test_control_characters_of_a_name_neither_break_a_line_nor_reach_the_termina
     assert str(DataError(name)) == "data: new\\nline\\r\\x1b[31m \\u2028.jsonl\tb"
 
 
+def test_an_output_that_is_open_is_written_to_and_not_replaced(tmp_path):
+    """As by ``output=/dev/stdout >> FILE``; root would replace /dev/stdout itself."""
+    with open(tmp_path / "file", "a+b", buffering=0) as file:
+        file.write(b"before\n")
+        write_output(Path(f"/dev/fd/{file.fileno()}"), "text\n", "output")
+        file.write(b"after\n")
+    assert (tmp_path / "file").read_text() == "before\ntext\nafter\n"
+
+
 def test_a_line_that_quotes_without_end_has_its_begin_and_its_end():
     assert str(DataError("a " + "x" * 100_000 + "; do this")) == f"data: a {'x' * 3998} ... {'x' * 991}; do this"
 

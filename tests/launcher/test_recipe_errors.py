@@ -15,7 +15,7 @@ from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.multirun import sweep
 from launcher.command_line.recipe_files import options
 from launcher.command_line.schema import items_of, keys_of
-from parallel.errors import UserError
+from parallel.errors import RecipeError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,6 +101,12 @@ BAD = {  # override(s) -> what the line must hold
     "+cluster.slurm.environment.HF_TOKEN=abc": ["cluster.slurm.environment.HF_TOKEN would be", "leave it out: sbatch"],
     "cluster.slurm.setup=['export A=1 WANDB_API_KEY=abc']": ["cluster.slurm.setup sets WANDB_API_KEY", "$(cat FILE)"],
     "cluster.slurm.options=['--export=ALL,MY_SECRET=abc']": ["cluster.slurm.options sets MY_SECRET"],
+    f"run.name=hf_{'abc' * 12}": ["run.name holds a token or a key", "leave it out"],
+    f"cluster.slurm.setup=['curl -H \"PRIVATE: glpat-{'abc' * 7}\" x']": [
+        "cluster.slurm.setup[0] holds a token or a key"
+    ],
+    f"cluster.slurm.image='docker://ghp_{'abc' * 12}@registry/image'": ["cluster.slurm.image holds a token or a key"],
+    f"cluster.slurm.setup=[wandb login {'abc0' * 10}]": ["cluster.slurm.setup[0] holds a token or a key"],
     "cluster.slurm.image='docker://me:abc@registry/image'": ["cluster.slurm.image holds an address with a password"],
     "run.name=" + 150 * "[" + 150 * "]": ["run.name holds lists and mappings more than 32 deep in each other"],
     "run.name=" + 99_999 * "[": ["run.name holds lists and mappings more than 32 deep in each other"],
@@ -155,7 +161,8 @@ def test_harmless_references_and_shell_lines_are_taken_and_survive_the_resolved_
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     lines = r"cluster.slurm.setup=['export A=\${B:-c}','export HF_TOKEN=$(cat ~/.token)']"
-    recipe = compose(["run.directory=${oc.env:SCRATCH}/${run.name}", lines, "+cluster.slurm.environment.UCX_TLS=rc"])
+    recipe = compose(["run.directory=${oc.env:SCRATCH}/${run.name}", lines, "+cluster.slurm.environment.UCX_TLS=rc",
+                      "+cluster.slurm.environment.HF_TOKEN_PATH=/home/me/token"])  # fmt: skip
     assert recipe.run.directory == "/scratch/me/dsv3_tiny"
     assert recipe.cluster.slurm.setup == ("export A=${B:-c}", "export HF_TOKEN=$(cat ~/.token)")
     stored = tmp_path / "recipe.yaml"
@@ -206,6 +213,17 @@ def test_a_hostile_recipe_file_is_one_line_wherever_hydra_finds_it(text, group, 
     assert "theirs.yaml" in said and len(said) < 1000
     for fragment in HOSTILE[text]:
         assert fragment in said, said
+
+
+def test_a_recipe_file_takes_no_file_from_outside_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "recipe").mkdir(parents=True)
+    (tmp_path / "leak.yaml").write_text("seed: 77\n")
+    (tmp_path / "recipes" / "recipe" / "theirs.yaml").write_text(
+        "# @package _global_\ndefaults: [dsv3_tiny, ../../leak@run]\n"
+    )
+    with pytest.raises(RecipeError, match=r"^recipe: defaults name .*leak.*, outside of .*"):
+        compose(["recipe=theirs"])
 
 
 @pytest.mark.parametrize("place", ["recipes/cluster/ours.yaml", "stored.yaml"])

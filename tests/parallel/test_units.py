@@ -14,7 +14,9 @@ def test_counts_are_read(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["5X", "", "-1", -1, 1.5, True, "T", math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    "text", ["5X", "", "-1", -1, 1.5, True, "T", math.inf, -math.inf, math.nan, {"a": 1}, [1], None]
+)
 def test_what_is_no_count_is_refused(text):
     with pytest.raises(ValueError, match="count|whole"):
         parse_count(text)
@@ -23,7 +25,7 @@ def test_what_is_no_count_is_refused(text):
 def test_sizes_are_read_and_shown():
     assert parse_bytes("80GiB") == 80 * 2**30
     assert show_bytes(80 * 2**30) == "80.0 GiB"
-    for wrong in ("80GB", math.inf, math.nan, -5):
+    for wrong in ("80GB", math.inf, math.nan, -5, {"a": 1}, [1], None):
         with pytest.raises(ValueError, match="80GiB"):
             parse_bytes(wrong)
 

@@ -125,8 +125,9 @@ def _unpacked(file: InputFile, disk: int) -> Iterator[Chunk]:
             while raw or (unpacker is not None and unpacker.waits):
                 member = None
                 if unpacker is None:
-                    if not (raw := raw.lstrip(b"\0")):
+                    if raw == bytes(len(raw)):  # gigabytes of it, perhaps: lstrip looks at one byte at a time
                         break
+                    raw = raw.lstrip(b"\0")
                     unpacker, member = _unpacker(suffix), end - len(raw)
                 try:
                     data, raw = unpacker.unpack(raw)

@@ -10,6 +10,13 @@ _WORDS = r"API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS
 _NAME = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_|$)", re.IGNORECASE)
 # A value that the shell looks up ($(cat FILE), $NAME) is no secret itself.
 _ASSIGNED = re.compile(r"(?<![\w$])(?P<name>[A-Za-z_]\w*)=(?=['\"]?[^\s'\"$`;])")
+_IS_PLACE = re.compile(r"_(?:FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none
+# Forms that issuers have given theirs, so that they are found where somebody has left them.
+_KNOWN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{22,}|glpat-[\w-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|xox[abprs]-[\w-]{10,}|sk-(?:(?:proj|ant)-[\w-]{20,}|[A-Za-z0-9]{40,})|wandb_v1_\w{20,}|wandb login [0-9a-f]{40}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.)|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
 _IN_ADDRESS = re.compile(r"\b[A-Za-z][\w+.-]*://[^\s/@:]*:[^\s/@]+@")
 _ADVICE = (
     "leave it out: sbatch hands the variables of the submitting shell to the job, and cluster.slurm.setup can read it "
@@ -19,7 +26,7 @@ _ADVICE = (
 
 def is_secret(name: str) -> bool:
     """Return whether a variable of this name holds a secret: ``WANDB_API_KEY``, ``HF_TOKEN``."""
-    return _NAME.search(name) is not None
+    return _NAME.search(name) is not None and _IS_PLACE.search(name) is None
 
 
 def check_secrets(recipe: dict[str, Any]) -> None:
@@ -39,18 +46,22 @@ def check_secrets(recipe: dict[str, Any]) -> None:
                         f"cluster.slurm.{field} sets {found['name']}, which would be written to recipe.yaml, report "
                         f"and W&B; {_ADVICE}"
                     )
-    _check_addresses(recipe, "")
+    _check_texts(recipe, "")
 
 
-def _check_addresses(content: Any, key: str) -> None:
+def _check_texts(content: Any, key: str) -> None:
     if isinstance(content, dict):
         for name, value in content.items():
-            _check_addresses(value, f"{key}.{name}".lstrip("."))
+            _check_texts(value, f"{key}.{name}".lstrip("."))
     elif isinstance(content, list | tuple):
         for index, value in enumerate(content):
-            _check_addresses(value, f"{key}[{index}]")
+            _check_texts(value, f"{key}[{index}]")
     elif isinstance(content, str) and _IN_ADDRESS.search(content):
         raise ValueError(
             f"{key} holds an address with a password in it, which would be written to recipe.yaml, report and W&B; "
             "write it without, and keep the password where its program looks for it (~/.netrc, a login)"
+        )
+    elif isinstance(content, str) and _KNOWN.search(content):
+        raise ValueError(
+            f"{key} holds a token or a key, which would be written to recipe.yaml, report and W&B; {_ADVICE}"
         )
