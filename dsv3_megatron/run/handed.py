@@ -109,7 +109,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     own, real = real_path(folder), real_path(path)
     if not real.is_relative_to(own) and not _is_blob(own, real):
-        raise ValueError(f"{name!r} is a link out of the folder, to {real}")
+        raise ValueError(f"{name!r} is a link out of the folder, to {real}; make it a hard link or a copy")
     return path
 
 

@@ -298,7 +298,7 @@ def fault_of_file(folder: str | Path, name: str, size: int | None = None) -> str
         found = os.lstat(file)
         if stat.S_ISLNK(found.st_mode):
             if fault := _fault_of_link(Path(folder), name):
-                return f"{file} is refused: {fault}; make it a hard link or a copy"
+                return f"{file} is refused: {fault}"
             found = os.stat(file)
     except OSError as error:
         return f"{file} cannot be read ({error.strerror})"
