@@ -39,7 +39,6 @@ def test_counts_are_shown():
     assert show_count(62_914_560) == "62.91M"
 
 
-@pytest.mark.parametrize("number", ["1e400", "2e18", 10**400, 1e19, "9" * 41, "1" * 100_000])
 @pytest.mark.parametrize("parse", [parse_count, parse_bytes])
 @pytest.mark.parametrize("given", [{}, [], None, {"a": 1}, [1], "1" * 50])
 def test_what_is_no_text_and_no_number_is_no_quantity(parse, given):
@@ -47,6 +46,7 @@ def test_what_is_no_text_and_no_number_is_no_quantity(parse, given):
         parse(given)
 
 
+@pytest.mark.parametrize("number", ["1e400", "2e18", 10**400, 1e19, "9" * 41, "1" * 100_000])
 @pytest.mark.parametrize(("parse", "unit"), [(parse_count, "K"), (parse_bytes, "KiB")])
 def test_what_is_more_than_anybody_counts_is_refused_and_not_repeated(number, parse, unit):
     with pytest.raises(ValueError, match="is more than 1,000,000,000,000,000,000|is not a") as caught:

@@ -240,7 +240,7 @@ def a_tokenizer(folder, **model):
 
 
 def test_a_prefix_that_merges_lack_is_refused_before_the_library_ends_the_process(tmp_path):
-    assert Tokenizer.load(a_tokenizer(tmp_path, continuing_subword_prefix="")).vocab_size == 280
+    assert Tokenizer.load(a_tokenizer(tmp_path, continuing_subword_prefix="")).vocab_size > 258
     with pytest.raises(DataError, match=r"merges whose second part lacks model\.continuing_subword_prefix"):
         Tokenizer.load(a_tokenizer(tmp_path, continuing_subword_prefix="."))
 
