@@ -30,7 +30,7 @@ from testing.lanes import (  # noqa: F401  hooks of pytest
 
 @pytest.fixture(autouse=True)
 def the_process_stays_as_it_was():
-    """What a command sets for its own process, and for those that it starts, ends with the test that has run it here."""
+    """What a command sets for its process, and for those that it starts, ends with the test that has run it here."""
     umask = os.umask(0o022)
     os.umask(umask)
     names = ("DSV3_UMASK", "PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WANDB_ERROR_REPORTING")
