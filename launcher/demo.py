@@ -61,7 +61,7 @@ def shown_step(row: dict[str, Any]) -> dict[str, Any] | None:
     step = sound_step(row, ("lm_loss", "mtp_loss", "max_violation", "tokens_per_second"))
     if step is None or not all(is_number(step[key]) for key in ("lm_loss", "tokens_per_second")):
         return None
-    return step if not any(isinstance(value, list) for value in step.values()) else None
+    return step
 
 
 def is_summary(content: dict[str, Any]) -> bool:

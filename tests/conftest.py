@@ -28,6 +28,19 @@ from testing.lanes import (  # noqa: F401  hooks of pytest
 )
 
 
+@pytest.fixture(autouse=True)
+def the_process_stays_as_it_was():
+    """What a command sets for its own process, and for those that it starts, ends with the test that has run it here."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    names = ("DSV3_UMASK", "PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WANDB_ERROR_REPORTING")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    os.umask(umask)
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
 @pytest.fixture(scope="module")
 def in_full_lane(request):
     """Whether tests of this file run that the fast lane leaves out: what they alone need is made only then."""

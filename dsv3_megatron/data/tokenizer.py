@@ -108,7 +108,12 @@ class Tokenizer:
                 f"tokenizer {path} has no token that ends a document; name it as eos_token in a {CONFIG} beside a "
                 f"{TOKENIZER}, or add one of {known} to its vocabulary"
             )
-        tokenizer.notes += check_text(path, engine, tokenizer._spelling, tokenizer._bytes_of_tokens)
+        try:
+            tokenizer.notes += check_text(path, engine, tokenizer._spelling, tokenizer._bytes_of_tokens)
+        except (DataError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and where it panics not even that
+            raise DataError(f"tokenizer {path} cannot encode text ({error}); name another") from None
         return tokenizer
 
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+BY_LAYER = ("max_attention_logit",)  # of what is drawn
 _LARGEST = 1e30  # beyond what is measured, and far below what a chart's arithmetic overflows at
 _NAME_LENGTH = 100  # of an event, a source, a task
 _VALUES, _VALUE_LENGTH = 40, 200  # that are shown of an event
@@ -18,12 +19,12 @@ _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxoth
 def sound_step(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
     """Return the places and the metrics ``keys`` of a step; None where one of them is no number.
 
-    A metric is a number, a list of numbers, or null where it was not measured.
+    A metric is a number, or null where it was not measured; one of ``BY_LAYER`` may be a list of them.
     """
     kept = {key: row.get(key) for key in keys}
     if not (_is_whole(row.get("step")) and _is_whole(row.get("tokens")) and is_number(row.get("step_seconds"))):
         return None
-    if row["step_seconds"] < 0 or not all(value is None or _is_metric(value) for value in kept.values()):
+    if row["step_seconds"] < 0 or not all(_is_metric(*item) for item in kept.items()):
         return None
     return {**kept, "step": row["step"], "tokens": row["tokens"], "step_seconds": row["step_seconds"]}
 
@@ -103,10 +104,10 @@ def _is_whole(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_metric(value: object) -> bool:
+def _is_metric(key: str, value: object) -> bool:
     if isinstance(value, list):
-        return len(value) <= 1 << 14 and all(each is None or is_number(each) for each in value)
-    return is_number(value)
+        return key in BY_LAYER and len(value) <= 1 << 14 and all(each is None or is_number(each) for each in value)
+    return value is None or is_number(value)
 
 
 def _is_name(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -16,6 +17,14 @@ T = TypeVar("T")
 
 WAITS = (0.5, 2.0)  # seconds before a read is tried again
 LINE_BYTES = 1 << 24  # of a line that is read; the load of every expert of a large model takes some 2 ** 18
+_LASTING = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.EINVAL,
+)  # EINVAL: no regular file
 _BLOCK_BYTES = 1 << 16  # read at a time from the end of a file
 _SKIPPED_BYTES = 1 << 20  # read at a time of a line that is too long
 
@@ -23,14 +32,15 @@ _SKIPPED_BYTES = 1 << 20  # read at a time of a line that is too long
 def retried(read: Callable[[], T]) -> T:
     """Return what ``read`` returns; one that the system refuses is tried again, for a network may have lost it.
 
-    Raises OSError: it was refused every time, or the file does not exist, which a second look does not change.
+    Raises OSError: it was refused every time, or there is no such file, or another kind of one, which a second look
+    does not change.
     """
     for seconds in WAITS:
         try:
             return read()
-        except FileNotFoundError:
-            raise
-        except OSError:
+        except OSError as error:
+            if error.errno in _LASTING:
+                raise
             time.sleep(seconds)
     return read()
 
@@ -106,8 +116,7 @@ def last_json_line(path: Path) -> dict[str, Any] | None:
 def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines after the last one that is to be kept, in place.
 
-    Reads from the end, and needs no room on the disk. Raises: OSError: the disk refused, or it is a link, behind which
-    nothing is cut.
+    Reads from the end, and needs no room on the disk. Raises: OSError: the disk refused, or it is a link.
     """
     if not path.exists():
         return
@@ -117,8 +126,8 @@ def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         if content is not None and keep(content):
             end = start + len(line)
             break
-    with appended_file(path) as file:
-        if end < os.fstat(file.fileno()).st_size:
+    if end < path.stat().st_size:
+        with appended_file(path) as file:  # which opens no link
             os.ftruncate(file.fileno(), end)
 
 

@@ -49,13 +49,22 @@ def train(words: Sequence[str]) -> int:
 
 def at_home(options: Sequence[str]) -> list[str]:
     """Return options by which torchrun listens to nothing, where all ranks are to be on this host and the user says
-    nothing of how they meet: its agent keeps what it knows in a file of the user's, and the ranks meet at a loopback
+    nothing of how they meet: its agent keeps what it knows in a file that has no name, and the ranks meet at a loopback
     address. By default it listens on all addresses of the host, and whoever reaches its port can run programs as the
     user (torch 2.13; docs/security.md)."""
     names = {_name(option) for option in options if option.startswith("-")}
     if names & MEETING or _values(options, nnodes="1")["nnodes"] not in ("1", "1:1"):
         return []
-    return ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--local-addr=127.0.0.1", f"--rdzv-id={uuid.uuid4()}"]
+    meeting = [f"--rdzv-endpoint={_nameless_file()}", f"--rdzv-id={uuid.uuid4()}"]
+    return ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", *meeting, "--local-addr=127.0.0.1"]
+
+
+def _nameless_file() -> str:
+    """Return the path of a new, empty file that this process alone can open, and what it becomes by exec; it is gone
+    with the process, however that ends."""
+    number = os.memfd_create("rendezvous", 0)
+    os.set_inheritable(number, True)
+    return f"/proc/self/fd/{number}"
 
 
 def split_torchrun(words: Sequence[str]) -> tuple[list[str], list[str]]:

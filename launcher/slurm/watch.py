@@ -115,9 +115,10 @@ def _step_line(run: RunDirectory) -> str:
         return f"{run.metrics} cannot be read ({error.strerror})"
     if last is None:
         return "no step yet"
-    step, tokens, speed, skipped = (last.get(key, "") for key in ("step", "tokens", "tokens_per_second", "skipped"))
+    values: list[Any] = [last.get(key) for key in ("step", "tokens", "tokens_per_second", "skipped")]
+    step, tokens, speed, skipped = values
     loss = float("nan") if last.get("lm_loss") is None else last["lm_loss"]
-    if not all(map(is_number, (step, tokens, speed, skipped))) or not (type(loss) is float or is_number(loss)):
+    if not all(map(is_number, values)) or not (type(loss) is float or is_number(loss)):
         return f"{run.metrics} ends with a row that is no step"
     return (
         f"step {step}  loss {loss:.4f}  {show_count(tokens)} tokens  {show_count(speed)} tok/s  skipped {skipped}  "

@@ -12,7 +12,7 @@ _PINNED = Path(__file__).with_name("requirements.txt")
 def pinned_version() -> str:
     """Return the version that requirements.txt names."""
     (line,) = (line for line in _PINNED.read_text().splitlines() if line and not line.startswith("#"))
-    return line.split("==")[1]
+    return line.split("==")[1].split()[0]  # its hash follows
 
 
 def tree() -> Path:

@@ -223,9 +223,14 @@ def test_large_ids_are_written_as_they_are_and_old_narrow_shards_are_refused(pla
     data = compose(keys(place, tmp_path / "out", tmp_path / "run")).data
     with pytest.raises(DataError, match="has ids up to 70000; set model.vocab_size=70016"):
         build(data, vocab_size=320, seed=1)
-    path = tmp_path / "out" / shard_files.MANIFEST
-    path.write_text(path.read_text().replace("70001", "300"))
-    with pytest.raises(DataError, match="was prepared for 300 ids, and its tokenizer has ids up to 70000"):
+    narrow = shutil.copytree(place / "shards_one", tmp_path / "narrow")
+    (narrow / "tokenizer_config.json").unlink()
+    shutil.copyfile(tmp_path / "out" / "tokenizer.json", narrow / "tokenizer.json")
+    manifest = json.loads((narrow / shard_files.MANIFEST).read_text())
+    ids, manifest["tokenizer_sha256"] = manifest["vocab_size"], tokenizer.sha256
+    (narrow / shard_files.MANIFEST).write_text(json.dumps(manifest))
+    data = compose(keys(place, narrow, tmp_path / "run")).data
+    with pytest.raises(DataError, match=f"was prepared for {ids} ids, and its tokenizer has ids up to 70000"):
         build(data, vocab_size=70_016, seed=1)
 
 

@@ -1,5 +1,6 @@
 """What ends a command, and lines that stay lines whatever stands in them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from launcher import prepare_data
+from launcher.command_line import arguments
+from launcher.command_line.arguments import Arguments, ReadableBy, takes
 from launcher.command_line.console import guarded, step_line
 from launcher.command_line.output import write_output
 from launcher.data_commands.words import tell
@@ -32,14 +35,22 @@ def test_a_reader_that_has_enough_is_no_failure():
         assert process.wait() == 0 and b"Traceback" not in process.stderr.read()
 
 
-def test_a_pipe_that_broke_elsewhere_is_no_success():
+def test_a_pipe_that_broke_elsewhere_is_no_success(monkeypatch):
     """Such as the one to a process that was to help: the command has not done what it was asked for."""
+
+    monkeypatch.setenv("DSV3_UMASK", "22")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which stays as it is after an exception
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
 
     def command(_):
         raise BrokenPipeError(32, "Broken pipe")
 
-    with pytest.raises(BrokenPipeError):
-        guarded(command)
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(BrokenPipeError):
+            guarded(command)
+    finally:
+        os.umask(before)
 
 
 def test_processes_that_a_command_starts_import_nothing_from_the_current_directory(tmp_path, monkeypatch):
@@ -87,3 +98,46 @@ def test_a_step_line_says_what_qk_clip_has_clipped(clipped, told):
     metrics |= dict.fromkeys(("lm_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_peak_bytes"), 1)
     line = step_line(SimpleNamespace(step=3, skipped=0, clipped_heads=clipped, **metrics), None, 1.0)
     assert line == f"step 3  loss 1.0000  lr 1.00e+00  norm 1.00{told}  1 tok/s  1 B"
+
+
+def test_a_command_makes_files_for_their_owner_and_prints_nothing_that_drives_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DSV3_UMASK", "22")
+    before = os.umask(0o022)
+
+    def command(_):
+        print("\x1b]0;title\x07")
+        (tmp_path / "made").touch()
+        raise DataError("\x1b[2J is no shard")
+
+    try:
+        assert guarded(command) == 2
+    finally:
+        os.umask(before)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("\\x1b]0;title\\x07\n", "data: \\x1b[2J is no shard\n")
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_asked_for_is_written_in_the_place_of_a_link_and_into_a_device(tmp_path):
+    (tmp_path / "other").write_text("precious")
+    (tmp_path / "plan.json").symlink_to(tmp_path / "other")
+    write_output(tmp_path / "plan.json", "mine", "output")
+    assert (tmp_path / "plan.json").read_text() == "mine" and (tmp_path / "other").read_text() == "precious"
+    write_output(Path("/dev/null"), "mine", "output")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_folder_for_a_team_is_asked_for_by_a_key(monkeypatch):
+    asked = []
+    monkeypatch.setattr(arguments, "for_owner", asked.append)
+
+    class Keys(Arguments):
+        readable_by: ReadableBy = "owner"
+
+    main = takes(Keys, None)(lambda given: 0)
+    main([])
+    assert asked == []
+    main(["readable_by=group"])
+    assert asked == ["group"]
+    with pytest.raises(RecipeError, match="readable_by = all: .* owner, group"):
+        main(["readable_by=all"])

@@ -39,6 +39,13 @@ def test_counts_are_shown():
     assert show_count(62_914_560) == "62.91M"
 
 
+@pytest.mark.parametrize("parse", [parse_count, parse_bytes])
+@pytest.mark.parametrize("given", [{}, [], None, {"a": 1}, [1], "1" * 50])
+def test_what_is_no_text_and_no_number_is_no_quantity(parse, given):
+    with pytest.raises(ValueError, match="is not a (count|size)"):
+        parse(given)
+
+
 @pytest.mark.parametrize("number", ["1e400", "2e18", 10**400, 1e19, "9" * 41, "1" * 100_000])
 @pytest.mark.parametrize(("parse", "unit"), [(parse_count, "K"), (parse_bytes, "KiB")])
 def test_what_is_more_than_anybody_counts_is_refused_and_not_repeated(number, parse, unit):

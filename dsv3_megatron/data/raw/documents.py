@@ -19,7 +19,7 @@ from dsv3_megatron.data.raw.compressed import MisnamedError, Place, TornError, c
 from dsv3_megatron.data.raw.inputs import InputFile, printable
 from dsv3_megatron.data.raw.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
 from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES, START, CutError, Lines, LongLine
-from dsv3_megatron.data.raw.parquet import pages_of
+from dsv3_megatron.data.raw.parquet import ColumnChunk, chunks_of, pages_of
 
 _HEAD_BYTES = 1 << 20
 _TABLE_ROWS = 1024  # of a table read at a time, at most
@@ -237,10 +237,12 @@ class SpanReader:
             return
         kind = table.schema_arrow.field(name).type
         starts = list(accumulate((group.num_rows for group in groups), initial=0))
+        chunks: list[ColumnChunk] = []
         for number in range(self.span.first, stop):
             before, done = starts[number], 0
             try:
-                rows = _rows_at_once(file.path, groups[number], name, kind, limit)
+                chunks = chunks or _column(file.path, name, kind)
+                rows = _rows_at_once(file.path, chunks[number], limit)
                 for batch in table.iter_batches(rows, row_groups=[number], columns=[name], use_threads=False):
                     for value in _bytes_or_values(batch.column(0)):
                         done += 1
@@ -382,23 +384,30 @@ def _other_encoding(head: bytes) -> str | None:
     return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 
-def _rows_at_once(path: str, group: Any, name: str, kind: Any, limit: int) -> int:
-    """Return how many rows of a table's column are read at a time, so that they take about ``limit`` bytes at most.
+def _column(path: str, name: str, kind: Any) -> list[ColumnChunk]:
+    """Return where a table's column lies, for each group of rows.
 
-    Raises: ValueError: even one page would take more, or the column holds lists or objects, of which a few bytes may
-    stand for any number. PagesError, OSError: they cannot be read.
+    Raises: ValueError: it holds lists or objects, of which a few bytes may stand for any number. PagesError, OSError:
+    the footer cannot be read.
     """
     import pyarrow as pa  # for Parquet input alone
 
     if pa.types.is_nested(kind):
         raise ValueError(f"field {name!r} is {str(kind)[:60]}, not text")
-    columns = [group.column(number) for number in range(group.num_columns)]
     with open(path, "rb") as file:
-        found = [pages_of(file, column) for column in columns if column.path_in_schema == name]
-    page, dictionary = max((p.data for p in found), default=0), max((p.dictionary for p in found), default=0)
-    if (largest := max(page, dictionary)) > limit:
+        return chunks_of(file, name)
+
+
+def _rows_at_once(path: str, chunk: ColumnChunk, limit: int) -> int:
+    """Return how many rows of a column are read at a time, so that they take about ``limit`` bytes at most.
+
+    Raises: ValueError: even one page would take more. PagesError, OSError: they cannot be read.
+    """
+    with open(path, "rb") as file:
+        found = pages_of(file, chunk)
+    if (largest := max(found.data, found.dictionary)) > limit:
         raise ValueError(f"a page of {largest:,} bytes, more than {_PAGE_TIMES} times document_bytes; raise that")
-    return max(1, min(_TABLE_ROWS, limit // max(dictionary, 1)))
+    return max(1, min(_TABLE_ROWS, limit // max(found.dictionary, 1)))
 
 
 def _bytes_or_values(column: Any) -> list[object]:

@@ -39,6 +39,8 @@ def check_bounds(content: dict[str, Any]) -> None:
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         if isinstance(text := model.get(key), str) and len(text) > _AFFIX:
             raise ValueError(f"model.{key} has {len(text):,} characters")
+    if (prefix := model.get("continuing_subword_prefix")) and not _continue(prefix, model.get("merges")):
+        raise ValueError("it has merges whose second part lacks model.continuing_subword_prefix")
     grown = 1
     for section in ("normalizer", "pre_tokenizer"):
         grown *= _growth(section, content.get(section))
@@ -48,6 +50,18 @@ def check_bounds(content: dict[str, Any]) -> None:
     ):
         if growth > _GROWTH:
             raise ValueError(f"its {section} can make a text {growth:,} times as long")
+
+
+def _continue(prefix: object, merges: object) -> bool:
+    """Return whether every merge's second part begins with the prefix, which the library cuts off unseen: where it
+    cuts a character in two, it ends the process."""
+    if not isinstance(prefix, str) or not isinstance(merges, list | None):
+        return False
+    for merge in merges or ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not str(parts[1]).startswith(prefix):
+            return False
+    return True
 
 
 def _check_count(what: str, found: object, most: int) -> None:

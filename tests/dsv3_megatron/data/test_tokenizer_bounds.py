@@ -225,3 +225,34 @@ def test_steps_of_published_tokenizers_are_taken(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
     assert Tokenizer.load(tmp_path).decode_bytes(Tokenizer.load(tmp_path).encode("abc abc")) == b"abc abc"
     assert normalizers.NFC()
+
+
+def a_tokenizer(folder, **model):
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    engine.train_from_iterator(["naïve text, naïve text"] * 9, trainer)
+    content = json.loads(engine.to_str())
+    content["model"] |= model
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_prefix_that_merges_lack_is_refused_before_the_library_ends_the_process(tmp_path):
+    assert Tokenizer.load(a_tokenizer(tmp_path, continuing_subword_prefix="")).vocab_size > 258
+    with pytest.raises(DataError, match=r"merges whose second part lacks model\.continuing_subword_prefix"):
+        Tokenizer.load(a_tokenizer(tmp_path, continuing_subword_prefix="."))
+
+
+def test_a_tokenizer_that_cannot_encode_is_one_line(tmp_path):
+    pieces = [["<unk>", 0.0], *([f"<0x{byte:02X}>", -20.0] for byte in range(256))]
+    model = {"type": "Unigram", "unk_id": None, "vocab": pieces, "byte_fallback": False}
+    added = [{"id": 257, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True}]  # fmt: skip
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    content = {"version": "1.0", "added_tokens": added, "decoder": decoder, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="tokenizer .* (cannot encode text|has no token|has no tokens)") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from dsv3_megatron.run.files import (
     write_atomically,
     write_json,
 )
+from dsv3_megatron.run.handed import open_regular
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "loss', '{"step": 3}}', "3", "\udcff", ""])
@@ -103,6 +104,13 @@ def test_a_pipe_in_the_place_of_a_file_does_not_wait(tmp_path, read):
     os.mkfifo(tmp_path / "events.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
         read(tmp_path / "events.jsonl")
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("waited"))
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(OSError):
+            files.retried(lambda path=path: open_regular(path))
 
 
 def test_nothing_is_cut_behind_a_link(tmp_path):

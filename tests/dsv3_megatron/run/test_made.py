@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dsv3_megatron.run.exclusive import exclusive
-from dsv3_megatron.run.files import write_atomically
+from dsv3_megatron.run.files import cut_json_lines, write_atomically
 from dsv3_megatron.run.made import appended_file, for_owner, new_file
 from dsv3_megatron.run.resilient import ResilientFiles
 
@@ -55,6 +55,12 @@ def test_nothing_is_appended_to_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "events.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
         appended_file(tmp_path / "events.jsonl")
+
+
+def test_nothing_is_cut_through_a_link(tmp_path, elsewhere):
+    (tmp_path / "metrics.jsonl").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="is a link"):
+        cut_json_lines(tmp_path / "metrics.jsonl", lambda row: False)
 
 
 @pytest.mark.parametrize(

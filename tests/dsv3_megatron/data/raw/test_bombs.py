@@ -17,7 +17,7 @@ from dsv3_megatron.data.raw.compressed import chunks
 from dsv3_megatron.data.raw.documents import Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import files_of
 from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES
-from dsv3_megatron.data.raw.parquet import PagesError, pages_of
+from dsv3_megatron.data.raw.parquet import ColumnChunk, PagesError, chunks_of, pages_of
 
 MIB = 1 << 20
 MOST = 1000
@@ -152,7 +152,10 @@ def test_the_sizes_of_pages_are_those_that_are_written(tmp_path):
         path = table(tmp_path / "a.parquet", values, compression="none", data_page_size=10_000, **options)
         column = pq.ParquetFile(path).metadata.row_group(0).column(0)
         with path.open("rb") as file:
-            found = pages_of(file, column)
+            (chunk,) = chunks_of(file, "text")
+            found = pages_of(file, chunk)
+        start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        assert chunk == ColumnChunk(start, column.total_compressed_size)
         largest = max(found.data, found.dictionary)
         assert found.data > 0 and largest <= column.total_uncompressed_size
         assert (found.dictionary > 0) == column.has_dictionary_page
@@ -160,13 +163,22 @@ def test_the_sizes_of_pages_are_those_that_are_written(tmp_path):
 
 def test_headers_of_pages_that_are_damaged_are_said_so(tmp_path):
     path = table(tmp_path / "a.parquet", ["one", "two"])
-    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    with path.open("rb") as file:
+        (chunk,) = chunks_of(file, "text")
     data = path.read_bytes()
     for filler in (b"\xff", b"\0", b"\x1c", b"\x19"):
-        path.write_bytes(data[:4] + filler * column.total_compressed_size + data[4 + column.total_compressed_size :])
+        path.write_bytes(data[:4] + filler * chunk.size + data[4 + chunk.size :])
         with path.open("rb") as file, pytest.raises(PagesError, match="header is damaged"):
-            pages_of(file, column)
+            pages_of(file, chunk)
         assert read(path)[1][0].rows == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 31, 1 << 32])
+def test_a_footer_that_is_none_is_said_so(tmp_path, size):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1" + b"\x19" * 20 + (size % (1 << 32)).to_bytes(4, "little") + b"PAR1")
+    with path.open("rb") as file, pytest.raises(PagesError, match="footer is damaged"):
+        chunks_of(file, "text") or pytest.fail("an empty footer has no groups")
 
 
 def test_another_limit_is_another_folder_and_the_usual_one_that_of_earlier_versions():
