@@ -17,6 +17,12 @@ from launcher.data_commands.words import tell
 from parallel.errors import DataError, RecipeError
 
 
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Commands that run in this process leave the environment as other tests expect it."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+
+
 def test_a_reader_that_has_enough_is_no_failure():
     code = (
         "import sys; from launcher.command_line.console import guarded\n"
@@ -49,7 +55,6 @@ def test_a_pipe_that_broke_elsewhere_is_no_success(monkeypatch):
 
 def test_processes_that_a_command_starts_import_nothing_from_the_current_directory(tmp_path, monkeypatch):
     """They are begun by `python -m` and `python -c`, before which that directory's files come."""
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.setattr(sys, "argv", ["dsv3", "import heapq", "-mheapq"])
     (tmp_path / "heapq.py").write_text("raise SystemExit(66)\n")
 
