@@ -44,16 +44,19 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     from dsv3_megatron.train.run import run  # megatron-core, which reads what was prepared
 
     first = world.rank == 0
-    reporter = ConsoleReporter(recipe.logging.console_every_steps) if first else SilentReporter()
-    if world.is_open:
-        reporter.note(
-            "note: torchrun listens on all addresses of this host, and whoever reaches its port can run programs as "
-            f"you; `{command('train', ranks=world.size)}` listens on none (docs/security.md)"
-        )
+    remarks = (_of_open_ports(world),) if world.is_open else ()
+    reporter = ConsoleReporter(recipe.logging.console_every_steps, remarks) if first else SilentReporter()
     summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
     if first and not summary["stopped_by_signal"]:
         reporter.note(f"finished: {summary['step']} steps, {summary['tokens']:,} tokens in {recipe.run.directory}")
     return 0
+
+
+def _of_open_ports(world: World) -> str:
+    return (
+        "note: torchrun listens on all addresses of this host, and whoever reaches its port can run programs as "
+        f"you; `{command('train', ranks=world.size)}` listens on none (docs/security.md)"
+    )
 
 
 def prepare_process(recipe: Recipe, world: World) -> None:

@@ -80,8 +80,10 @@ class SilentReporter:
 class ConsoleReporter:
     """A line per step; on a terminal one line that is rewritten, and a kept one every so often."""
 
-    def __init__(self, every_steps: int = 1):
-        self._every = every_steps
+    def __init__(self, every_steps: int = 1, remarks: Sequence[str] = ()):
+        """``remarks``: printed below what the run is made of, once all ranks are here: what one is refused for comes
+        first."""
+        self._every, self._remarks = every_steps, remarks
         self._live = sys.stdout.isatty()
         self._recent: list[float] = []
         self._kept_at = 0.0
@@ -90,6 +92,8 @@ class ConsoleReporter:
         """Print what the run is made of."""
         for name, text in facts.items():
             print(f"{name:>8}  {text}", flush=True)
+        for text in self._remarks:
+            self.note(text)
 
     def step(self, metrics: StepMetrics, last_step: int | None) -> None:
         """Print one step."""
