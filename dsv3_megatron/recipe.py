@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,7 @@ from dsv3_megatron.model.settings import ModelSettings
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.optim.settings import MuonSettings, OptimSettings
 from dsv3_megatron.precision.settings import PrecisionSettings
+from dsv3_megatron.run.recipe_text.leaves import leaves
 from dsv3_megatron.run.recipe_text.secret_values import check_secrets
 from dsv3_megatron.settings import ClusterSettings, LoggingSettings, RunSettings
 from parallel.errors import LayoutError, RecipeError
@@ -50,7 +51,9 @@ class Recipe(BaseModel):
     def check(self) -> None:
         """Raise RecipeError or LayoutError where sections contradict each other. Needs no world size."""
         values = self.model_dump(mode="json")
-        _check_numbers(values, "")
+        for key, value in leaves(values):  # larger ones, and none at all, make sums that are not exact, nor soon done
+            if isinstance(value, int | float) and not -MOST <= value <= MOST:
+                raise RecipeError(f"{key} = {str(value)[:40]} is not a number up to {MOST:,}; write one that is")
         try:
             check_secrets(values)
         except ValueError as error:
@@ -193,15 +196,3 @@ class Recipe(BaseModel):
                 f"{field} = {value} is not a multiple of optim.micro_batch = {self.optim.micro_batch} times "
                 f"{dp} data-parallel ranks = {sequences}; use {near}, or change optim.micro_batch"
             )
-
-
-def _check_numbers(content: Any, key: str) -> None:
-    """Raise RecipeError where a number is infinite, none, or larger than arithmetic with it is exact or soon done."""
-    if isinstance(content, dict):
-        for name, value in content.items():
-            _check_numbers(value, f"{key}.{name}".lstrip("."))
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            _check_numbers(value, f"{key}[{index}]")
-    elif isinstance(content, int | float) and not -MOST <= content <= MOST:
-        raise RecipeError(f"{key} = {str(content)[:40]} is not a number up to {MOST:,}; write one that is")

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.metrics.names import FAMILIES, NAMES
+from dsv3_megatron.run.reasons import first_line
 from dsv3_megatron.run.recipe_text.yaml_text import read_yaml
 from launcher.command_line.arguments import Arguments, takes
 from launcher.command_line.console import guarded
@@ -139,9 +140,9 @@ def create(dashboard: Dashboard, entity: str, project: str) -> str:
     try:
         made.save()
     except Exception as error:  # the client has many kinds for: not logged in, no such team, no network
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PackageError(
-            f"entity = {entity}: W&B did not take the workspace ({said}); `wandb login` first, or leave entity out"
+            f"entity = {entity}: W&B did not take the workspace ({first_line(error)}); `wandb login` first, or leave "
+            "entity out"
         ) from None
     return made.url
 

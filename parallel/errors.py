@@ -10,7 +10,12 @@ _BREAKS_LINES = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 def one_line(text: str) -> str:
     """Return a text that is quoted as given, such as the name of a file, so that it can't break a line in two."""
-    return _BREAKS_LINES.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return spelled_out(_BREAKS_LINES, text)
+
+
+def spelled_out(characters: re.Pattern[str], text: str) -> str:
+    """Return a text in which some characters are spelled as Python spells them: ``\\x1b``."""
+    return characters.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):

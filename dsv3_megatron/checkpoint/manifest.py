@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsv3_megatron.run.files import retried
-from dsv3_megatron.run.handed import inside, open_regular, read_json_file
+from dsv3_megatron.run.handed import inside, open_regular, read_json_file, regular_size
 from parallel.errors import CheckpointError
 
 MANIFEST, RECIPE = "manifest.json", "recipe.yaml"
@@ -226,7 +225,7 @@ def _problem(path: Path, expected: dict[str, Any], *, whole: bool) -> str | None
     """Return what is wrong with a file. One that is not as it was written is read twice before it is called damaged."""
     try:
         with damage_of(path):
-            size = retried(lambda: _size(path))
+            size = retried(lambda: regular_size(path.parent, path.name))
             if size != expected["bytes"]:
                 return f"{path} has {size} bytes, its manifest says {expected['bytes']}; {USE_OLDER}"
             if whole and checksum(path) != expected["xxh3"] and (found := checksum(path)) != expected["xxh3"]:
@@ -236,17 +235,6 @@ def _problem(path: Path, expected: dict[str, Any], *, whole: bool) -> str | None
     except ValueError as error:
         return f"{path} is refused ({error}); {USE_OLDER}"
     return None
-
-
-def _size(path: Path) -> int:
-    """Return the size of a regular file; a link is followed within its folder. One look, where it is none."""
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        inside(path.parent, path.name)
-        found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return found.st_size
 
 
 def checkpoints(folder: Path) -> list[Path]:

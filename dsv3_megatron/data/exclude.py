@@ -21,8 +21,9 @@ import numpy as np
 from dsv3_megatron.data.source.origins import Origin, find_documents
 from dsv3_megatron.data.source.samples import MOST_SAMPLES, SampleRange
 from dsv3_megatron.data.source.shard_table import ShardTable
-from dsv3_megatron.data.source.shards import Manifest, why_unread
+from dsv3_megatron.data.source.shards import Manifest
 from dsv3_megatron.run.handed import parse_json, read_bytes
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 _MOST_BYTES, _MOST_LINE = 1 << 28, 1 << 16  # of a file of what is left out, and of a line of it

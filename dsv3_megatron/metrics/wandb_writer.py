@@ -19,6 +19,7 @@ from dsv3_megatron.model.costs import count_parameters
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.handed import read_text
+from dsv3_megatron.run.reasons import first_line
 from dsv3_megatron.run.resilient import ResilientFiles
 from dsv3_megatron.run.shell import program
 from parallel.errors import PackageError
@@ -65,10 +66,10 @@ class WandbRun:
         except wandb.errors.Error as error:
             if logging.wandb != "online":
                 raise PackageError(
-                    f"logging.wandb = {logging.wandb} failed ({_first_line(error)}); set logging.wandb=disabled"
+                    f"logging.wandb = {logging.wandb} failed ({first_line(error)}); set logging.wandb=disabled"
                 ) from None
             tell(
-                f"warning: logging.wandb = online failed ({_first_line(error)}); this start is kept offline, "
+                f"warning: logging.wandb = online failed ({first_line(error)}); this start is kept offline, "
                 f"`{program('wandb')} sync {self._directory.path}/wandb/offline-run-*` uploads it"
             )
             wandb.teardown()  # its service holds the id of the start that failed
@@ -125,7 +126,3 @@ def run_id(directory: Path, files: ResilientFiles) -> str:
         made = secrets.token_hex(4)
         files.replace(path, made + "\n")
     return made
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,10 +17,10 @@ from dsv3_megatron.report.thinning import Envelope, Point, Sample
 from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.files import iterate_json_lines, last_json_line, read_json
 from dsv3_megatron.run.handed import read_text
+from dsv3_megatron.run.reasons import reason_of
 from dsv3_megatron.run.recipe_text.secret_values import check_secrets
 from dsv3_megatron.run.recipe_text.stored import read_stored_recipe
 from dsv3_megatron.run.recipe_text.yaml_text import YAML_BYTES
-from dsv3_megatron.run.resilient import reason_of
 
 CURVES = (
     "lm_loss", "mtp_loss", "grad_norm", "max_violation", "max_violation_running", "tokens_per_second", "mfu",

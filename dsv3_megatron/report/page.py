@@ -13,7 +13,7 @@ from dsv3_megatron.report.facts import RunFacts, read_run
 from dsv3_megatron.report.panels import PANELS, WIDE
 from dsv3_megatron.report.sound import short
 from dsv3_megatron.run.files import write_atomically
-from dsv3_megatron.run.resilient import reason_of
+from dsv3_megatron.run.reasons import reason_of
 from parallel.units import show_count, show_duration
 
 _REFRESH_SECONDS = 60

@@ -16,7 +16,8 @@ from dsv3_megatron.metrics.step_metrics import StepMetrics
 from dsv3_megatron.pipeline.schedule import schedule_of, stage_times
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.resilient import Outages, reason_of
+from dsv3_megatron.run.reasons import reason_of
+from dsv3_megatron.run.resilient import Outages
 from parallel.errors import ScheduleError
 from parallel.pipeline.drawing import draw_svg
 from parallel.pipeline.simulator import simulate

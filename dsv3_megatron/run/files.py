@@ -10,21 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsv3_megatron.run.handed import open_regular, parse_json, read_json_file
+from dsv3_megatron.run.handed import NOT_REGULAR, open_regular, parse_json, read_json_file
 from dsv3_megatron.run.made import appended_file, new_file
 
 T = TypeVar("T")
 
 WAITS = (0.5, 2.0)  # seconds before a read is tried again
 LINE_BYTES = 1 << 24  # of a line that is read; the load of every expert of a large model takes some 2 ** 18
-_LASTING = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENXIO,
-    errno.EINVAL,
-)  # EINVAL: no regular file
+_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, NOT_REGULAR)
 _BLOCK_BYTES = 1 << 16  # read at a time from the end of a file
 _SKIPPED_BYTES = 1 << 20  # read at a time of a line that is too long
 

@@ -16,22 +16,53 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+NOT_REGULAR = errno.EINVAL  # of the OSError where a file is of another kind
 TEXT_BYTES = 1 << 26  # of a small text file: a manifest, an index, a configuration, a recipe
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading, after links, if it is a regular one.
+    """Open a file for reading, after links, if it is a regular one (:func:`regular_descriptor`)."""
+    return os.fdopen(regular_descriptor(path, os.O_RDONLY), "rb")
+
+
+def regular_descriptor(path: str | Path, flags: int) -> int:
+    """Return a descriptor of a file, if it is a regular one. ``flags``: of ``open``, those that make it among them.
 
     Raises OSError: it cannot be opened, or is a folder, a device, a pipe or a socket: those have no end, or block.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise
+        raise _not_regular(path)
+    return descriptor
+
+
+def regular_size(folder: str | Path, name: str) -> int:
+    """Return the size of a regular file of a folder.
+
+    A link is followed as by :func:`inside`, and within the folder that it lies in, which a link may have put on another
+    disk. Raises OSError: there is none, or it is of another kind (``NOT_REGULAR``). ValueError: a link leads elsewhere.
+    """
+    file = f"{folder}/{name}"
+    found = os.lstat(file)
+    if stat.S_ISLNK(found.st_mode):
+        _check_link(Path(folder), name)
+        found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise _not_regular(file)
+    return found.st_size
+
+
+def _not_regular(path: str | Path) -> OSError:
+    return OSError(NOT_REGULAR, "not a regular file", str(path))
+
+
+def _check_link(folder: Path, name: str) -> None:
+    try:
+        inside(folder, name)
+    except ValueError:
+        if not real_path(folder / name).is_relative_to(real_path((folder / name).parent)):
+            raise
 
 
 def read_bytes(path: Path, limit: int = TEXT_BYTES) -> bytes:
@@ -103,14 +134,19 @@ def inside(folder: Path, name: str) -> Path:
     ``blobs`` beside it. Whether there is such a file is not asked.
     Raises ValueError: the name is empty or absolute, goes up, or a link leads out of the folder.
     """
-    parts = PurePosixPath(name).parts
-    if not parts or "\0" in name or PurePosixPath(name).is_absolute() or ".." in parts:
+    if not is_inner(name):
         raise ValueError(f"{name!r} is not a name inside the folder")
     path = folder / name
     own, real = real_path(folder), real_path(path)
     if not real.is_relative_to(own) and not _is_blob(own, real):
         raise ValueError(f"{name!r} is a link out of the folder, to {real}; make it a hard link or a copy")
     return path
+
+
+def is_inner(name: str) -> bool:
+    """Return whether a name, as it is written, stays in the folder that it is looked for in."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def real_path(path: Path) -> Path:

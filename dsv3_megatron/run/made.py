@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 from pathlib import Path
 from typing import BinaryIO, Literal
+
+from dsv3_megatron.run.handed import regular_descriptor
 
 _USERS = "DSV3_UMASK"  # environment variable: the umask of the shell that started the first of our processes
 Readers = Literal["owner", "group"]
@@ -44,17 +45,10 @@ def appended_file(path: Path) -> BinaryIO:
 
     Raises OSError: it cannot be opened, or is a link or no regular file.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = regular_descriptor(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "is a link, and nothing is written through one", str(path)) from None
         raise
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "a+b", buffering=0)
-    except BaseException:
-        os.close(descriptor)
-        raise
+    return os.fdopen(descriptor, "a+b", buffering=0)

@@ -18,6 +18,7 @@ from typing import Any
 
 from dsv3_megatron.run.files import cut_json_lines, write_atomically
 from dsv3_megatron.run.made import appended_file
+from dsv3_megatron.run.reasons import reason_of
 
 PENDING_BYTES = 1 << 24  # kept of each file while the disk refuses it: 235,000 events, or days of steps of a large run
 RETRY_SECONDS = 5.0  # a disk that refuses may take long to say so
@@ -222,9 +223,3 @@ class ResilientFiles:
             return False
         self.outages.end(what, written)
         return True
-
-
-def reason_of(error: Exception) -> str:
-    """Return why, in one line."""
-    strerror = getattr(error, "strerror", None)
-    return strerror or (str(error).strip() or type(error).__name__).splitlines()[0]

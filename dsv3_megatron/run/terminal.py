@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
+from parallel.errors import spelled_out
+
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 but newline and tab, DEL, C1
 _AGAIN = "\r\x1b[2K"  # to the begin of the line, which is emptied
 
 
 def printable(text: str) -> str:
     """Return a text with its control characters, but newlines and tabs, as what they are."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return spelled_out(_CONTROLS, text)
 
 
 class Printable:

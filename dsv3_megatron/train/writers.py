@@ -10,7 +10,8 @@ from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.report.writer import ReportWriter, schedule_drawing
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.resilient import ResilientFiles, reason_of
+from dsv3_megatron.run.reasons import reason_of
+from dsv3_megatron.run.resilient import ResilientFiles
 from parallel.layout import Layout
 
 

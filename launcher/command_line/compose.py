@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.reasons import first_line
 from dsv3_megatron.run.recipe_text.interpolations import check_interpolations, escaped
 from dsv3_megatron.run.recipe_text.stored import read_stored_recipe
 from launcher.command_line.overrides import quoted
@@ -200,11 +201,7 @@ def parsed_override(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
     except (HydraException, ValueError) as error:  # of a number with thousands of digits
-        raise RecipeError(f"{override[:200]} cannot be read ({_first_line(error)}); quote or close its value") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RecipeError(f"{override[:200]} cannot be read ({first_line(error)}); quote or close its value") from None
 
 
 def _missing_config(error: MissingConfigException, overrides: Sequence[str]) -> RecipeError:
@@ -221,7 +218,7 @@ def _hydra_error(error: Exception) -> RecipeError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__
     if cause is not None and str(cause).strip() and not isinstance(cause, RecipeError):
-        lines.append(_first_line(cause))
+        lines.append(first_line(cause))
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
     what = " ".join(
         line for line in lines if not line.startswith(("full_key:", "object_type=", "See http", "To append"))

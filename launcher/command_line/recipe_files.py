@@ -12,7 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult
 from omegaconf import OmegaConf
 
-from dsv3_megatron.run.handed import read_bytes, read_text, real_path
+from dsv3_megatron.run.handed import is_inner, read_bytes, read_text, real_path
 from dsv3_megatron.run.recipe_text.interpolations import check_interpolations
 from dsv3_megatron.run.recipe_text.yaml_text import YAML_BYTES, read_yaml
 from parallel.errors import RecipeError
@@ -89,7 +89,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         """Return a file's content and what its header says of it, as Hydra takes them."""
         name = self._normalize_file_name(config_path)
-        if ".." in Path(name).parts or Path(name).is_absolute():
+        if not is_inner(name):
             raise RecipeError(f"defaults name {name[:80]}, outside of {self.path}; name files of its folders")
         file = Path(self.path) / name
         if not file.exists():

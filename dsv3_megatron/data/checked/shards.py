@@ -11,6 +11,7 @@ from dsv3_megatron.data.checked.blocks import DamagedError, parse_sums, read_che
 from dsv3_megatron.data.source.open_files import OpenFiles
 from dsv3_megatron.data.source.shard_table import ShardTable, fault_of_file
 from dsv3_megatron.data.source.shards import token_dtype
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 _KEPT = 64  # shards whose checksums stay in memory: 8 bytes for 64 KiB of tokens
@@ -74,8 +75,7 @@ class CheckedShards:
         try:
             return parse_sums(self._files.read(path, sums_bytes(size) + 1, 0), size)
         except (OSError, DamagedError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
             raise DataError(
-                f"{path} cannot be read ({said}); remove it, and launcher/data.py check data={self._folder} writes it "
-                "again"
+                f"{path} cannot be read ({why_unread(error)}); remove it, and launcher/data.py check "
+                f"data={self._folder} writes it again"
             ) from None

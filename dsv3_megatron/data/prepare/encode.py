@@ -18,10 +18,11 @@ from dsv3_megatron.data.prepare.plan import Key, Task
 from dsv3_megatron.data.raw.documents import Document, Lost, Span, SpanReader
 from dsv3_megatron.data.raw.inputs import check_unchanged
 from dsv3_megatron.data.source.hashing import key_of
-from dsv3_megatron.data.source.shards import SPLITS, Count, Shard, ShardWriter, Split, why_unread
+from dsv3_megatron.data.source.shards import SPLITS, Count, Shard, ShardWriter, Split
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.made import new_file
 from dsv3_megatron.run.processes import end_with_parent
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 BATCH_BYTES = 1 << 20  # of text that is encoded at a time

@@ -31,12 +31,12 @@ from dsv3_megatron.data.source.shards import (
     file_sha256,
     read_lengths,
     token_dtype,
-    why_unread,
 )
 from dsv3_megatron.run.files import write_atomically
 from dsv3_megatron.run.handed import open_regular
 from dsv3_megatron.run.made import new_file
 from dsv3_megatron.run.processes import in_processes
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 _LINKS_AT_ONCE = 16

@@ -24,11 +24,11 @@ from dsv3_megatron.data.source.shards import (
     Source,
     file_sha256,
     read_manifest,
-    why_unread,
 )
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.files import write_atomically
 from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 _DIFFER = ("weights", "shard_tokens", "deduplicate", "fingerprint")  # what folders need not have in common

@@ -14,11 +14,12 @@ from pydantic import BaseModel
 
 from dsv3_megatron.data.begun import BEGUN, PART, PARTS, WORK, command_begun
 from dsv3_megatron.data.prepare.encode import Done
-from dsv3_megatron.data.source.shards import MANIFEST, Count, Sources, VocabularySize, why_unread
+from dsv3_megatron.data.source.shards import MANIFEST, Count, Sources, VocabularySize
 from dsv3_megatron.run.files import cut_json_lines, iterate_json_lines, read_json, write_json
 from dsv3_megatron.run.handed import parse_json, read_text
 from dsv3_megatron.run.lock import held
 from dsv3_megatron.run.made import appended_file
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 _LOCK = "lock"

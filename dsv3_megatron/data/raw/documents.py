@@ -20,6 +20,7 @@ from dsv3_megatron.data.raw.inputs import InputFile, printable
 from dsv3_megatron.data.raw.json_rows import IncompleteError, Unreadable, ValueStream, line_values, value_at
 from dsv3_megatron.data.raw.lines import DOCUMENT_BYTES, START, CutError, Lines, LongLine
 from dsv3_megatron.data.raw.parquet import ColumnChunk, chunks_of, pages_of
+from dsv3_megatron.run.reasons import first_line
 
 _HEAD_BYTES = 1 << 20
 _TABLE_ROWS = 1024  # of a table read at a time, at most
@@ -225,7 +226,7 @@ class SpanReader:
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             names = table.schema_arrow.names
         except Exception as error:  # pyarrow has kinds of its own for each way of being damaged
-            yield Lost(self._path, None, _first_line(error), rows=0, disk=file.size)
+            yield Lost(self._path, None, first_line(error), rows=0, disk=file.size)
             return
         self.ended = stop >= len(groups)
         if name not in names:
@@ -251,7 +252,7 @@ class SpanReader:
                 group = groups[number]
                 rows = group.num_rows - done
                 size = group.total_byte_size * rows // max(1, group.num_rows)
-                why = f"row group {number}: {_first_line(error)}"
+                why = f"row group {number}: {first_line(error)}"
                 yield Lost(self._path, before + done + 1, why, rows=rows, size=size, unit="row")
             self.disk = file.size * (number + 1) // len(groups)
 
@@ -422,7 +423,3 @@ def _bytes_or_values(column: Any) -> list[object]:
     elif kinds.is_large_string(column.type):
         column = column.cast(pa.large_binary())
     return column.to_pylist()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,10 +6,9 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from pathlib import Path
 
 from dsv3_megatron.run.files import retried
-from dsv3_megatron.run.handed import open_regular
+from dsv3_megatron.run.handed import regular_descriptor
 
 MOST = 64  # descriptors; a quarter of what the process may have, where that is less
 
@@ -18,8 +17,7 @@ class _Descriptor:
     """An open file, closed when nobody has it any more: not in the middle of another thread's read."""
 
     def __init__(self, path: str):
-        with open_regular(Path(path)) as file:
-            self.number = os.dup(file.fileno())
+        self.number = regular_descriptor(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

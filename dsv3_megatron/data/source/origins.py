@@ -12,8 +12,9 @@ import numpy as np
 
 from dsv3_megatron.data.checked.npy import open_npy
 from dsv3_megatron.data.source.shard_table import ShardTable, fault_of_file
-from dsv3_megatron.data.source.shards import ORIGIN, SPLITS, Manifest, why_unread
+from dsv3_megatron.data.source.shards import ORIGIN, SPLITS, Manifest
 from dsv3_megatron.run.handed import parse_json, read_bytes
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 FILES = "files.jsonl"

@@ -48,6 +48,7 @@ from dsv3_megatron.data.source.shard_table import ShardTable
 from dsv3_megatron.data.source.shards import Split, read_lengths
 from dsv3_megatron.run.handed import open_regular, read_bytes
 from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 VERSION = 3  # of what a packing holds: another one has another folder
@@ -353,8 +354,7 @@ class OpenPacking:
                 "data.cache must be a folder that all nodes share"
             ) from None
         except (OSError, ValueError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
-            raise DataError(f"packing {files.index} cannot be read ({said}); {_REBUILT}") from None
+            raise DataError(f"packing {files.index} cannot be read ({why_unread(error)}); {_REBUILT}") from None
         self._sums = lru_cache(_KEPT)(self._read_sums)
         self.sequences = index["sequences"].astype(np.int64)
         self._places = index["place"].astype(np.int64)

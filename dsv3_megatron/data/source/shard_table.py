@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ from dsv3_megatron.data.source.shards import (
     index_bytes,
     token_dtype,
 )
-from dsv3_megatron.run.handed import inside, real_path
+from dsv3_megatron.run.handed import NOT_REGULAR, regular_size
 from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 TABLE = "shards.npy"
@@ -153,10 +153,9 @@ def open_table(folder: str | Path, manifest: Manifest) -> ShardTable:
         try:
             rows = open_npy(path, ROW, shards, mapped=True)
         except (OSError, ValueError) as error:
-            said = error.strerror if isinstance(error, OSError) else error
             raise DataError(
-                f"{path} cannot be read ({said}), the manifest says {shards} shards; restore both or prepare the "
-                "folder again"
+                f"{path} cannot be read ({why_unread(error)}), the manifest says {shards} shards; restore both or "
+                "prepare the folder again"
             ) from None
     if fault := _fault_of(rows, manifest):
         raise DataError(f"{path}, {fault}; restore it or prepare the folder again")
@@ -295,26 +294,14 @@ def fault_of_file(folder: str | Path, name: str, size: int | None = None) -> str
     """
     file = f"{folder}/{name}"
     try:
-        found = os.lstat(file)
-        if stat.S_ISLNK(found.st_mode):
-            if fault := _fault_of_link(Path(folder), name):
-                return f"{file} is refused: {fault}"
-            found = os.stat(file)
-    except OSError as error:
-        return f"{file} cannot be read ({error.strerror})"
-    if not stat.S_ISREG(found.st_mode):
-        return f"{file} is not a regular file"
-    if size is not None and found.st_size != size:
-        return f"{file} has {found.st_size} bytes, the manifest says {size} bytes"
-    return None
-
-
-def _fault_of_link(folder: Path, name: str) -> str | None:
-    try:
-        inside(folder, name)
+        found = regular_size(folder, name)
     except ValueError as error:
-        if not real_path(folder / name).is_relative_to(real_path((folder / name).parent)):
-            return str(error)
+        return f"{file} is refused: {error}"
+    except OSError as error:
+        is_other = error.errno == NOT_REGULAR
+        return f"{file} is not a regular file" if is_other else f"{file} cannot be read ({error.strerror})"
+    if size is not None and found != size:
+        return f"{file} has {found} bytes, the manifest says {size} bytes"
     return None
 
 

@@ -21,16 +21,17 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from dsv3_megatron.data.begun import unfinished
 from dsv3_megatron.data.checked.blocks import BlockSums
-from dsv3_megatron.run.handed import open_regular, parse_json, read_text
+from dsv3_megatron.run.handed import is_inner, open_regular, parse_json, read_text
 from dsv3_megatron.run.made import new_file
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError, one_line
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class Shard(BaseModel):
     @field_validator("name")
     @classmethod
     def _stays_inside(cls, name: str) -> str:
-        parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        if not is_inner(name):
             raise ValueError(f"{name!r} is no name inside the folder")
         return name
 
@@ -179,14 +179,6 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{path} cannot be read ({why_unread(error)}); restore it or prepare the folder again"
         ) from None
     raise DataError(f"{path} has version {version}, this code reads {VERSION}; prepare the folder again")
-
-
-def why_unread(error: OSError | ValueError) -> str:
-    """Return in a line why a file cannot be read."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'the whole of it'}: {first['msg']}"
-    return str(error.strerror or error) if isinstance(error, OSError) else str(error)
 
 
 class _SourceOfVersion1(Source):

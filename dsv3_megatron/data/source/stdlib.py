@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_megatron.data.checked.npy import open_npy
-from dsv3_megatron.data.source.shards import file_sha256, why_unread
+from dsv3_megatron.data.source.shards import file_sha256
 from dsv3_megatron.data.tokenizer import Tokenizer
 from dsv3_megatron.run.files import write_json
 from dsv3_megatron.run.handed import read_json_file
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 VERSION = 3  # of what is written to the cache

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from dsv3_megatron.data.tasks.settings import EvaluateSettings
 from dsv3_megatron.run.handed import parse_json, read_bytes
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError
 
 _MOST_BYTES, _MOST_LINE = 1 << 28, 4 << 20  # of a file, and characters of a line of it
@@ -58,9 +59,7 @@ def read_task(path: str, most: int | None = None) -> Task:
     try:
         text = read_bytes(Path(path), _MOST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        why = "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else (
-            error.strerror if isinstance(error, OSError) else str(error)
-        )  # fmt: skip
+        why = "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else why_unread(error)
         raise DataError(f"evaluate.tasks: {path} cannot be read ({why}); name a file of JSON lines") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Engine
 from dsv3_megatron.data.tokenizer_files.bounds import MOST_TOKENS
 from dsv3_megatron.data.tokenizer_files.names import CONFIG, is_id, read_configuration
 from dsv3_megatron.run.handed import inside, read_bytes
+from dsv3_megatron.run.reasons import why_unread
 from parallel.errors import DataError, PackageError
 
 _RANK = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?")
@@ -47,8 +48,7 @@ def convert(path: Path, probe: str) -> Engine:
     try:
         data = read_bytes(path)
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"tokenizer {path} cannot be read ({said}); name another") from None
+        raise DataError(f"tokenizer {path} cannot be read ({why_unread(error)}); name another") from None
     first = data[: 1 << 16].partition(b"\n")[0]
     converter = _from_tiktoken if _RANK.fullmatch(first) else _from_sentencepiece
     engine, reference = converter(path, data, probe)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from dsv3_megatron.run.recipe_text.leaves import leaves
+
 VARIABLES = (
     "HOME", "USER", "LOGNAME", "HOSTNAME", "SCRATCH", "WORK", "PROJECT", "TMPDIR", "SLURM_JOB_ID", "SLURM_JOB_NAME",
     "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_CLUSTER_NAME", "SLURM_SUBMIT_DIR",
@@ -28,23 +30,15 @@ def check_interpolations(content: Any, key: str = "") -> None:
     Raises: ValueError: one line that names the first key that does, and what it may; one that refers to itself, or
     unfolds to more than a recipe can hold.
     """
-    _check_names(content, key)
+    for place, value in leaves(content, key):
+        if isinstance(value, str) and "${" in value and not _is_harmless(value):
+            said = " ".join(value.split())[:80]
+            raise ValueError(
+                f"{place} = {said} would be written to recipe.yaml, report and W&B, where a secret must not be; refer "
+                f"to a key (${{run.name}}) or to {', '.join(VARIABLES)} (${{oc.env:HOME}}), or write \\${{ for a "
+                "shell's own"
+            )
     _Unfolded(content).size(())
-
-
-def _check_names(content: Any, key: str) -> None:
-    if isinstance(content, dict):
-        for name, value in content.items():
-            _check_names(value, f"{key}.{name}".lstrip("."))
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            _check_names(value, f"{key}[{index}]")
-    elif isinstance(content, str) and "${" in content and not _is_harmless(content):
-        said = " ".join(content.split())[:80]
-        raise ValueError(
-            f"{key} = {said} would be written to recipe.yaml, report and W&B, where a secret must not be; refer to a "
-            f"key (${{run.name}}) or to {', '.join(VARIABLES)} (${{oc.env:HOME}}), or write \\${{ for a shell's own"
-        )
 
 
 def escaped(content: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from dsv3_megatron.run.recipe_text.leaves import leaves
+
 ENVIRONMENT = "cluster.slurm.environment"
 _WORDS = r"API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|CREDENTIALS?"
 _NAME = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_|$)", re.IGNORECASE)
@@ -46,22 +48,13 @@ def check_secrets(recipe: dict[str, Any]) -> None:
                         f"cluster.slurm.{field} sets {found['name']}, which would be written to recipe.yaml, report "
                         f"and W&B; {_ADVICE}"
                     )
-    _check_texts(recipe, "")
-
-
-def _check_texts(content: Any, key: str) -> None:
-    if isinstance(content, dict):
-        for name, value in content.items():
-            _check_texts(value, f"{key}.{name}".lstrip("."))
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            _check_texts(value, f"{key}[{index}]")
-    elif isinstance(content, str) and _IN_ADDRESS.search(content):
-        raise ValueError(
-            f"{key} holds an address with a password in it, which would be written to recipe.yaml, report and W&B; "
-            "write it without, and keep the password where its program looks for it (~/.netrc, a login)"
-        )
-    elif isinstance(content, str) and _KNOWN.search(content):
-        raise ValueError(
-            f"{key} holds a token or a key, which would be written to recipe.yaml, report and W&B; {_ADVICE}"
-        )
+    for key, value in leaves(recipe):
+        if isinstance(value, str) and _IN_ADDRESS.search(value):
+            raise ValueError(
+                f"{key} holds an address with a password in it, which would be written to recipe.yaml, report and W&B; "
+                "write it without, and keep the password where its program looks for it (~/.netrc, a login)"
+            )
+        if isinstance(value, str) and _KNOWN.search(value):
+            raise ValueError(
+                f"{key} holds a token or a key, which would be written to recipe.yaml, report and W&B; {_ADVICE}"
+            )
