@@ -118,7 +118,7 @@ chaos: $(STAMP)
 
 # Damaged files for every reader, FUZZ_SECONDS each; another FUZZ_SEED makes other files. docs/security.md
 fuzz: $(STAMP)
-	DSV3_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) DSV3_FUZZ_SEED=$(or $(FUZZ_SEED),1) $(BIN)/python -m pytest -q tests/fuzz -k short
+	DSV3_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) DSV3_FUZZ_SEED=$(or $(FUZZ_SEED),1) $(PYTEST) -q tests/fuzz -k short
 
 # What can be made again. What was trained cannot: runs/ is left alone.
 clean:

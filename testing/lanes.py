@@ -29,7 +29,7 @@ LONG = ("tests/slurm/", "tests/benchmarks/test_gpu_check.py", "tests/end_to_end/
         "tests/docs/test_commands")  # fmt: skip
 # Files whose tests share nothing that costs: each may go to another worker. All others stay together.
 APART = ("tests/end_to_end/test_watching", "tests/end_to_end/test_chaos", "tests/end_to_end/test_schedules",
-         "tests/end_to_end/test_nccl_manners", "tests/end_to_end/test_data_and_regime")  # fmt: skip
+         "tests/end_to_end/test_nccl_manners", "tests/end_to_end/test_data_and_regime", "tests/fuzz/")  # fmt: skip
 LEFT, SPENT = "left", "spent"  # what workers report
 FAST_LANE = pytest.StashKey[tuple[set[str], set[str]]]()  # files that were collected, and tests of the fast lane
 _found = pytest.StashKey[dict[str, Any]]()

@@ -28,16 +28,23 @@ from testing.lanes import (  # noqa: F401  hooks of pytest
 )
 
 
+_SET_BY_COMMANDS = ("DSV3_UMASK", "PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WANDB_ERROR_REPORTING")
+_AT_THE_START = {name: os.environ.get(name) for name in _SET_BY_COMMANDS}
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
+
 @pytest.fixture(autouse=True)
-def the_process_stays_as_it_was():
-    """What a command sets for its process, and for those that it starts, ends with the test that has run it here."""
-    umask = os.umask(0o022)
-    os.umask(umask)
-    names = ("DSV3_UMASK", "PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WANDB_ERROR_REPORTING")
-    before = {name: os.environ.get(name) for name in names}
+def the_process_is_as_it_was():
+    """What a command sets for its process ends with the test, or the fixture of a whole file, that has run it here."""
+    _as_at_the_start()
     yield
-    os.umask(umask)
-    for name, value in before.items():
+    _as_at_the_start()
+
+
+def _as_at_the_start():
+    os.umask(_UMASK)
+    for name, value in _AT_THE_START.items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 

@@ -1,9 +1,8 @@
 """Every target runs briefly in the fast lane and longer in the other (testing/fuzz/runner.py)."""
 
-import functools
-
 import pytest
 
+from testing.cpu_seconds import cpu_seconds
 from testing.fuzz.runner import LONG_SECONDS, SHORT_SECONDS
 from testing.fuzz.runner import fuzz as fuzz_for
 
@@ -16,5 +15,19 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def fuzz(request):
-    """``fuzz(damage, seeds, read)``: read damaged files for the seconds of this lane."""
-    return functools.partial(fuzz_for, seconds=request.param)
+    """``fuzz(damage, seeds, read)``: read damaged files for the seconds of this lane, and count them."""
+
+    def fuzz(damage, seeds, read):
+        before = cpu_seconds()
+        cases = fuzz_for(damage, seeds, read, request.param)
+        request.node.user_properties.append(("fuzz", (cases, round(cpu_seconds() - before))))
+
+    return fuzz
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many damaged files each target has read."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, (cases, seconds) in report.user_properties if report.when == "call" else ():
+            if name == "fuzz":
+                terminalreporter.write_line(f"{cases:9,} cases {seconds:5} CPU-s {report.nodeid}")

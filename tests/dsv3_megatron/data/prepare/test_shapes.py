@@ -239,7 +239,7 @@ def test_what_is_no_file_or_hidden_is_skipped_and_reported(tmp_path, tokenizer):
 
 def test_what_may_not_be_read_is_refused_before_work_begins(tokenizer):
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path, whose parents are closed to others
-        shutil.copy(tokenizer, folder)
+        os.chmod(shutil.copy(tokenizer, folder), 0o644)  # whatever the umask is
         os.chmod(folder, 0o777)
         root = os.geteuid() == 0
         if root:  # which may read everything: become somebody else
