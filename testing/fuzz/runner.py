@@ -33,7 +33,7 @@ from types import FrameType
 from parallel.errors import UserError
 from testing.fuzz.mutate import Mutation
 
-SHORT_SECONDS, LONG_SECONDS = 0.5, 2.0  # of a target, in the fast lane and in the other; `make fuzz`: a minute
+SHORT_SECONDS, LONG_SECONDS = 0.5, 1.0  # of a target, in the fast lane and in the other; `make fuzz`: a minute
 CASE_SECONDS = 5.0
 DEATH_SECONDS = 20.0  # a case that no signal ends: native code in a loop
 MEMORY_BYTES = 2 << 30

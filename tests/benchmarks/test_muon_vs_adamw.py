@@ -120,7 +120,7 @@ def test_the_page_has_the_tables_of_the_results():
 @pytest.mark.full
 def test_a_comparison_is_trained_once_measured_and_drawn(tmp_path, monkeypatch, capsys):
     words = [word for word in SMALL if not word.startswith(("logging.wandb", "optim.global_batch"))]
-    words += ["optim.global_batch=4", "share=0.04", "rates=0.001,0.004,0.016", "seeds=3,4", "repeats=2", "device=cpu"]
+    words += ["optim.global_batch=4", "share=0.04", "rates=0.001,0.004", "seeds=3,4", "repeats=2", "device=cpu"]
     words += [f"directory={tmp_path}/runs", f"output={tmp_path}/found.json", f"plot={tmp_path}/drawn.svg", "page=none"]
     monkeypatch.setattr("benchmarks.muon_vs_adamw.sweep", lambda loss, rates: {rate: loss(rate) for rate in rates})
     assert main(words) == 0
