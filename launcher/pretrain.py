@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -21,12 +21,12 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.made import for_owner
+from launcher.command_line import typed
 from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
 from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.last_words import Failure, last_words
 from launcher.command_line.refusal import Vote, refusal_file, write_refusal
-from launcher.command_line.typed import command
 from parallel.errors import UserError
 from parallel.world import World
 
@@ -55,7 +55,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
 def _of_open_ports(world: World) -> str:
     return (
         "note: torchrun listens on all addresses of this host, and whoever reaches its port can run programs as "
-        f"you; `{command('train', ranks=world.size)}` listens on none (docs/security.md)"
+        f"you; `{typed.command('train', ranks=world.size)}` listens on none (docs/security.md)"
     )
 
 
@@ -85,14 +85,15 @@ def main(arguments: Sequence[str]) -> int:
     return run_command(partial(train, signals=SIGNALS), arguments, __doc__)
 
 
-def attempt(arguments: Sequence[str]) -> int:
-    """Run as one of several ranks: after an error tell it and end without ceremony, so that no rank waits for it.
+def attempt(arguments: Sequence[str], command: Callable[[Sequence[str]], int] = main) -> int:
+    """Run a command as one of several ranks: after an error report it and end without ceremony, so that no rank waits
+    for it.
 
-    A batch job is told of what starting again cannot mend: torchrun would turn the exit code into 1.
+    A batch job is told of what starting again cannot fix: torchrun would turn the exit code into 1.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
-        return main(arguments)
+        return command(arguments)
     except BrokenPipeError:
         raise
     except Exception as error:

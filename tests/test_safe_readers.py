@@ -33,11 +33,15 @@ ALLOWED = {  # (file, what) -> why
 # Exchanges of Python objects, which torch pickles: between the ranks of one job, over its own connections.
 PEERS = {
     "dsv3_megatron/checkpoint/find.py", "dsv3_megatron/checkpoint/index.py", "dsv3_megatron/checkpoint/save.py",
-    "dsv3_megatron/health/step_guard.py", "dsv3_megatron/health/stragglers.py", "dsv3_megatron/train/muon.py",
+    "dsv3_megatron/health/step_guard.py", "dsv3_megatron/health/stragglers.py", "dsv3_megatron/nodes/look.py",
+    "dsv3_megatron/train/muon.py",
     "dsv3_megatron/train/run_directory.py", "parallel/agree.py",
 }  # fmt: skip
 # Programs that are started, each by a list of words and never by a shell.
-STARTS = {"dsv3_megatron/report/writer.py", "dsv3_megatron/run/directory.py", "launcher/slurm/client.py"}
+STARTS = {
+    "dsv3_megatron/nodes/health.py", "dsv3_megatron/report/writer.py", "dsv3_megatron/run/directory.py",
+    "launcher/slurm/client.py",
+}  # fmt: skip
 
 
 def named(node):
