@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from dsv3_megatron.health.stop_signals import StopSignals
 
@@ -20,15 +21,18 @@ SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.failures.records import start_folder
 from dsv3_megatron.run.made import for_owner
 from launcher.command_line import typed
 from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import ConsoleReporter, SilentReporter, guarded
 from launcher.command_line.hydra_flags import run_command
-from launcher.command_line.last_words import Failure, last_words
+from launcher.command_line.last_words import Failure, arrived, last_words, note_alone
 from launcher.command_line.refusal import Vote, refusal_file, write_refusal
 from parallel.errors import UserError
 from parallel.world import World
+
+_noting: dict[str, Path | None] = {"in": None}  # where this start notes who failed, once a recipe says where it runs
 
 
 def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
@@ -37,6 +41,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     ``signals``: listens already, since the process began.
     """
     for_owner(recipe.run.readable_by)
+    _noting["in"] = start_folder(recipe.run.directory)
     world = World.from_environment()
     check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
     recipe.data.check_source()
@@ -92,8 +97,11 @@ def attempt(arguments: Sequence[str], command: Callable[[Sequence[str]], int] = 
     A batch job is told of what starting again cannot fix: torchrun would turn the exit code into 1.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    left = arrived()
     try:
-        return command(arguments)
+        code = command(arguments)
+        left()
+        return code
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -104,7 +112,8 @@ def attempt(arguments: Sequence[str], command: Callable[[Sequence[str]], int] = 
             raise
         if alone:
             traceback.print_exc()
-        code = 1 if alone else last_words(Failure.of(error), Vote(refused, error) if refused else None)
+            note_alone(Failure.of(error), _noting["in"])
+        code = 1 if alone else last_words(Failure.of(error), Vote(refused, error) if refused else None, _noting["in"])
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code)  # interpreter shutdown would join the threads of connections that wait for other ranks

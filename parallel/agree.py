@@ -6,7 +6,6 @@ missing, a disk that fails. Ranks tell the two apart by counting.
 
 from __future__ import annotations
 
-import socket
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.errors import RankFault, UserError
+from parallel.world import host_name
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def _verdict(error: BaseException | None, failed: int, lookers: int, refused: bo
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
     speaker = int(first)
     hosts: list[str] = [""] * size if rank == speaker else []
-    mine = socket.gethostname() if error is not None else ""
+    mine = host_name() if error is not None else ""
     if size > 1:
         dist.gather_object(mine, hosts if rank == speaker else None, dst=speaker)
     said: list[Exception | None] = [None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from parallel.errors import LayoutError, RankFault
 from parallel.layout import GROUPS, Layout
 from parallel.meeting import listen_at_home, open_store
-from parallel.world import World
+from parallel.world import World, host_name
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -68,7 +67,7 @@ def start_processes(world: World, device: torch.device, timeout_seconds: float =
         except RuntimeError as error:  # torch's for all that a store or gloo meets
             why = str(error).strip().partition("\n")[0]
             raise RankFault(
-                f"rank {world.rank} on {socket.gethostname()} could not meet all {world.size:,} ranks ({why}); "
+                f"rank {world.rank} on {host_name()} could not meet all {world.size:,} ranks ({why}); "
                 f"run.start_seconds = {timeout_seconds:g}"
             ) from error
 

@@ -13,6 +13,11 @@ AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # environment variable, of torch:
 LOOPBACK = ("lo", "lo0")
 
 
+def host_name() -> str:
+    """Return this host's name as SLURM calls it, where SLURM has started us: what its commands take; else its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 @dataclass(frozen=True)
 class World:
     """Rank, size and rank on this machine."""

@@ -8,7 +8,6 @@ checkpoint that turns out damaged is left for the next older one.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from parallel.agree import agreed, from_first
 from parallel.errors import CheckpointError, RankFault
+from parallel.world import host_name
 
 T = TypeVar("T")
 
@@ -192,7 +192,7 @@ def _damage(path: Path, format_number: int, files: FileFacts) -> str | None:
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if first == size:
         return None
-    said: list[Any] = [damage, socket.gethostname(), mine]
+    said: list[Any] = [damage, host_name(), mine]
     dist.broadcast_object_list(said, src=int(first))
     _ask_another(path, int(first), *said)
     return str(DamageError(said[0]))
@@ -216,7 +216,7 @@ def _ask_another(path: Path, first: int, damage: str, host: str, files: FileFact
     other = (first + ranks // hosts) % ranks
     sees: list[Any] = [None, None]
     if dist.get_rank() == other:
-        sees = [next(iter(size_problems(path, files, files)), None), socket.gethostname()]
+        sees = [next(iter(size_problems(path, files, files)), None), host_name()]
     dist.broadcast_object_list(sees, src=other)
     if sees[0] is None:
         raise RankFault(f"rank {first} on {host}: {damage}, but {sees[1]} sees it: look at the mount on {host}")

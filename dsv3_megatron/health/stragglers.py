@@ -7,7 +7,6 @@ other there and so share a number). The times of a block are compared every so m
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from parallel.world import host_name
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class WorkClock:
         self._seconds, self._calls = 0.0, 0
         seconds = torch.cat(all_ranks)
         rank = int(seconds.argmax())
-        host = [socket.gethostname()]
+        host = [host_name()]
         dist.broadcast_object_list(host, src=rank)
         # The lower median: of two ranks the faster one is the measure.
         ratio = (seconds[rank] / seconds.median().clamp(min=1e-9)).item()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import uuid
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +17,7 @@ from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
 from parallel.agree import agreed, from_first
 from parallel.errors import RecipeError
+from parallel.world import host_name
 
 
 def gather_facts(
@@ -48,7 +47,7 @@ def gather_facts(
         rank=place.rank,
         node=place.node,
         local_rank=place.local_rank,
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        host=host_name(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         tflops=tflops,
         within=message_speed(place, device, within=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dsv3_megatron.preflight.precision import check_precision
 from dsv3_megatron.preflight.world import check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.failures.blame import EVENT
 from dsv3_megatron.settings import RunSettings
 from dsv3_megatron.train.build import build_parts
 from dsv3_megatron.train.callbacks.average import Averaging
@@ -37,7 +39,7 @@ from dsv3_megatron.train.callbacks.stragglers import Stragglers
 from dsv3_megatron.train.callbacks.tasks import Tasks
 from dsv3_megatron.train.data.ready import ready_together
 from dsv3_megatron.train.journal import Journal, Reporter
-from dsv3_megatron.train.run_directory import create_for_all_hosts, held_by_rank_0
+from dsv3_megatron.train.run_directory import create_for_all_hosts, held_by_rank_0, noted_start, tell_failed_starts
 from dsv3_megatron.train.start import check_start, load_start
 from dsv3_megatron.train.trainer import Callback, Trainer
 from parallel.agree import agreed
@@ -65,7 +67,11 @@ def run(
     remarks = check_precision(recipe, backend_name(recipe.backend, device), device)
     recipe.data.check_source()
     folder = ShardFolder.of(recipe.data) if recipe.data.source == "indexed" else None
-    with processes(world, device, recipe.run.start_seconds), held_by_rank_0(recipe.run.directory, reporter.note):
+    with (
+        processes(world, device, recipe.run.start_seconds),
+        held_by_rank_0(recipe.run.directory, reporter.note),
+        noted_start(recipe.run.directory),
+    ):
         if _warned(signals, world, device):  # before the minutes that a large model takes to build and to load
             if world.rank == 0:
                 reporter.note(EARLY_STOP)
@@ -104,6 +110,9 @@ def prepare_trainer(
     watchdog, start_seconds = parts.watchdog, recipe.run.start_seconds
     with watchdog.phase("making the run directory", start_seconds):
         create_for_all_hosts(directory)
+        tell_failed_starts(
+            directory, lambda blame: journal.event(EVENT, asdict(blame), f"a start before failed: {blame}")
+        )
     saver = Saver(
         directory.checkpoints,
         recipe.checkpoint,

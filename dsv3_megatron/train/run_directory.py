@@ -1,18 +1,21 @@
-"""The run directory of all ranks: held by rank 0, made by it, and seen by every host before a model is built."""
+"""The run directory of all ranks: held by rank 0, made by it, and seen by every host before a model is built; and what
+starts that failed have left in it."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.failures.blame import Blame, first_to_fail
+from dsv3_megatron.run.failures.records import failed_starts, forget, note_hosts, start_folder
 from dsv3_megatron.run.lock import run_lock
 from parallel.agree import agreed
-from parallel.world import World
+from parallel.world import World, host_name
 
 
 @contextmanager
@@ -48,3 +51,30 @@ def create_for_all_hosts(directory: RunDirectory) -> None:
             directory.check_mark(token[0])
     if is_first:
         directory.remove_mark(token[0])
+
+
+def tell_failed_starts(directory: RunDirectory, tell: Callable[[Blame], None]) -> None:
+    """Tell, on rank 0, who failed first in each start that has failed before this one, and forget it. All ranks
+    together."""
+    is_first, this_one = dist.get_rank() == 0, start_folder(directory.path)
+    with agreed(looked=is_first):
+        for folder, start in failed_starts(directory.path) if is_first else ():
+            if folder != this_one:
+                tell(first_to_fail(start))
+                forget(folder)
+
+
+@contextmanager
+def noted_start(directory: str | Path) -> Iterator[None]:
+    """Note which host every rank is on for as long as the block lasts; after an error the note stays, beside what the
+    ranks that have failed add to it (run/failures). All ranks together."""
+    is_first = dist.get_rank() == 0
+    hosts: list[str] = [""] * dist.get_world_size() if is_first else []
+    dist.gather_object(host_name(), hosts if is_first else None)
+    folder = start_folder(directory)
+    if is_first:
+        with suppress(OSError):  # a full disk ends no run
+            note_hosts(folder, hosts)
+    yield
+    if is_first:
+        forget(folder)

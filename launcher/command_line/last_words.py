@@ -10,8 +10,11 @@ with an error of its own. So the ranks of a host agree, by files in the folder t
 - A rank that had nothing new to say leaves with 0 when the first is about to go, which keeps it out of torchrun's
   report. One that had waits until torchrun ends it. Until then none closes a connection that others wait on.
 
-Every host speaks for itself: its output may be a file of its own (SLURM). Imports nothing slow: most mistakes are found
-before torch is imported.
+- The first to speak also looks which other ranks of the host are gone without a word, as after SIGKILL.
+
+Every host speaks for itself: its output may be a file of its own (SLURM). What is said is noted in the run directory
+too (run/failures), from which the next start tells which rank of all hosts failed first. Imports nothing slow: most
+mistakes are found before torch is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -32,8 +34,10 @@ from pathlib import Path
 from types import FrameType
 
 from dsv3_megatron.run.exclusive import exclusive
+from dsv3_megatron.run.failures.records import FailedRank, Kind, failed_now, note_failure
 from launcher.command_line.refusal import VOTE_SECONDS, Vote
 from parallel.errors import RankFault, UserError, one_line
+from parallel.world import host_name
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment variable: one file a rank, read for torchrun's report
 GRACE_SECONDS = 3.0  # ranks of one host that make the same mistake come to it within a second, if it is not busy
@@ -44,22 +48,33 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # with which torchrun e
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank failed of, in one line and as a whole (a traceback; empty where the line says all), and its code."""
+    """What a rank failed of, in one line and as a whole (a traceback; empty where the line says all), and its code.
+
+    Attributes:
+        kind: whether it met that itself, or lost another rank.
+        of_host: whether it can be its host's fault.
+    """
 
     line: str
     whole: str
     code: int
+    kind: Kind = "own"
+    of_host: bool = False
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """Return the failure that an exception is."""
         if isinstance(error, (UserError, RankFault)):
-            return cls(str(error).replace("\n", " "), "", error.exit_code)
+            line = str(error).replace("\n", " ")
+            of_other = isinstance(error, RankFault) and not line.startswith(f"fault: rank {_rank()} on ")
+            return cls(line, "", error.exit_code, "follows" if of_other else "own", not of_other)
         whole = "".join(traceback.format_exception(error))
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         said = " ".join(traceback.format_exception_only(error)[-1].split())
-        return cls(one_line(said) + place, whole, 1)  # torchrun prints it
+        line = one_line(said) + place
+        is_loss = bool(_LOSSES.search(said))
+        return cls(line, whole, 1, "follows" if is_loss else "own", not is_loss and _is_of_host(error, said))
 
     @property
     def key(self) -> str:
@@ -68,11 +83,48 @@ class Failure:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def last_words(failure: Failure, vote: Vote | None = None) -> int:
+# What gloo, NCCL and torch's store say of a rank that is gone (torch 2.11 and 2.13): the loss of another, no failure.
+_LOSSES = re.compile(
+    r"gloo/transport|Connection (closed|reset|refused)|Broken pipe|remote process exited|ncclRemoteError|"
+    r"ncclSystemError|DistNetworkError|DistStoreError|TCPStore|Timed out waiting|was aborted"
+)
+# What a device, a disk or a limit of this host says. Memory of a device that is too small is the recipe's.
+_OF_DEVICE = re.compile(r"CUDA error|cuDNN|cuBLAS|CUBLAS|uncorrectable|NVML|ncclUnhandledCudaError")
+
+
+def _is_of_host(error: Exception, said: str) -> bool:
+    return isinstance(error, (OSError, MemoryError)) or bool(_OF_DEVICE.search(said))
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def arrived() -> Callable[[], None]:
+    """Note that this rank lives, for those of its host that may miss it; return what takes that back when it leaves as
+    it should."""
+    file = os.environ.get(ERROR_FILE, os.devnull)
+    if file == os.devnull:
+        return lambda: None
+    here = _living(Path(file)) / _rank()
+    with suppress(OSError):
+        here.parent.mkdir(exist_ok=True)
+        here.write_text(str(os.getpid()))
+
+    def leave() -> None:
+        with suppress(OSError):
+            here.unlink()
+
+    return leave
+
+
+def last_words(failure: Failure, vote: Vote | None = None, note_in: Path | None = None) -> int:
     """Say what this rank failed of; return, when it is time to leave, the code to leave with.
 
-    ``vote``: this rank's that all refuse the recipe, if it does; the host leaves when it is over. Where not all refuse,
-    that is told, and the code is 1.
+    Args:
+        vote: this rank's that all refuse the recipe, if it does; the host leaves when it is over. Where not all refuse,
+            that is told, and the code is 1.
+        note_in: where a run's start notes who failed (run/failures); None where no run directory is known yet.
     """
     ended = _listen()
     file = os.environ.get(ERROR_FILE, os.devnull)
@@ -80,7 +132,7 @@ def last_words(failure: Failure, vote: Vote | None = None) -> int:
         _say(failure, is_first=True)
         return _outcome(failure, vote, ended)
     with suppress(OSError):
-        host = _Host(Path(file))
+        host = _Host(Path(file), note_in)
         is_first, is_new = host.enter(failure)
         if is_first:
             _wait(GRACE_SECONDS, lambda: ended() or host.all_are_here())
@@ -92,6 +144,11 @@ def last_words(failure: Failure, vote: Vote | None = None) -> int:
         return 0 if host.is_closed() and not is_new else failure.code
     _say(failure, is_first=True)  # a full disk, say
     return _outcome(failure, vote, ended)
+
+
+def note_alone(failure: Failure, note_in: Path | None) -> None:
+    """Note what the only rank of a start has failed of."""
+    _note(note_in, failed_now(0, failure.line, failure.kind, of_host=failure.of_host))
 
 
 def _outcome(failure: Failure, vote: Vote | None, ended: Callable[[], bool]) -> int:
@@ -108,8 +165,8 @@ def _outcome(failure: Failure, vote: Vote | None, ended: Callable[[], bool]) -> 
 class _Host:
     """The failed ranks of this host and start: a file for each, and one for all that was said, with whose it is."""
 
-    def __init__(self, error_file: Path):
-        self._error_file = error_file
+    def __init__(self, error_file: Path, note_in: Path | None):
+        self._error_file, self._note_in = error_file, note_in
         self._folder = error_file.parent.parent / "failed"  # torchrun makes attempt_N/LOCAL_RANK/error.json
         self._folder.mkdir(exist_ok=True)
 
@@ -119,13 +176,25 @@ class _Host:
             is_first = not any(self._folder.glob("rank_*"))
             said = self._folder / failure.key
             is_new = not said.exists()
+            if is_first:
+                self._miss()
             if is_new:
                 self._error_file.write_text(json.dumps(_for_torchrun(failure)))
                 _say(failure, is_first=is_first, whole_at=self._error_file)
+                _note(self._note_in, failed_now(int(_rank()), failure.line, failure.kind, of_host=failure.of_host))
             with said.open("a") as ranks:
-                ranks.write(f"{os.environ['RANK']}\n")
+                ranks.write(f"{_rank()}\n")
             (self._folder / f"rank_{os.environ['RANK']}").touch()
         return is_first, is_new
+
+    def _miss(self) -> None:
+        """Say which ranks of this host are gone without a word."""
+        living = _living(self._error_file)
+        for file in sorted(living.iterdir()) if living.is_dir() else ():
+            if file.name.isdecimal() and not _lives(file.read_text()):
+                said = "gone without a word: killed, crashed, or out of the host's memory"
+                _write(f"[rank {file.name} on {host_name()}] {said}\n")
+                _note(self._note_in, failed_now(int(file.name), said, "silent", of_host=True))
 
     def all_are_here(self) -> bool:
         """Return whether every rank of this host has failed."""
@@ -149,6 +218,28 @@ class _Host:
         return exclusive(self._folder / "lock")
 
 
+def _living(error_file: Path) -> Path:
+    """Return the folder in which the ranks of this host and start note that they live."""
+    return error_file.parent.parent / "living"
+
+
+def _lives(process: str) -> bool:
+    """Return whether a process is there, and no zombie: one that its parent has not asked for yet."""
+    try:
+        state = Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return not Path("/proc/self/stat").exists()  # no Linux: nothing is known
+    except (OSError, ValueError, IndexError):
+        return True
+    return state not in "ZX"
+
+
+def _note(folder: Path | None, failed: FailedRank) -> None:
+    if folder is not None:
+        with suppress(OSError):  # the run's disk may be what failed
+            note_failure(folder, failed)
+
+
 def _say(failure: Failure, *, is_first: bool, whole_at: Path | None = None) -> None:
     if failure.whole and is_first:
         _write(f"{_who()}\n{failure.whole}")
@@ -157,7 +248,7 @@ def _say(failure: Failure, *, is_first: bool, whole_at: Path | None = None) -> N
 
 
 def _who() -> str:
-    return f"[rank {os.environ.get('RANK', 0)} on {socket.gethostname()}]"
+    return f"[rank {os.environ.get('RANK', 0)} on {host_name()}]"
 
 
 def _write(text: str) -> None:

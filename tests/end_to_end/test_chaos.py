@@ -1,6 +1,7 @@
 """Kills at random moments; the long form is ``make chaos``."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,11 +47,16 @@ def test_chaos_under_torchrun_which_starts_the_ranks_again(tmp_path):
             break
         time.sleep(0.05)
     ranks = [p for p in psutil.Process(running.pid).children(recursive=True) if "pretrain.py" in " ".join(p.cmdline())]
+    killed = int(ranks[-1].environ()["RANK"])
     ranks[-1].send_signal(signal.SIGKILL)
-    _, stderr = running.communicate(timeout=240)
+    stdout, stderr = running.communicate(timeout=240)
     assert running.returncode == 0, stderr.decode()[-3000:]
     assert [line["step"] for line in steps(tmp_path / "run")] == list(range(1, 13))
     assert len(events(tmp_path / "run", "resumed")) == 1
+    (failed,) = events(tmp_path / "run", "failed")  # which of both was killed, though the other one speaks first
+    assert (failed["rank"], failed["host"], failed["of_host"]) == (killed, socket.gethostname(), True)
+    assert f"a start before failed: rank {killed} on" in stdout.decode()
+    assert list((tmp_path / "run" / "failures").iterdir()) == [], "told once; the last start ended as it should"
 
     calm = [*torchrun, "--master-port", str(free_port()), "launcher/pretrain.py", *words]
     calm += [f"run.directory={tmp_path / 'calm'}"]

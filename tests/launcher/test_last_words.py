@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_megatron.run.failures.blame import first_to_fail
+from dsv3_megatron.run.failures.records import failed_starts
 from launcher.command_line.last_words import Failure
-from parallel.errors import DataError
+from parallel.errors import DataError, RankFault
 from testing.torchrun import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,11 +104,16 @@ def test_what_one_rank_fails_of_comes_before_what_others_make_of_it(tmp_path, wh
 
 
 RANK = """
-import sys
-from launcher.command_line.last_words import Failure, last_words
+import os, sys, time
+from pathlib import Path
+from launcher.command_line.last_words import Failure, arrived, last_words
 from parallel.errors import DoesNotFitError, RecipeError
-errors = {"a": RecipeError("a"), "b": DoesNotFitError("b"), "c": OSError("port 1")}
-sys.exit(last_words(Failure.of(errors[sys.argv[1]])))
+errors = {"a": RecipeError("a"), "b": DoesNotFitError("b"), "c": OSError("port 1"),
+          "lost": RuntimeError("Connection closed by peer")}
+arrived()
+if sys.argv[1] == "sleep":
+    time.sleep(60)
+sys.exit(last_words(Failure.of(errors[sys.argv[1]]), note_in=Path(os.environ["NOTES"])))
 """
 
 
@@ -122,11 +129,17 @@ class Start:
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.size),
             "TORCHELASTIC_ERROR_FILE": str(self.folder / str(rank) / "error.json"),
+            "NOTES": str(self.folder / "run" / "failures" / "start"),
         }  # fmt: skip
         command = [sys.executable, "-c", RANK, what]
         self.ranks[rank] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + (30 if heard else 0)
-        while not (self.folder / "failed" / f"rank_{rank}").exists() and time.monotonic() < deadline:
+        sign = (
+            self.folder
+            / ("living" if what == "sleep" else "failed")
+            / (str(rank) if what == "sleep" else f"rank_{rank}")
+        )
+        while not sign.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def end(self, rank):
@@ -147,6 +160,60 @@ def test_each_leaves_with_its_own_code_and_a_signal_loses_no_word(tmp_path):
     assert start.end(0) == (0, [])
     error = json.loads((tmp_path / "1" / "error.json").read_text())
     assert error["message"]["message"] == "recipe: a"
+
+
+def test_a_rank_that_is_gone_without_a_word_is_missed_and_noted(tmp_path):
+    (tmp_path / "run").mkdir()
+    start = Start(tmp_path, 4)
+    start.fail(0, "sleep")
+    start.fail(1, "sleep")
+    start.ranks[1].kill()
+    while Path(f"/proc/{start.ranks[1].pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)  # a zombie, as until torchrun asks for it
+    start.fail(2, "lost")
+    start.fail(3, "lost")
+    start.ranks[2].send_signal(signal.SIGTERM)
+    silent = f"[rank 1 on {HOST}] gone without a word: killed, crashed, or out of the host's memory"
+    _, said = start.end(2)
+    assert said[0] == silent and sum("rank 1" in line for line in said) == 1, "and rank 0 lives"
+    ((_, found),) = failed_starts(tmp_path / "run")
+    assert [(failed.rank, failed.kind, failed.of_host) for failed in found.ranks] == [
+        (1, "silent", True),
+        (2, "follows", False),  # and rank 3 says nothing new
+    ]
+    blame = first_to_fail(found)
+    assert (blame.rank, blame.host, blame.of_host, blame.others) == (1, HOST, True, 1)
+    for rank in (0, 3):
+        start.ranks[rank].kill()
+        start.end(rank)
+
+
+def test_where_the_run_directory_is_missing_none_is_made(tmp_path):
+    start = Start(tmp_path, 1)
+    start.fail(0, "c")
+    assert start.end(0)[0] == 1 and not (tmp_path / "run").exists()
+
+
+ONE = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "of_host"),
+    [
+        (RuntimeError(ONE), "follows", False),
+        (RuntimeError("NCCL error: ncclRemoteError: A call failed possibly due to a network error"), "follows", False),
+        (RankFault("rank 5 on node-1: OSError: [Errno 5] Input/output error"), "follows", False),
+        (RankFault("rank 0 on node-1: OSError: [Errno 5] Input/output error"), "own", True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "own", True),
+        (OSError(5, "Input/output error"), "own", True),
+        (ValueError("a bug"), "own", False),
+        (DataError("shard_7 cannot be read"), "own", True),
+    ],
+)
+def test_what_a_rank_met_itself_is_told_from_the_loss_of_another(error, kind, of_host, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    failure = Failure.of(error)
+    assert (failure.kind, failure.of_host) == (kind, of_host)
 
 
 def test_a_rank_that_nobody_joins_leaves_by_itself(tmp_path):
