@@ -120,15 +120,15 @@ def test_the_page_has_the_tables_of_the_results():
 @pytest.mark.full
 def test_a_comparison_is_trained_once_measured_and_drawn(tmp_path, monkeypatch, capsys):
     words = [word for word in SMALL if not word.startswith(("logging.wandb", "optim.global_batch"))]
-    words += ["optim.global_batch=4", "share=0.04", "rates=0.001,0.004", "seeds=3,4", "repeats=2", "device=cpu"]
+    words += ["optim.global_batch=4", "share=0.04", "rates=0.001,0.004", "seeds=3", "repeats=2", "device=cpu"]
     words += [f"directory={tmp_path}/runs", f"output={tmp_path}/found.json", f"plot={tmp_path}/drawn.svg", "page=none"]
     monkeypatch.setattr("benchmarks.muon_vs_adamw.sweep", lambda loss, rates: {rate: loss(rate) for rate in rates})
     assert main(words) == 0
     found = json.loads((tmp_path / "found.json").read_text())["dsv3_tiny"]
     trained = found["losses"]["0.04"]
     assert {name: [r["seed"] for r in runs] for name, runs in trained["seeds"].items()} == {
-        "adamw": [3, 4],
-        "muon": [3, 4],
+        "adamw": [3],
+        "muon": [3],
     }
     first = {name: runs[0]["held_out"][0] for name, runs in trained["seeds"].items()}
     assert first["adamw"] == first["muon"], "the same weights to begin with"

@@ -32,6 +32,9 @@ def fault(kind, data):
         type(error).__str__ = lambda self: "one\ntwo"  # one_line() would not let them through; in the child alone
         raise error
     if kind == "long":
+        while True:
+            len(data)
+    if kind == "waits":
         time.sleep(60)
     if kind == "death":
         os._exit(7)
@@ -45,21 +48,23 @@ def fault(kind, data):
         ("traceback", "KeyError"),
         ("memory", "MemoryError"),
         ("two lines", "more than one line"),
-        ("long", "TookTooLong"),
+        ("long", "TookTooLong: more than"),
+        ("waits", "TookTooLong: no end"),
         ("death", "ended with 7"),
         ("native loop", "ended with -9"),
     ],
 )
 def test_a_planted_fault_is_found(kind, said, monkeypatch):
     monkeypatch.setattr(runner, "CASE_SECONDS", 0.2)
-    monkeypatch.setattr(runner, "DEATH_SECONDS", 1.0)
+    monkeypatch.setattr(runner, "WAIT_SECONDS", 0.6)
+    monkeypatch.setattr(runner, "DEATH_SECONDS", 1.5)
 
     def read(data):
         if len(data) % 7 == 3 and data not in SEEDS:
             fault(kind, data)
 
     with pytest.raises(AssertionError) as found:
-        fuzz(binary, SEEDS, read, 2.0)
+        fuzz(binary, SEEDS, read, 0.5)
     assert said in str(found.value)
     case = str(found.value).split("DSV3_FUZZ_CASE=")[1].split(": ")[0]
     monkeypatch.setenv("DSV3_FUZZ_CASE", case)

@@ -24,7 +24,7 @@ SETTINGS = {
     "held, float32 moments": (*FP8, HELD, "precision.moments=fp32"),
     "delayed": (*FP8, *TENSOR, "precision.fp8.scaling=delayed", "precision.fp8.swiglu_cache=high"),
 }
-STEPS = 4
+STEPS = 3
 FAST = ()  # the fast lane resumes on the torch backend
 
 
@@ -51,13 +51,13 @@ def measured(directory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Per setting (measured without a stop, measured with one): stopped before the first step and after two."""
+    """Per setting (measured without a stop, measured with one): stopped after the first."""
 
     def measure(settings):
         place, cases = tmp_path_factory.mktemp("te"), []
         for number, words in enumerate(settings.values()):
             whole, stopped = f"run.directory={place / f'whole{number}'}", f"run.directory={place / f'stopped{number}'}"
-            cases += [(*words, whole), (*words, stopped, "run.steps=2"), (*words, stopped)]
+            cases += [(*words, whole), (*words, stopped, "run.steps=1"), (*words, stopped)]
         run_ranks(2, run, [(*words, "parallel.expert=2") for words in cases], preload=TE)
         for number in range(len(settings)):
             yield measured(place / f"whole{number}"), measured(place / f"stopped{number}")
