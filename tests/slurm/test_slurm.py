@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
@@ -126,6 +127,20 @@ def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     assert main(["logs", f"run={undisturbed}", "lines=3"]) == 0
     text = capsys.readouterr().out
     assert "finished: 40 steps" in text and text.index("COMPLETED") < text.index("step 40 ") < text.index("==>")
+
+
+def test_tasks_that_are_no_ranks_are_refused(cluster, tmp_path):
+    """Each would train as the only rank; a step of one task is a run, also in a job of several."""
+    pretrain = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), f"run.directory={tmp_path / 'run'}"]
+    allocation = ["salloc", "--quiet", "--ntasks=2", "--nodes=2", "--mem=1000"]
+    done = subprocess.run(
+        [*allocation, "bash", "-c", 'srun "$0" "$@"; srun --ntasks=1 --nodes=1 "$0" -c "$one"', *pretrain],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"one": "from parallel.world import World; print(World.from_environment())"},
+    )  # fmt: skip
+    assert done.stderr.count("SLURM_STEP_NUM_TASKS = 2, but WORLD_SIZE is not set") == 2, done.stderr
+    assert "World(rank=0, size=1, local_rank=0)" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @full
