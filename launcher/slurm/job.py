@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv3_megatron.preflight.layout import smallest_world
@@ -16,10 +16,11 @@ from parallel.errors import ClusterError, DoesNotFitError
 
 @dataclass(frozen=True)
 class Point:
-    """One run: the overrides that make it, and where it lives."""
+    """One run: the overrides that make it, where it lives, and what else it reads (see :func:`mounts.paths_of`)."""
 
     overrides: tuple[str, ...]
     directory: Path
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

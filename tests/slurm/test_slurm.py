@@ -257,13 +257,17 @@ def test_starts_are_counted_anew_after_a_checkpoint(cluster, tmp_path):
 
 def test_a_chain_runs_in_order_and_stops_when_the_run_is_finished(cluster, tmp_path):
     run = tmp_path / "chain"
-    body = '[[ $SLURM_PROCID == 0 ]] || exit 0\necho "$SLURM_JOB_ID" >>"$run/log"\n'
+    body = '[[ $PET_NODE_RANK == 0 ]] || exit 0\necho "$SLURM_JOB_ID" >>"$run/log"\n'
+    body += 'echo "$SLURMD_NODENAME $*" >>"$run/first"\n'
     body += '[[ $(wc -l <"$run/log") == 2 ]] && touch "$run/finished"\nexit 0\n'
     jobs = submit(run, stand_in(tmp_path, body), "chain=3", base=ON_CPUS)
     assert len(jobs) == 3
     assert wait_for_end(jobs[-1], run, 120) == "COMPLETED"
     assert (run / "log").read_text().split() == jobs[:2]  # the third finds nothing to do
     assert all(facts(job)["Restarts"] == "0" for job in jobs)
+    for line in (run / "first").read_text().splitlines():  # rank 0 is on the node that the others look for it
+        node, _, words = line.partition(" ")
+        assert f"--master-addr={node} " in words
 
 
 def test_a_sweep_is_an_array_of_runs_that_requeue_apart(cluster, tmp_path, monkeypatch):
