@@ -145,6 +145,9 @@ class ClusterSettings(BaseModel):
     name: str = Field(description="the file of recipes/cluster/ this came from")
     nodes: PositiveInt | None = Field(None, description="null = whatever torchrun starts")
     gpus_per_node: NonNegativeInt = Field(0, description="0 = a CPU machine")
+    nvlink_domain: PositiveInt | None = Field(
+        None, description="GPUs that NVLink joins where those are several nodes', such as 64 of a rack; null = a node's"
+    )
     device: str = Field("cpu", description="what a rank computes on: cpu or cuda")
     memory: Bytes = Field(0, description="memory of one device, such as 80GiB; 0 = not known")
     peak_tflops: dict[Literal["fp32", "bf16", "fp8"], float] = Field(
@@ -162,8 +165,8 @@ class ClusterSettings(BaseModel):
     memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
     reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
     dollars_per_gpu_hour: float = Field(2.0, ge=0, description="rent of one device, for the plan's costs")
-    intra_node: LinkSettings | None = Field(None, description="links inside a node")
-    inter_node: LinkSettings | None = Field(None, description="links between nodes")
+    intra_node: LinkSettings | None = Field(None, description="links inside a node, or inside cluster.nvlink_domain")
+    inter_node: LinkSettings | None = Field(None, description="links between those")
     launcher: Literal["torchrun", "slurm"] = Field("torchrun", description="what starts the ranks there")
     partition: Line | None = Field(None, description="SLURM partition; null = the cluster's default")
     time_limit: TimeLimit | None = Field(
@@ -175,6 +178,11 @@ class ClusterSettings(BaseModel):
     def world_size(self) -> int | None:
         """GPUs of the whole cluster, or None where the cluster has no fixed size."""
         return self.nodes * self.gpus_per_node if self.nodes and self.gpus_per_node else None
+
+    @property
+    def fast_domain(self) -> int:
+        """GPUs that the fast links join: a node's, or those of several nodes."""
+        return self.nvlink_domain or max(self.gpus_per_node, 1)
 
 
 class LoggingSettings(BaseModel):

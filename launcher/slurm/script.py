@@ -59,6 +59,7 @@ def _directives(job: Job) -> list[str]:
         "reservation": slurm.reservation,
         "exclude": slurm.exclude,
         "nodes": job.nodes,
+        "segment": _segment(job),
         "ntasks-per-node": 1,
         "gpus-per-node": cluster.gpus_per_node or None,
         "cpus-per-task": slurm.cpus_per_task,
@@ -77,6 +78,16 @@ def _directives(job: Job) -> list[str]:
         limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
         lines.append(f"#SBATCH --array=0-{len(job.points) - 1}{limit}")
     return lines + [f"#SBATCH {option}" for option in slurm.options]
+
+
+def _segment(job: Job) -> int | None:
+    """Return the nodes that must lie in one NVLink domain, of which SLURM knows as blocks (its topology/block plugin;
+    docs.coreweave.com, "Topology/Block Scheduling in Slurm"): as many at a time as a domain has. None: of one node."""
+    cluster = job.recipe.cluster
+    if cluster.nvlink_domain is None or not cluster.gpus_per_node:
+        return None
+    nodes = min(job.nodes, cluster.nvlink_domain // cluster.gpus_per_node)
+    return nodes if nodes > 1 and job.nodes % nodes == 0 else None
 
 
 def _directive(value: str) -> str:
