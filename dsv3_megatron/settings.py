@@ -77,6 +77,9 @@ class SlurmSettings(BaseModel):
     interface: Interface | None = Field(
         None, description="interface of the fabric, such as ib0: ranks meet there and listen there alone; null = any"
     )
+    numa_binding: Literal["node", "socket", "exclusive", "core-complex"] | None = Field(
+        None, description="bind ranks to the CPUs near their GPU, as torchrun does (needs numactl); null = do not"
+    )
     setup: tuple[str, ...] = Field((), description="shell lines to run first on the batch host, such as module load")
     environment: Variables = Field(
         default_factory=dict,

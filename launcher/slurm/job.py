@@ -65,6 +65,12 @@ def job_of(recipe: Recipe, points: Sequence[Point], *, chained: bool, working_di
         raise ClusterError(
             f"cluster.slurm.container = {slurm.container} needs an image; set cluster.slurm.image=, or container=none"
         )
+    if slurm.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and recipe.parallel.pipeline > 1:
+        raise ClusterError(
+            f"cluster.slurm.environment.CUDA_DEVICE_MAX_CONNECTIONS = 1 beside parallel.pipeline = "
+            f"{recipe.parallel.pipeline} can hang: a stream that waits for a message holds the work that lets it come; "
+            "take 8 or 32 (docs/schedules.md)"
+        )
     ranks = slurm.ranks_per_node or cluster.gpus_per_node
     if not ranks:
         raise ClusterError(

@@ -179,6 +179,7 @@ def _environment(job: Job) -> list[str]:
         f'export {WARNED_FILE}="$run/logs/warned-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
         f"export {NOT_SHARED}=1",
+        *_REPORTS,
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(slurm.environment.items())),
         "# What this start ran with; no secrets: only variables of these families, and none that names a credential.",
         'noted="$run/logs/environment-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.txt"',
@@ -186,6 +187,16 @@ def _environment(job: Job) -> list[str]:
         'env | grep -E "^(SLURM|NCCL|UCX|GLOO|NVSHMEM|CUDA|TORCH|PYTORCH|OMP|MASTER)_" |',
         '  grep -vE "^[A-Za-z0-9_]*(JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH)[A-Za-z0-9_]*=" | sort >"$noted"',
     ]
+
+
+_REPORTS = (
+    "# What a rank says begins with its number. A crash in C++ shows where Python was; what Python raises gets into",
+    "# torch's error file without @record (launcher/command_line/last_words.py), and the collectives of a hang into",
+    "# a file of each rank.",
+    "export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='${rank}: '",
+    "export PYTHONFAULTHANDLER=1",
+    'export TORCH_FR_DUMP_TEMP_FILE="$run/logs/collectives-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-rank-"',
+)
 
 
 def _meeting(interface: str | None) -> list[str]:
@@ -220,13 +231,23 @@ _ON_EACH_NODE = f"""
       "cluster.slurm.interface, whose address is taken instead, or have the name put into DNS or /etc/hosts" >&2
     exit 1
   }}
-  "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
+@NUMA@  "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
   wait $!; rc=$?; while kill -0 $! 2>/dev/null; do wait $!; rc=$?; done; exit $rc
+"""
+_NUMACTL = """
+  command -v numactl >/dev/null || {
+    echo "cluster: numactl is not installed on $SLURMD_NODENAME, and cluster.slurm.numa_binding needs it; install" \\
+      "it, or set cluster.slurm.numa_binding=null" >&2
+    exit 1
+  }
 """
 
 
 def _training(job: Job) -> list[str]:
     slurm = job.recipe.cluster.slurm
+    binding = slurm.numa_binding if job.recipe.cluster.device == "cuda" else None
+    # In apptainer's image there is another numactl, which torchrun looks for itself.
+    looks = _NUMACTL[1:] if binding and slurm.container != "apptainer" else ""
     before, container = _container(job)
     step = [
         "srun",
@@ -244,6 +265,7 @@ def _training(job: Job) -> list[str]:
         f'  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} --max-restarts={slurm.restarts}',
         '  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"',
         '  --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
+        f"  --tee=3{f' --numa-binding={binding}' if binding else ''}",
         f'  {PRETRAIN} "${{overrides[@]}}"',
         ")",
         "# SLURM's warning goes to every process of the step. The agent would die of it, so it ignores it; the ranks",
@@ -252,7 +274,7 @@ def _training(job: Job) -> list[str]:
         "# Agents number their nodes as SLURM does (PET_: torchrun's options), so rank 0 is on the first, and ranks of",
         "# neighbouring nodes are neighbours. Ranks have no use for a credential. A name that a node cannot resolve is",
         "# found here: torchrun would wait for it in silence.",
-        f"on_each_node='{_ON_EACH_NODE}'",
+        f"on_each_node='{_ON_EACH_NODE.replace('@NUMA@', looks)}'",
         *before,
         " \\\n  ".join([" ".join(step[:4]), " ".join(step[4:]), *container]),
         "rc=$?",

@@ -1,6 +1,7 @@
 """What the batch script does on every node before there are ranks. bash runs it; SLURM's commands are stand-ins."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from launcher.command_line.compose import compose
 from launcher.slurm.job import Point, job_of
 from launcher.slurm.script import render
+from parallel.errors import ClusterError
 
 NODES = ("localhost", "node2", "node10")  # in the order of SLURM, which counts: by letters node10 is before node2
 SRUN = """#!/bin/bash
@@ -27,13 +29,22 @@ def programs(folder, **texts):
     return f"{folder / 'programs'}:{os.environ['PATH']}"
 
 
-def run(folder, *words, **texts):
+def only(folder, without):
+    """Return a PATH that finds the stand-ins and what the script needs, but for one program."""
+    (folder / "programs" / without).unlink(missing_ok=True)
+    needed = ("bash", "cat", "env", "find", "getent", "grep", "head", "hostname", "mkdir", "rm", "sort", "tail", "tee")
+    for name in needed:
+        (folder / "programs" / name).symlink_to(shutil.which(name))
+    return str(folder / "programs")
+
+
+def run(folder, *words, without="", **texts):
     """Run the script of a recipe; return what it wrote to stderr, and what the stand-in for Python was called with."""
     standins = {
         "srun": SRUN.format(nodes=" ".join(NODES)),
         "scontrol": f"#!/bin/sh\nprintf '%s\\n' {' '.join(NODES)}\n",
     }
-    path = programs(folder, **{**standins, "python": PYTHON, **texts})
+    path = programs(folder, **{**standins, "python": PYTHON, "numactl": "", **texts})
     overrides = [
         "recipe=dsv3_tiny",
         "cluster=slurm",
@@ -46,6 +57,8 @@ def run(folder, *words, **texts):
     (folder / "run" / "logs").mkdir(parents=True)
     environment = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "all", "SLURM_JOB_NUM_NODES": "3"}
     environment["SLURM_CPUS_ON_NODE"] = "4"
+    if without:
+        path = only(folder, without)
     done = subprocess.run(
         ["bash", "-c", render(job)], cwd=folder, capture_output=True, text=True, timeout=20, env=environment
     )
@@ -87,3 +100,34 @@ def test_a_container_gets_its_mounts_as_words_of_their_own(tmp_path, container):
         mounts = [word.partition("=")[2] for word in said if word.startswith("--bind=")]
         assert said[said.index("apptainer") - 1] == "torchrun" and said[said.index("/x y.sif") + 1] == "python"
     assert {"/da ta:/da ta", f"{tmp_path}:{tmp_path}"} <= set(mounts)
+
+
+def test_ranks_are_bound_to_their_numa_node_or_a_line_says_why_not(tmp_path):
+    _, said = run(tmp_path)
+    assert all("--numa-binding=node" in line for line in said)
+    other = tmp_path / "without"
+    other.mkdir()
+    stderr, said = run(other, without="numactl")
+    assert not said and "cluster: numactl is not installed on localhost, and cluster.slurm.numa_binding" in stderr
+
+
+@pytest.mark.parametrize("words", [["cluster.slurm.numa_binding=null"], ["cluster.device=cpu"]])
+def test_without_a_binding_nothing_is_asked_of_a_node(tmp_path, words):
+    _, said = run(tmp_path, *words, without="numactl")
+    assert len(said) == 3 and not any("numa" in line for line in said)
+
+
+def test_what_the_user_sets_wins_over_what_the_script_and_the_shared_defaults_set(tmp_path):
+    python = '#!/bin/bash\nenv | grep -E "^(TORCH|NCCL|PYTORCH|CUDA_D|PYTHONFAULT)" >>said\n'
+    mine = ["cluster.slurm.environment.NCCL_DEBUG=INFO", "+cluster.slurm.environment.TORCH_FR_DUMP_TEMP_FILE=/x/r"]
+    _, said = run(tmp_path, *mine, python=python)
+    values = dict(line.split("=", 1) for line in said)
+    assert (values["NCCL_DEBUG"], values["TORCH_FR_DUMP_TEMP_FILE"]) == ("INFO", "/x/r")
+    assert values["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert values["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] == "${rank}: " and values["PYTHONFAULTHANDLER"] == "1"
+
+
+def test_one_queue_beside_a_pipeline_is_refused(tmp_path):
+    words = ["parallel.pipeline=2", "optim.global_batch=12"]
+    with pytest.raises(ClusterError, match="CUDA_DEVICE_MAX_CONNECTIONS = 1 beside parallel.pipeline = 2 can hang"):
+        run(tmp_path, *words, "cluster.slurm.environment.CUDA_DEVICE_MAX_CONNECTIONS='1'")

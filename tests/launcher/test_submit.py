@@ -53,6 +53,14 @@ def portable(text):
                 "cluster.slurm.restarts=2", "+cluster.slurm.environment.NCCL_SOCKET_IFNAME='a b;$c'",
             ],
         ),
+        (
+            "nodes_256",
+            [
+                "recipe=dsv3_671b", "cluster=h800_2048", "cluster.nodes=256", "cluster.gpus_per_node=8",
+                "parallel.pipeline=16", "data.path=/data/tokens", "cluster.slurm.interface=ib0",
+                "cluster.slurm.container=pyxis", "cluster.slurm.image=/images/dsv3.sqsh",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_the_script_is_the_one_that_was_reviewed(capsys, monkeypatch, name, words):

@@ -120,7 +120,10 @@ def same_losses(mine, theirs):
 def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     assert [s["step"] for s in steps(undisturbed)] == list(range(1, 41))
     assert (undisturbed / "finished").exists() and not (undisturbed / "refused").exists()
-    assert len(list((undisturbed / "logs").glob("*-[01]-*.log"))) == 2  # one for each node
+    of_nodes = sorted((undisturbed / "logs").glob("*-[01]-*.log"))
+    assert len(of_nodes) == 2
+    lines = [line for file in of_nodes for line in file.read_text().splitlines()]
+    assert "0: finished: 40 steps" in "\n".join(line[:22] for line in lines)  # the rank that says it
     assert main(["status", f"run={undisturbed}"]) == 0
     text = capsys.readouterr().out
     assert "COMPLETED" in text and "step 40 " in text and "finished" in text
