@@ -17,8 +17,11 @@ def _one_line(text: str) -> str:
 
 
 def _as_text(value: object) -> object:
-    """Return a number as the text it stands for: 1000 of memory, 30 minutes."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """Return a whole number as the text it stands for: 1000 of memory, 30 minutes. What else YAML and Hydra read as no
+    text may have been written otherwise (1.10, on)."""
+    if isinstance(value, bool | float):
+        raise ValueError(f"it was read as {'true or false' if isinstance(value, bool) else 'a number'}; quote the text")
+    return str(value) if isinstance(value, int) else value
 
 
 def _time(text: str) -> str:

@@ -261,8 +261,8 @@ def _is_over(event: torch.cuda.Event) -> bool:
 
 
 def keep_collectives(rank: int) -> None:
-    """Write what torch's flight recorder holds, the last collectives of this rank, where torch itself writes it when one
-    of them times out, which is later than this process lives. Nothing where nobody has named a place.
+    """Write what torch's flight recorder holds, the last collectives of this rank, where torch itself writes it when
+    one of them times out, which is later than this process lives. Nothing where nobody has named a place.
 
     The process is about to end, and does: also when the dump hangs, or fails, which is told.
     """

@@ -38,6 +38,8 @@ BAD = {  # override(s) -> what the line must hold
     "optim.learning_rate=inf": ["optim.learning_rate = inf", "finite number"],
     "optim.qk_clip=true": ["optim.qk_clip = True", "give a logit, such as 100, or null"],
     "optim.learning_rate=[{util: 9T, at: 1}]": ["optim.learning_rate[0].util", "mean optim.learning_rate[0].until?"],
+    "+cluster.slurm.environment.X=1.10": ["cluster.slurm.environment.X = 1.1: it was read as a number; quote the text"],
+    "cluster.slurm.account=true": ["cluster.slurm.account = True: it was read as true or false; quote the text"],
     "cluster.slurm.acount=x": ["did you mean cluster.slurm.account?"],
     "hydra.run.dir=x": ["hydra.run.dir has no effect", "hydra.searchpath"],
     "hydra.searchpath=[file:///nowhere]": ["hydra.searchpath = file:///nowhere is no folder"],
