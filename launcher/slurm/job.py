@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv3_megatron.preflight.layout import smallest_world
-from dsv3_megatron.preflight.world import check_schedule
+from dsv3_megatron.preflight.world import check_queues, check_schedule
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import ClusterError, DoesNotFitError
 
@@ -53,7 +53,7 @@ def job_of(recipe: Recipe, points: Sequence[Point], *, chained: bool, working_di
     """Return the job of a checked recipe (of a sweep: its first point's).
 
     Raises: ClusterError: the cluster section says too little. DoesNotFitError: fewer GPUs than the layout needs.
-    LayoutError, ScheduleError: degrees that do not fit the world.
+    LayoutError, ScheduleError: degrees that do not fit the world; variables that a pipeline can hang with.
     """
     cluster, slurm = recipe.cluster, recipe.cluster.slurm
     if cluster.launcher != "slurm":
@@ -65,12 +65,7 @@ def job_of(recipe: Recipe, points: Sequence[Point], *, chained: bool, working_di
         raise ClusterError(
             f"cluster.slurm.container = {slurm.container} needs an image; set cluster.slurm.image=, or container=none"
         )
-    if slurm.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and recipe.parallel.pipeline > 1:
-        raise ClusterError(
-            f"cluster.slurm.environment.CUDA_DEVICE_MAX_CONNECTIONS = 1 beside parallel.pipeline = "
-            f"{recipe.parallel.pipeline} can hang: a stream that waits for a message holds the work that lets it come; "
-            "take 8 or 32 (docs/schedules.md)"
-        )
+    check_queues(recipe, slurm.environment)
     ranks = slurm.ranks_per_node or cluster.gpus_per_node
     if not ranks:
         raise ClusterError(

@@ -9,7 +9,7 @@ import pytest
 from launcher.command_line.compose import compose
 from launcher.slurm.job import Point, job_of
 from launcher.slurm.script import render
-from parallel.errors import ClusterError
+from parallel.errors import LayoutError
 
 NODES = ("localhost", "node2", "node10")  # in the order of SLURM, which counts: by letters node10 is before node2
 SRUN = """#!/bin/bash
@@ -129,5 +129,5 @@ def test_what_the_user_sets_wins_over_what_the_script_and_the_shared_defaults_se
 
 def test_one_queue_beside_a_pipeline_is_refused(tmp_path):
     words = ["parallel.pipeline=2", "optim.global_batch=12"]
-    with pytest.raises(ClusterError, match="CUDA_DEVICE_MAX_CONNECTIONS = 1 beside parallel.pipeline = 2 can hang"):
+    with pytest.raises(LayoutError, match="CUDA_DEVICE_MAX_CONNECTIONS = 1 beside parallel.pipeline = 2 can hang"):
         run(tmp_path, *words, "cluster.slurm.environment.CUDA_DEVICE_MAX_CONNECTIONS='1'")
