@@ -59,6 +59,12 @@ class Recipe(BaseModel):
         except ValueError as error:
             raise RecipeError(str(error)) from None
         self.model.check()
+        cluster = self.cluster
+        if cluster.gpus_per_node and cluster.fast_domain % cluster.gpus_per_node:
+            raise RecipeError(
+                f"cluster.nvlink_domain = {cluster.nvlink_domain} is not a multiple of cluster.gpus_per_node = "
+                f"{cluster.gpus_per_node}; count the GPUs of whole nodes that NVLink joins, or null for one node's"
+            )
         if self.run.steps is None and self.run.tokens is None:
             raise RecipeError("run.steps and run.tokens are both null; set one of them, or the run has no end")
         if self.run.abort_seconds is not None and self.run.abort_seconds <= self.run.hang_seconds:

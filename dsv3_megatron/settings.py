@@ -17,8 +17,11 @@ def _one_line(text: str) -> str:
 
 
 def _as_text(value: object) -> object:
-    """Return a number as the text it stands for: 1000 of memory, 30 minutes."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """Return a whole number as the text it stands for: 1000 of memory, 30 minutes. What else YAML and Hydra read as no
+    text may have been written otherwise (1.10, on)."""
+    if isinstance(value, bool | float):
+        raise ValueError(f"it was read as {'true or false' if isinstance(value, bool) else 'a number'}; quote the text")
+    return str(value) if isinstance(value, int) else value
 
 
 def _time(text: str) -> str:
@@ -76,6 +79,9 @@ class SlurmSettings(BaseModel):
     )
     interface: Interface | None = Field(
         None, description="interface of the fabric, such as ib0: ranks meet there and listen there alone; null = any"
+    )
+    numa_binding: Literal["node", "socket", "exclusive", "core-complex"] | None = Field(
+        None, description="bind ranks to the CPUs near their GPU, as torchrun does (needs numactl); null = do not"
     )
     setup: tuple[str, ...] = Field((), description="shell lines to run first on the batch host, such as module load")
     environment: Variables = Field(
@@ -145,6 +151,9 @@ class ClusterSettings(BaseModel):
     name: str = Field(description="the file of recipes/cluster/ this came from")
     nodes: PositiveInt | None = Field(None, description="null = whatever torchrun starts")
     gpus_per_node: NonNegativeInt = Field(0, description="0 = a CPU machine")
+    nvlink_domain: PositiveInt | None = Field(
+        None, description="GPUs that NVLink joins where those are several nodes', such as 64 of a rack; null = a node's"
+    )
     device: str = Field("cpu", description="what a rank computes on: cpu or cuda")
     memory: Bytes = Field(0, description="memory of one device, such as 80GiB; 0 = not known")
     peak_tflops: dict[Literal["fp32", "bf16", "fp8"], float] = Field(
@@ -162,8 +171,8 @@ class ClusterSettings(BaseModel):
     memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
     reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
     dollars_per_gpu_hour: float = Field(2.0, ge=0, description="rent of one device, for the plan's costs")
-    intra_node: LinkSettings | None = Field(None, description="links inside a node")
-    inter_node: LinkSettings | None = Field(None, description="links between nodes")
+    intra_node: LinkSettings | None = Field(None, description="links inside a node, or inside cluster.nvlink_domain")
+    inter_node: LinkSettings | None = Field(None, description="links between those")
     launcher: Literal["torchrun", "slurm"] = Field("torchrun", description="what starts the ranks there")
     partition: Line | None = Field(None, description="SLURM partition; null = the cluster's default")
     time_limit: TimeLimit | None = Field(
@@ -175,6 +184,11 @@ class ClusterSettings(BaseModel):
     def world_size(self) -> int | None:
         """GPUs of the whole cluster, or None where the cluster has no fixed size."""
         return self.nodes * self.gpus_per_node if self.nodes and self.gpus_per_node else None
+
+    @property
+    def fast_domain(self) -> int:
+        """GPUs that the fast links join: a node's, or those of several nodes."""
+        return self.nvlink_domain or max(self.gpus_per_node, 1)
 
 
 class LoggingSettings(BaseModel):

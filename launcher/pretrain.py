@@ -19,7 +19,7 @@ from dsv3_megatron.health.stop_signals import StopSignals
 # A warning that comes during the imports below, which take seconds, is kept too.
 SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
-from dsv3_megatron.preflight.world import check_world
+from dsv3_megatron.preflight.world import check_queues, check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.failures.records import start_folder
 from dsv3_megatron.run.made import for_owner
@@ -72,7 +72,8 @@ def prepare_process(recipe: Recipe, world: World) -> None:
     from dsv3_megatron.precision.transformer_engine import prepare_environment
 
     prepare_environment(recipe.precision)
-    choose_device(recipe.run.device, world)
+    if choose_device(recipe.run.device, world).type == "cuda":
+        check_queues(recipe, os.environ)
 
 
 def prepare_threads(world_size: int) -> None:

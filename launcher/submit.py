@@ -36,6 +36,7 @@ from launcher.command_line.multirun import recipes_of_sweep
 from launcher.command_line.typed import command
 from launcher.slurm import client
 from launcher.slurm.job import Job, Point, job_of
+from launcher.slurm.mounts import paths_of
 from launcher.slurm.script import render
 from launcher.slurm.watch import SCRIPT, active_jobs, jobs_of, log_text, note_job, status_text
 from parallel.errors import ClusterError, DoesNotFitError, RecipeError
@@ -104,7 +105,7 @@ def _recipes(arguments: list[str]) -> list[tuple[Recipe, list[str]]]:
 
 def _job(recipe: Recipe, overrides: list[str], chained: bool, points: list[Point] | None = None) -> Job:
     own = [word for word in overrides if not word.startswith("run.directory=")]
-    points = points or [Point(tuple(own), Path(recipe.run.directory).absolute())]
+    points = points or [Point(tuple(own), Path(recipe.run.directory).absolute(), paths_of(recipe, own))]
     return job_of(recipe, points, chained=chained, working_directory=Path.cwd())
 
 

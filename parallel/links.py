@@ -24,7 +24,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes of GPUs: a fast link inside, a slower one between.
+    """Nodes of GPUs: a fast link inside, a slower one between. Here a node is what the fast link joins, which may be
+    the GPUs of several hosts (an NVLink domain).
 
     ``own_node``: the slower link's bandwidth counts, of dispatches and combines, what stays on its node as sent too, as
     DeepEP's benchmark prints it (its README).

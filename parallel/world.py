@@ -11,6 +11,9 @@ from parallel.errors import LayoutError
 NOT_SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # environment variable, of torch: an agent keeps its store to itself
 AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # environment variable, of torch: whether ranks use the agent's store
 LOOPBACK = ("lo", "lo0")
+# What launchers that make no ranks tell the processes that they start: how many there are. SLURM's is of a step, which
+# srun starts; the shell of a job knows SLURM_NTASKS alone. Open MPI's; that of MPICH and Intel MPI.
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def host_name() -> str:
@@ -28,7 +31,11 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """Return rank 0 of 1 where no launcher set anything. Raises LayoutError when the variables make no sense."""
+        """Return rank 0 of 1 where no launcher set anything.
+
+        Raises LayoutError: the variables make no sense, or there are several processes and none is told its rank.
+        """
+        _check_tasks()
         try:
             world = cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
         except ValueError as error:
@@ -49,3 +56,12 @@ class World:
         """Whether torchrun's agent serves its store to other hosts too, although all ranks are on this one."""
         others = any(name not in LOOPBACK for _, name in socket.if_nameindex())
         return self.is_at_home and others and os.environ.get(AGENTS_STORE) == "True"
+
+
+def _check_tasks() -> None:
+    for name in TASKS if "WORLD_SIZE" not in os.environ else ():
+        if (tasks := os.environ.get(name, "")).isdecimal() and int(tasks) > 1:
+            raise LayoutError(
+                f"{name} = {tasks}, but WORLD_SIZE is not set: each of these processes would train alone, as rank 0 of "
+                "1; start ranks with torchrun or dsv3 submit (docs/slurm.md), or runs of their own with WORLD_SIZE=1"
+            )

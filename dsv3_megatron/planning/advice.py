@@ -42,7 +42,7 @@ def alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
                 stages=None,
                 chunks=1,
             )
-    if parallel.tensor * 2 <= recipe.cluster.gpus_per_node:
+    if parallel.tensor * 2 <= recipe.cluster.fast_domain:
         yield changed(f"parallel.tensor={parallel.tensor * 2}", "parallel", tensor=parallel.tensor * 2)
     if recipe.optim.micro_batch > 1:
         yield changed("optim.micro_batch=1", "optim", micro_batch=1)

@@ -55,7 +55,7 @@ def layouts(recipe: Recipe, world: int) -> Iterator[Task]:
     refused when tried."""
     model = recipe.model
     contexts = (recipe.parallel.context,)
-    tensors = [t for t in (1, 2, 4) if t <= max(recipe.cluster.gpus_per_node, 1)]
+    tensors = [t for t in (1, 2, 4) if t <= recipe.cluster.fast_domain]
     # Inside a node any degree is worth a try; over nodes a whole node at least.
     few = (2, 4) if world <= _ONE_NODE else ()
     experts = [e for e in (1, *few, 8, 16, 32, 64, 128, 256) if model.n_routed_experts % e == 0 and world % e == 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.recipe import Recipe
@@ -31,6 +33,17 @@ def check_world(recipe: Recipe, world: World) -> Layout:
     layout = recipe.layout(world.size)
     check_schedule(recipe, layout)
     return layout
+
+
+def check_queues(recipe: Recipe, variables: Mapping[str, str]) -> None:
+    """Refuse the one queue between host and GPU that is advised for tensor parallelism on Hopper: with a pipeline it
+    can hang (docs/schedules.md). ``variables``: of the environment of ranks on GPUs. Raises: LayoutError.
+    """
+    if variables.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1" and recipe.parallel.pipeline > 1:
+        raise LayoutError(
+            f"CUDA_DEVICE_MAX_CONNECTIONS = 1 beside parallel.pipeline = {recipe.parallel.pipeline} can hang: a stream "
+            "that waits for a message holds the work that lets it come; set 8 or 32"
+        )
 
 
 def check_schedule(recipe: Recipe, layout: Layout) -> None:

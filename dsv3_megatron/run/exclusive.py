@@ -55,8 +55,14 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def me() -> dict[str, object]:
-    """Return what a file names its owner by."""
-    return {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    """Return what a file names its owner by. ``start``: how often SLURM had started the job again."""
+    job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "job": job,
+        "start": int(start) if start.isdecimal() and len(start) < 10 else 0,
+    }
 
 
 def take(path: Path, **more: object) -> dict[str, object] | None:
@@ -85,9 +91,10 @@ def owner_of(path: Path) -> dict[str, object] | None:
         return None
     if not isinstance(content, dict):
         return None
-    host, process, job = (content.get(key) for key in ("host", "process", "job"))
+    host, process, job, start = (content.get(key) for key in ("host", "process", "job", "start"))
     known = isinstance(host, str) and type(process) is int and 0 < process < 1 << 31 and isinstance(job, str | None)
-    return {"host": host, "process": process, "job": job} if known else None
+    start = start if type(start) is int else 0  # an earlier version wrote none
+    return {"host": host, "process": process, "job": job, "start": start} if known else None
 
 
 def discard(path: Path, owner: dict[str, object]) -> None:

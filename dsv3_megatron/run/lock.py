@@ -20,8 +20,9 @@ def run_lock(directory: str | Path, warn: Callable[[str], None] = lambda text: N
     """Hold the run directory for as long as the block lasts. Taken by rank 0 alone.
 
     The file ``lock`` names the owner and is touched every ten seconds. One whose owner is gone - its process on this
-    host, its own job before a requeue, or no touch for ninety seconds - is taken over. Ages are differences between
-    two files of the same file system, whose clock may not be ours.
+    host, its own job before a requeue, or no touch for ninety seconds - is taken over. Another task of the same start
+    of a job is no earlier one: it is there until its process or its silence shows otherwise. Ages are differences
+    between two files of the same file system, whose clock may not be ours.
     ``warn``: told when a full disk leaves the run without a lock.
     Raises: RunInUseError: naming the owner and the age of its last sign of life.
     """
@@ -62,8 +63,8 @@ def _take(path: Path, in_use: Callable[[str], str]) -> None:
 
 def _is_gone(owner: dict[str, object], age: float) -> bool:
     mine = me()
-    if mine["job"] and owner.get("job") == mine["job"]:  # SLURM ends a job's processes before it starts it again
-        return owner["host"] != mine["host"] or not is_alive(owner["process"])
+    if mine["job"] and owner["job"] == mine["job"] and int(str(owner["start"])) < int(str(mine["start"])):
+        return True  # SLURM ends a job's processes before it starts it again
     if owner["host"] == mine["host"]:
         return not is_alive(owner["process"])
     return age > STALE_SECONDS

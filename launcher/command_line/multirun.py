@@ -6,8 +6,10 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import islice, product
+from pathlib import Path
 
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.handed import real_path
 from launcher.command_line.compose import compose, parsed_override
 from launcher.command_line.overrides import quoted
 from parallel.errors import RecipeError
@@ -36,11 +38,16 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def recipes_of_sweep(overrides: Sequence[str]) -> list[tuple[Recipe, list[str]]]:
-    """Return every combination's recipe, checked, with the overrides that make it: each with a run of its own."""
+    """Return every combination's recipe, checked, with the overrides that make it: each with a run of its own.
+
+    Raises: UserError: what is wrong with one of them. RecipeError: two of them are equal, or share a directory.
+    """
     points = sweep(overrides)
     varying = [i for i in range(len(points[0]))] if points else []
     varying = [i for i in varying if len({point[i] for point in points}) > 1]
     composed = [compose(point) for point in points]
+    # As Hydra writes them, 1e-5 and 0.00001 are one text; as the recipe reads them, so are 1K and 1000.
+    _check_apart(overrides, points, [recipe.model_dump_json() for recipe in composed], "are the same run")
     directories = {recipe.run.directory for recipe in composed}
     given = any(o.startswith("run.directory=") for point in points for o in point)
     apart = given and len(directories) == len(points)  # as run.directory=runs/of_${optim.name} says
@@ -52,7 +59,22 @@ def recipes_of_sweep(overrides: Sequence[str]) -> list[tuple[Recipe, list[str]]]
             recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=named)})
             point = [*point, *(f"run.{key}={quoted(value)}" for key, value in named.items())]
         recipes.append((recipe, point))
+    places = [str(real_path(Path(recipe.run.directory))) for recipe, _ in recipes]
+    _check_apart(overrides, points, places, "share run.directory = {}")
     return recipes
+
+
+def _check_apart(overrides: Sequence[str], points: list[list[str]], marks: list[str], what: str) -> None:
+    """Refuse two points with the same mark: the second would go on with the run of the first, or end at once."""
+    first: dict[str, int] = {}
+    for number, mark in enumerate(marks):
+        if (other := first.setdefault(mark, number)) != number:
+            swept = [i for i, override in enumerate(map(parsed_override, overrides)) if override.is_sweep_override()]
+            both = [" ".join(points[n][i] for i in swept) for n in (other, number)]
+            raise RecipeError(
+                f"--multirun: points {other + 1} ({both[0]:.200}) and {number + 1} ({both[1]:.200}) "
+                f"{what.format(mark)}; leave one out, or give each a run.directory of its own"
+            )
 
 
 def run_many(main: Callable[[Recipe], int | None], overrides: Sequence[str]) -> int:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsv3_megatron.preflight.layout import smallest_world
-from dsv3_megatron.preflight.world import check_schedule
+from dsv3_megatron.preflight.world import check_queues, check_schedule
 from dsv3_megatron.recipe import Recipe
 from parallel.errors import ClusterError, DoesNotFitError
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run: the overrides that make it, and where it lives."""
+    """One run: the overrides that make it, where it lives, and what else it reads (see :func:`mounts.paths_of`)."""
 
     overrides: tuple[str, ...]
     directory: Path
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def job_of(recipe: Recipe, points: Sequence[Point], *, chained: bool, working_di
     """Return the job of a checked recipe (of a sweep: its first point's).
 
     Raises: ClusterError: the cluster section says too little. DoesNotFitError: fewer GPUs than the layout needs.
-    LayoutError, ScheduleError: degrees that do not fit the world.
+    LayoutError, ScheduleError: degrees that do not fit the world; variables that a pipeline can hang with.
     """
     cluster, slurm = recipe.cluster, recipe.cluster.slurm
     if cluster.launcher != "slurm":
@@ -64,6 +65,7 @@ def job_of(recipe: Recipe, points: Sequence[Point], *, chained: bool, working_di
         raise ClusterError(
             f"cluster.slurm.container = {slurm.container} needs an image; set cluster.slurm.image=, or container=none"
         )
+    check_queues(recipe, slurm.environment)
     ranks = slurm.ranks_per_node or cluster.gpus_per_node
     if not ranks:
         raise ClusterError(

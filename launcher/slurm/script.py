@@ -13,12 +13,12 @@ from launcher.command_line.overrides import quoted
 from launcher.command_line.recipe_files import IS_CHECKOUT, ROOT
 from launcher.command_line.typed import as_typed
 from launcher.slurm.job import Job
+from launcher.slurm.mounts import absolute_caches, mounts_of
 from parallel.errors import ClusterError, one_line
 from parallel.world import NOT_SHARED
 
 # A checkout is run from its place, in the container too; what is installed is found by the job's interpreter.
 PRETRAIN = shlex.quote(str(ROOT / "launcher" / "pretrain.py")) if IS_CHECKOUT else "-m launcher.pretrain"
-MOUNTS = (f"{ROOT}:{ROOT}",) if IS_CHECKOUT else ()
 _CODE = (
     "# The checkout that the job was submitted from, whatever its interpreter or container has installed.",
     f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -59,6 +59,7 @@ def _directives(job: Job) -> list[str]:
         "reservation": slurm.reservation,
         "exclude": slurm.exclude,
         "nodes": job.nodes,
+        "segment": _segment(job),
         "ntasks-per-node": 1,
         "gpus-per-node": cluster.gpus_per_node or None,
         "cpus-per-task": slurm.cpus_per_task,
@@ -77,6 +78,16 @@ def _directives(job: Job) -> list[str]:
         limit = f"%{slurm.array_limit}" if slurm.array_limit else ""
         lines.append(f"#SBATCH --array=0-{len(job.points) - 1}{limit}")
     return lines + [f"#SBATCH {option}" for option in slurm.options]
+
+
+def _segment(job: Job) -> int | None:
+    """Return the nodes that must lie in one NVLink domain, of which SLURM knows as blocks (its topology/block plugin;
+    docs.coreweave.com, "Topology/Block Scheduling in Slurm"): as many at a time as a domain has. None: of one node."""
+    cluster = job.recipe.cluster
+    if cluster.nvlink_domain is None or not cluster.gpus_per_node:
+        return None
+    nodes = min(job.nodes, cluster.nvlink_domain // cluster.gpus_per_node)
+    return nodes if nodes > 1 and job.nodes % nodes == 0 else None
 
 
 def _directive(value: str) -> str:
@@ -168,13 +179,24 @@ def _environment(job: Job) -> list[str]:
         f'export {WARNED_FILE}="$run/logs/warned-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
         f"export {NOT_SHARED}=1",
+        *_REPORTS,
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(slurm.environment.items())),
         "# What this start ran with; no secrets: only variables of these families, and none that names a credential.",
         'noted="$run/logs/environment-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.txt"',
         'rm -f "$noted"',
-        'env | grep -E "^(SLURM|NCCL|UCX|GLOO|NVSHMEM|CUDA|TORCH|OMP|MASTER)_" |',
+        'env | grep -E "^(SLURM|NCCL|UCX|GLOO|NVSHMEM|CUDA|TORCH|PYTORCH|OMP|MASTER)_" |',
         '  grep -vE "^[A-Za-z0-9_]*(JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH)[A-Za-z0-9_]*=" | sort >"$noted"',
     ]
+
+
+_REPORTS = (
+    "# What a rank says begins with its number. A crash in C++ shows where Python was; what Python raises gets into",
+    "# torch's error file without @record (launcher/command_line/last_words.py), and the collectives of a hang into",
+    "# a file of each rank.",
+    "export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='${rank}: '",
+    "export PYTHONFAULTHANDLER=1",
+    'export TORCH_FR_DUMP_TEMP_FILE="$run/logs/collectives-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-rank-"',
+)
 
 
 def _meeting(interface: str | None) -> list[str]:
@@ -182,6 +204,7 @@ def _meeting(interface: str | None) -> list[str]:
     port = [
         "# No port that follows from the job's number; one that is taken ends this start, and the next has another.",
         "MASTER_PORT=$((20000 + RANDOM % 12000))",
+        "export MASTER_ADDR",
     ]
     if interface is None:
         return ['MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', *port]
@@ -200,28 +223,32 @@ def _meeting(interface: str | None) -> list[str]:
 
 
 # A shell waits for its child again after every signal that it takes; it ignores the warning while the child is made.
-_KEEP_WARNING = f"""
+# getent asks as torch does. An address is one, too: an interface's is not looked up.
+_ON_EACH_NODE = f"""
   trap "" USR1; unset SLURM_JWT; export PET_NODE_RANK=$SLURM_NODEID
-  "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
+  getent ahosts "$MASTER_ADDR" >/dev/null || {{
+    echo "cluster: $SLURMD_NODENAME finds no address for $MASTER_ADDR, the first node of the job; set" \\
+      "cluster.slurm.interface, whose address is taken instead, or have the name put into DNS or /etc/hosts" >&2
+    exit 1
+  }}
+@NUMA@  "$@" & trap ": >\\"\\${WARNED_FILE}\\"" USR1; trap : TERM
   wait $!; rc=$?; while kill -0 $! 2>/dev/null; do wait $!; rc=$?; done; exit $rc
+"""
+_NUMACTL = """
+  command -v numactl >/dev/null || {
+    echo "cluster: numactl is not installed on $SLURMD_NODENAME, and cluster.slurm.numa_binding needs it; install" \\
+      "it, or set cluster.slurm.numa_binding=null" >&2
+    exit 1
+  }
 """
 
 
 def _training(job: Job) -> list[str]:
-    slurm, image = job.recipe.cluster.slurm, shlex.quote(str(job.recipe.cluster.slurm.image))
-    inside = ["bash", "-c", '"$keep_warning"', "torchrun", '"${train[@]}"']
-    container: list[str] = []
-    mounts = list(dict.fromkeys((*MOUNTS, f"{job.directory}:{job.directory}", *slurm.mounts)))
-    if slurm.container == "pyxis":
-        container = [
-            f"--container-image={image}",
-            f"--container-mounts={shlex.quote(','.join(mounts))}",
-            f"--container-workdir={shlex.quote(str(job.working_directory))}",
-        ]
-    elif slurm.container == "apptainer":
-        binds = [f"--bind={shlex.quote(mount)}" for mount in mounts]
-        nv = ["--nv"] if job.recipe.cluster.device == "cuda" else []
-        inside[-1:-1] = ["apptainer", "exec", *nv, *binds, image]  # it, too, must not die of USR1
+    slurm = job.recipe.cluster.slurm
+    binding = slurm.numa_binding if job.recipe.cluster.device == "cuda" else None
+    # In apptainer's image there is another numactl, which torchrun looks for itself.
+    looks = _NUMACTL[1:] if binding and slurm.container != "apptainer" else ""
+    before, container = _container(job)
     step = [
         "srun",
         "--kill-on-bad-exit=1",  # the first node to fail ends the others in seconds, not after NCCL's timeout
@@ -229,7 +256,6 @@ def _training(job: Job) -> list[str]:
         "--cpu-bind=none",
         "--open-mode=append",
         '--output="${run//%/%%}/logs/%N-%n-$SLURM_JOB_ID.log"',
-        *container,
     ]
     return [
         "# One agent a node; ranks meet at the first node, anew at every start. A static rendezvous: with one",
@@ -239,16 +265,45 @@ def _training(job: Job) -> list[str]:
         f'  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} --max-restarts={slurm.restarts}',
         '  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT"',
         '  --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
+        f"  --tee=3{f' --numa-binding={binding}' if binding else ''}",
         f'  {PRETRAIN} "${{overrides[@]}}"',
         ")",
         "# SLURM's warning goes to every process of the step. The agent would die of it, so it ignores it; the ranks",
         "# set a handler of their own: they finish the step, save and leave with 0. A warning that comes before there",
         "# are ranks is kept in a file that they read. TERM is the agent's business, too: it gives the ranks time.",
-        "# Agents number their nodes as SLURM does (PET_: torchrun's options). Ranks have no use for a credential.",
-        f"keep_warning='{_KEEP_WARNING}'",
-        " \\\n  ".join([" ".join(step[:4]), " ".join(step[4:6]), *container, " ".join(inside)]),
+        "# Agents number their nodes as SLURM does (PET_: torchrun's options), so rank 0 is on the first, and ranks of",
+        "# neighbouring nodes are neighbours. Ranks have no use for a credential. A name that a node cannot resolve is",
+        "# found here: torchrun would wait for it in silence.",
+        f"on_each_node='{_ON_EACH_NODE.replace('@NUMA@', looks)}'",
+        *before,
+        " \\\n  ".join([" ".join(step[:4]), " ".join(step[4:]), *container]),
         "rc=$?",
     ]
+
+
+def _container(job: Job) -> tuple[list[str], list[str]]:
+    """Return the lines before the step, and those that end its command: srun's options of a container, what it runs."""
+    slurm, image = job.recipe.cluster.slurm, shlex.quote(str(job.recipe.cluster.slurm.image))
+    shell, train = 'bash -c "$on_each_node" torchrun', '"${train[@]}"'
+    if slurm.container == "none":
+        return [], [f"{shell} {train}"]
+    directories = [point.directory for point in job.points]
+    mounts, left_out = mounts_of(slurm.mounts, job.working_directory, directories, [p.paths for p in job.points])
+    before = [
+        "# The container sees the places that the recipe names, by the same names.",
+        *(f"mkdir -p {shlex.quote(cache)}" for cache in absolute_caches(p.paths for p in job.points)),
+        "mounts=(",
+        *(f"  {shlex.quote(mount)}" for mount in mounts),
+        *(['  "$run:$run"'] if left_out else []),
+        ")",
+    ]
+    where = shlex.quote(str(job.working_directory))
+    if slurm.container == "pyxis":
+        options = [f"--container-image={image}", '--container-mounts="$(IFS=, && echo "${mounts[*]}")"']
+        return before, [*options, f"--container-workdir={where}", f"{shell} {train}"]
+    nv = " --nv" if job.recipe.cluster.device == "cuda" else ""
+    # Inside the shell: apptainer, too, must not die of USR1.
+    return before, [shell, f'apptainer exec{nv} --pwd={where} "${{mounts[@]/#/--bind=}}"', f"{image} {train}"]
 
 
 _AFTER = """

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -34,6 +35,8 @@ from parallel.pipeline.actions import Step
 
 _CPU = torch.device("cpu")
 ABORTED = 70  # exit code of a process that ended itself: EX_SOFTWARE, so that a launcher sees a failure
+COLLECTIVES = "TORCH_FR_DUMP_TEMP_FILE"  # environment variable, of torch: file of its flight recorder, less the rank
+DUMP_SECONDS = 20.0  # for the flight recorder's file; then the process ends without it
 TELL_SECONDS = 30.0  # so long before the end of a phase it is told, or a quarter of the phase if that is less
 
 
@@ -170,6 +173,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         text = f"hang: rank {self._rank} ends itself after {seconds:g} s in {self._where(phase)}"
         print(text, file=sys.stderr, flush=True)
+        keep_collectives(self._rank)
         os._exit(ABORTED)
 
     def _where(self, phase: _Phase | None) -> str:
@@ -254,6 +258,29 @@ def _is_over(event: torch.cuda.Event) -> bool:
         return event.query()
     except RuntimeError:  # the device has failed: the host hears of it where it asks, and this thread must live to tell
         return False
+
+
+def keep_collectives(rank: int) -> None:
+    """Write what torch's flight recorder holds, the last collectives of this rank, where torch itself writes it when
+    one of them times out, which is later than this process lives. Nothing where nobody has named a place.
+
+    The process is about to end, and does: also when the dump hangs, or fails, which is told.
+    """
+    if not (place := os.environ.get(COLLECTIVES)):
+        return
+    faulthandler.dump_traceback_later(DUMP_SECONDS, exit=True)
+    path = Path(f"{place}{rank}")
+    try:
+        from torch._C import _distributed_c10d as c10d  # torch has no public name for it (2.13)
+
+        content = getattr(c10d, "_dump_nccl_trace" if dist.is_nccl_available() else "_dump_fr_trace")()
+        path.unlink(missing_ok=True)  # which may be a link to something else
+        with path.open("xb") as file:
+            file.write(content)
+    except (OSError, RuntimeError, AttributeError, ImportError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        print(f"hang: {path} cannot be written ({why})", file=sys.stderr, flush=True)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def process_group_store() -> dist.Store:

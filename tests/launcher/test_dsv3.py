@@ -140,6 +140,10 @@ def test_a_file_of_ones_own_never_silently_loses_to_a_shipped_one(tmp_path, monk
         ("slurm: {memory: 1:30}", "slurm.memory = 1:30 is the number 90 to YAML; write memory: '1:30'"),
         ("slurm: {setup: [echo, 010]}", "slurm.setup.1 = 010 is the number 8 to YAML; write '010', or 10 without"),
         ("slurm:\n  memory: 0_20", "slurm.memory = 0_20 is the number 16 to YAML"),
+        (
+            "slurm: {environment: {NCCL_IB_TC: 0x6a}}",
+            "slurm.environment.NCCL_IB_TC = 0x6a is the number 106 to YAML; write NCCL_IB_TC: '0x6a', or 106",
+        ),
     ],
 )
 def test_a_number_that_yaml_reads_otherwise_than_people_is_refused_by_its_line(tmp_path, monkeypatch, line, says):

@@ -15,6 +15,7 @@ from launcher.command_line.hydra_flags import run_command
 from launcher.command_line.multirun import sweep
 from launcher.command_line.recipe_files import options
 from launcher.command_line.schema import items_of, keys_of
+from launcher.submit import main as submit
 from parallel.errors import RecipeError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,8 @@ BAD = {  # override(s) -> what the line must hold
     "optim.learning_rate=inf": ["optim.learning_rate = inf", "finite number"],
     "optim.qk_clip=true": ["optim.qk_clip = True", "give a logit, such as 100, or null"],
     "optim.learning_rate=[{util: 9T, at: 1}]": ["optim.learning_rate[0].util", "mean optim.learning_rate[0].until?"],
+    "+cluster.slurm.environment.X=1.10": ["cluster.slurm.environment.X = 1.1: it was read as a number; quote the text"],
+    "cluster.slurm.account=true": ["cluster.slurm.account = True: it was read as true or false; quote the text"],
     "cluster.slurm.acount=x": ["did you mean cluster.slurm.account?"],
     "hydra.run.dir=x": ["hydra.run.dir has no effect", "hydra.searchpath"],
     "hydra.searchpath=[file:///nowhere]": ["hydra.searchpath = file:///nowhere is no folder"],
@@ -282,6 +285,37 @@ def test_points_of_a_sweep_never_share_a_directory_that_was_given():
     words = ["--multirun", "optim.name=adamw,muon", "run.directory=runs/of_${optim.name}"]
     assert run_command(lambda recipe: seen.append(recipe) or 0, words, "help") == 0
     assert [r.run.directory for r in seen] == ["runs/of_adamw", "runs/of_muon"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["optim.learning_rate=1e-4,1e-5,0.00001"],
+            r"points 2 \(optim.learning_rate=1e-05\) and 3 \(optim.learning_rate=1e-05\) are the same run; leave one",
+        ),
+        (["run.seed=1,2,1"], r"points 1 \(run.seed=1\) and 3 \(run.seed=1\) are the same run"),
+        (["run.tokens=1000,1K"], r"points 1 \(run.tokens=1000\) and 2 \(run.tokens=1K\) are the same run"),
+        (["run.seed=1,1", "run.directory=mine"], r"points 1 \(run.seed=1\) and 2 \(run.seed=1\) are the same run"),
+        (
+            ["run.directory=a,./a"],
+            r"points 1 \(run.directory=a\) and 2 \(run.directory=./a\) share run.directory = /.*/a;",
+        ),
+        (["run.directory=a,link"], "share run.directory = /.*/a;"),
+        (["data.path=x/y,x_y"], r"points 1 \(data.path=x/y\) and 2 \(data.path=x_y\) share run.directory = "),
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "submit"])
+def test_two_points_of_a_sweep_that_would_be_one_run_are_refused(tmp_path, monkeypatch, words, line, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(RecipeError, match=line) as caught:
+        if command == "submit":
+            submit(["--multirun", "cluster=slurm", "recipe=dsv3_tiny", "dry_run=true", *words])
+        else:
+            run_command(lambda recipe: pytest.fail("ran"), ["--multirun", *words], "help")
+    assert "\n" not in str(caught.value)
 
 
 def test_multirun_checks_every_point_before_the_first_runs():

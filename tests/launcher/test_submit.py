@@ -53,6 +53,14 @@ def portable(text):
                 "cluster.slurm.restarts=2", "+cluster.slurm.environment.NCCL_SOCKET_IFNAME='a b;$c'",
             ],
         ),
+        (
+            "nodes_256",
+            [
+                "recipe=dsv3_671b", "cluster=h800_2048", "cluster.nodes=256", "cluster.gpus_per_node=8",
+                "parallel.pipeline=16", "data.path=/data/tokens", "cluster.slurm.interface=ib0",
+                "cluster.slurm.container=pyxis", "cluster.slurm.image=/images/dsv3.sqsh",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_the_script_is_the_one_that_was_reviewed(capsys, monkeypatch, name, words):
@@ -79,6 +87,17 @@ def test_the_published_model_asks_for_what_its_layout_needs(capsys):
     out, told = capsys.readouterr()
     assert "#SBATCH --nodes=128\n" in out
     assert "128 nodes x 8 ranks (the least its layout needs" in told
+
+
+def test_an_nvlink_domain_is_no_node(capsys):
+    layout = ["parallel.pipeline=4", "parallel.expert=64", "parallel.schedule=1f1b", "parallel.stages=null"]
+    words = ["recipe=dsv3_671b", "cluster=gb200_256", *layout, "cluster.memory=0"]
+    text = script(capsys, *words)
+    assert "#SBATCH --nodes=64\n" in text and "#SBATCH --gpus-per-node=4\n" in text
+    assert "#SBATCH --segment=16\n" in text and "--nproc-per-node=4 " in text  # sixteen nodes of a rack at a time
+    assert "--segment" not in script(capsys, *words, "cluster.nvlink_domain=4")
+    with pytest.raises(RecipeError, match="nvlink_domain = 6 is not a multiple of cluster.gpus_per_node = 4; count"):
+        main([*words, "cluster.nvlink_domain=6", "dry_run=true"])
 
 
 def test_what_does_not_fit_the_devices_is_not_submitted(capsys):

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
@@ -119,13 +120,30 @@ def same_losses(mine, theirs):
 def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     assert [s["step"] for s in steps(undisturbed)] == list(range(1, 41))
     assert (undisturbed / "finished").exists() and not (undisturbed / "refused").exists()
-    assert len(list((undisturbed / "logs").glob("*-[01]-*.log"))) == 2  # one for each node
+    of_nodes = sorted((undisturbed / "logs").glob("*-[01]-*.log"))
+    assert len(of_nodes) == 2
+    lines = [line for file in of_nodes for line in file.read_text().splitlines()]
+    assert "0: finished: 40 steps" in "\n".join(line[:22] for line in lines)  # the rank that says it
     assert main(["status", f"run={undisturbed}"]) == 0
     text = capsys.readouterr().out
     assert "COMPLETED" in text and "step 40 " in text and "finished" in text
     assert main(["logs", f"run={undisturbed}", "lines=3"]) == 0
     text = capsys.readouterr().out
     assert "finished: 40 steps" in text and text.index("COMPLETED") < text.index("step 40 ") < text.index("==>")
+
+
+def test_tasks_that_are_no_ranks_are_refused(cluster, tmp_path):
+    """Each would train as the only rank; a step of one task is a run, also in a job of several."""
+    pretrain = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), f"run.directory={tmp_path / 'run'}"]
+    allocation = ["salloc", "--quiet", "--ntasks=2", "--nodes=2", "--mem=1000"]
+    done = subprocess.run(
+        [*allocation, "bash", "-c", 'srun "$0" "$@"; srun --ntasks=1 --nodes=1 "$0" -c "$one"', *pretrain],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"one": "from parallel.world import World; print(World.from_environment())"},
+    )  # fmt: skip
+    assert done.stderr.count("SLURM_STEP_NUM_TASKS = 2, but WORLD_SIZE is not set") == 2, done.stderr
+    assert "World(rank=0, size=1, local_rank=0)" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @full
@@ -242,13 +260,17 @@ def test_starts_are_counted_anew_after_a_checkpoint(cluster, tmp_path):
 
 def test_a_chain_runs_in_order_and_stops_when_the_run_is_finished(cluster, tmp_path):
     run = tmp_path / "chain"
-    body = '[[ $SLURM_PROCID == 0 ]] || exit 0\necho "$SLURM_JOB_ID" >>"$run/log"\n'
+    body = '[[ $PET_NODE_RANK == 0 ]] || exit 0\necho "$SLURM_JOB_ID" >>"$run/log"\n'
+    body += 'echo "$SLURMD_NODENAME $*" >>"$run/first"\n'
     body += '[[ $(wc -l <"$run/log") == 2 ]] && touch "$run/finished"\nexit 0\n'
     jobs = submit(run, stand_in(tmp_path, body), "chain=3", base=ON_CPUS)
     assert len(jobs) == 3
     assert wait_for_end(jobs[-1], run, 120) == "COMPLETED"
     assert (run / "log").read_text().split() == jobs[:2]  # the third finds nothing to do
     assert all(facts(job)["Restarts"] == "0" for job in jobs)
+    for line in (run / "first").read_text().splitlines():  # rank 0 is on the node that the others look for it
+        node, _, words = line.partition(" ")
+        assert f"--master-addr={node} " in words
 
 
 def test_a_sweep_is_an_array_of_runs_that_requeue_apart(cluster, tmp_path, monkeypatch):

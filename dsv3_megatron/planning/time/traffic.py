@@ -15,12 +15,15 @@ from parallel.pipeline.actions import Placement
 
 
 def fabric_of(cluster: ClusterSettings) -> Fabric:
-    """Return the cluster's links. Raises RecipeError when it has several nodes or GPUs and no link for them."""
-    if cluster.gpus_per_node > 1 and cluster.intra_node is None:
+    """Return the cluster's links, by the GPUs that the fast ones join, which need not be a node's.
+
+    Raises: RecipeError: it has several nodes or GPUs and no link for them.
+    """
+    if cluster.fast_domain > 1 and cluster.intra_node is None:
         raise RecipeError(
             f"cluster.intra_node = null, but cluster={cluster.name} has several GPUs a node; give its link"
         )
-    if (cluster.nodes or 1) > 1 and cluster.inter_node is None:
+    if (cluster.nodes or 1) * cluster.gpus_per_node > cluster.fast_domain and cluster.inter_node is None:
         raise RecipeError(f"cluster.inter_node = null, but cluster={cluster.name} has several nodes; give its link")
 
     def link(name: str) -> Link:
@@ -31,7 +34,7 @@ def fabric_of(cluster: ClusterSettings) -> Fabric:
 
     between = cluster.inter_node or cluster.intra_node
     own_node = between is not None and between.own_node
-    return Fabric(max(cluster.gpus_per_node, 1), link("intra_node"), link("inter_node"), own_node)
+    return Fabric(cluster.fast_domain, link("intra_node"), link("inter_node"), own_node)
 
 
 def widths_over_context(recipe: Recipe) -> tuple[int, int]:

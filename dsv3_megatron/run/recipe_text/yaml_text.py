@@ -158,12 +158,14 @@ def _scalars(node: yaml.Node, key: str, seen: set[int]) -> Iterator[tuple[str, y
 
 
 def _check_number(key: str, node: yaml.ScalarNode) -> None:
-    """Refuse a number that YAML 1.1 reads otherwise than people: by sixties, by eights, and without an end."""
+    """Refuse a number that YAML 1.1 reads otherwise than people, by sixties, by eights and without an end, and one with
+    letters (0x6a), which as a text is another."""
     text = node.value
     if len(text) > _DIGITS:
         raise _Wrong(node.start_mark, f"{key} is a number of {len(text):,} characters; write a shorter one")
     by_eights = re.fullmatch(r"[-+]?0[0-7_]+", text) is not None
-    if ":" not in text and not by_eights:
+    in_letters = re.fullmatch(r"[-+]?0[xb][0-9a-fA-F_]+", text) is not None  # a key of text would get other digits
+    if ":" not in text and not by_eights and not in_letters:
         if "n" not in text.lower() and node.tag == _TAG + "float" and math.isinf(float(text.replace("_", ""))):
             raise _Wrong(node.start_mark, f"{key} = {text} is more than a number can be; write a smaller one")
         return
@@ -172,5 +174,7 @@ def _check_number(key: str, node: yaml.ScalarNode) -> None:
         return
     name = key.rpartition(".")[2]
     fix = f"write {'' if name.isdecimal() else f'{name}: '}'{text}'"
-    fix += f", or {int(text)} without the zero in front" if by_eights else " in quotes"
+    fix += (
+        f", or {int(text)} without the zero in front" if by_eights else f", or {read}" if in_letters else " in quotes"
+    )
     raise _Wrong(node.start_mark, f"{key} = {text} is the number {read} to YAML; {fix}")

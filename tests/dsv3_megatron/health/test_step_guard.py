@@ -242,12 +242,22 @@ stands_here()
         ("phase", "loading is not over after 2 s", "2 s in loading: the end of the step"),
     ],
 )
-def test_a_process_that_hangs_tells_where_and_ends_itself(where, told, ended):
+def test_a_process_that_hangs_tells_where_and_ends_itself(tmp_path, where, told, ended):
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANGING, where], capture_output=True, text=True, timeout=50)
+    place = {"training": str(tmp_path / "rank-"), "phase": str(tmp_path / "absent" / "rank-")}[where]
+    environment = os.environ | {"TORCH_FR_DUMP_TEMP_FILE": place}
+    (tmp_path / "rank-0").symlink_to(tmp_path / "precious")
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, where], capture_output=True, text=True, timeout=50, env=environment
+    )
     assert done.returncode == 70 and time.monotonic() - start < 40
     assert f"hang: {told}; where each rank is:" in done.stderr
     assert "stands_here" in done.stderr and f"rank 0 ends itself after {ended}" in done.stderr
+    if where == "training":  # torch's flight recorder, in the format that its own tool reads
+        kept = (tmp_path / "rank-0").read_bytes()
+        assert b"pg_config" in kept and not (tmp_path / "precious").exists()
+    else:
+        assert "rank-0 cannot be written (No such file or directory)" in done.stderr
 
 
 class MovingGpu:

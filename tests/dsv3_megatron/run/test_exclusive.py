@@ -92,9 +92,9 @@ def test_whoever_is_gone_holds_nothing(tmp_path, no_flock):
 def test_a_lock_that_was_taken_meanwhile_is_left_to_its_owner(tmp_path):
     """Two processes saw the same dead owner; the other one was first."""
     held_by(tmp_path, host="elsewhere", process=7)
-    discard(tmp_path / "lock.held", {"host": "elsewhere", "process": 1, "job": None})
-    assert owner_of(tmp_path / "lock.held") == {"host": "elsewhere", "process": 7, "job": None}
-    discard(tmp_path / "lock.held", {"host": "elsewhere", "process": 7, "job": None})
+    discard(tmp_path / "lock.held", {"host": "elsewhere", "process": 1, "job": None, "start": 0})
+    assert owner_of(tmp_path / "lock.held") == {"host": "elsewhere", "process": 7, "job": None, "start": 0}
+    discard(tmp_path / "lock.held", {"host": "elsewhere", "process": 7, "job": None, "start": 0})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -71,9 +71,25 @@ def test_a_silent_owner_elsewhere_is_taken_over(tmp_path):
 
 def test_a_requeued_job_takes_its_own_lock_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    lock_of(tmp_path, age_seconds=1, job="12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for earlier in ({"start": 0}, {}, {"host": os.uname().nodename, "process": os.getppid()}):  # {}: an older version's
+        lock_of(tmp_path, age_seconds=1, **{"job": "12", **earlier})
+        with run_lock(tmp_path):
+            assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("start", ["0", "1"])
+def test_another_task_of_the_same_start_of_a_job_holds_it(tmp_path, monkeypatch, start):
+    """srun without torchrun, or an agent a node that knows no other: two worlds of one job in one directory."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+    for other in ({}, {"host": os.uname().nodename, "process": os.getppid()}):
+        lock_of(tmp_path, age_seconds=30, **{"job": "12", "start": int(start), **other})
+        with pytest.raises(RunInUseError, match="job 12, process"), run_lock(tmp_path):
+            pass
+    lock_of(tmp_path, age_seconds=STALE_SECONDS + 5, job="12", start=int(start))
     with run_lock(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+        pass
 
 
 def test_a_lock_that_was_taken_over_is_left_to_its_new_owner(tmp_path):

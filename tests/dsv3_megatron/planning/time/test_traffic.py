@@ -39,6 +39,20 @@ def test_pipeline_bytes_are_those_of_the_messages_that_the_schedule_sends(overri
     assert planned == pytest.approx(max(sent))  # ranks inside the pipeline; those at its ends send less
 
 
+def test_an_nvlink_domain_is_planned_as_one_node_of_its_size():
+    """gb200_256 has nodes of four GPUs, and what counts for its links is the rack."""
+    layout = ("recipe=dsv3_671b", "parallel.pipeline=4", "parallel.expert=64", "parallel.schedule=1f1b",
+              "parallel.stages=null")  # fmt: skip
+    as_nodes = ("cluster.nodes=4", "cluster.gpus_per_node=64", "cluster.nvlink_domain=null")
+    real, whole, apart = (
+        make_plan(compose(["cluster=gb200_256", *layout, *words]), 256, measure=estimate_stages)
+        for words in ((), as_nodes, ("cluster.nvlink_domain=null",))
+    )
+    assert real.traffic() == whole.traffic() and real.step == whole.step
+    assert real.traffic()["expert dispatch"].inter_bytes == 0 < apart.traffic()["expert dispatch"].inter_bytes
+    assert (real.recipe.cluster.nodes, real.recipe.cluster.gpus_per_node) == (64, 4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "copies"),
     [
