@@ -27,7 +27,6 @@ from testing.lanes import (  # noqa: F401  hooks of pytest
     pytest_xdist_make_scheduler,
 )
 
-
 _SET_BY_COMMANDS = ("DSV3_UMASK", "PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WANDB_ERROR_REPORTING")
 _AT_THE_START = {name: os.environ.get(name) for name in _SET_BY_COMMANDS}
 _UMASK = os.umask(0o022)
