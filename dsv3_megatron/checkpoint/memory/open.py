@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.memory.folder import MemoryFolder
+from dsv3_megatron.checkpoint.memory.leftovers import Left, clear_leftovers, describe_leftovers
 from dsv3_megatron.checkpoint.memory.lives import read_lives
 from dsv3_megatron.checkpoint.memory.places import Places, find_places
 from dsv3_megatron.checkpoint.memory.saver import MemorySaver
@@ -31,17 +32,27 @@ def open_memory(
     Raises: CheckpointError, RecipeError: the run directory's ``memory.json`` is damaged, the folder cannot be made.
     RankFault: it cannot be made on some hosts.
     """
-    settings = parts.recipe.checkpoint
+    settings, is_first = parts.recipe.checkpoint, dist.get_rank() == 0
     if not settings.memory_every_steps:
+        if is_first and directory.memory.exists() and not directory.finished.exists():
+            note(
+                f"checkpoint.memory_every_steps = 0: what nodes hold of this run ({directory.memory}) is not looked at"
+            )
         return None
     lives = from_first(lambda: read_lives(directory.memory))
     places = find_places(parts.recipe.cluster.racks)
     folder = MemoryFolder(Path(settings.memory_path), lives.run, places.host)
+    left: list[Left] = []
     with agreed(looked=places.is_leader):
         if places.is_leader:
             folder.create(directory.path)
-    if dist.get_rank() == 0 and (line := _shortcoming(places, parts.recipe.cluster.racks)):
+            left = clear_leftovers(folder.root, lives.run)
+    said: list[Any] = [None] * dist.get_world_size() if is_first else []
+    dist.gather_object(left, said if is_first else None)
+    for line in describe_leftovers(each for found in said for each in found):
         note(line)
+    if is_first and (shortcoming := _shortcoming(places, parts.recipe.cluster.racks)):
+        note(shortcoming)
     return MemorySaver(folder, places, lives, directory.memory, parts, recipe, tell, text)
 
 

@@ -218,7 +218,7 @@ class MemorySaver:
         done = exchange(places.group, share, places.keeper, target, places.kept)
         kept.sent_bytes = done.sent_bytes
         if done.received is not None and (done.received.state, done.received.rank) != (state, places.kept):
-            done.failure = f"rank {places.kept} has sent another share"
+            done.not_received = f"rank {places.kept} has sent another share"
         kept.failure = kept.failure or done.failure
         return kept
 

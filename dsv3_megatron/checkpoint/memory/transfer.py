@@ -36,13 +36,19 @@ class Exchanged:
 
     Attributes:
         received: the share that lies in the folder now; None where none was sent, or it failed.
-        failure: what has failed at this end, in a line. What has failed at another, that one says.
+        not_sent, not_received: why this end has failed, in a line. What has failed at another end, that one says.
         sent_bytes: of the share that was sent, and has arrived whole.
     """
 
     received: Share | None = None
-    failure: str | None = None
+    not_sent: str | None = None
+    not_received: str | None = None
     sent_bytes: int = 0
+
+    @property
+    def failure(self) -> str | None:
+        """Why this end has failed."""
+        return self.not_sent or self.not_received
 
 
 def exchange(
@@ -111,7 +117,7 @@ class _Sending:
             try:
                 self.manifest = torch.frombuffer(bytearray(read_bytes(share.folder / MANIFEST)), dtype=torch.uint8)
             except _FAILURES as error:
-                self._share, done.failure = None, _reason(error)
+                self._share, done.not_sent = None, _reason(error)
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield all bytes of the files. Those that cannot be read are sent as zeros: whoever receives finds out."""
@@ -130,7 +136,7 @@ class _Sending:
                 if digest.hexdigest() != facts["xxh3"]:
                     raise OSError(None, "is not what was written")
             except OSError as error:
-                self._done.failure = f"{path} cannot be sent ({error.strerror})"
+                self._done.not_sent = f"{path} cannot be sent ({error.strerror})"
                 while left:
                     yield torch.zeros(min(left, _BLOCK), dtype=torch.uint8)
                     left -= min(left, _BLOCK)
@@ -184,7 +190,7 @@ class _Receiving:
         """Write bytes that have come."""
         self._left -= len(block)
         self._digest.update(_bytes_of(block))
-        if self._file is not None and self._done.failure is None:
+        if self._file is not None and self._done.not_received is None:
             try:
                 self._file.write(_bytes_of(block))
             except OSError as error:
@@ -194,7 +200,7 @@ class _Receiving:
         """Put the manifest in its place, if all files are as the sender has described them."""
         if self._share is None or self._folder is None:
             return
-        if self._done.failure is None:
+        if self._done.not_received is None:
             try:
                 write_atomically(self._folder / MANIFEST, self._manifest)
                 self._done.received = self._share
@@ -216,12 +222,12 @@ class _Receiving:
                 self._file.close()
             except OSError as error:
                 self._fail(error)
-        if self._digest.hexdigest() != expected and self._done.failure is None:
-            self._done.failure = f"{name} has not come as it was written"
+        if self._digest.hexdigest() != expected and self._done.not_received is None:
+            self._done.not_received = f"{name} has not come as it was written"
 
     def _fail(self, error: Exception) -> None:
-        if self._done.failure is None:
-            self._done.failure = _reason(error)
+        if self._done.not_received is None:
+            self._done.not_received = _reason(error)
 
 
 def _bytes_of(block: Tensor) -> memoryview:
