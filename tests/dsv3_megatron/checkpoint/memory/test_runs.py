@@ -10,7 +10,7 @@ import dsv3_megatron.train.trainer as trainer_module
 from dsv3_megatron.checkpoint.memory.saver import MemorySaver
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
-from testing.training.whole_runs import events, run_here, steps
+from testing.training.whole_runs import events, refusal, run_here, steps
 
 WORDS = ("run.steps=7", "checkpoint.every_steps=4", "parallel.expert=2", "optim.learning_rate=0.01")
 
@@ -59,6 +59,9 @@ def runs(tmp_path_factory):
         ((*WORDS, *memory, f"run.directory={torn}"), 3, None),
         ((*WORDS, *memory, f"run.directory={torn}"), 7, place),  # and node 0 was lost
         ((*WORDS, *memory, f"run.directory={torn}"), None, None),
+        ((*WORDS, *memory, f"run.directory={place / 'other'}"), 3, None),
+        ((*WORDS, *memory, f"run.directory={place / 'other'}", "run.resume=never"), None, None),
+        ((*WORDS, *memory, f"run.directory={place / 'other'}", "parallel.expert=1"), 1, None),
     ]
     return place, whole, torn, [each[0] for each in run_ranks(2, live_and_die, cases)]
 
@@ -77,4 +80,18 @@ def test_what_memory_takes_is_told_and_given_back(runs):
     assert [event["step"] for event in saved] == [2, 4, 6]
     for event in saved:
         assert event["bytes"] == event["bytes_sent"] > 0 and 0 < event["stall_seconds"] < event["seconds"]
-    assert not list(place.glob("dsv3-*"))  # the run is finished
+    runs = [next(iter(owner.parent.glob("step_*")), None) for owner in place.glob("dsv3-*/*/*/owner.json")]
+    assert runs == [None, None]  # the run is finished, and the other one's state is of no use any more
+
+
+def test_another_layout_begins_with_the_disk_and_says_so(runs):
+    place, _, _, said = runs
+    assert said[4] == said[6] == ["died"]
+    assert [(each["step"], each["memory"]) for each in events(place / "other", "resumed")] == []
+    (why,) = events(place / "other", "memory_not_used")
+    assert why["reason"] == "memory holds step 2 in another layout or of another model: a checkpoint is used"
+
+
+def test_a_state_in_memory_counts_for_a_run_that_must_not_resume(runs):
+    refused = refusal(runs[3][5])
+    assert refused.startswith("checkpoint: run.resume = never, but ") and "rank_00000 exists" in refused
