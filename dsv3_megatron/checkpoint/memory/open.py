@@ -16,7 +16,7 @@ from dsv3_megatron.checkpoint.memory.saver import MemorySaver
 from dsv3_megatron.checkpoint.save import Tell
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.run.directory import RunDirectory
-from parallel.agree import agreed, from_first
+from parallel.agree import agreed, from_first, gathered
 
 
 def open_memory(
@@ -47,9 +47,7 @@ def open_memory(
         if places.is_leader:
             folder.create(directory.path)
             left = clear_leftovers(folder.root, lives.run)
-    said: list[Any] = [None] * dist.get_world_size() if is_first else []
-    dist.gather_object(left, said if is_first else None)
-    for line in describe_leftovers(each for found in said for each in found):
+    for line in describe_leftovers(each for found in gathered(left) for each in found):
         note(line)
     if is_first and (shortcoming := _shortcoming(places, parts.recipe.cluster.racks)):
         note(shortcoming)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.memory.host import host_name
 from dsv3_megatron.checkpoint.memory.placement import peers_of
-from parallel.agree import agreed
+from parallel.agree import agreed, gathered
 
 _FORGOTTEN = timedelta(days=30)  # what hangs is ended by the watchdog, not here
 
@@ -47,13 +47,11 @@ def find_places(racks: Sequence[str]) -> Places:
 
     ``racks``: as the recipe has them.
     """
-    is_first, size = dist.get_rank() == 0, dist.get_world_size()
     with agreed():
         host = host_name()
-    hosts: list[Any] = [None] * size if is_first else []
-    dist.gather_object(host, hosts if is_first else None)
+    hosts: list[str] = gathered(host)
     answers: list[Any] | None = None
-    if is_first:
+    if hosts:
         peers, counts = peers_of(hosts, racks), Counter(hosts)
         leaders = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
         kept = {keeper: rank for rank, keeper in enumerate(peers.keeper_of or ())}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -24,7 +24,7 @@ from dsv3_megatron.checkpoint.memory.places import Places
 from dsv3_megatron.checkpoint.memory.share import Share
 from dsv3_megatron.checkpoint.memory.transfer import exchange
 from dsv3_megatron.pipeline.saved import Entry
-from parallel.agree import from_first
+from parallel.agree import from_first, gathered
 
 _States = dict[str, list[Entry]]
 
@@ -116,9 +116,7 @@ class InMemory:
 
         ``wrong``: at this rank, what is wrong by the rank whose share it is.
         """
-        size = dist.get_world_size()
-        said: list[Any] = [None] * size if dist.get_rank() == 0 else []
-        dist.gather_object(wrong, said if dist.get_rank() == 0 else None)
+        said = gathered(wrong)
 
         def choose() -> list[_Transfer] | str | None:
             missing: dict[int, str] = {}
@@ -197,9 +195,7 @@ def states_in_memory(
                     damaged.append(f"on {places.host}, {where} holds another share")
             except DamageError as error:
                 damaged.append(f"on {places.host}, {error.args[0]}")
-    size, is_first = dist.get_world_size(), dist.get_rank() == 0
-    said: list[Any] = [None] * size if is_first else []
-    dist.gather_object((shares.cut_of(states), held, damaged), said if is_first else None)
+    said = gathered((shares.cut_of(states), held, damaged))
     survey = _Survey({}, [])
 
     def choose() -> list[State]:

@@ -34,7 +34,7 @@ from dsv3_megatron.checkpoint.write import ShareFile, Staging
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
 from dsv3_megatron.run.reasons import reason_of
-from parallel.agree import agreed
+from parallel.agree import agreed, from_first, gathered
 from parallel.units import show_bytes
 
 _MANIFEST_BYTES = 1 << 20  # and recipe of a share, about
@@ -111,9 +111,7 @@ class MemorySaver:
 
         Raises OSError, on rank 0, elsewhere RankFault: the run directory cannot be written.
         """
-        life = [new_life()]
-        dist.broadcast_object_list(life, src=0)
-        self._life, self.complete = life[0], begun_with
+        self._life, self.complete = from_first(new_life), begun_with
         is_first = dist.get_rank() == 0
         if self.places.is_leader:
             remove_folders(self.folder.all_but(begun_with))
@@ -248,10 +246,8 @@ class MemorySaver:
         if was_failing:
             return
         said = None if failure is None else f"rank {dist.get_rank()} on {self.places.host}: {failure}"
-        reasons: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-        dist.gather_object(said, reasons if dist.get_rank() == 0 else None)
+        told = [reason for reason in gathered(said) if reason]
         if dist.get_rank() == 0:
-            told = [reason for reason in reasons if reason]
             kept = None if self.complete is None else self.complete.step
             self._tell(
                 "memory_save_failed", {"step": save.state.step, "reason": told[0], "ranks": len(told), "kept": kept}
