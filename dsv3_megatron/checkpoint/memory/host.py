@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv3_megatron.run.handed import read_text
+from parallel.errors import LayoutError
 
 _SPARE = 1 << 30  # left to processes when the memory of a host, or of a job, is all that limits files
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -23,11 +24,11 @@ def host_name() -> str:
     """Return what this node is called: as SLURM does, where it has started this process.
 
     Several nodes that SLURM plays on one machine have one host name, and names of their own there.
-    Raises ValueError: it is no name that a folder can have.
+    Raises LayoutError: it is no name that a folder can have.
     """
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"SLURMD_NODENAME = {name!r} is no name of a host")
+        raise LayoutError(f"SLURMD_NODENAME = {name!r} is no name of a host; unset it")
     return name
 
 
@@ -46,10 +47,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def _is_memory(folder: Path) -> bool:
-    """Return whether a folder's file system is held in memory."""
+    """Return whether a folder's file system is held in memory, as far as Linux says so."""
     device = os.stat(folder).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    lines = (line.split() for line in read_text(Path("/proc/self/mountinfo")).splitlines())
+    try:
+        lines = [line.split() for line in read_text(Path("/proc/self/mountinfo")).splitlines()]
+    except FileNotFoundError:
+        return False
     return any(words[2] == wanted and words[words.index("-") + 1] in ("tmpfs", "ramfs") for words in lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +50,9 @@ def _clear(root: Path, run: str) -> Iterator[Left]:
         directory = next((owner for owner in owners if isinstance(owner, str)), None)
         if directory is None:
             continue  # another process makes it just now
-        is_over = _is_over(RunDirectory(directory), folder.name)
-        if not is_over and _trains(Path(directory)):
+        if _trains(Path(directory)):
             continue
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        is_over, size = _is_over(RunDirectory(directory), folder.name), _size(folder)
         if is_over:
             shutil.rmtree(folder, ignore_errors=True)
         yield Left(str(folder), directory, size, is_over)
@@ -72,6 +72,15 @@ def _trains(directory: Path) -> bool:
     """Return whether somebody holds the run directory."""
     lock = directory / "lock"
     return lock.exists() and age_seconds(lock) < STALE_SECONDS
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files; one that another process removes meanwhile has none."""
+    size = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def describe_leftovers(found: Iterable[Left]) -> list[str]:

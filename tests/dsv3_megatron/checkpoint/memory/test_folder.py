@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from dsv3_megatron.checkpoint.memory.folder import MemoryFolder, State, remove_f
 from dsv3_megatron.checkpoint.memory.leftovers import clear_leftovers, describe_leftovers
 from dsv3_megatron.checkpoint.memory.lives import Lives, new_life, read_lives
 from dsv3_megatron.run.directory import RunDirectory
-from parallel.errors import CheckpointError, RecipeError
+from parallel.errors import CheckpointError, LayoutError, RecipeError
 
 RUN, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -71,10 +72,17 @@ def test_names_of_hosts_are_slurms_and_names_of_folders(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     assert host.host_name() == "node7"
     monkeypatch.setenv("SLURMD_NODENAME", "../node7")
-    with pytest.raises(ValueError, match="no name of a host"):
+    with pytest.raises(LayoutError, match="no name of a host; unset it"):
         host.host_name()
     monkeypatch.delenv("SLURMD_NODENAME")
     assert host.host_name() == os.uname().nodename
+
+
+def test_the_shared_memory_of_linux_is_memory(tmp_path):
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm here")
+    assert host._is_memory(Path("/dev/shm")) and not host._is_memory(Path("/proc"))
+    assert 0 < host.free_bytes(Path("/dev/shm")) < host.shutil.disk_usage("/dev/shm").free
 
 
 def test_the_room_of_a_file_system_in_memory_is_that_of_host_and_job_too(tmp_path, monkeypatch):
@@ -135,7 +143,7 @@ def test_memory_of_runs_that_are_over_is_freed_and_of_others_told(tmp_path):
     finished = run_directory("a" * 16, files=["finished"])
     anew = run_directory("b" * 16, id="c" * 16)
     stopped = run_directory("d" * 16)
-    training = run_directory("e" * 16, files=["lock"])
+    training = run_directory("e" * 16, files=["lock", "finished"])  # begun again: finished goes in a moment
     found = clear_leftovers(tmp_path, RUN)
     assert [each.exists() for each in (mine, finished, anew, stopped, training)] == [True, False, False, True, True]
     assert [(each.directory[-1], each.is_removed) for each in found] == [("a", True), ("b", True), ("d", False)]
