@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from dsv3_megatron.checkpoint.find import Found
-from dsv3_megatron.checkpoint.manifest import USE_OLDER, DamageError
+from dsv3_megatron.checkpoint.manifest import MANIFEST, USE_OLDER, DamageError
 from dsv3_megatron.checkpoint.memory import share as shares
 from dsv3_megatron.checkpoint.memory.folder import MemoryFolder, State
 from dsv3_megatron.checkpoint.memory.lives import Lives
@@ -96,7 +96,7 @@ class InMemory:
     def give_up(self, reason: str) -> None:
         """Tell why another state or a checkpoint on disk is taken in place of this one."""
         if dist.get_rank() == 0:
-            self._tell(f"step {self.step} in memory: {reason}")
+            self._tell(f"step {self.step} in memory: {_why(reason)}")
 
     def _own(self) -> tuple[Share | None, dict[int, str]]:
         """Return the copy that this host has of the rank's share, and what is wrong with it."""
@@ -109,7 +109,7 @@ class InMemory:
             damage = mine.damage()
         except DamageError as error:
             mine, damage = None, str(error.args[0])
-        return (mine, {}) if damage is None else (None, {rank: f"on {self._places.host}, {damage}"})
+        return (mine, {}) if damage is None else (None, {rank: f"on {self._places.host}, {_why(damage)}"})
 
     def _next_transfers(self, wrong: dict[int, str], tried: dict[int, set[str]]) -> list[_Transfer] | None:
         """Return what is to travel next, on all ranks alike; None where every rank has its share.
@@ -169,7 +169,12 @@ class InMemory:
         try:
             return shares.read(self._folder.share(self.state, rank)), None
         except DamageError as error:
-            return None, str(error.args[0])
+            return None, _why(str(error.args[0]))
+
+
+def _why(damage: str) -> str:
+    """Return what is wrong, without the advice for a checkpoint that a person has chosen."""
+    return damage.removeprefix("checkpoint: ").removesuffix(f"; {USE_OLDER}")
 
 
 def states_in_memory(
@@ -187,6 +192,8 @@ def states_in_memory(
     damaged: list[str] = []
     if places.is_leader:
         for state, rank, where in folder.shares():
+            if not (where / MANIFEST).exists():
+                continue  # it was being written when its rank was killed
             try:
                 found = shares.read(where)
                 held.append(_Held(found.state, found.rank, found.world, found.cut, places.host))
@@ -194,7 +201,7 @@ def states_in_memory(
                     held.pop()
                     damaged.append(f"on {places.host}, {where} holds another share")
             except DamageError as error:
-                damaged.append(f"on {places.host}, {error.args[0]}")
+                damaged.append(f"on {places.host}, {_why(str(error.args[0]))}")
     said = gathered((shares.cut_of(states), held, damaged))
     survey = _Survey({}, [])
 
