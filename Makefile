@@ -112,9 +112,11 @@ locks: $(STAMP)
 	$(BIN)/python -m testing.locks
 	$(BIN)/python -m testing.licences
 
-# A hundred kill -9 of random ranks at random moments; CHAOS_KILLS to choose.
+# A hundred kill -9 of random ranks at random moments, with checkpoints on disk and with states in memory; CHAOS_KILLS to
+# choose.
 chaos: $(STAMP)
 	$(BIN)/python -m testing.chaos kills=$(or $(CHAOS_KILLS),100)
+	$(BIN)/python -m testing.chaos_memory kills=$(or $(CHAOS_KILLS),100)
 
 # Damaged files for every reader, FUZZ_SECONDS each; another FUZZ_SEED makes other files. docs/security.md
 fuzz: $(STAMP)

@@ -171,6 +171,9 @@ class ClusterSettings(BaseModel):
     memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
     reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
     dollars_per_gpu_hour: float = Field(2.0, ge=0, description="rent of one device, for the plan's costs")
+    racks: tuple[str, ...] = Field(
+        (), description="nodes of each rack, as patterns of their names with commas between, such as r01n*"
+    )
     intra_node: LinkSettings | None = Field(None, description="links inside a node, or inside cluster.nvlink_domain")
     inter_node: LinkSettings | None = Field(None, description="links between those")
     launcher: Literal["torchrun", "slurm"] = Field("torchrun", description="what starts the ranks there")

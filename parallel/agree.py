@@ -72,6 +72,14 @@ def from_first(find_out: Callable[[], T]) -> T:
     return found[0]
 
 
+def gathered(mine: Any) -> list[Any]:
+    """Return on rank 0 what every rank gives, by rank; nothing elsewhere. All ranks together; it can be pickled."""
+    is_first = dist.get_rank() == 0
+    found: list[Any] = [None] * dist.get_world_size() if is_first else []
+    dist.gather_object(mine, found if is_first else None)
+    return found
+
+
 def _sum(*numbers: int) -> list[int]:
     total = torch.tensor(numbers)
     if dist.get_world_size() > 1:

@@ -17,8 +17,15 @@ TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def host_name() -> str:
-    """Return this host's name as SLURM calls it, where SLURM has started us: what its commands take; else its own."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    """Return this host's name as SLURM calls it, where SLURM has started us: what its commands take; else its own.
+
+    Several nodes that SLURM plays on one machine have one host name, and names of their own there.
+    Raises LayoutError: it is no name that a folder can have.
+    """
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise LayoutError(f"SLURMD_NODENAME = {name!r} is no name of a host; unset it")
+    return name
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from testing.training.tiny import SMALL
 
 WORLD = 4
 LAYOUT = ("parallel.pipeline=2", "parallel.expert=2", "checkpoint.every_steps=2", "checkpoint.keep=2")
+NODES = 2  # that the ranks are on, as far as their names say
 ENDS_WITHIN_SECONDS = 60  # of survivors after a kill; far above what they need, the machine may be busy
 LIFE_SECONDS = 600
 MOMENTS = ("save", "step", "start", "save", "step")
@@ -50,6 +51,7 @@ def live(rank: int, port: int, overrides: list[str], errors: str) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    os.environ["SLURMD_NODENAME"] = f"node{rank * NODES // WORLD}"
     os.dup2(os.open(f"{errors}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # asked where it stands
     from launcher.pretrain import main_of_rank

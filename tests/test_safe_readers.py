@@ -33,8 +33,8 @@ ALLOWED = {  # (file, what) -> why
 # Exchanges of Python objects, which torch pickles: between the ranks of one job, over its own connections.
 PEERS = {
     "dsv3_megatron/checkpoint/find.py", "dsv3_megatron/checkpoint/index.py", "dsv3_megatron/checkpoint/save.py",
-    "dsv3_megatron/health/step_guard.py", "dsv3_megatron/health/stragglers.py", "dsv3_megatron/nodes/look.py",
-    "dsv3_megatron/train/muon.py",
+    "dsv3_megatron/checkpoint/memory/places.py", "dsv3_megatron/health/step_guard.py",
+    "dsv3_megatron/health/stragglers.py", "dsv3_megatron/train/muon.py",
     "dsv3_megatron/train/run_directory.py", "parallel/agree.py",
 }  # fmt: skip
 # Programs that are started, each by a list of words and never by a shell.

@@ -8,13 +8,14 @@ checkpoint that turns out damaged is left for the next older one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal, show
 from dsv3_megatron.checkpoint.manifest import (
@@ -30,6 +31,7 @@ from dsv3_megatron.checkpoint.manifest import (
     read_content,
     read_manifest,
     size_problems,
+    step_of,
 )
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
@@ -87,6 +89,7 @@ class Found:
         checked: whether its files carry checksums of their pieces; else they were read whole before they are trusted.
         tokenizer: of the text it was trained on: its sha256 and name; None where there was none, or it does not say.
         data: the text its samples are counted in (data/identity.py); None likewise.
+        index: what is in this rank's files, where each rank has a folder of its own and reads no other.
     """
 
     path: Path
@@ -98,9 +101,10 @@ class Found:
     tokenizer: dict[str, str] | None = None
     data: dict[str, Any] | None = None
     freeze: tuple[str, ...] = ()
+    index: Metadata | None = None
 
     @classmethod
-    def of(cls, path: Path, content: dict[str, Any]) -> Found:
+    def of(cls, path: Path, content: dict[str, Any], index: Metadata | None = None) -> Found:
         """Return the checkpoint at ``path``, of whose manifest this is the content."""
         return cls(
             path,
@@ -112,6 +116,7 @@ class Found:
             tokenizer=content.get("tokenizer"),
             data=content.get("data"),
             freeze=tuple(content.get("freeze", ())),
+            index=index,
         )
 
     @property
@@ -120,45 +125,76 @@ class Found:
         return self.path / RECIPE
 
 
+class Elsewhere(Protocol):
+    """A state of the run that lies elsewhere than in its directory: in memory. Every method is called by all ranks
+    together.
+
+    Attributes:
+        step: after which the state was.
+    """
+
+    step: int
+
+    def fetch(self) -> Found:
+        """Return this rank's part of it. Raises: DamageError: on all ranks; it is not whole."""
+
+    def give_up(self, reason: str) -> None:
+        """It was not what was written: something else is taken."""
+
+
 def load_newest(
-    list_candidates: Callable[[], list[Path]], load: Callable[[Found], T]
+    list_candidates: Callable[[], list[Path]], load: Callable[[Found], T], elsewhere: Sequence[Elsewhere] = ()
 ) -> tuple[Found | None, T | None, list[str]]:
     """Load the first candidate that is as it was written; return it, what ``load`` has returned, and what was wrong
     with those before it.
 
     All ranks call this together; rank 0 lists the candidates, newest first. ``load`` raises DamageError, on all ranks,
-    where what it reads is damaged.
+    where what it reads is damaged. ``elsewhere``: candidates that are taken where no other is as new.
     Raises: RankFault: a host does not see files that another one sees.
     """
     wrong: list[str] = []
     number = 0
-    candidates: list[Path] = []
+    candidates: list[Path | int] = []
     with agreed(looked=dist.get_rank() == 0):
         if dist.get_rank() == 0:
-            candidates = list_candidates()
+            candidates = _newest_first(list_candidates(), elsewhere)
     while True:
-        found, failure = _propose(candidates, number)
-        if found is None and failure is None:
+        proposal, failure = _propose(candidates, number)
+        if proposal is None and failure is None:
             return None, None, wrong
-        if found is not None:
+        if proposal is not None:
             try:
+                found = elsewhere[proposal].fetch() if isinstance(proposal, int) else proposal
                 return found, load(found), wrong
             except DamageError as damage:
                 failure = str(damage)
         assert failure is not None
-        wrong.append(failure)
+        if isinstance(proposal, int):
+            elsewhere[proposal].give_up(failure)
+        else:
+            wrong.append(failure)
         number += 1
 
 
-def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | None]:
-    """Return the candidate of that number, or what is wrong with it; neither where there is none. All ranks alike."""
+def _newest_first(paths: list[Path], elsewhere: Sequence[Elsewhere]) -> list[Path | int]:
+    """Return the paths and the numbers of what is elsewhere, newest first, a path before what is as new."""
+    steps = {path: step_of(path) if path.name.startswith("step_") else -1 for path in paths}
+    both: list[Path | int] = [*paths, *range(len(elsewhere))]
+    return sorted(both, key=lambda each: -(elsewhere[each].step if isinstance(each, int) else steps[each]))
+
+
+def _propose(candidates: Sequence[Path | int], number: int) -> tuple[Found | int | None, str | None]:
+    """Return the candidate of that number, or what is wrong with it; neither where there is none. All ranks alike.
+    Of what is elsewhere its number there is all that is returned."""
     files: FileFacts = {}  # on rank 0
 
-    def look() -> tuple[Path, dict[str, Any], str | None] | None:
+    def look() -> tuple[Path, dict[str, Any], str | None] | int | None:
         """Return path, what its manifest says beside its files, and what is wrong."""
         if number == len(candidates):
             return None
         path, content = candidates[number], dict[str, Any]()
+        if isinstance(path, int):
+            return path
         try:
             content = read_content(path)
             files.update(content.pop("files"))
@@ -169,8 +205,8 @@ def _propose(candidates: list[Path], number: int) -> tuple[Found | None, str | N
         return path, content, None
 
     proposal = from_first(look)
-    if proposal is None:
-        return None, None
+    if proposal is None or isinstance(proposal, int):
+        return proposal, None
     path, content, failure = proposal
     if failure is not None:
         return None, failure
@@ -242,10 +278,14 @@ class Start:
 
 
 def load_chosen(
-    recipe: Recipe, folder: Path, warn: Callable[[str], None], load: Callable[[Found], T]
+    recipe: Recipe,
+    folder: Path,
+    warn: Callable[[str], None],
+    load: Callable[[Found], T],
+    elsewhere: Sequence[Elsewhere] = (),
 ) -> tuple[Start, T | None]:
-    """Load the newest checkpoint in ``folder`` that is valid, or the one the recipe names where there is none; return
-    it and what ``load`` has returned. All ranks together.
+    """Load the newest checkpoint in ``folder`` or ``elsewhere`` that is valid, or the one the recipe names where there
+    is none; return it and what ``load`` has returned. All ranks together.
 
     ``warn``: told of each damaged one, on rank 0.
     Raises: CheckpointError: all are damaged, or of another model, or ``run.resume`` says otherwise.
@@ -257,7 +297,7 @@ def load_chosen(
         changed.update(_checked_changes(found, recipe))
         return load(found)
 
-    found, loaded, wrong = load_newest(lambda: candidates_of(folder, recipe.checkpoint.load), check_and_load)
+    found, loaded, wrong = load_newest(lambda: candidates_of(folder, recipe.checkpoint.load), check_and_load, elsewhere)
     for message in wrong if first else ():
         warn(message)
     if found is None and wrong:

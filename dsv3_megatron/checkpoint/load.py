@@ -75,14 +75,14 @@ def load_checkpoint(found: Found, parts: Parts, *, training: bool, extra: tuple[
         entries = _masters(parts, shares, states, kept) if training else _weights(shares, held)
         entries += buffer_entries(parts.chunks, parts.groups)
         entries += [entry for name in extra for entry in _entries_of(parts, name, but=thawed)]
-    index = index_of(found.path, {entry.key for entry in entries} | other_moments(kept))
+    index = found.index or index_of(found.path, {entry.key for entry in entries} | other_moments(kept))
     with agreed(any_counts=True):
         changed = updated_by_another(index, kept)
         forgotten = {entry.key for share in changed for entry in moment_entries(share, kept[share])}
         entries = [entry for entry in entries if entry.key not in forgotten]
         for share in changed:
             forget_moments(kept[share])
-        if reason := misfit(index, entries):
+        if reason := misfit(index, [entry for entry in entries if entry.is_read_here]):
             raise CheckpointError(
                 f"{found.path} does not fit this model ({reason}); use the recipe it was trained with"
             )
@@ -190,7 +190,7 @@ def _steps(state: Any) -> Iterable[int]:
 
 def _fill(found: Found, index: Metadata, entries: Sequence[Entry]) -> None:
     """Read what this rank is to read, and give or take what ranks hold alike. Collective."""
-    mine = [entry for entry in entries if entry.group is None or entry.group.rank() == 0]
+    mine = [entry for entry in entries if entry.is_read_here]
     with agreed(any_counts=True):
         read_entries(found.path, index, mine, checked=found.checked)
     for entry in entries:

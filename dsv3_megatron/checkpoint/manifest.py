@@ -149,9 +149,10 @@ def _digest(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_content(folder: Path) -> dict[str, Any]:
+def read_content(folder: Path, *, whole: bool = True) -> dict[str, Any]:
     """Return all that a manifest says, checked against its own checksum but not against the files.
 
+    ``whole``: it is a checkpoint's, not that of one rank's share alone.
     Raises: DamageError: it is missing or damaged, or does not say what a manifest does: every file, inside the folder.
     CheckpointError: a later version has written it.
     """
@@ -160,11 +161,11 @@ def read_content(folder: Path) -> dict[str, Any]:
         with damage_of(path):
             manifest = retried(lambda: read_json_file(inside(folder, MANIFEST)))
         content = manifest["content"]
-        whole = manifest["xxh3"] == _digest(content)
+        as_written = manifest["xxh3"] == _digest(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         said = "it is none" if isinstance(error, KeyError | TypeError | RecursionError) else error
         raise DamageError(f"{path} cannot be read ({said}); {USE_OLDER}") from None
-    if not whole:
+    if not as_written:
         raise DamageError(f"{path} does not match its own checksum; {USE_OLDER}")
     if isinstance(content, dict) and type(number := content.get("format")) is int and number > FORMAT:
         raise CheckpointError(f"{path} has format {number}, this version reads up to {FORMAT}; use a newer one")
@@ -174,16 +175,16 @@ def read_content(folder: Path) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its content"
         raise DamageError(f"{path}: {place}: {first['msg']}; {USE_OLDER}") from None
-    if wrong := _wrong_names(content["files"]):
+    if wrong := _wrong_names(content["files"], whole):
         raise DamageError(f"{path} {wrong}; {USE_OLDER}")
     return content
 
 
-def _wrong_names(files: FileFacts) -> str | None:
+def _wrong_names(files: FileFacts, whole: bool) -> str | None:
     """Return what is wrong with the files that a manifest names: it names all that there must be, inside the folder."""
-    if lacking := [name for name in NEEDED if name not in files]:
+    if lacking := [name for name in (NEEDED if whole else (RECIPE,)) if name not in files]:
         return f"names no {lacking[0]}"
-    if not any(name.endswith(".distcp") for name in files):
+    if whole and not any(name.endswith(".distcp") for name in files):
         return "names no file of tensors"
     other = next((name for name in files if name in ("", ".", "..", MANIFEST) or "/" in name or "\0" in name), None)
     return None if other is None else f"names {other!r}, which can be no file of this folder"

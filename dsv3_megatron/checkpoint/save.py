@@ -61,8 +61,8 @@ class Flags(NamedTuple):
     late: int = 0  # rank 0's clock says that a save is due (checkpoint.every_minutes)
 
 
-class _Task(threading.Thread):
-    """A piece of disk work beside training, and what came of it."""
+class Task(threading.Thread):
+    """Work beside training, on files or messages, and what came of it."""
 
     def __init__(self, work: Callable[[], Any]):
         super().__init__(name="checkpoint", daemon=True)  # dies with the process: half a checkpoint is none
@@ -87,7 +87,7 @@ class _Save:
     partial: Path
     progress: dict[str, Any]
     updates: int
-    task: _Task | None
+    task: Task | None
     stop: threading.Event
     phase: str = "writing"
     started: float = 0.0
@@ -241,7 +241,7 @@ class Saver:
                 return
             save.phase, save.task = "committing", None
             if self._is_first:
-                save.task = _Task(lambda: self._commit(save, [files for _, files, _ in shares]))
+                save.task = Task(lambda: self._commit(save, [files for _, files, _ in shares]))
             return
         if agreed.failed:
             self._fail(save, step, save.failure or "")
@@ -278,7 +278,7 @@ class Saver:
                 self._index.describe({name: boxes for each in described for name, boxes in each.items()})
             self._is_described = True
         stop = threading.Event()
-        task = _Task(lambda: write_share(files, partial, stop))
+        task = Task(lambda: write_share(files, partial, stop))
         self._save = _Save(step, partial, dict(progress), updates_of(self._parts.optimizer), task, stop, started=start)
         self._save.stall_seconds = time.perf_counter() - start
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError("it must be the same folder in every process; write it from / on, such as /dev/shm")
+    return path
 
 
 class CheckpointSettings(BaseModel):
@@ -19,4 +27,10 @@ class CheckpointSettings(BaseModel):
     asynchronous: bool = Field(False, description="write while training goes on (costs a copy of the state in RAM)")
     load: str | None = Field(
         None, description="checkpoint folder to start from while the run has none of its own; damaged = refused"
+    )
+    memory_every_steps: NonNegativeInt = Field(
+        0, description="also keep the state in host memory, and a copy on another node, every so many steps; 0 = never"
+    )
+    memory_path: Annotated[str, AfterValidator(_absolute)] = Field(
+        "/dev/shm", description="folder of every node for that: of its memory, and there after a process has ended"
     )

@@ -54,6 +54,11 @@ class ShareFile:
         return [Described(e.key, e.whole, e.start, e.extent, t.dtype) for e, t in zip(self.entries, self.tensors)]
 
 
+def share_name(rank: int, number: int) -> str:
+    """Return the name of a rank's file of its state of this number."""
+    return f"__{rank}_{number}.distcp"
+
+
 class Staging:
     """Host memory for what is being saved; taken with the first save and used again by all others."""
 
@@ -61,11 +66,15 @@ class Staging:
         self._blocks: list[Tensor] = []
 
     def files(self, states: dict[str, list[Entry]], rank: int, *, copy: bool) -> list[ShareFile]:
-        """Return the files of a rank, from what it holds of each state.
+        """Return the files of a rank: of what it holds of each state, what it saves.
 
         ``copy``: the states may change before they are written. States on a device are copied in any case.
         """
         chosen = {holds: [entry for entry in entries if entry.writes] for holds, entries in states.items()}
+        return self.files_of(chosen, rank, copy=copy)
+
+    def files_of(self, chosen: dict[str, list[Entry]], rank: int, *, copy: bool) -> list[ShareFile]:
+        """Return the files of a rank that hold these entries of each state, as :meth:`files` does."""
         tensors = {holds: [entry.tensor for entry in entries] for holds, entries in chosen.items()}
         on_device = any(tensor.is_cuda for each in tensors.values() for tensor in each)
         if copy or on_device:
@@ -79,8 +88,8 @@ class Staging:
             ready = torch.cuda.Event()
             ready.record()
         return [
-            ShareFile(f"__{rank}_{number}.distcp", holds, tuple(chosen[holds]), tuple(tensors[holds]), ready)
-            for number, holds in enumerate(states)
+            ShareFile(share_name(rank, number), holds, tuple(chosen[holds]), tuple(tensors[holds]), ready)
+            for number, holds in enumerate(chosen)
             if chosen[holds]
         ]
 

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from dsv3_megatron.nodes.facts import RankFacts
 from dsv3_megatron.nodes.health import gpu_problems
@@ -15,7 +14,7 @@ from dsv3_megatron.nodes.measure import Place, clock_seconds, message_speed, pro
 from dsv3_megatron.nodes.seen import code_digest, data_digest, missing_paths
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.directory import RunDirectory
-from parallel.agree import agreed, from_first
+from parallel.agree import agreed, from_first, gathered
 from parallel.errors import RecipeError
 from parallel.world import host_name
 
@@ -57,9 +56,7 @@ def gather_facts(
         problems=tuple(problems),
         remarks=tuple(remarks),
     )
-    found: list[RankFacts | None] = [None] * place.size if place.rank == 0 else []
-    dist.gather_object(mine, found if place.rank == 0 else None)
-    return [each for each in found if each is not None]
+    return gathered(mine)
 
 
 def _seen(

@@ -34,3 +34,8 @@ class Entry:
     def extent(self) -> tuple[int, ...]:
         """The box's size along every axis."""
         return tuple(self.tensor.shape)
+
+    @property
+    def is_read_here(self) -> bool:
+        """Whether this rank is to read the box, for itself or for all that hold it."""
+        return self.group is None or self.group.rank() == 0

@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def memory(self) -> Path:
+        """Which states of the run that hosts keep in memory are of its last life."""
+        return self.path / "memory.json"
+
+    @property
     def published_scales(self) -> Path:
         """The scales of the FP8 weights that the run was imported from, if it was."""
         return self.path / "published_scales.safetensors"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsv3_megatron.checkpoint.memory.open import open_memory
+from dsv3_megatron.checkpoint.memory.saver import MemorySaver, describe_memory_save
 from dsv3_megatron.checkpoint.save import Saver, describe_save
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.source.build import build as build_data
@@ -34,6 +36,7 @@ from dsv3_megatron.train.callbacks.evaluation import Evaluation
 from dsv3_megatron.train.callbacks.garbage import GarbageCollection
 from dsv3_megatron.train.callbacks.metrics import Metrics
 from dsv3_megatron.train.callbacks.saving import EARLY_STOP, Saving
+from dsv3_megatron.train.callbacks.saving_in_memory import SavingInMemory
 from dsv3_megatron.train.callbacks.sources import Sources
 from dsv3_megatron.train.callbacks.stragglers import Stragglers
 from dsv3_megatron.train.callbacks.tasks import Tasks
@@ -113,26 +116,46 @@ def prepare_trainer(
         tell_failed_starts(
             directory, lambda blame: journal.event(EVENT, asdict(blame), f"a start before failed: {blame}")
         )
+    text = {
+        "tokenizer": described(data.tokenizer),
+        "data": data.identity.described() if data.identity else None,
+    }
     saver = Saver(
         directory.checkpoints,
         recipe.checkpoint,
         parts,
         resolved_recipe,
         lambda name, values: journal.event(name, values, describe_save(name, values)),
-        tokenizer=described(data.tokenizer),
-        data=data.identity.described() if data.identity else None,
+        **text,
     )
+    with watchdog.phase("finding states in memory", start_seconds):
+        memory = open_memory(
+            parts,
+            directory,
+            resolved_recipe,
+            lambda name, values: journal.event(name, values, describe_memory_save(name, values)),
+            journal.note,
+            text,
+        )
     with watchdog.phase("loading a checkpoint", recipe.run.checkpoint_seconds):
-        start = load_start(parts, directory, journal, data)
+        start = load_start(parts, directory, journal, data, memory)
+        if memory is not None:
+            memory.begin(start.in_memory)
     saver.saved_step = start.saved_step
-    trainer = Trainer(parts, data, callbacks_of(parts, data, saver, tasks), journal, start.progress)
+    trainer = Trainer(parts, data, callbacks_of(parts, data, saver, tasks, memory), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
         journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished, text=data.identity)
         journal.keep_tokenizer(data.tokenizer)
     return trainer
 
 
-def callbacks_of(parts: Parts, data: Data, saver: Saver, tasks: Sequence[EncodedTask] = ()) -> list[Callback]:
+def callbacks_of(
+    parts: Parts,
+    data: Data,
+    saver: Saver,
+    tasks: Sequence[EncodedTask] = (),
+    memory: MemorySaver | None = None,
+) -> list[Callback]:
     """Return what happens beside the steps: after a step in this order, at the end in reverse.
 
     What a step's line of metrics needs comes before it is written; a roll-back comes after that, and before an
@@ -152,6 +175,8 @@ def callbacks_of(parts: Parts, data: Data, saver: Saver, tasks: Sequence[Encoded
     ]
     if tasks:
         callbacks.append(Tasks(tasks, recipe.evaluate.every_steps))
+    if memory is not None:
+        callbacks.append(SavingInMemory(memory, saver))
     callbacks.append(Saving(saver))
     if recipe.run.collect_garbage_every_steps:
         callbacks.append(GarbageCollection(recipe.run.collect_garbage_every_steps))

@@ -14,7 +14,7 @@ from dsv3_megatron.run.directory import RunDirectory
 from dsv3_megatron.run.failures.blame import Blame, first_to_fail
 from dsv3_megatron.run.failures.records import failed_starts, forget, note_hosts, start_folder
 from dsv3_megatron.run.lock import run_lock
-from parallel.agree import agreed
+from parallel.agree import agreed, gathered
 from parallel.world import World, host_name
 
 
@@ -68,10 +68,7 @@ def tell_failed_starts(directory: RunDirectory, tell: Callable[[Blame], None]) -
 def noted_start(directory: str | Path) -> Iterator[None]:
     """Note which host every rank is on for as long as the block lasts; after an error the note stays, beside what the
     ranks that have failed add to it (run/failures). All ranks together."""
-    is_first = dist.get_rank() == 0
-    hosts: list[str] = [""] * dist.get_world_size() if is_first else []
-    dist.gather_object(host_name(), hosts if is_first else None)
-    folder = start_folder(directory)
+    is_first, hosts, folder = dist.get_rank() == 0, gathered(host_name()), start_folder(directory)
     if is_first:
         with suppress(OSError):  # a full disk ends no run
             note_hosts(folder, hosts)

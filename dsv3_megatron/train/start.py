@@ -18,6 +18,8 @@ from dsv3_megatron.checkpoint.changes import changes, read_recipe, refusal
 from dsv3_megatron.checkpoint.find import Found, load_chosen, load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.manifest import checkpoints
+from dsv3_megatron.checkpoint.memory.folder import State
+from dsv3_megatron.checkpoint.memory.saver import MemorySaver
 from dsv3_megatron.data.identity import check_counted_in
 from dsv3_megatron.data.source.build import Data
 from dsv3_megatron.data.tokenizer import Tokenizer
@@ -43,14 +45,18 @@ class Start:
 
     Attributes:
         saved_step: the step that the run's own newest checkpoint holds; None where it was loaded from elsewhere.
+        in_memory: the state in memory that it was loaded from, if it was.
     """
 
     progress: Progress
     saved_step: int | None = None
+    in_memory: State | None = None
 
 
-def load_start(parts: Parts, directory: RunDirectory, journal: Journal, data: Data) -> Start:
-    """Fill this rank from the newest valid checkpoint, if there is one. All ranks together.
+def load_start(
+    parts: Parts, directory: RunDirectory, journal: Journal, data: Data, memory: MemorySaver | None = None
+) -> Start:
+    """Fill this rank from the newest valid checkpoint, on disk or in memory, if there is one. All ranks together.
 
     ``data``: that it will be trained on.
     Raises: CheckpointError: all are damaged, or of another model, other data or another tokenizer, or ``run.resume``
@@ -66,26 +72,29 @@ def load_start(parts: Parts, directory: RunDirectory, journal: Journal, data: Da
         )
         return [*told, *load_checkpoint(found, parts, training=True)]
 
-    start, notes = load_chosen(
-        recipe,
-        directory.checkpoints,
-        lambda message: journal.event("damaged", {"reason": message}, f"warning: {message}"),
-        check_and_load,
-    )
+    def warn(message: str) -> None:
+        journal.event("damaged", {"reason": message}, f"warning: {message}")
+
+    states, remarks = memory.states(warn) if memory else ([], [])
+    for remark in remarks:
+        journal.event("memory_not_used", {"reason": remark}, f"warning: {remark}")
+    start, notes = load_chosen(recipe, directory.checkpoints, warn, check_and_load, states)
     if (found := start.found) is None:
         if recipe.run.start_from:
             _load_other_run(recipe.run.start_from, parts, journal, data.tokenizer)
         return Start(Progress())
     progress = Progress.of(found.progress)
-    where = f"{found.path} (step {progress.step}, {progress.tokens:,} tokens)"
-    journal.event("resumed", {"step": progress.step, "path": str(found.path)}, f"resumed from {where}")
+    state = next((each.state for each in states if found.path.parent.name == each.state.name), None)
+    where = f"{'memory, ' if state else ''}{found.path} (step {progress.step}, {progress.tokens:,} tokens)"
+    values = {"step": progress.step, "path": str(found.path), "memory": state is not None}
+    journal.event("resumed", values, f"resumed from {where}")
     for note in notes or ():
         journal.note(note)
     if start.changed:
         journal.event("recipe_changed", {"changes": start.changed}, f"recipe changed since then: {start.change}")
         tell_moved_curves(found.recipe, recipe, progress, journal)
     own = found.path.parent == directory.checkpoints
-    return Start(progress, progress.step if own else None)
+    return Start(progress, progress.step if own else None, state)
 
 
 def _check_tokenizer(place: str | Path, found: Found, parts: Parts, tokenizer: Tokenizer | None) -> list[str]:

@@ -151,14 +151,19 @@ mkdir -p "$run/checkpoints" "$run/logs"
 # Requeued for as long as the run makes progress: starts are counted since the newest checkpoint changed. A limit on
 # SLURM_RESTART_COUNT alone would end a long run in short slots.
 newest=$(find "$run/checkpoints" -maxdepth 1 -type d -regex '.*/step_[0-9]+' -printf '%f\\n' | sort | tail -n 1)
+# A state in memory is one too: memory.json has the step of the one that the last start has resumed from.
+kept=
+[ -f "$run/memory.json" ] &&
+  kept=$(head -c 2000 "$run/memory.json" | grep -Eo '"step": [0-9]{{1,15}}' | grep -Eo '[0-9]+' | head -n 1)
+progress="${{newest:-nothing}}${{kept:++$kept}}"
 seen=none starts=0
 [ -f "$run/starts" ] && read -r seen starts <"$run/starts"
 # A number and nothing else: bash's arithmetic runs commands that it finds in a text.
 case $starts in ??????* | *[!0-9]* | "") starts=0 ;; esac
-[ "$seen" = "${{newest:-nothing}}" ] || starts=0
+[ "$seen" = "$progress" ] || starts=0
 starts=$((10#$starts + 1))
 rm -f "$run/starts" # which may be a link to something else
-echo "${{newest:-nothing}} $starts" >"$run/starts"
+echo "$progress $starts" >"$run/starts"
 if [ "$starts" -gt {max_starts} ]; then
   rm -f "$run/refused"
   echo "cluster: {max_starts} starts without a new checkpoint (newest: ${{newest:-none}}); fix the run, submit again" |

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from dsv3_megatron.checkpoint.manifest import newest_valid
+from testing import chaos_memory
 from testing.chaos import torment
 from testing.ports import free_port
 from testing.training.checkpoints import assert_same_tensors
@@ -25,6 +26,12 @@ def test_chaos_of_kills_loses_no_step_beyond_the_last_checkpoint(tmp_path, kills
     outcome = torment(kills, seed=7, place=tmp_path)
     assert sum(outcome.kills.values()) == kills and set(outcome.kills) >= {"step", "save"}
     assert outcome.lost_beyond_checkpoint == 0
+
+
+@pytest.mark.full
+def test_chaos_of_kills_and_lost_nodes_loses_no_step_that_memory_still_holds(tmp_path):
+    outcome = chaos_memory.torment(5, seed=3, place=tmp_path)
+    assert sum(outcome.kills.values()) == 5 and outcome.restarts >= 5
 
 
 @pytest.mark.slow

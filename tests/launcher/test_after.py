@@ -30,4 +30,3 @@ def test_a_host_that_fails_twice_is_printed_for_the_next_start(tmp_path, capsys)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["host"], event["rank"]) for event in events] == [("failed", "node2", 1)] * 2
     assert asked(run, capsys, failures=2).err.count("the start failed") == 0, "told once"
-

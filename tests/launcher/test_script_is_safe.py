@@ -12,6 +12,8 @@ import typing
 import pytest
 from omegaconf import OmegaConf
 
+from dsv3_megatron.checkpoint.memory.folder import State
+from dsv3_megatron.checkpoint.memory.lives import Lives
 from dsv3_megatron.settings import ClusterSettings, SlurmSettings
 from launcher.command_line.compose import build, compose, compose_config
 from launcher.command_line.overrides import quoted
@@ -85,7 +87,26 @@ def test_the_script_writes_through_no_link(folder, script, name):
     assert (folder / "run" / name).read_text() and not (folder / "run" / name).is_symlink()
 
 
-@pytest.mark.parametrize("name", ["starts", "refused"])
+@pytest.mark.parametrize(
+    ("begun_with", "before", "after"),
+    [
+        (None, "nothing 2", "nothing 3"),
+        (State(95, "a" * 8), "nothing 2", "nothing+95 1"),  # the last start has resumed from memory: progress
+        (State(95, "b" * 8), "nothing+95 2", "nothing+95 3"),  # and the one after it has come no further
+        ("$(touch ran)", "nothing 2", "nothing 3"),
+    ],
+)
+def test_a_start_from_a_newer_state_in_memory_is_progress(folder, script, begun_with, before, after):
+    Lives("0" * 16, "c" * 8, begun_with if isinstance(begun_with, State) else None).write(folder / "run/memory.json")
+    if isinstance(begun_with, str):
+        (folder / "run/memory.json").write_text(f'"step": {begun_with}\n"step": a[{begun_with}]')
+    (folder / "run" / "starts").write_text(before + "\n")
+    run(script, folder)
+    assert (folder / "run" / "starts").read_text().strip() == after
+    assert not list(folder.rglob("ran"))
+
+
+@pytest.mark.parametrize("name", ["starts", "refused", "memory.json"])
 def test_the_script_waits_for_no_pipe(folder, script, name):
     os.mkfifo(folder / "run" / name)
     run(script, folder)

@@ -1,0 +1,66 @@
+"""Where ranks run, and who keeps whose copy: found out once, when a run starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from dsv3_megatron.checkpoint.memory.placement import peers_of
+from parallel.agree import agreed, gathered
+from parallel.world import host_name
+
+_FORGOTTEN = timedelta(days=30)  # what hangs is ended by the watchdog, not here
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a rank knows of the nodes.
+
+    Attributes:
+        group: all ranks, over gloo; what carries shares, and nothing else.
+        host: of this rank.
+        is_leader: whether this is the first rank of its host, which makes and removes folders there.
+        ranks_here: how many ranks the host has.
+        keeper: who keeps the copy of this rank's share; None where nobody does.
+        kept: whose copy this rank keeps; None likewise.
+        apart: what never holds both copies (:class:`placement.Peers`).
+        hosts: of every rank; on rank 0, elsewhere empty.
+    """
+
+    group: dist.ProcessGroup
+    host: str
+    is_leader: bool
+    ranks_here: int
+    keeper: int | None
+    kept: int | None
+    apart: str
+    hosts: tuple[str, ...] = field(default=())
+
+
+def find_places(racks: Sequence[str]) -> Places:
+    """Find out where ranks run. All ranks together: a name of each travels to rank 0, and a few numbers back.
+
+    ``racks``: as the recipe has them.
+    """
+    with agreed():
+        host = host_name()
+    hosts: list[str] = gathered(host)
+    answers: list[Any] | None = None
+    if hosts:
+        peers, counts = peers_of(hosts, racks), Counter(hosts)
+        leaders = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
+        kept = {keeper: rank for rank, keeper in enumerate(peers.keeper_of or ())}
+        answers = [
+            (leaders[h] == r, counts[h], peers.keeper_of and peers.keeper_of[r], kept.get(r), peers.apart)
+            for r, h in enumerate(hosts)
+        ]
+    answer: list[Any] = [None]
+    dist.scatter_object_list(answer, answers, src=0)
+    group = dist.new_group(backend="gloo", timeout=_FORGOTTEN, group_desc="memory")
+    is_leader, ranks_here, keeper, kept_for, apart = answer[0]
+    return Places(group, host, is_leader, ranks_here, keeper, kept_for, apart, tuple(hosts))
