@@ -71,7 +71,24 @@ class SlurmSettings(BaseModel):
     warning_seconds: PositiveInt = Field(
         300, description="USR1 so long before the time limit; at least a step, a save and 60 s (SLURM looks every 30 s)"
     )
-    max_starts: PositiveInt = Field(3, description="give up after so many starts without a new checkpoint")
+    max_starts: PositiveInt = Field(
+        3,
+        description="give up after so many failed starts without a new checkpoint; what SLURM ends is none, up to ten "
+        "times as many",
+    )
+    check_nodes: bool = Field(
+        True, description="before every start look at GPUs, links, clocks and what each node sees; takes a minute"
+    )
+    exclude_after: NonNegativeInt = Field(
+        2, description="keep away from a host that was the first to fail so often in a week; 0 = never"
+    )
+    exclude_slow_after: NonNegativeInt = Field(
+        0, description="likewise from a host that was named the slowest so often (health.straggler_ratio); 0 = never"
+    )
+    spares: NonNegativeInt = Field(
+        0,
+        description="nodes to ask for beyond the layout's, if they are free: no start waits until a bad one is back",
+    )
     restarts: NonNegativeInt = Field(0, description="restarts by torchrun within a job before the job itself fails")
     array_limit: PositiveInt | None = Field(None, description="points of a sweep that may run at once")
     python: Line | None = Field(

@@ -19,9 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv3_megatron.metrics.step_metrics import append_event
 from dsv3_megatron.recipe import Recipe
+from dsv3_megatron.run.directory import RunDirectory
+from dsv3_megatron.run.failures.blame import UNFIT
 from dsv3_megatron.run.files import write_atomically
 from dsv3_megatron.run.made import for_owner
+from dsv3_megatron.run.resilient import ResilientFiles
 from launcher.command_line.compose import resolved_yaml
 from launcher.command_line.console import guarded
 from launcher.command_line.hydra_flags import run_command
@@ -30,7 +34,7 @@ from launcher.pretrain import attempt, prepare_process
 from parallel.world import World
 
 if TYPE_CHECKING:
-    from dsv3_megatron.nodes.facts import RankFacts
+    from dsv3_megatron.nodes.facts import Finding, RankFacts
 
 FACTS = "DSV3_NODES_FILE"  # environment variable: where what was measured goes
 MEETING_SECONDS = 120.0  # in which all ranks must have come
@@ -57,12 +61,24 @@ def check(recipe: Recipe) -> int:
     def conclude() -> int:
         findings = judge(facts)
         code = int(any(finding.unfit for finding in findings))
+        _note(RunDirectory(recipe.run.directory), facts, findings)
         _say(facts, [str(finding) for finding in findings], time.perf_counter() - start, code)
         return code
 
     code = from_first(conclude)
     stop_processes()
     return code
+
+
+def _note(directory: RunDirectory, facts: list[RankFacts], findings: list[Finding]) -> None:
+    """Make an event of the run of each host that is not fit. Where most hosts are not, it is no host's own fault."""
+    unfit = {finding.host for finding in findings if finding.unfit}
+    of_host = len(unfit) <= len({each.host for each in facts}) / 2
+    files = ResilientFiles(lambda name, values, text: print(text))
+    for finding in findings:
+        if finding.unfit:
+            append_event(files, directory, UNFIT, {"host": finding.host, "said": finding.said, "of_host": of_host})
+    files.close()
 
 
 def _say(facts: list[RankFacts], findings: list[str], seconds: float, code: int) -> None:

@@ -29,14 +29,15 @@ def script_of(recipe, folder, overrides=()):
     return render(job)
 
 
-def run(text, folder, **variables):
-    """Run a script; return what it printed. Commands of SLURM do nothing."""
-    programs = folder / "programs"
-    programs.mkdir(exist_ok=True)
+def run(text, folder, programs=None, **variables):
+    """Run a script; return what it printed. Commands of SLURM do nothing, but for those that ``programs`` has."""
+    place = folder / "programs"
+    place.mkdir(exist_ok=True)
     for name in ("srun", "scontrol"):
-        (programs / name).write_text("#!/bin/sh\n")
-        (programs / name).chmod(0o755)
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}
+        (place / name).write_text((programs or {}).get(name, "#!/bin/sh\n"))
+        (place / name).chmod(0o755)
+    environment = {"PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a",
+                   "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "4"}  # fmt: skip
     done = subprocess.run(
         ["bash", "-c", text], cwd=folder, capture_output=True, text=True, timeout=20, env=environment | variables
     )
@@ -52,26 +53,28 @@ def folder(tmp_path):
 
 @pytest.fixture
 def script(folder):
-    return script_of(compose(TWO_NODES), folder)
+    return script_of(compose([*TWO_NODES, "cluster.slurm.python='true'"]), folder)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("nothing BASH_VERSINFO[$(touch ran)0]", "nothing 1"),
-        ("nothing a[$(touch ran)]", "nothing 1"),
-        ("$(touch ran) `touch ran`", "nothing 1"),
-        ("nothing 08", "nothing 9"),
-        ("nothing 99999999999999999999", "nothing 1"),
-        ("nothing -5", "nothing 1"),
-        ("", "nothing 1"),
-        ("nothing 1", "nothing 2"),
-        ("step_00000001 2", "nothing 1"),
+        ("nothing BASH_VERSINFO[$(touch ran)0]", "nothing 1 1"),
+        ("nothing a[$(touch ran)]", "nothing 1 1"),
+        ("nothing 1 a[$(touch ran)]", "nothing 2 1"),
+        ("$(touch ran) `touch ran`", "nothing 1 1"),
+        ("nothing 08 08", "nothing 9 9"),
+        ("nothing 99999999999999999999", "nothing 1 1"),
+        ("nothing -5", "nothing 1 1"),
+        ("", "nothing 1 1"),
+        ("nothing 1", "nothing 2 1"),
+        ("nothing 7 2", "nothing 8 3"),
+        ("step_00000001 2", "nothing 1 1"),
     ],
 )
 def test_the_count_of_starts_is_a_number_and_runs_nothing(folder, script, before, after):
     (folder / "run" / "starts").write_text(before + "\n")
-    run(script.replace("-gt 3 ]", "-gt 30 ]"), folder)
+    run(script.replace("-ge 3 ]", "-ge 30 ]"), folder)
     assert (folder / "run" / "starts").read_text().strip() == after
     assert not list(folder.rglob("ran"))
 
@@ -79,7 +82,7 @@ def test_the_count_of_starts_is_a_number_and_runs_nothing(folder, script, before
 @pytest.mark.parametrize("name", ["starts", "refused", "logs/environment-7-0.txt"])
 def test_the_script_writes_through_no_link(folder, script, name):
     (folder / "precious").write_text("precious")
-    (folder / "run" / "starts").write_text("nothing 3\n" if name == "refused" else "nothing 0\n")
+    (folder / "run" / "starts").write_text("nothing 30\n" if name == "refused" else "nothing 0\n")
     (folder / "run" / name).unlink(missing_ok=True)
     (folder / "run" / name).symlink_to(folder / ("absent" if name == "refused" else "precious"))
     run(script, folder)
@@ -90,10 +93,10 @@ def test_the_script_writes_through_no_link(folder, script, name):
 @pytest.mark.parametrize(
     ("begun_with", "before", "after"),
     [
-        (None, "nothing 2", "nothing 3"),
-        (State(95, "a" * 8), "nothing 2", "nothing+95 1"),  # the last start has resumed from memory: progress
-        (State(95, "b" * 8), "nothing+95 2", "nothing+95 3"),  # and the one after it has come no further
-        ("$(touch ran)", "nothing 2", "nothing 3"),
+        (None, "nothing 2", "nothing 3 1"),
+        (State(95, "a" * 8), "nothing 2", "nothing+95 1 1"),  # the last start has resumed from memory: progress
+        (State(95, "b" * 8), "nothing+95 2", "nothing+95 3 1"),  # and the one after it has come no further
+        ("$(touch ran)", "nothing 2", "nothing 3 1"),
     ],
 )
 def test_a_start_from_a_newer_state_in_memory_is_progress(folder, script, begun_with, before, after):
@@ -106,7 +109,40 @@ def test_a_start_from_a_newer_state_in_memory_is_progress(folder, script, begun_
     assert not list(folder.rglob("ran"))
 
 
-@pytest.mark.parametrize("name", ["starts", "refused", "memory.json"])
+@pytest.mark.parametrize(
+    ("file", "text", "runs"),
+    [
+        ("excluded", "b,c\n", True),
+        ("excluded", "c,a\n", False),  # this job's only node
+        ("excluded", "$(touch ran),a[$(touch ran)]\n", True),
+    ],
+)
+def test_a_job_on_an_excluded_host_asks_for_others_and_runs_nothing(folder, script, file, text, runs):
+    (folder / "run" / file).write_text(text)
+    scontrol = '#!/bin/sh\n[ "$1" = show ] && echo a || echo "scontrol $*"\n'
+    said = run(script, folder, programs={"srun": "#!/bin/sh\necho trained\n", "scontrol": scontrol})
+    assert ("trained" in said) is runs and "scontrol requeue 7" in said
+    assert ("scontrol update JobId=7 ExcNodeList=c,a" in said) is not runs
+    assert not list(folder.rglob("ran"))
+
+
+@pytest.mark.parametrize(
+    ("warned", "checkpoint", "after"),
+    [
+        (False, False, "nothing 6 2"),
+        (True, False, "nothing 6 1"),  # the end of a slot, a preemption: SLURM has said so before
+        (False, True, "step_00000010 0 0"),  # it has got somewhere before it failed
+    ],
+)
+def test_only_a_start_that_fails_without_getting_anywhere_counts(folder, script, warned, checkpoint, after):
+    (folder / "run" / "starts").write_text("nothing 5 1\n")
+    srun = "#!/bin/sh\n" + ('touch "$DSV3_WARNED_FILE"\n' if warned else "")
+    srun += f"mkdir {folder / 'run' / 'checkpoints' / 'step_00000010'}\n" if checkpoint else ""
+    run(script, folder, programs={"srun": srun + "exit 1\n"})
+    assert (folder / "run" / "starts").read_text().strip() == after
+
+
+@pytest.mark.parametrize("name", ["starts", "refused", "memory.json", "excluded"])
 def test_the_script_waits_for_no_pipe(folder, script, name):
     os.mkfifo(folder / "run" / name)
     run(script, folder)

@@ -1,6 +1,7 @@
 """What the batch script does on every node before there are ranks. bash runs it; SLURM's commands are stand-ins."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -38,6 +39,21 @@ def only(folder, without):
     return str(folder / "programs")
 
 
+def script_job(folder, *words):
+    """Return the job of a recipe over three nodes."""
+    overrides = [
+        "recipe=dsv3_tiny",
+        "cluster=slurm",
+        "cluster.nodes=3",
+        "cluster.gpus_per_node=2",
+        "optim.global_batch=24",
+        "cluster.slurm.check_nodes=false",
+        "cluster.slurm.exclude_after=0",
+    ]
+    recipe = compose([*overrides, "cluster.slurm.python=python", *words])
+    return job_of(recipe, [Point((), folder / "run")], chained=False, working_directory=folder)
+
+
 def run(folder, *words, without="", **texts):
     """Run the script of a recipe; return what it wrote to stderr, and what the stand-in for Python was called with."""
     standins = {
@@ -45,15 +61,7 @@ def run(folder, *words, without="", **texts):
         "scontrol": f"#!/bin/sh\nprintf '%s\\n' {' '.join(NODES)}\n",
     }
     path = programs(folder, **{**standins, "python": PYTHON, "numactl": "", **texts})
-    overrides = [
-        "recipe=dsv3_tiny",
-        "cluster=slurm",
-        "cluster.nodes=3",
-        "cluster.gpus_per_node=2",
-        "optim.global_batch=24",
-    ]
-    recipe = compose([*overrides, "cluster.slurm.python=python", *words])
-    job = job_of(recipe, [Point((), folder / "run")], chained=False, working_directory=folder)
+    job = script_job(folder, *words)
     (folder / "run" / "logs").mkdir(parents=True)
     environment = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "all", "SLURM_JOB_NUM_NODES": "3"}
     environment["SLURM_CPUS_ON_NODE"] = "4"
@@ -115,6 +123,41 @@ def test_ranks_are_bound_to_their_numa_node_or_a_line_says_why_not(tmp_path):
 def test_without_a_binding_nothing_is_asked_of_a_node(tmp_path, words):
     _, said = run(tmp_path, *words, without="numactl")
     assert len(said) == 3 and not any("numa" in line for line in said)
+
+
+def test_nodes_are_checked_before_there_are_ranks_and_a_start_on_unfit_ones_ends(tmp_path):
+    _, said = run(tmp_path, "cluster.slurm.check_nodes=true")
+    checks = [" -m launcher.slurm.check_nodes " in line for line in said]
+    assert checks == [True] * 3 + [False] * 3 and all(f"run.directory={tmp_path}/run" in line for line in said)
+    ports = [re.findall(r"--master-port=(\d+)", line)[-1] for line in said]
+    assert int(ports[0]) == int(ports[3]) + 1, "that of the check may not be free again at once"
+    other = tmp_path / "unfit"
+    other.mkdir()
+    python = PYTHON + '[[ "$*" != *check_nodes* ]] || { echo "nodes: node2: no GPU" >&2; exit 1; }\n'
+    stderr, said = run(other, "cluster.slurm.check_nodes=true", python=python)
+    assert "nodes: node2: no GPU" in stderr and not any("pretrain.py" in line for line in said)
+
+
+def test_hosts_that_failed_are_asked_for_and_kept(tmp_path):
+    scontrol = f"#!/bin/sh\n[ $1 = show ] && printf '%s\\n' {' '.join(NODES)} || echo \"$*\" >>said\n"
+    python = PYTHON + 'if [[ "$*" == *slurm.after* ]]; then echo node2; else exit 1; fi\n'
+    words = ["cluster.slurm.exclude_after=2", "cluster.slurm.exclude='node[8-9]'"]
+    _, said = run(tmp_path, *words, python=python, scontrol=scontrol)
+    assert said[-3:] == [
+        f" is ; -m launcher.slurm.after run={tmp_path}/run failures=2 slow=0",
+        "requeue 7",
+        "update JobId=7 ExcNodeList=node2,node[8-9]",
+    ]
+    assert (tmp_path / "run" / "excluded").read_text() == "node2\n"
+
+
+def test_spares_are_asked_for_and_not_used(tmp_path):
+    words = ["cluster.nodes=2", "cluster.slurm.spares=1", "optim.global_batch=16"]
+    text = render(script_job(tmp_path, *words))
+    assert "#SBATCH --nodes=2-3\n" in text and '--nodes=2 --nodelist="$nodes"' in text
+    srun = '#!/bin/bash\nprintf "%s\\n" "$@" >>said\n'
+    _, said = run(tmp_path, *words, srun=srun)
+    assert "--nodelist=localhost,node2" in said and "--nnodes=2" in said
 
 
 def test_what_the_user_sets_wins_over_what_the_script_and_the_shared_defaults_set(tmp_path):

@@ -32,7 +32,8 @@ full = pytest.mark.full
 ON_CPUS = (
     "recipe=dsv3_tiny", "cluster=slurm", "cluster.device=cpu", "cluster.nodes=2", "cluster.gpus_per_node=0",
     "cluster.slurm.ranks_per_node=1", "cluster.slurm.exclusive=false", "cluster.slurm.memory=1000",
-    "cluster.slurm.warning_seconds=60", "cluster.time_limit=10",
+    "cluster.slurm.warning_seconds=60", "cluster.time_limit=10", "cluster.slurm.check_nodes=false",
+    "cluster.slurm.exclude_after=0",
 )  # fmt: skip
 TRAINING = (*ON_CPUS, *SMALL, "parallel.pipeline=2", "checkpoint.every_steps=5", "logging.wandb=disabled")
 
@@ -106,7 +107,7 @@ run=${run#"'"} run=${run%"'"}
 def undisturbed(cluster, tmp_path_factory):
     """A run of forty steps over two nodes that nothing happened to."""
     directory = tmp_path_factory.mktemp("slurm") / "undisturbed run"
-    [job] = submit(directory, "run.steps=40", "cluster.slurm.interface=lo")
+    [job] = submit(directory, "run.steps=40", "cluster.slurm.interface=lo", "cluster.slurm.check_nodes=true")
     assert wait_for_end(job, directory) == "COMPLETED", logs(directory)
     return directory
 
@@ -123,6 +124,9 @@ def test_a_run_trains_over_two_nodes_and_finishes(undisturbed, capsys):
     of_nodes = sorted((undisturbed / "logs").glob("*-[01]-*.log"))
     assert len(of_nodes) == 2
     lines = [line for file in of_nodes for line in file.read_text().splitlines()]
+    assert any(re.fullmatch(r"0: nodes: 2 with 2 ranks checked in \d+ s: fit", line) for line in lines)
+    (checked,) = (json.loads(file.read_text()) for file in (undisturbed / "logs").glob("nodes-*.json"))
+    assert [rank["host"] for rank in checked["ranks"]] == ["node1", "node2"] and checked["findings"] == []
     assert "0: finished: 40 steps" in "\n".join(line[:22] for line in lines)  # the rank that says it
     assert main(["status", f"run={undisturbed}"]) == 0
     text = capsys.readouterr().out
@@ -246,7 +250,21 @@ def test_a_crash_is_tried_again_but_not_for_ever(cluster, tmp_path, capsys):
     assert wait_for_end(job, run, 120) == "FAILED"
     assert (run / "log").read_text().split() == ["start"] * 4  # two nodes, two starts
     assert main(["status", f"run={run}"]) == 0
-    assert "2 starts without a new checkpoint" in capsys.readouterr().out
+    assert "2 failed starts without a new checkpoint" in capsys.readouterr().out
+
+
+def test_a_host_that_failed_is_not_used_again(cluster, tmp_path):
+    run = tmp_path / "bad host"
+    body = """case "$*" in *launcher.slurm.after*) echo node1; exit;; esac
+echo "$SLURMD_NODENAME" >>"$run/log"
+until (($(wc -l <"$run/log") % 2 == 0)); do sleep 0.05; done
+[ -e "$run/excluded" ] && exec touch "$run/finished"; exit 7
+"""
+    [job] = submit(run, stand_in(tmp_path, body), "cluster.slurm.exclude_after=1", base=ON_CPUS)
+    assert wait_for_end(job, run, 120) == "COMPLETED", logs(run)
+    hosts = (run / "log").read_text().split()
+    assert sorted(hosts[:2]) == ["node1", "node2"] and sorted(hosts[2:]) == ["node2", "node3"]
+    assert facts(job)["ExcNodeList"] == "node1" and facts(job)["Restarts"] == "1"
 
 
 def test_starts_are_counted_anew_after_a_checkpoint(cluster, tmp_path):

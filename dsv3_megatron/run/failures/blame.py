@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv3_megatron.run.failures.records import FailedStart
 
-EVENT = "failed"  # in events.jsonl
+EVENT, UNFIT = "failed", "unfit"  # in events.jsonl: the second of a host that a check before a start has found
 _REMEMBERED = timedelta(days=7)  # for so long a failure counts against a host: it may have been repaired
 
 
@@ -64,7 +64,8 @@ def first_to_fail(start: FailedStart) -> Blame:
 def hosts_to_exclude(
     events: Iterable[Mapping[str, Any]], *, failures: int, slow: int = 0, now: datetime | None = None
 ) -> dict[str, str]:
-    """Return the hosts that a run should keep away from, and why, by what its events of the last week say.
+    """Return the hosts that a run should keep away from, and why, by what its events of the last week say. One that is
+    not fit (``UNFIT``) is among them at once.
 
     Args:
         events: lines of events.jsonl.
@@ -72,15 +73,20 @@ def hosts_to_exclude(
         slow: so often a rank of it was named the slowest (``straggler``), likewise.
     """
     since = (now or datetime.now(UTC)) - _REMEMBERED
-    counted: dict[str, Counter[str]] = {EVENT: Counter(), "straggler": Counter()}
+    counted: dict[str, Counter[str]] = {UNFIT: Counter(), EVENT: Counter(), "straggler": Counter()}
     for event in events:
         kind, host = event.get("event"), event.get("host")
         if kind in counted and isinstance(host, str) and _is_since(event.get("time"), since):
-            counted[kind][host] += int(kind != EVENT or event.get("of_host") is True)
+            counted[kind][host] += int(kind == "straggler" or event.get("of_host") is True)
     found: dict[str, str] = {}
-    for kind, limit, what in ((EVENT, failures, "was the first to fail"), ("straggler", slow, "was the slowest")):
+    kinds = (
+        ("straggler", slow, "was the slowest"),
+        (EVENT, failures, "was the first to fail"),
+        (UNFIT, min(failures, 1), "was not fit"),
+    )
+    for kind, limit, what in kinds:
         found |= {
-            host: f"{what} {times} times in the last {_REMEMBERED.days} days"
+            host: f"{what} {'once' if times == 1 else f'{times} times'} in the last {_REMEMBERED.days} days"
             for host, times in sorted(counted[kind].items())
             if limit and times >= limit
         }

@@ -124,6 +124,8 @@ def test_a_host_that_failed_twice_is_kept_away_from():
     events += [event(None), event("d", "straggler"), event("d", "straggler"), {"event": "failed"}, {"host": "e"}]
     events += [{"event": "failed", "host": "f", "time": time, "of_host": True} for time in (None, "x", "2026-11-27")]
     assert hosts_to_exclude(events, failures=2, now=NOW) == {"a": "was the first to fail 2 times in the last 7 days"}
-    assert list(hosts_to_exclude(events, failures=1, slow=2, now=NOW)) == ["a", "b", "c", "d"]
+    assert sorted(hosts_to_exclude(events, failures=1, slow=2, now=NOW)) == ["a", "b", "c", "d"]
+    unfit = [event("g", "unfit"), event("h", "unfit", of_host=False)]
+    assert hosts_to_exclude(unfit, failures=2, now=NOW) == {"g": "was not fit once in the last 7 days"}
     assert hosts_to_exclude(events, failures=0, now=NOW) == {}
     assert json.dumps(hosts_to_exclude([], failures=1, slow=1, now=NOW)) == "{}"
