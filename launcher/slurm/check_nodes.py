@@ -88,8 +88,11 @@ def _say(facts: list[RankFacts], findings: list[str], seconds: float, code: int)
     for line in findings:
         print(f"nodes: {line}")
     nodes = len({each.node for each in facts})
-    verdict = "not fit, and the run does not start" if code else "fit"
-    print(f"nodes: {nodes:,} with {len(facts):,} ranks checked in {seconds:.0f} s: {verdict}", flush=True)
+    fit = f"nodes: {nodes:,} with {len(facts):,} ranks checked in {seconds:.0f} s: fit"
+    unfit = (
+        f"nodes: {nodes:,} with {len(facts):,} ranks checked in {seconds:.0f} s: not fit, and the run does not start"
+    )
+    print(unfit if code else fit, flush=True)
     if file := os.environ.get(FACTS):
         content = {"seconds": seconds, "findings": findings, "ranks": [asdict(each) for each in facts]}
         write_atomically(Path(file), json.dumps(content, indent=1) + "\n")
