@@ -14,7 +14,9 @@ from dsv3_megatron.checkpoint.memory.host import host_name
 from dsv3_megatron.checkpoint.memory.placement import peers_of
 from parallel.agree import agreed, gathered
 
-_FORGOTTEN = timedelta(days=30)  # what hangs is ended by the watchdog, not here
+# For one message of the other end, which may still be writing its share; blocks of a share then come in a fraction of a
+# second. Where a connection is lost, ranks that it is no concern of wait for those that it is.
+LONGEST_WAIT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def find_places(racks: Sequence[str]) -> Places:
         host = host_name()
     hosts: list[str] = gathered(host)
     answers: list[Any] | None = None
-    if hosts:
+    if hosts:  # on rank 0
         peers, counts = peers_of(hosts, racks), Counter(hosts)
         leaders = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
         kept = {keeper: rank for rank, keeper in enumerate(peers.keeper_of or ())}
@@ -61,6 +63,10 @@ def find_places(racks: Sequence[str]) -> Places:
         ]
     answer: list[Any] = [None]
     dist.scatter_object_list(answer, answers, src=0)
-    group = dist.new_group(backend="gloo", timeout=_FORGOTTEN, group_desc="memory")
     is_leader, ranks_here, keeper, kept_for, apart = answer[0]
-    return Places(group, host, is_leader, ranks_here, keeper, kept_for, apart, tuple(hosts))
+    return Places(memory_group(), host, is_leader, ranks_here, keeper, kept_for, apart, tuple(hosts))
+
+
+def memory_group() -> dist.ProcessGroup:
+    """Return a group of all ranks, over gloo, whose connections are made at their first message. All ranks together."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT, group_desc="memory")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dsv3_megatron.checkpoint.memory.folder import MemoryFolder, State, remove_folders
 from dsv3_megatron.checkpoint.memory.host import free_bytes
 from dsv3_megatron.checkpoint.memory.lives import Lives, new_life
-from dsv3_megatron.checkpoint.memory.places import Places
+from dsv3_megatron.checkpoint.memory.places import Places, memory_group
 from dsv3_megatron.checkpoint.memory.restore import InMemory, states_in_memory
 from dsv3_megatron.checkpoint.memory.share import cut_of, read_here, write
 from dsv3_megatron.checkpoint.memory.transfer import exchange
@@ -33,7 +33,7 @@ from dsv3_megatron.checkpoint.state import states_to_save
 from dsv3_megatron.checkpoint.write import ShareFile, Staging
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
-from dsv3_megatron.run.reasons import reason_of
+from dsv3_megatron.run.reasons import first_line, reason_of
 from parallel.agree import agreed, from_first, gathered
 from parallel.units import show_bytes
 
@@ -55,6 +55,7 @@ class _Kept:
     seconds: float = 0.0
     stall_seconds: float = 0.0
     failure: str | None = None
+    is_cut_off: bool = False  # a connection was lost
 
 
 @dataclass
@@ -154,9 +155,11 @@ class MemorySaver:
         self._save = None
         mine: _Kept = save.task.result or _Kept(failure=save.task.failure)
         mine.stall_seconds, mine.seconds = save.stall_seconds, time.perf_counter() - save.started
-        failed = torch.tensor([int(mine.failure is not None), mine.bytes, mine.sent_bytes])
-        dist.all_reduce(failed)
-        failures, total, sent = failed.tolist()
+        sums = torch.tensor([int(mine.failure is not None), int(mine.is_cut_off), mine.bytes, mine.sent_bytes])
+        dist.all_reduce(sums)
+        failures, cut_off, total, sent = sums.tolist()
+        if cut_off:
+            self._connect_again()
         if failures:
             self._fail(save, mine.failure)
             return
@@ -213,12 +216,22 @@ class MemorySaver:
             return kept
         # Also where this rank has failed: two others wait to hear so.
         target = self.folder.share(state, places.kept)
-        done = exchange(places.group, share, places.keeper, target, places.kept)
+        try:
+            done = exchange(places.group, share, places.keeper, target, places.kept)
+        except RuntimeError as error:  # gloo's for all that happens to a connection
+            kept.failure, kept.is_cut_off = kept.failure or first_line(error), True
+            return kept
         kept.sent_bytes = done.sent_bytes
         if done.received is not None and (done.received.state, done.received.rank) != (state, places.kept):
             done.not_received = f"rank {places.kept} has sent another share"
         kept.failure = kept.failure or done.failure
         return kept
+
+    def _connect_again(self) -> None:
+        """Make new connections: where one was lost, or waited for in vain, it stays so."""
+        lost = self.places.group
+        self.places = replace(self.places, group=memory_group())
+        dist.destroy_process_group(lost)
 
     def _check_room(self, files: list[ShareFile]) -> None:
         """Raise OSError where this host has no room for what its ranks write now: a share each, and a copy each."""

@@ -6,16 +6,19 @@ restores one thing after the other.
 
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import dsv3_megatron.checkpoint.memory.places as places_module
 import dsv3_megatron.checkpoint.memory.saver as saver_module
 from dsv3_megatron.checkpoint.find import load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.memory.open import open_memory
+from dsv3_megatron.checkpoint.memory.transfer import exchange
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.checkpoint.state import optimizer_entries
 from dsv3_megatron.run.directory import RunDirectory
@@ -112,6 +115,10 @@ def flip(path):
     path.write_bytes(data)
 
 
+def cut_off(*given):
+    raise RuntimeError("Connection closed by peer")
+
+
 def same(found, expected):
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -120,6 +127,7 @@ def scenarios(case):
     """Return what every scenario came to on this rank."""
     name, place, overrides = case
     world = World.from_environment()
+    places_module.LONGEST_WAIT = timedelta(seconds=5)
     os.environ["SLURMD_NODENAME"] = f"node{world.rank // (2 if world.size == 4 else 1)}"
     start_processes(world, torch.device("cpu"), timeout_seconds=120)
     try:
@@ -192,6 +200,16 @@ def scenarios_of_lives(run):
     run.keep()
     found["told"] = [(name, values["step"], values.get("reason")) for name, values in run.told]
 
+    # A connection is lost before anything was sent: the other end waits in vain, and the save after that goes well.
+    run.told.clear()
+    if run.rank == 1:
+        saver_module.exchange = cut_off
+    run.train()
+    run.keep()
+    saver_module.exchange = exchange
+    run.keep()
+    found["cut off"] = [(name, values["step"]) for name, values in run.told]
+
     # A manifest of another run in this run's folder, and one that is not what was written.
     run.at_rank_0(lambda: flip(run.share(0, 0) / "manifest.json"))
     found["manifest damaged"] = run.restore(begin=False)[:2]
@@ -254,9 +272,13 @@ def test_a_save_that_one_rank_cannot_make_counts_on_none(two):
     assert failed[1] == 3 and "rank 1 on node1" in failed[2] and "0 B are free" in failed[2]
 
 
+def test_a_lost_connection_fails_a_save_and_not_those_after_it(two):
+    assert two["lives"][0]["cut off"] == [("memory_save_failed", 6), ("saved_in_memory", 6)]
+
+
 def test_a_damaged_manifest_is_no_share_and_a_run_that_is_over_frees_all(two):
     for found in two["lives"]:
-        assert found["manifest damaged"] == (5, True) and found["freed"]
+        assert found["manifest damaged"] == (6, True) and found["freed"]
 
 
 def test_under_dualpipe_a_lost_node_costs_nothing(tmp_path):
