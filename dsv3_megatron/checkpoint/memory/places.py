@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,7 +27,7 @@ class Places:
         group: all ranks, over gloo; what carries shares, and nothing else.
         host: of this rank.
         is_leader: whether this is the first rank of its host, which makes and removes folders there.
-        ranks_here: how many ranks the host has.
+        ranks_here: the ranks of the host.
         keeper: who keeps the copy of this rank's share; None where nobody does.
         kept: whose copy this rank keeps; None likewise.
         apart: what never holds both copies (:class:`placement.Peers`).
@@ -37,7 +37,7 @@ class Places:
     group: dist.ProcessGroup
     host: str
     is_leader: bool
-    ranks_here: int
+    ranks_here: tuple[int, ...]
     keeper: int | None
     kept: int | None
     apart: str
@@ -54,11 +54,12 @@ def find_places(racks: Sequence[str]) -> Places:
     hosts: list[str] = gathered(host)
     answers: list[Any] | None = None
     if hosts:  # on rank 0
-        peers, counts = peers_of(hosts, racks), Counter(hosts)
-        leaders = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
+        peers, ranks_of = peers_of(hosts, racks), defaultdict[str, list[int]](list)
+        for rank, each in enumerate(hosts):
+            ranks_of[each].append(rank)
         kept = {keeper: rank for rank, keeper in enumerate(peers.keeper_of or ())}
         answers = [
-            (leaders[h] == r, counts[h], peers.keeper_of and peers.keeper_of[r], kept.get(r), peers.apart)
+            (ranks_of[h][0] == r, tuple(ranks_of[h]), peers.keeper_of and peers.keeper_of[r], kept.get(r), peers.apart)
             for r, h in enumerate(hosts)
         ]
     answer: list[Any] = [None]

@@ -115,7 +115,7 @@ class MemorySaver:
         self._life, self.complete = from_first(new_life), begun_with
         is_first = dist.get_rank() == 0
         if self.places.is_leader:
-            remove_folders(self.folder.all_but(begun_with))
+            remove_folders([*self.folder.all_but(begun_with), *self._surplus(begun_with)])
         with agreed(looked=is_first):  # and no rank keeps anything before that is done
             if is_first:
                 self._lives = Lives(self.folder.run, self._life, begun_with)
@@ -182,6 +182,13 @@ class MemorySaver:
         if self.places.is_leader:
             self.folder.remove()
 
+    def _surplus(self, state: State | None) -> list[Path]:
+        """Return what this host holds of a state beyond its ranks' shares and as many copies: more than there is room
+        for beside the next state, where ranks have come to other nodes than before."""
+        here = self.places.ranks_here
+        copies = [path for held, rank, path in self.folder.shares() if held == state and rank not in here]
+        return copies[len(here) :]
+
     def _states_here(self) -> dict[str, list[Entry]]:
         return read_here(states_to_save(self._parts, self._shares))
 
@@ -237,7 +244,7 @@ class MemorySaver:
         """Raise OSError where this host has no room for what its ranks write now: a share each, and a copy each."""
         copies = 1 if self.places.kept is None else 2
         share = sum(tensor.nbytes for file in files for tensor in file.tensors) + _MANIFEST_BYTES
-        needed, free = copies * self.places.ranks_here * share, free_bytes(self.folder.path)
+        needed, free = copies * len(self.places.ranks_here) * share, free_bytes(self.folder.path)
         if needed > free:
             raise OSError(None, f"{show_bytes(needed)} are needed on {self.places.host}, {show_bytes(free)} are free")
 

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dsv3_megatron.checkpoint.memory.places as places_module
 import dsv3_megatron.checkpoint.memory.saver as saver_module
 from dsv3_megatron.checkpoint.find import load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.memory.open import open_memory
+from dsv3_megatron.checkpoint.memory.restore import transfers_of
 from dsv3_megatron.checkpoint.memory.transfer import exchange
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.checkpoint.state import optimizer_entries
@@ -226,7 +229,17 @@ def scenarios_of_four(run):
     run.keep()
     kept = run.numbers()
     run.at_rank_0(lambda: shutil.rmtree(run.share(0, 0).parent))
-    return *run.restore(), same(run.numbers(), kept), run.memory.places.keeper, run.told
+    found = *run.restore(), same(run.numbers(), kept), run.memory.places.keeper
+
+    # The same on four nodes; then every rank comes to the node after the next, where neither copy of its share is.
+    os.environ["SLURMD_NODENAME"] = f"n{run.rank}"
+    run.restore()
+    run.train()
+    run.keep()
+    kept = run.numbers()
+    os.environ["SLURMD_NODENAME"] = f"n{(run.rank + 2) % 4}"
+    moved = *run.restore(), same(run.numbers(), kept)
+    return found, moved, len(list(run.place.glob(f"dsv3-*/*/n{(run.rank + 2) % 4}/step_*/rank_*")))
 
 
 @pytest.fixture(scope="module")
@@ -284,5 +297,21 @@ def test_a_damaged_manifest_is_no_share_and_a_run_that_is_over_frees_all(two):
 def test_under_dualpipe_a_lost_node_costs_nothing(tmp_path):
     words = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1", "optim.ema_decay=0.9")
     (found,) = run_ranks(4, scenarios, [("four", str(tmp_path), words)])
-    for rank, (step, from_memory, said, is_same, keeper, _) in enumerate(found):
-        assert (step, from_memory, said, is_same, keeper) == (1, True, [], True, (rank + 2) % 4)
+    for rank, (lost, moved, shares) in enumerate(found):
+        assert lost == (1, True, [], True, (rank + 2) % 4)
+        assert moved == (2, True, [], True)
+        assert shares == 2, "no more than there is room for beside the next state"
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_shares_travel_in_rounds_in_which_a_rank_sends_and_receives_one(nodes, random):
+    hosts = [f"n{node}" for node, ranks in enumerate(nodes) for _ in range(ranks)]
+    needing = random.sample(range(len(hosts)), random.randint(1, len(hosts)))
+    holder_of = {rank: random.choice(hosts) for rank in needing}
+    found = transfers_of(holder_of, hosts)
+    assert {each.rank for each in found} == set(holder_of) and len(found) == len(holder_of)
+    assert all(hosts[each.sender] == holder_of[each.rank] for each in found)
+    assert len({(each.sender, each.round) for each in found}) == len(found)
+    for host in set(hosts):
+        rounds = [each.round for each in found if holder_of[each.rank] == host]
+        assert not rounds or max(rounds) == (len(rounds) - 1) // hosts.count(host)
