@@ -217,11 +217,10 @@ class MemorySaver:
             target = self.folder.share(state, dist.get_rank())
             share = write(target, files, self._recipe, progress, facts, {**memory, "cut": cut})
             kept.bytes = sum(facts["bytes"] for facts in share.files.values())
-        except OSError as error:
+        except Exception as error:  # whatever it is, two other ranks wait to hear that nothing comes
             kept.failure = reason_of(error)
         if places.kept is None:
             return kept
-        # Also where this rank has failed: two others wait to hear so.
         target = self.folder.share(state, places.kept)
         try:
             done = exchange(places.group, share, places.keeper, target, places.kept)
