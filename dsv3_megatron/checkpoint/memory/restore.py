@@ -261,6 +261,6 @@ def _arrange(survey: _Survey, held: list[_Held], cuts: list[str], hosts: tuple[s
         elif not fitting:
             notes.append(f"memory holds step {state.step} in another layout or of another model: a checkpoint is used")
         else:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            notes.append(f"memory does not hold step {state.step} whole: rank {lost[0]}'s share{more} is lost")
+            more = f" and of {len(lost) - 1:,} more" if len(lost) > 1 else ""
+            notes.append(f"memory does not hold step {state.step} whole: it lacks the share of rank {lost[0]}{more}")
     return notes
