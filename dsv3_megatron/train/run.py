@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsv3_megatron.checkpoint.memory.lives import leave_behind
 from dsv3_megatron.checkpoint.memory.open import open_memory
 from dsv3_megatron.checkpoint.memory.saver import MemorySaver, describe_memory_save
 from dsv3_megatron.checkpoint.save import Saver, describe_save
@@ -144,6 +145,8 @@ def prepare_trainer(
     saver.saved_step = start.saved_step
     trainer = Trainer(parts, data, callbacks_of(parts, data, saver, tasks, memory), journal, start.progress)
     with watchdog.phase("opening the metrics", start_seconds), agreed(looked=journal.speaks):
+        if journal.speaks and memory is None:
+            leave_behind(directory.memory, journal.note)
         journal.open(parts, start.progress, resolved_recipe, finished=trainer.finished, text=data.identity)
         journal.keep_tokenizer(data.tokenizer)
     return trainer

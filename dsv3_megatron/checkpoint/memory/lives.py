@@ -9,6 +9,7 @@ the state that it has begun with. Nothing else that memory holds of this run may
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,18 @@ def read_lives(path: Path) -> Lives:
         ) from None
     begun = None if content.begun_with is None else State(content.begun_with.step, content.begun_with.life)
     return Lives(content.run, content.life, begun)
+
+
+def leave_behind(path: Path, note: Callable[[str], None]) -> None:
+    """Let nothing that memory holds of the run count any longer: it trains without, and none of those states has what
+    it does from here on. Called by rank 0. ``note``: gets a line where there may be some.
+
+    Raises: CheckpointError: the file is not what was written. OSError: it cannot be written.
+    """
+    if not path.exists() or (lives := read_lives(path)).life is None:
+        return
+    Lives(lives.run).write(path)
+    note("checkpoint.memory_every_steps = 0: states of this run that nodes still hold in memory count no longer")
 
 
 def new_life() -> str:

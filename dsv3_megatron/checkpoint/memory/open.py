@@ -32,12 +32,8 @@ def open_memory(
     Raises: CheckpointError, RecipeError: the run directory's ``memory.json`` is damaged, the folder cannot be made.
     RankFault: it cannot be made on some hosts.
     """
-    settings, is_first = parts.recipe.checkpoint, dist.get_rank() == 0
+    settings = parts.recipe.checkpoint
     if not settings.memory_every_steps:
-        if is_first and directory.memory.exists() and not directory.finished.exists():
-            note(
-                f"checkpoint.memory_every_steps = 0: what nodes hold of this run ({directory.memory}) is not looked at"
-            )
         return None
     lives = from_first(lambda: read_lives(directory.memory))
     places = find_places(parts.recipe.cluster.racks)
@@ -49,7 +45,7 @@ def open_memory(
             left = clear_leftovers(folder.root, lives.run)
     for line in describe_leftovers(each for found in gathered(left) for each in found):
         note(line)
-    if is_first and (shortcoming := _shortcoming(places, parts.recipe.cluster.racks)):
+    if dist.get_rank() == 0 and (shortcoming := _shortcoming(places, parts.recipe.cluster.racks)):
         note(shortcoming)
     return MemorySaver(folder, places, lives, directory.memory, parts, recipe, tell, text)
 

@@ -25,10 +25,6 @@ class Peers:
     keeper_of: tuple[int, ...] | None
     apart: str
 
-    def kept_by(self, rank: int) -> int | None:
-        """Return the rank whose copy ``rank`` keeps."""
-        return None if self.keeper_of is None else self.keeper_of.index(rank)
-
 
 def peers_of(hosts: Sequence[str], racks: Sequence[str] = ()) -> Peers:
     """Return who keeps whose copy.

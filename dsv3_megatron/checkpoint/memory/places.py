@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +14,9 @@ from dsv3_megatron.checkpoint.memory.placement import peers_of
 from parallel.agree import agreed, gathered
 from parallel.world import host_name
 
-_FORGOTTEN = timedelta(days=30)  # what hangs is ended by the watchdog, not here
+# For one message of the other end, which may still be writing its share; blocks of a share then come in a fraction of a
+# second. Where a connection is lost, ranks that it is no concern of wait for those that it is.
+LONGEST_WAIT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Places:
         group: all ranks, over gloo; what carries shares, and nothing else.
         host: of this rank.
         is_leader: whether this is the first rank of its host, which makes and removes folders there.
-        ranks_here: how many ranks the host has.
+        ranks_here: the ranks of the host.
         keeper: who keeps the copy of this rank's share; None where nobody does.
         kept: whose copy this rank keeps; None likewise.
         apart: what never holds both copies (:class:`placement.Peers`).
@@ -35,7 +37,7 @@ class Places:
     group: dist.ProcessGroup
     host: str
     is_leader: bool
-    ranks_here: int
+    ranks_here: tuple[int, ...]
     keeper: int | None
     kept: int | None
     apart: str
@@ -51,16 +53,21 @@ def find_places(racks: Sequence[str]) -> Places:
         host = host_name()
     hosts: list[str] = gathered(host)
     answers: list[Any] | None = None
-    if hosts:
-        peers, counts = peers_of(hosts, racks), Counter(hosts)
-        leaders = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
+    if hosts:  # on rank 0
+        peers, ranks_of = peers_of(hosts, racks), defaultdict[str, list[int]](list)
+        for rank, each in enumerate(hosts):
+            ranks_of[each].append(rank)
         kept = {keeper: rank for rank, keeper in enumerate(peers.keeper_of or ())}
         answers = [
-            (leaders[h] == r, counts[h], peers.keeper_of and peers.keeper_of[r], kept.get(r), peers.apart)
+            (ranks_of[h][0] == r, tuple(ranks_of[h]), peers.keeper_of and peers.keeper_of[r], kept.get(r), peers.apart)
             for r, h in enumerate(hosts)
         ]
     answer: list[Any] = [None]
     dist.scatter_object_list(answer, answers, src=0)
-    group = dist.new_group(backend="gloo", timeout=_FORGOTTEN, group_desc="memory")
     is_leader, ranks_here, keeper, kept_for, apart = answer[0]
-    return Places(group, host, is_leader, ranks_here, keeper, kept_for, apart, tuple(hosts))
+    return Places(memory_group(), host, is_leader, ranks_here, keeper, kept_for, apart, tuple(hosts))
+
+
+def memory_group() -> dist.ProcessGroup:
+    """Return a group of all ranks, over gloo, whose connections are made at their first message. All ranks together."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT, group_desc="memory")

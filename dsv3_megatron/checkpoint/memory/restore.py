@@ -8,8 +8,8 @@ share is left nowhere is not taken, by no rank, and the next older one is tried.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,11 +39,13 @@ class _Held(NamedTuple):
     host: str
 
 
-class _Transfer(NamedTuple):
-    """A copy of a share that is to travel: from the rank that reads it to the one whose share it is."""
+class Transfer(NamedTuple):
+    """A copy of a share that is to travel: from the rank that reads it to the one whose share it is. In a round a rank
+    sends one at most, and receives one."""
 
     rank: int
     sender: int
+    round: int
 
 
 @dataclass
@@ -88,10 +90,8 @@ class InMemory:
             if transfers is None:
                 assert mine is not None
                 return mine.found(self._states)
-            received, failures = self._carry_out(transfers)
-            wrong = failures
-            if received is not None:
-                mine, wrong = received, {}
+            received, wrong = self._carry_out(transfers)
+            mine = received or mine
 
     def give_up(self, reason: str) -> None:
         """Tell why another state or a checkpoint on disk is taken in place of this one."""
@@ -111,57 +111,58 @@ class InMemory:
             mine, damage = None, str(error.args[0])
         return (mine, {}) if damage is None else (None, {rank: f"on {self._places.host}, {_why(damage)}"})
 
-    def _next_transfers(self, wrong: dict[int, str], tried: dict[int, set[str]]) -> list[_Transfer] | None:
+    def _next_transfers(self, wrong: dict[int, str], tried: dict[int, set[str]]) -> list[Transfer] | None:
         """Return what is to travel next, on all ranks alike; None where every rank has its share.
 
         ``wrong``: at this rank, what is wrong by the rank whose share it is.
         """
         said = gathered(wrong)
 
-        def choose() -> list[_Transfer] | str | None:
+        def choose() -> list[Transfer] | str | None:
             missing: dict[int, str] = {}
             for each in said:
                 for rank, why in each.items():
                     missing[rank] = missing.get(rank) or why
             for why in filter(None, missing.values()):
                 self._tell(why)
-            chosen = []
+            holder_of = {}
             for rank in sorted(missing):
                 tried[rank].add(self._places.hosts[rank])
                 left = [host for host in self._holders[rank] if host not in tried[rank]]
                 if not left:
                     return f"rank {rank}'s share of step {self.step} is whole in no memory"
                 tried[rank].add(left[0])
-                there = [r for r, host in enumerate(self._places.hosts) if host == left[0]]
-                chosen.append(_Transfer(rank, there[rank % len(there)]))
-            return chosen or None
+                holder_of[rank] = left[0]
+            return transfers_of(holder_of, self._places.hosts) or None
 
         found = from_first(choose)
         if isinstance(found, str):
             raise DamageError(f"{found}; {USE_OLDER}")
         return found
 
-    def _carry_out(self, transfers: Iterable[_Transfer]) -> tuple[Share | None, dict[int, str]]:
+    def _carry_out(self, transfers: Sequence[Transfer]) -> tuple[Share | None, dict[int, str]]:
         """Send and receive what is to travel; return the share that this rank has received, and what has failed here,
-        by the rank whose share it is. Transfers are done in one order everywhere, so that none waits in a circle."""
+        by the rank whose share it is."""
         received: Share | None = None
         failures: dict[int, str] = {}
-        for rank, sender in transfers:
-            if dist.get_rank() == sender:
-                copy, failure = self._copy(rank)
-                done = exchange(self._places.group, copy, rank, None, None)
-                if why := failure or done.failure:
-                    failures[rank] = f"on {self._places.host}, {why}"
-            elif dist.get_rank() == rank:
-                folder = self._folder.share(self.state, rank)
-                done = exchange(self._places.group, None, None, folder, sender)
+        me = dist.get_rank()
+        for number in range(1 + max(each.round for each in transfers)):
+            now = [each for each in transfers if each.round == number]
+            to = next((each.rank for each in now if each.sender == me), None)
+            source = next((each.sender for each in now if each.rank == me), None)
+            if to is None and source is None:
+                continue
+            copy, failure = (None, None) if to is None else self._copy(to)
+            folder = None if source is None else self._folder.share(self.state, me)
+            done = exchange(self._places.group, copy, to, folder, source)
+            if to is not None and (why := failure or done.not_sent):
+                failures[to] = f"on {self._places.host}, {why}"
+            if source is not None:
                 received = done.received
-                if received is not None and (received.state, received.rank) != (self.state, rank):
+                if received is None or (received.state, received.rank) != (self.state, me):
                     received = None
-                if received is None:
-                    failures[rank] = ""  # the sender knows better, unless there is no room here
-                    if done.failure:
-                        failures[rank] = f"rank {rank} on {self._places.host}: {done.failure}"
+                    why = done.not_received  # where the other end has sent nothing it says why
+                    failures[me] = f"on {self._places.host}, rank {me}'s share: {why}" if why else ""
         return received, failures
 
     def _copy(self, rank: int) -> tuple[Share | None, str | None]:
@@ -170,6 +171,26 @@ class InMemory:
             return shares.read(self._folder.share(self.state, rank)), None
         except DamageError as error:
             return None, _why(str(error.args[0]))
+
+
+def transfers_of(holder_of: dict[int, str], hosts: Sequence[str]) -> list[Transfer]:
+    """Return how shares travel from the hosts that hold them to the ranks whose they are, evenly over each host's ranks
+    and in as few rounds.
+
+    Args:
+        holder_of: of every rank that needs its share the host that sends it.
+        hosts: of every rank.
+    """
+    ranks_of: dict[str, list[int]] = defaultdict(list)
+    for rank, host in enumerate(hosts):
+        ranks_of[host].append(rank)
+    sent: Counter[str] = Counter()
+    found = []
+    for rank, host in sorted(holder_of.items()):
+        number, place = divmod(sent[host], len(ranks_of[host]))
+        found.append(Transfer(rank, ranks_of[host][place], number))
+        sent[host] += 1
+    return found
 
 
 def _why(damage: str) -> str:
@@ -240,6 +261,6 @@ def _arrange(survey: _Survey, held: list[_Held], cuts: list[str], hosts: tuple[s
         elif not fitting:
             notes.append(f"memory holds step {state.step} in another layout or of another model: a checkpoint is used")
         else:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            notes.append(f"memory does not hold step {state.step} whole: rank {lost[0]}'s share{more} is lost")
+            more = f" and of {len(lost) - 1:,} more" if len(lost) > 1 else ""
+            notes.append(f"memory does not hold step {state.step} whole: it lacks the share of rank {lost[0]}{more}")
     return notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from dsv3_megatron.checkpoint.memory.folder import MemoryFolder, State, remove_folders
 from dsv3_megatron.checkpoint.memory.host import free_bytes
 from dsv3_megatron.checkpoint.memory.lives import Lives, new_life
-from dsv3_megatron.checkpoint.memory.places import Places
+from dsv3_megatron.checkpoint.memory.places import Places, memory_group
 from dsv3_megatron.checkpoint.memory.restore import InMemory, states_in_memory
 from dsv3_megatron.checkpoint.memory.share import cut_of, read_here, write
 from dsv3_megatron.checkpoint.memory.transfer import exchange
@@ -33,7 +33,7 @@ from dsv3_megatron.checkpoint.state import states_to_save
 from dsv3_megatron.checkpoint.write import ShareFile, Staging
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.pipeline.saved import Entry
-from dsv3_megatron.run.reasons import reason_of
+from dsv3_megatron.run.reasons import first_line, reason_of
 from parallel.agree import agreed, from_first, gathered
 from parallel.units import show_bytes
 
@@ -55,6 +55,7 @@ class _Kept:
     seconds: float = 0.0
     stall_seconds: float = 0.0
     failure: str | None = None
+    is_cut_off: bool = False  # a connection was lost
 
 
 @dataclass
@@ -114,7 +115,7 @@ class MemorySaver:
         self._life, self.complete = from_first(new_life), begun_with
         is_first = dist.get_rank() == 0
         if self.places.is_leader:
-            remove_folders(self.folder.all_but(begun_with))
+            remove_folders([*self.folder.all_but(begun_with), *self._surplus(begun_with)])
         with agreed(looked=is_first):  # and no rank keeps anything before that is done
             if is_first:
                 self._lives = Lives(self.folder.run, self._life, begun_with)
@@ -154,9 +155,11 @@ class MemorySaver:
         self._save = None
         mine: _Kept = save.task.result or _Kept(failure=save.task.failure)
         mine.stall_seconds, mine.seconds = save.stall_seconds, time.perf_counter() - save.started
-        failed = torch.tensor([int(mine.failure is not None), mine.bytes, mine.sent_bytes])
-        dist.all_reduce(failed)
-        failures, total, sent = failed.tolist()
+        sums = torch.tensor([int(mine.failure is not None), int(mine.is_cut_off), mine.bytes, mine.sent_bytes])
+        dist.all_reduce(sums)
+        failures, cut_off, total, sent = sums.tolist()
+        if cut_off:
+            self._connect_again()
         if failures:
             self._fail(save, mine.failure)
             return
@@ -178,6 +181,13 @@ class MemorySaver:
         self._wait_for_removal()
         if self.places.is_leader:
             self.folder.remove()
+
+    def _surplus(self, state: State | None) -> list[Path]:
+        """Return what this host holds of a state beyond its ranks' shares and as many copies: more than there is room
+        for beside the next state, where ranks have come to other nodes than before."""
+        here = self.places.ranks_here
+        copies = [path for held, rank, path in self.folder.shares() if held == state and rank not in here]
+        return copies[len(here) :]
 
     def _states_here(self) -> dict[str, list[Entry]]:
         return read_here(states_to_save(self._parts, self._shares))
@@ -207,24 +217,33 @@ class MemorySaver:
             target = self.folder.share(state, dist.get_rank())
             share = write(target, files, self._recipe, progress, facts, {**memory, "cut": cut})
             kept.bytes = sum(facts["bytes"] for facts in share.files.values())
-        except OSError as error:
+        except Exception as error:  # whatever it is, two other ranks wait to hear that nothing comes
             kept.failure = reason_of(error)
         if places.kept is None:
             return kept
-        # Also where this rank has failed: two others wait to hear so.
         target = self.folder.share(state, places.kept)
-        done = exchange(places.group, share, places.keeper, target, places.kept)
+        try:
+            done = exchange(places.group, share, places.keeper, target, places.kept)
+        except RuntimeError as error:  # gloo's for all that happens to a connection
+            kept.failure, kept.is_cut_off = kept.failure or first_line(error), True
+            return kept
         kept.sent_bytes = done.sent_bytes
         if done.received is not None and (done.received.state, done.received.rank) != (state, places.kept):
             done.not_received = f"rank {places.kept} has sent another share"
         kept.failure = kept.failure or done.failure
         return kept
 
+    def _connect_again(self) -> None:
+        """Make new connections: where one was lost, or waited for in vain, it stays so."""
+        lost = self.places.group
+        self.places = replace(self.places, group=memory_group())
+        dist.destroy_process_group(lost)
+
     def _check_room(self, files: list[ShareFile]) -> None:
         """Raise OSError where this host has no room for what its ranks write now: a share each, and a copy each."""
         copies = 1 if self.places.kept is None else 2
         share = sum(tensor.nbytes for file in files for tensor in file.tensors) + _MANIFEST_BYTES
-        needed, free = copies * self.places.ranks_here * share, free_bytes(self.folder.path)
+        needed, free = copies * len(self.places.ranks_here) * share, free_bytes(self.folder.path)
         if needed > free:
             raise OSError(None, f"{show_bytes(needed)} are needed on {self.places.host}, {show_bytes(free)} are free")
 

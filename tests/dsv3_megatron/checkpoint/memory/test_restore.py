@@ -6,16 +6,22 @@ restores one thing after the other.
 
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
+import dsv3_megatron.checkpoint.memory.places as places_module
 import dsv3_megatron.checkpoint.memory.saver as saver_module
 from dsv3_megatron.checkpoint.find import load_newest
 from dsv3_megatron.checkpoint.load import load_checkpoint
 from dsv3_megatron.checkpoint.memory.open import open_memory
+from dsv3_megatron.checkpoint.memory.restore import transfers_of
+from dsv3_megatron.checkpoint.memory.transfer import exchange
 from dsv3_megatron.checkpoint.save import Saver
 from dsv3_megatron.checkpoint.state import optimizer_entries
 from dsv3_megatron.run.directory import RunDirectory
@@ -112,6 +118,10 @@ def flip(path):
     path.write_bytes(data)
 
 
+def cut_off(*given):
+    raise RuntimeError("Connection closed by peer")
+
+
 def same(found, expected):
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -120,6 +130,7 @@ def scenarios(case):
     """Return what every scenario came to on this rank."""
     name, place, overrides = case
     world = World.from_environment()
+    places_module.LONGEST_WAIT = timedelta(seconds=5)
     os.environ["SLURMD_NODENAME"] = f"node{world.rank // (2 if world.size == 4 else 1)}"
     start_processes(world, torch.device("cpu"), timeout_seconds=120)
     try:
@@ -192,6 +203,16 @@ def scenarios_of_lives(run):
     run.keep()
     found["told"] = [(name, values["step"], values.get("reason")) for name, values in run.told]
 
+    # A connection is lost before anything was sent: the other end waits in vain, and the save after that goes well.
+    run.told.clear()
+    if run.rank == 1:
+        saver_module.exchange = cut_off
+    run.train()
+    run.keep()
+    saver_module.exchange = exchange
+    run.keep()
+    found["cut off"] = [(name, values["step"]) for name, values in run.told]
+
     # A manifest of another run in this run's folder, and one that is not what was written.
     run.at_rank_0(lambda: flip(run.share(0, 0) / "manifest.json"))
     found["manifest damaged"] = run.restore(begin=False)[:2]
@@ -208,7 +229,17 @@ def scenarios_of_four(run):
     run.keep()
     kept = run.numbers()
     run.at_rank_0(lambda: shutil.rmtree(run.share(0, 0).parent))
-    return *run.restore(), same(run.numbers(), kept), run.memory.places.keeper, run.told
+    found = *run.restore(), same(run.numbers(), kept), run.memory.places.keeper
+
+    # The same on four nodes; then every rank comes to the node after the next, where neither copy of its share is.
+    os.environ["SLURMD_NODENAME"] = f"n{run.rank}"
+    run.restore()
+    run.train()
+    run.keep()
+    kept = run.numbers()
+    os.environ["SLURMD_NODENAME"] = f"n{(run.rank + 2) % 4}"
+    moved = *run.restore(), same(run.numbers(), kept)
+    return found, moved, len(list(run.place.glob(f"dsv3-*/*/n{(run.rank + 2) % 4}/step_*/rank_*")))
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +285,33 @@ def test_a_save_that_one_rank_cannot_make_counts_on_none(two):
     assert failed[1] == 3 and "rank 1 on node1" in failed[2] and "0 B are free" in failed[2]
 
 
+def test_a_lost_connection_fails_a_save_and_not_those_after_it(two):
+    assert two["lives"][0]["cut off"] == [("memory_save_failed", 6), ("saved_in_memory", 6)]
+
+
 def test_a_damaged_manifest_is_no_share_and_a_run_that_is_over_frees_all(two):
     for found in two["lives"]:
-        assert found["manifest damaged"] == (5, True) and found["freed"]
+        assert found["manifest damaged"] == (6, True) and found["freed"]
 
 
 def test_under_dualpipe_a_lost_node_costs_nothing(tmp_path):
     words = ("parallel.pipeline=2", "parallel.schedule=dualpipe", "optim.micro_batch=1", "optim.ema_decay=0.9")
     (found,) = run_ranks(4, scenarios, [("four", str(tmp_path), words)])
-    for rank, (step, from_memory, said, is_same, keeper, _) in enumerate(found):
-        assert (step, from_memory, said, is_same, keeper) == (1, True, [], True, (rank + 2) % 4)
+    for rank, (lost, moved, shares) in enumerate(found):
+        assert lost == (1, True, [], True, (rank + 2) % 4)
+        assert moved == (2, True, [], True)
+        assert shares == 2, "no more than there is room for beside the next state"
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_shares_travel_in_rounds_in_which_a_rank_sends_and_receives_one(nodes, random):
+    hosts = [f"n{node}" for node, ranks in enumerate(nodes) for _ in range(ranks)]
+    needing = random.sample(range(len(hosts)), random.randint(1, len(hosts)))
+    holder_of = {rank: random.choice(hosts) for rank in needing}
+    found = transfers_of(holder_of, hosts)
+    assert {each.rank for each in found} == set(holder_of) and len(found) == len(holder_of)
+    assert all(hosts[each.sender] == holder_of[each.rank] for each in found)
+    assert len({(each.sender, each.round) for each in found}) == len(found)
+    for host in set(hosts):
+        rounds = [each.round for each in found if holder_of[each.rank] == host]
+        assert not rounds or max(rounds) == (len(rounds) - 1) // hosts.count(host)

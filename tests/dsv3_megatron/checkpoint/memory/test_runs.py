@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import dsv3_megatron.train.trainer as trainer_module
+from dsv3_megatron.checkpoint.memory.folder import State
+from dsv3_megatron.checkpoint.memory.lives import read_lives
 from dsv3_megatron.checkpoint.memory.saver import MemorySaver
 from testing.ranks import run_ranks
 from testing.training.checkpoints import assert_same_tensors
@@ -90,15 +92,25 @@ def test_a_state_is_kept_beside_training_and_changes_nothing(runs):
     assert saved and saved == sorted(set(saved)) and set(saved) <= set(range(1, 7))
 
 
-def test_one_node_keeps_states_without_a_copy_and_says_so(tmp_path):
-    words = ("run.steps=3", "checkpoint.memory_every_steps=1", f"checkpoint.memory_path={tmp_path}")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
-            patch.delenv(name, raising=False)
-        notes = run_here([*words, f"run.directory={tmp_path / 'run'}"])
+@pytest.fixture
+def one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURMD_NODENAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_node_keeps_states_without_a_copy_and_says_so(tmp_path, one_process):
+    words = (f"run.directory={tmp_path / 'run'}", f"checkpoint.memory_path={tmp_path}")
+    notes = run_here([*words, "run.steps=3", "checkpoint.memory_every_steps=1"])
     assert any("no copy on another node: all ranks are on one node" in note for note in notes)
     saved = events(tmp_path / "run", "saved_in_memory")
     assert saved and all(event["bytes"] > 0 == event["bytes_sent"] for event in saved)
+
+    # The run goes on without: what a node may still hold is not of what it does from here on.
+    was = read_lives(tmp_path / "run/memory.json")
+    notes = run_here([*words, "run.steps=4"])
+    lives = read_lives(tmp_path / "run/memory.json")
+    assert len([note for note in notes if "count no longer" in note]) == 1
+    assert lives.run == was.run and not lives.may_load(State(2, was.life))
 
 
 def test_what_memory_takes_is_told_and_given_back(runs):
