@@ -66,8 +66,8 @@ def _of_open_ports(world: World) -> str:
 
 
 def _of_interval(recipe: Recipe, world: World) -> str:
-    minutes = recipe.checkpoint.every_minutes
-    return f"checkpoint.every_minutes = auto: {minutes:g} minutes between saves, planned for {world.size:,} GPUs"
+    minutes, gpus = recipe.checkpoint.every_minutes, f"{world.size:,} GPU{'s' if world.size > 1 else ''}"
+    return f"checkpoint.every_minutes = auto: {minutes:g} minutes between saves, planned for {gpus}"
 
 
 def prepare_process(recipe: Recipe, world: World) -> None:
