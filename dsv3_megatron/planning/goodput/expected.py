@@ -1,7 +1,7 @@
 """What a recipe on its cluster expects of failures: how often, what each costs, how often to save, what is left.
 
-Everything follows from the recipe's keys and exact counts of bytes. Of a failure all is taken to be lost that the
-slowest way takes: that it is noticed only when an action runs into ``run.abort_seconds``.
+Everything follows from the recipe's keys and exact counts of bytes. Every failure is taken to be noticed as late as the
+latest: when an action runs into ``run.abort_seconds``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ class Goodput:
     """What is left of a run's time.
 
     Attributes:
-        assumptions: by key of the recipe, or by what is taken where no key says it.
+        checkpoint_bytes, rank_bytes: of a save, of all ranks and of the one that writes most.
+        assumptions: what the rest follows from, by key of the recipe; by its name where no key says it.
         saves: kinds of save, that of the shortest recovery first.
         share: of the time that is useful as the recipe saves.
         best_share: the same with the best intervals.
+        step_seconds: of a step without saves.
     """
 
     failures_per_day: float
@@ -53,7 +55,6 @@ class Goodput:
     saves: tuple[KindOfSave, ...]
     share: float
     best_share: float
-
     step_seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def goodput(recipe: Recipe, layout: Layout, *, step_seconds: float, run_seconds:
 
 
 def _assumptions(recipe: Recipe, written: list[int]) -> dict[str, float]:
-    """Return what the prediction rests on, by key of the recipe; what no key says, by what it is."""
+    """Return what the prediction rests on."""
     cluster = recipe.cluster
     return {
         "cluster.failures_per_gpu_day": cluster.failures_per_gpu_day,
