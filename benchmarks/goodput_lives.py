@@ -37,16 +37,25 @@ class Life:
     """A life of the run; moments by the monotonic clock, which all processes share.
 
     Attributes:
-        killed: when the rank of the life before was killed; the start, of the first life.
+        before: when the rank of the life before was killed; of a first life, when it was started.
+        is_first: whether none was killed before it, in this round.
         beats: when each of its steps began.
+        killed: when a rank of it was.
     """
 
-    killed: float
+    before: float
+    is_first: bool = False
     beats: list[float] = field(default_factory=list)
+    killed: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From one kill to the next."""
+        return self.killed - self.before
 
     def start_seconds(self, step_seconds: float) -> float | None:
         """Return the time from the kill before to its first step at full speed; None where it did not get there."""
-        return self.beats[WARM] - self.killed - WARM * step_seconds if len(self.beats) > WARM else None
+        return self.beats[WARM] - self.before - WARM * step_seconds if len(self.beats) > WARM else None
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,14 @@ class Lives:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.every_steps, self.pace = directory, every_steps, pace
         self.lives: list[Life] = []
-        self.ended = 0.0  # when the last rank was killed
+        self.killed: float | None = None  # when the last rank was; None: this round has just begun
         self._choice = random.Random(seed)
 
     def live(self, until: Callable[[Life], bool]) -> None:
         """Start the ranks, wait until it is time, and kill one. Raises RuntimeError: one ended by itself."""
         beats, errors = self.directory / "beats", self.directory / "stderr"
         beats.unlink(missing_ok=True)
-        life = Life(self.ended)
+        life = Life(time.monotonic() if self.killed is None else self.killed, is_first=self.killed is None)
         words = [f"run.directory={self.directory}", f"checkpoint.every_steps={self.every_steps}"]
         port = free_port()
         given = [(rank, port, words, str(errors), str(beats), self.pace) for rank in range(WORLD)]
@@ -120,7 +129,7 @@ class Lives:
                 if not all(rank.is_alive() for rank in ranks):
                     raise RuntimeError(f"a rank ended by itself: {Path(f'{errors}.0').read_text()[-2000:]}")
             os.kill(ranks[self._choice.randrange(WORLD)].pid, signal.SIGKILL)
-            self.ended = time.monotonic()
+            life.killed = self.killed = time.monotonic()
             time.sleep(AGENT_SECONDS)
         finally:
             for rank in ranks:
@@ -129,9 +138,14 @@ class Lives:
         life.beats = moments(beats)
         self.lives.append(life)
 
-    def begin(self) -> None:
-        """Let the next life be the first that counts."""
-        self.ended = time.monotonic()
+    def begin_round(self) -> None:
+        """Let the next life be a first one: what was before it does not count."""
+        self.killed = None
+
+    @property
+    def seconds(self) -> float:
+        """The time of all lives, and of what lay between them in a round."""
+        return sum(life.seconds for life in self.lives)
 
     @property
     def kept_steps(self) -> int:
@@ -151,7 +165,7 @@ def times_of(lives: list[Life], stall: float, seconds: float, every_steps: int) 
     """Return the times of lives in which a save stalled training for ``stall`` every so many steps."""
     periods = [b - a for life in lives for a, b in zip(life.beats[WARM:], life.beats[WARM + 1 :])]
     step = mean(periods) - stall / every_steps
-    starts = [start for life in lives[1:] if (start := life.start_seconds(step)) is not None]
+    starts = [start for life in lives if not life.is_first and (start := life.start_seconds(step)) is not None]
     return Times(step, stall, seconds, mean(starts))
 
 

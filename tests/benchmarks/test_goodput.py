@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.goodput import Arguments, compared, share_of
-from benchmarks.goodput_lives import WARM, Life, Times, moments, times_of
+from benchmarks.goodput_lives import WARM, Life, Lives, Times, moments, times_of
 
 
 def beats(start, steps, *, step, slow=0.0, stall=0.0, every=4):
@@ -15,36 +15,29 @@ def beats(start, steps, *, step, slow=0.0, stall=0.0, every=4):
 
 
 def lives(stall=0.0):
-    first = Life(0.0, beats(9.0, 4 * 25 + WARM, step=0.5, stall=stall))
-    second = Life(100.0, beats(103.0, 4 * 25 + WARM, step=0.5, slow=0.6, stall=stall))
-    return [first, second, Life(170.0, []), Life(171.0, beats(174.6, WARM, step=0.5))]
+    steps = 4 * 25 + WARM
+    first = Life(0.0, True, beats(9.0, steps, step=0.5, stall=stall), 100.0)
+    second = Life(100.0, False, beats(103.0, steps, step=0.5, slow=0.6, stall=stall), 170.0)
+    return [first, second, Life(170.0, killed=171.0), Life(271.0, True, beats(274.6, WARM, step=0.5), 300.0)]
 
 
 def test_steps_are_timed_without_saves_and_starts_with_their_slow_steps():
     found = times_of(lives(stall=0.2), 0.2, 1.5, every_steps=4)
     assert found.step_seconds == pytest.approx(0.5, rel=0.01)
-    assert found.recovery_seconds == pytest.approx(3.0 + 0.6, rel=0.01)  # of the second life: the others are too short
+    assert found.recovery_seconds == pytest.approx(3.0 + 0.6, rel=0.01)  # of the second life: no other counts
     assert found.save.beside_seconds == 1.3
 
 
-def test_shares_are_those_of_the_time_from_the_start_to_the_last_kill():
-    class Killed:
-        every_steps, kept_steps, ended = 4, 300, 200.0
-
-        def __init__(self):
-            self.lives = lives()
-
-        def times(self):
-            return Times(0.5, 0.0, 0.0, 3.6)
-
-    found = compared(Arguments(mean=50), Times(0.5, 0.0, 0.0, 3.6), Killed())
+def test_shares_are_those_of_the_time_from_kill_to_kill(tmp_path, monkeypatch):
+    hurt, times = Lives(tmp_path / "hurt", 4, 1.0, 1), Times(0.5, 0.0, 0.0, 3.6)
+    hurt.lives = lives()
+    (tmp_path / "hurt" / "checkpoints" / "step_00000300").mkdir(parents=True)
+    monkeypatch.setattr(hurt, "times", lambda: times)
+    assert hurt.seconds == 200.0  # the hundred seconds between two rounds do not count
+    found = compared(Arguments(mean=50), times, hurt)
     assert found["measured_share"] == 300 * 0.5 / 200
     assert found["predicted_share"] == found["predicted_share_at_the_rate_that_came"]
-    assert (
-        found["predicted_share"]
-        == share_of(Times(0.5, 0.0, 0.0, 3.6), 1 / 50, 4)
-        == pytest.approx(0.93 - 0.02, abs=0.01)
-    )
+    assert found["predicted_share"] == share_of(times, 1 / 50, 4) == pytest.approx(0.93 - 0.02, abs=0.01)
 
 
 def test_half_a_line_is_no_moment(tmp_path):
