@@ -175,7 +175,7 @@ def failures_per_second(recipe: Recipe, layout: Layout) -> float:
 
 
 def detect_seconds(recipe: Recipe) -> float:
-    """Return how long a run stands until a failure ends it: what it takes at most, as for a rank that hangs."""
+    """Return how long a failed run does nothing before it ends: the most that takes, as where a rank hangs."""
     assert recipe.run.abort_seconds is not None
     return recipe.run.abort_seconds
 
@@ -192,8 +192,8 @@ def _storage(recipe: Recipe) -> float:
 
 
 def disk_save(recipe: Recipe, written: list[int]) -> Save:
-    """Return what a checkpoint costs: a copy to host memory, for which training stands, then the file system, for which
-    it stands unless ``checkpoint.asynchronous``. ``written``: bytes by rank."""
+    """Return what a checkpoint costs: a copy to host memory, for which training stops, then writing to the file system,
+    for which it stops unless ``checkpoint.asynchronous``. ``written``: bytes by rank."""
     copy = max(written) / (1e9 * recipe.cluster.host_gigabytes_per_second)
     whole = copy + load_seconds(recipe, written)  # files are written as fast as they are read
     recovery = detect_seconds(recipe) + recipe.cluster.start_seconds + load_seconds(recipe, written)

@@ -1,7 +1,7 @@
 """How much of a run's time is useful while failures come at random, and how often to save then.
 
 Failures are a Poisson process: they come at a constant rate and know nothing of each other. A run saves every so many
-seconds of training, each save stops training for a while, and may be written for longer beside it. After a failure the
+seconds of training, each save stops training for a while, and may take longer to write beside it. After a failure the
 run goes back to the newest save that was complete, and does again what came after it.
 
 A run between two failures, and its recovery, are then a cycle of a renewal process, and the useful share has a closed
@@ -25,7 +25,7 @@ class Save:
     """A kind of save.
 
     Attributes:
-        stall_seconds: that training stands for each.
+        stall_seconds: that each stops training for.
         seconds: from the beginning of one until a run can go back to it; the stall is a part of it.
         recovery_seconds: from a failure until training goes on from such a save.
         share: of all failures, those after which the run goes back to this kind.

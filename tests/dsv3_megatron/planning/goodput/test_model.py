@@ -15,7 +15,7 @@ DAY = 86400.0
 
 
 def simulated(failures_per_second, saves, intervals, *, failures, seed=1):
-    """Return the useful share of a run that is played event by event, until so many failures have come."""
+    """Return the useful share of a run, simulated event by event, until so many failures have come."""
     choice = random.Random(seed)
     clock, done = 0.0, 0.0  # seconds of the wall's clock, and of training that are not lost
     kept = [0.0] * len(saves)  # training that the newest complete save of each kind holds
@@ -51,7 +51,7 @@ def simulated(failures_per_second, saves, intervals, *, failures, seed=1):
 # Of failures, saves, recoveries: seconds that an hour between failures is long against, or short.
 @pytest.mark.parametrize("interval", [150.0, 900.0, 5400.0])
 @pytest.mark.parametrize(("stall", "beside"), [(0.0, 0.0), (0.0, 400.0), (30.0, 0.0), (30.0, 100.0), (300.0, 2000.0)])
-def test_a_run_that_is_played_is_useful_for_the_predicted_share(interval, stall, beside):
+def test_a_simulated_run_is_useful_for_the_predicted_share(interval, stall, beside):
     save, rate = Save(stall, stall + beside, recovery_seconds=200.0 + stall), 1 / 3600
     found = simulated(rate, [save], [interval], failures=4000)
     assert found == pytest.approx(useful_share(rate, [save], [interval]), abs=0.01)
@@ -59,7 +59,7 @@ def test_a_run_that_is_played_is_useful_for_the_predicted_share(interval, stall,
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize(("often", "seldom"), [(150.0, 900.0), (600.0, 3000.0)])
-def test_two_kinds_of_save_are_played_too(share, often, seldom):
+def test_two_kinds_of_save_are_simulated_too(share, often, seldom):
     memory, disk = Save(2.0, 5.0, 60.0, share), Save(10.0, 60.0, 160.0, 1 - share)
     found = simulated(1 / 3600, [memory, disk], [often, seldom], failures=4000)
     assert found == pytest.approx(useful_share(1 / 3600, [memory, disk], [often, seldom]), abs=0.01)
