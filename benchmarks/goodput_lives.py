@@ -41,17 +41,28 @@ class Life:
         is_first: whether none was killed before it, in this round.
         beats: when each of its steps began.
         killed: when a rank of it was.
+        resumed: the steps that it began with.
+        saved: when the checkpoint of a step was there.
     """
 
     before: float
     is_first: bool = False
     beats: list[float] = field(default_factory=list)
     killed: float = 0.0
+    resumed: int = 0
+    saved: dict[int, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         """From one kill to the next."""
         return self.killed - self.before
+
+    @property
+    def save_seconds(self) -> list[float]:
+        """From the next step's beginning until a checkpoint was there, of every save. The ranks themselves know only
+        two steps later that they are done with one."""
+        later = {step: step - self.resumed for step in self.saved}
+        return [self.saved[step] - self.beats[at] for step, at in later.items() if 0 < at < len(self.beats)]
 
     def start_seconds(self, step_seconds: float) -> float | None:
         """Return the time from the kill before to its first step at full speed; None where it did not get there."""
@@ -115,6 +126,7 @@ class Lives:
         beats, errors = self.directory / "beats", self.directory / "stderr"
         beats.unlink(missing_ok=True)
         life = Life(time.monotonic() if self.killed is None else self.killed, is_first=self.killed is None)
+        life.resumed = self.kept_steps
         words = [f"run.directory={self.directory}", f"checkpoint.every_steps={self.every_steps}"]
         port = free_port()
         given = [(rank, port, words, str(errors), str(beats), self.pace) for rank in range(WORLD)]
@@ -126,6 +138,8 @@ class Lives:
             while not until(life):
                 time.sleep(0.01)
                 life.beats = moments(beats)
+                if (step := self.kept_steps) > life.resumed:
+                    life.saved.setdefault(step, time.monotonic())
                 if not all(rank.is_alive() for rank in ranks):
                     raise RuntimeError(f"a rank ended by itself: {Path(f'{errors}.0').read_text()[-2000:]}")
             os.kill(ranks[self._choice.randrange(WORLD)].pid, signal.SIGKILL)
@@ -157,16 +171,16 @@ class Lives:
         """Return what steps, saves and starts took, on average."""
         lines = [json.loads(line) for line in (self.directory / "events.jsonl").read_text().splitlines()]
         saved = [line for line in lines if line["event"] == "saved"]
-        stall = mean(line["stall_seconds"] for line in saved)
-        return times_of(self.lives, stall, mean(line["seconds"] for line in saved), self.every_steps)
+        return times_of(self.lives, mean(line["stall_seconds"] for line in saved), self.every_steps)
 
 
-def times_of(lives: list[Life], stall: float, seconds: float, every_steps: int) -> Times:
+def times_of(lives: list[Life], stall: float, every_steps: int) -> Times:
     """Return the times of lives in which a save stalled training for ``stall`` every so many steps."""
     periods = [b - a for life in lives for a, b in zip(life.beats[WARM:], life.beats[WARM + 1 :])]
     step = mean(periods) - stall / every_steps
     starts = [start for life in lives if not life.is_first and (start := life.start_seconds(step)) is not None]
-    return Times(step, stall, seconds, mean(starts))
+    beside = mean(seconds for life in lives for seconds in life.save_seconds)
+    return Times(step, stall, stall + max(0.0, beside), mean(starts))
 
 
 def moments(path: Path) -> list[float]:
