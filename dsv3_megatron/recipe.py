@@ -80,11 +80,24 @@ class Recipe(BaseModel):
             )
         if self.precision.fp8 is not None:
             self.precision.fp8.check()
+        self._check_interval()
         self._check_freeze()
         self._check_optimizer()
         self._check_qk_clip()
         self._check_model_against_layout()
         self._check_curves()
+
+    def _check_interval(self) -> None:
+        if self.checkpoint.every_minutes != "auto":
+            return
+        cluster = self.cluster
+        lacking = {
+            f"cluster={cluster.name} has no GPUs, whose failures it is planned from": cluster.device == "cpu",
+            "cluster.failures_per_gpu_day = 0, where nothing fails": not cluster.failures_per_gpu_day,
+            f"cluster={cluster.name} gives no storage_gigabytes_per_second": not cluster.storage_gigabytes_per_second,
+        }
+        if why := next((why for why, lacks in lacking.items() if lacks), None):
+            raise RecipeError(f"checkpoint.every_minutes = auto cannot be planned: {why}; write minutes instead")
 
     def _check_freeze(self) -> None:
         check_freeze(self.model)

@@ -188,6 +188,22 @@ class ClusterSettings(BaseModel):
     memory_terabytes_per_second: float = Field(0.0, ge=0, description="peak of the device's memory")
     reserved: Bytes = Field(0, description="allowance for the context of device and NCCL; no measurement")
     dollars_per_gpu_hour: float = Field(2.0, ge=0, description="rent of one device, for the plan's costs")
+    failures_per_gpu_day: float = Field(
+        4.7e-4, ge=0, description="failures of a run, by device and day; default: Llama 3's (arXiv 2407.21783, 3.3.4)"
+    )
+    storage_gigabytes_per_second: float | None = Field(
+        None,
+        gt=0,
+        description="10^9 bytes a second that the file system takes from all hosts together; null = not known",
+    )
+    host_gigabytes_per_second: float = Field(
+        50.0, gt=0, description="10^9 bytes a second that each device copies to its host's memory; default: PCIe 5"
+    )
+    start_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="from the end of failed ranks until others load a checkpoint: requeue, imports, building",
+    )
     racks: tuple[str, ...] = Field(
         (), description="nodes of each rack, as patterns of their names with commas between, such as r01n*"
     )

@@ -19,6 +19,7 @@ from dsv3_megatron.health.stop_signals import StopSignals
 # A warning that comes during the imports below, which take seconds, is kept too.
 SIGNALS = StopSignals().listen_early() if __name__ == "__main__" else None
 
+from dsv3_megatron.planning.goodput.expected import with_planned_interval
 from dsv3_megatron.preflight.world import check_queues, check_world
 from dsv3_megatron.recipe import Recipe
 from dsv3_megatron.run.failures.records import start_folder
@@ -43,13 +44,16 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> int:
     for_owner(recipe.run.readable_by)
     _noting["in"] = start_folder(recipe.run.directory)
     world = World.from_environment()
-    check_world(recipe, world)  # before torch is imported: a wrong world is told in a second, and no data as well
+    layout = check_world(recipe, world)  # before torch is imported: a wrong world is reported in a second
     recipe.data.check_source()
     prepare_process(recipe, world)
     from dsv3_megatron.train.run import run  # megatron-core, which reads what was prepared
 
     first = world.rank == 0
-    remarks = (_of_open_ports(world),) if world.is_open else ()
+    remarks = [_of_open_ports(world)] if world.is_open else []
+    if recipe.checkpoint.every_minutes == "auto":
+        recipe = with_planned_interval(recipe, layout)
+        remarks.append(_of_interval(recipe, world))
     reporter = ConsoleReporter(recipe.logging.console_every_steps, remarks) if first else SilentReporter()
     summary = run(recipe, world, reporter, resolved_yaml(recipe), signals)
     if first and not summary["stopped_by_signal"]:
@@ -62,6 +66,11 @@ def _of_open_ports(world: World) -> str:
         "note: torchrun listens on all addresses of this host, and whoever reaches its port can run programs as "
         f"you; `{typed.command('train', ranks=world.size)}` listens on none (docs/security.md)"
     )
+
+
+def _of_interval(recipe: Recipe, world: World) -> str:
+    minutes, gpus = recipe.checkpoint.every_minutes, f"{world.size:,} GPU{'s' if world.size > 1 else ''}"
+    return f"checkpoint.every_minutes = auto: {minutes:g} minutes between saves, planned for {gpus}"
 
 
 def prepare_process(recipe: Recipe, world: World) -> None:

@@ -211,7 +211,7 @@ class Saver:
     def flags(self) -> Flags:
         """Return what this rank has to say of its save."""
         if self._save is None:
-            interval = 60 * self.settings.every_minutes
+            interval = self.settings.interval_seconds
             return Flags(late=int(self._is_first and 0 < interval <= time.monotonic() - self._begun))
         if self._save.task is None:
             return Flags()

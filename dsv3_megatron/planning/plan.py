@@ -17,6 +17,8 @@ from dsv3_megatron.model.costs import (
 from dsv3_megatron.optim.regime import Regime
 from dsv3_megatron.pipeline.schedule import schedule_of
 from dsv3_megatron.pipeline.split import layers_of_stages
+from dsv3_megatron.planning.goodput.expected import Goodput, goodput, not_planned
+from dsv3_megatron.planning.goodput.expected import why_not as why_no_goodput
 from dsv3_megatron.planning.memory.ranks import Held, RankMemory, held_parameters, rank_memory, receives_ahead
 from dsv3_megatron.planning.memory.stage_memory import StageMemory
 from dsv3_megatron.planning.time.muon import MuonTime, muon_time
@@ -162,9 +164,26 @@ class Plan:
         muon = self.priced_step.muon
         return {} if muon is None else {"Muon, matrices to owners": muon.gathered, "Muon, updates back": muon.returned}
 
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps, at the speed of the last."""
+        return self.budget_tokens / self.tokens_per_second
+
+    @property
+    def goodput_lacks(self) -> str | None:
+        """Why nothing is said of failures and saves, or None."""
+        if missing := missing_facts(self.recipe):
+            return why_no_goodput(self.recipe) or f"cluster={self.recipe.cluster.name} gives no {missing}"
+        return why_no_goodput(self.recipe)
+
+    @cached_property
+    def goodput(self) -> Goodput:
+        """What failures and saves leave of the time; only where :attr:`goodput_lacks` is None."""
+        return goodput(self.recipe, self.layout, step_seconds=self.priced_step.seconds, run_seconds=self.run_seconds)
+
     def as_json(self) -> dict[str, Any]:
-        """Return plan.json. ``traffic``, and in ``step`` all but ``tokens``, are null where the cluster file has no
-        hardware facts."""
+        """Return plan.json. Where the cluster file lacks hardware facts, ``traffic`` is null, and so are ``step`` but
+        for ``tokens``, and ``goodput`` but for ``not_planned``, the reason."""
         parameters, parallel = self.parameters, self.recipe.parallel
         return {
             "recipe": self.recipe.recipe,
@@ -190,6 +209,7 @@ class Plan:
             "ranks": [{**asdict(rank), "total_bytes": rank.total_bytes} for rank in self.ranks],
             "traffic": self._traffic_json() if self.model else None,
             "step": self._step_json(),
+            "goodput": not_planned(lacks) if (lacks := self.goodput_lacks) else self.goodput.as_json(),
         }
 
     def _traffic_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from parallel.units import GIB, show_bytes, show_count, show_duration
 
 def text_of(plan: Plan, *, advise: bool = True) -> list[str]:
     """Return the plan as lines of text."""
-    return [*_head(plan), "", *_memory(plan, advise=advise), *_time(plan)]
+    return [*_head(plan), "", *_memory(plan, advise=advise), *_time(plan), *_failures(plan)]
 
 
 def _head(plan: Plan) -> list[str]:
@@ -121,3 +121,39 @@ def _time(plan: Plan) -> list[str]:
         "                priced from published kernels and links, not measured (docs/planning.md)",
     ]
     return lines
+
+
+def _failures(plan: Plan) -> list[str]:
+    """Return what failures and saves leave of the time."""
+    if lacks := plan.goodput_lacks:
+        return [f"failures        not planned: {lacks}"]
+    found, cluster = plan.goodput, plan.recipe.cluster
+    lines = [
+        f"failures        {found.failures_per_day:.2f} a day on {plan.layout.world_size:,} GPUs "
+        f"(cluster.failures_per_gpu_day = {cluster.failures_per_gpu_day:g})",
+        f"                a checkpoint has {show_bytes(found.checkpoint_bytes)}, {show_bytes(found.rank_bytes)} on the "
+        f"fullest rank; the file system takes {cluster.storage_gigabytes_per_second:g} GB/s",
+    ]
+    for kind in found.saves:
+        lines += [
+            f"                a save to {kind.name} stops training for {_time_of(kind.costs.stall_seconds)} and is "
+            f"complete after {_time_of(kind.costs.seconds)};",
+            f"                the recipe has one {_interval(plan, kind.planned_seconds)}; best is "
+            f"{_interval(plan, kind.best_seconds)}",
+            f"                from a failure to the next step: {show_duration(kind.costs.recovery_seconds)} "
+            f"({found.assumptions['run.abort_seconds']:g} s until it is noticed at the latest, "
+            f"{cluster.start_seconds:g} to start, {found.assumptions['load_seconds']:.3g} to load)",
+        ]
+    return [
+        *lines,
+        f"                useful {found.share:.1%} of the time; {found.best_share:.1%} with the best interval",
+    ]
+
+
+def _time_of(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else show_duration(seconds)
+
+
+def _interval(plan: Plan, seconds: float) -> str:
+    steps = plan.goodput.steps(seconds)
+    return "never" if steps is None else f"every {steps:,} steps, which take {show_duration(seconds)}"

@@ -22,7 +22,7 @@ _ROWS, _COLUMNS = -2, -1
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trained parameter of a stage.
+    """A parameter of a stage.
 
     Attributes:
         key: its name in checkpoints.
@@ -89,11 +89,14 @@ class Parameter:
             yield tuple(corner), Box(tuple(start), tuple(extent))
 
 
-def stage_parameters(recipe: Recipe, layers: tuple[int, ...], stage: int, *, borrowed: bool = False) -> list[Parameter]:
+def stage_parameters(
+    recipe: Recipe, layers: tuple[int, ...], stage: int, *, borrowed: bool = False, frozen: bool = False
+) -> list[Parameter]:
     """Return the trained parameters of a stage.
 
     Args:
         borrowed: its MTP modules use the embedding of the first stage, which is on the same rank.
+        frozen: those that are not trained instead.
     """
     model, last = recipe.model, stage == len(layers) - 1
     depths = model.num_nextn_predict_layers if last else 0
@@ -110,7 +113,7 @@ def stage_parameters(recipe: Recipe, layers: tuple[int, ...], stage: int, *, bor
         found += _mtp(model, f"mtp.layers.{depth}")
     if last:
         found.append(Parameter("output_layer.weight", (model.vocab_size, model.hidden_size), _ROWS))
-    return [parameter for parameter in found if not is_frozen(model.freeze, parameter.key)]
+    return [parameter for parameter in found if is_frozen(model.freeze, parameter.key) == frozen]
 
 
 def _layer(model: ModelSettings, place: str, *, moe: bool) -> Iterator[Parameter]:

@@ -1,4 +1,4 @@
-"""The end of a step as planned against real ranks: runs, exchange, bytes of states and on the wire, all exactly."""
+"""The end of a step as planned against real ranks: runs, exchange, bytes held, sent and saved, all exactly."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from dsv3_megatron.checkpoint.optimizer_states import prepare_moments
 from dsv3_megatron.checkpoint.shares import shares_of
+from dsv3_megatron.checkpoint.state import states_to_save
 from dsv3_megatron.optim.optimizer import parts_of
 from dsv3_megatron.pipeline.split import layers_of_stages
+from dsv3_megatron.planning.goodput.stored import bytes_written
 from dsv3_megatron.planning.update.holdings import group_of
 from dsv3_megatron.planning.update.states import state_bytes_of_ranks
 from dsv3_megatron.train.build import build_parts
@@ -29,11 +31,12 @@ CASES = {
         ("precision=bf16", "parallel.expert=2"),
         ("precision=bf16", "precision.moments=fp32", "optim.muon.nesterov=false"),
         ("precision.moments=bf16", "model.freeze=[embedding,layers.0-1,norms]"),
-        ("optim.name=adamw", "precision=bf16"),
+        ("optim.name=adamw", "precision=bf16", "optim.ema_decay=0.9"),
+        ("optim.name=adamw", "parallel.pipeline=2", "parallel.schedule=1f1b", "model.freeze=[embedding,norms,experts]"),
     ],
     4: [
         ("parallel.expert=2",),
-        (*DUALPIPE, "precision=bf16"),
+        (*DUALPIPE, "precision=bf16", "optim.ema_decay=0.9"),
         (*DUALPIPE, "parallel.expert=2", "model.freeze=[experts,layers.2-3]"),
         ("parallel.pipeline=2", "parallel.schedule=1f1b", "precision=bf16"),  # both ends train an embedding
         ("parallel.pipeline=2", "parallel.tensor=2", "parallel.schedule=dualpipev"),
@@ -51,6 +54,7 @@ def found_by_a_rank(words: tuple[str, ...]) -> dict[str, Any]:
         parts = build_parts(recipe, recipe.layout(world.size), torch.device("cpu"))
         prepare_moments(parts.optimizer)
         shares = shares_of(parts.chunks, parts.optimizer, parts.groups)
+        saved = states_to_save(parts, shares)
         exchanges = {
             not getattr(part.buffers[0].params[0], "allreduce", True): part.optimizer.exchange
             for part in parts_of(parts.optimizer)
@@ -60,6 +64,7 @@ def found_by_a_rank(words: tuple[str, ...]) -> dict[str, Any]:
         return {
             "rank": world.rank,
             "runs": {(s.pieces[0].key, s.start, s.end) for s in shares if s.parameter.requires_grad and s.pieces},
+            "saved": sum(entry.tensor.nbytes for each in saved.values() for entry in each if entry.writes),
             "states": sum(_state_bytes(part, recipe) for part in parts_of(parts.optimizer)),
             "plans": {experts: exchange.plan for experts, exchange in exchanges.items()},
             "sent": {experts: (x.bytes_sent, x.bytes_received) for experts, x in exchanges.items()},
@@ -97,6 +102,7 @@ def compare(recipe, layout, layers, found, words):
     stage = layout.world_size // layout.pp
     states = state_bytes_of_ranks(recipe, layout, at["pp"], dense, experts)
     assert states[rank % stage] == found["states"], words
+    assert bytes_written(recipe, layout, layers)[rank] == found["saved"], words
     runs = set()
     for of_experts, group in ((False, dense), (True, experts)):
         place = group.members.index(rank)
