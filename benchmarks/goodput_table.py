@@ -21,6 +21,8 @@ PAGE = Path("docs/checkpoints.md")
 _NODE = "cluster.storage_gigabytes_per_second=2"
 ROWS = (
     "recipe=dsv3_671b",
+    "recipe=dsv3_671b checkpoint.every_minutes=auto",
+    "recipe=dsv3_671b checkpoint.memory_every_steps=15",
     "recipe=dsv3_671b checkpoint.every_minutes=0 checkpoint.every_steps=500",
     "recipe=dsv3_671b checkpoint.every_minutes=auto checkpoint.asynchronous=false",
     "recipe=dsv3_671b cluster.storage_gigabytes_per_second=25 checkpoint.every_minutes=auto",
@@ -51,13 +53,13 @@ def table() -> str:
 
 def _line(words: str, plan: Plan) -> str:
     found = plan.goodput
-    [disk] = found.saves
-    costs = disk.costs
+    first = found.saves[0]  # the kind that most failures need
+    costs = first.costs
     return (
         f"| `{words}` | {plan.layout.world_size:,} {plan.recipe.cluster.name.partition('_')[0].upper()} | "
         f"{found.failures_per_day:.2g} | {show_bytes(found.checkpoint_bytes)} | "
         f"{costs.stall_seconds:.2f} s, {show_duration(costs.seconds)} | {show_duration(costs.recovery_seconds)} | "
-        f"{show_duration(disk.planned_seconds)}, {show_duration(disk.best_seconds)} | "
+        f"{show_duration(first.planned_seconds)}, {show_duration(first.best_seconds)} | "
         f"{found.share:.2%}, {found.best_share:.2%} |"
     )
 

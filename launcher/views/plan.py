@@ -134,7 +134,13 @@ def _failures(plan: Plan) -> list[str]:
         f"                a checkpoint has {show_bytes(found.checkpoint_bytes)}, {show_bytes(found.rank_bytes)} on the "
         f"fullest rank; the file system takes {cluster.storage_gigabytes_per_second:g} GB/s",
     ]
+    if "memory_survives" in found.assumptions:
+        served = found.assumptions["memory_survives"]
+        lines.append(
+            f"                memory serves {served:.0%} of the failures, by assumption, and the disk the others"
+        )
     for kind in found.saves:
+        load = kind.costs.recovery_seconds - found.assumptions["run.abort_seconds"] - cluster.start_seconds
         lines += [
             f"                a save to {kind.name} stops training for {_time_of(kind.costs.stall_seconds)} and is "
             f"complete after {_time_of(kind.costs.seconds)};",
@@ -142,7 +148,7 @@ def _failures(plan: Plan) -> list[str]:
             f"{_interval(plan, kind.best_seconds)}",
             f"                from a failure to the next step: {show_duration(kind.costs.recovery_seconds)} "
             f"({found.assumptions['run.abort_seconds']:g} s until it is noticed at the latest, "
-            f"{cluster.start_seconds:g} to start, {found.assumptions['load_seconds']:.3g} to load)",
+            f"{cluster.start_seconds:g} to start, {load:.3g} to load)",
         ]
     return [
         *lines,
