@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 from dsv3_megatron.checkpoint.manifest import checkpoints, step_of
@@ -168,24 +168,19 @@ class Lives:
         return step_of(found[0]) if found else 0
 
     def times(self) -> Times:
-        """Return what steps, saves and starts took."""
+        """Return what steps, saves and starts took, on average."""
         lines = [json.loads(line) for line in (self.directory / "events.jsonl").read_text().splitlines()]
         saved = [line for line in lines if line["event"] == "saved"]
-        return times_of(self.lives, median(line["stall_seconds"] for line in saved), self.every_steps)
+        return times_of(self.lives, mean(line["stall_seconds"] for line in saved), self.every_steps)
 
 
 def times_of(lives: list[Life], stall: float, every_steps: int) -> Times:
-    """Return the times of lives in which a save stalled training for ``stall`` every so many steps: medians, as a minute
-    of other work on the machine is no property of the run."""
-    periods: dict[bool, list[float]] = {True: [], False: []}  # with a save after the step, and without
-    for life in lives:
-        for at in range(WARM, len(life.beats) - 1):
-            saves = (life.resumed + at + 1) % every_steps == 0
-            periods[saves].append(life.beats[at + 1] - life.beats[at])
-    step = median(periods[False]) if periods[False] else median(periods[True]) - stall
+    """Return the times of lives in which a save stalled training for ``stall`` every so many steps."""
+    periods = [b - a for life in lives for a, b in zip(life.beats[WARM:], life.beats[WARM + 1 :])]
+    step = mean(periods) - stall / every_steps
     starts = [start for life in lives if not life.is_first and (start := life.start_seconds(step)) is not None]
-    beside = median(seconds for life in lives for seconds in life.save_seconds)
-    return Times(step, stall, stall + max(0.0, beside), median(starts))
+    beside = mean(seconds for life in lives for seconds in life.save_seconds)
+    return Times(step, stall, stall + max(0.0, beside), mean(starts))
 
 
 def moments(path: Path) -> list[float]:
