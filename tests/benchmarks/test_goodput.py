@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.goodput import Arguments, compared, share_of
+from benchmarks.goodput import Arguments, compared, drift_of, share_of
 from benchmarks.goodput_lives import WARM, Life, Lives, Times, moments, times_of
 
 
@@ -39,6 +39,12 @@ def test_shares_are_those_of_the_time_from_kill_to_kill(tmp_path, monkeypatch):
     assert found["measured_share"] == 300 * 0.5 / 200
     assert found["predicted_share"] == found["predicted_share_at_the_rate_that_came"]
     assert found["predicted_share"] == share_of(times, 1 / 50, 4) == pytest.approx(0.93 - 0.02, abs=0.01)
+    assert drift_of(found) is None
+    busy = Times(0.55, 0.0, 0.0, 3.6)
+    monkeypatch.setattr(hurt, "times", lambda: busy)
+    assert "steps of the killed run took 110% of the undisturbed time" in drift_of(
+        compared(Arguments(mean=50), times, hurt)
+    )
 
 
 def test_half_a_line_is_no_moment(tmp_path):
