@@ -45,8 +45,8 @@ demo: $(STAMP)
 # Two lanes (CONTRIBUTING.md). `make test` is the fast one: every promise in a small form, all that is not marked `full`.
 # `make test-all` is every test: the fast lane, then the rest. After `make test`, or in one call (`make test lint
 # test-all`, as CI has it), nothing runs twice but the property tests, which take all their examples in the second lane.
-# Three workers for two cores: one has SLURM's tests first, which wait for jobs most of the time. WORKERS=0: none.
-WORKERS ?= 3
+# Four workers for two cores: ranks wait for each other, and SLURM's tests for jobs, most of the time. WORKERS=0: none.
+WORKERS ?= 4
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 test: $(STAMP) slurm-installed
 	$(PYTEST) -m "not full" --hypothesis-profile=fast

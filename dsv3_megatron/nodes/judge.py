@@ -16,6 +16,7 @@ from dsv3_megatron.nodes.facts import Finding, RankFacts
 # Below this share of the median of all ranks. GPUs of one kind differ by a few percent in clock and temperature; a
 # message is timed together with what else the fabric carries.
 SLOW_PRODUCT, SLOW_LINK = 0.85, 0.7
+FEWEST = 4  # ranks of which one can be slow beside the others
 CLOCK_SECONDS = 1.0  # by which clocks may differ: times in events and logs of two nodes are compared by people
 _NAMES: dict[Literal["within", "between"], str] = {"within": "within the node", "between": "to the next node"}
 
@@ -47,7 +48,7 @@ def _different(facts: Sequence[RankFacts]) -> Iterable[Finding]:
 
 def _slow_devices(facts: Sequence[RankFacts]) -> Iterable[Finding]:
     usual = median(each.tflops for each in facts)
-    for each in facts:
+    for each in facts if len(facts) >= FEWEST else ():
         if each.tflops < SLOW_PRODUCT * usual:
             share = each.tflops / usual
             text = f"{_device(each)} multiplies matrices at {each.tflops:.3g} TFLOP/s, {share:.0%} of the median"
@@ -58,7 +59,7 @@ def _slow_links(facts: Sequence[RankFacts]) -> Iterable[Finding]:
     """A message has two ends: the host is named at which two slow messages meet, else the one that has sent it."""
     for kind, name in _NAMES.items():
         speeds = {each.rank: speed for each in facts if (speed := getattr(each, kind)) is not None}
-        if not speeds:
+        if len(speeds) < FEWEST:
             continue
         usual = median(speeds.values())
         slow = {rank for rank, speed in speeds.items() if speed < SLOW_LINK * usual}

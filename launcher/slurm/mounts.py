@@ -14,6 +14,9 @@ from parallel.errors import ClusterError
 # Keys of a recipe whose values are places that a run reads or writes, beside its own directory.
 PATH_KEYS = ("run.start_from", "data.path", "data.cache", "data.tokenizer", "data.exclude", "evaluate.tasks",
              "checkpoint.load")  # fmt: skip
+MEMORY = (
+    "checkpoint.memory_path"  # likewise, where states are kept in memory: a container may have a /dev/shm of its own
+)
 
 
 def paths_of(recipe: Recipe, overrides: Sequence[str]) -> dict[str, str]:
@@ -27,6 +30,8 @@ def paths_of(recipe: Recipe, overrides: Sequence[str]) -> dict[str, str]:
         value = getattr(getattr(recipe, section), name)
         for number, place in enumerate(value if isinstance(value, tuple) else [value] if value else []):
             places[f"{key}[{number}]" if isinstance(value, tuple) else key] = place
+    if recipe.checkpoint.memory_every_steps:
+        places[MEMORY] = recipe.checkpoint.memory_path
     for word in overrides:
         key, _, value = word.partition("=")
         if key == "recipe" and value.endswith((".yaml", ".yml")):

@@ -33,10 +33,8 @@ LAYOUTS = {
     "TP2 x DP2": ("parallel.tensor=2",),
     "TP2 x expert-TP2": ("parallel.tensor=2", "parallel.expert_tensor=2"),
     "expert-TP2 x EP2": ("parallel.expert=2", "parallel.expert_tensor=2"),
-    "EP2": ("parallel.expert=2",),
     "CP2 x EP2": ("parallel.context=2", "parallel.expert=2"),
     "CP2 x TP2": ("parallel.context=2", "parallel.tensor=2"),
-    "PP2 x EP2": ("parallel.pipeline=2", "parallel.expert=2"),
     "PP4": ("parallel.pipeline=4",),
     "TP2 x EP2 x PP2": ("parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"),
     "DualPipe x EP2": (*DUAL, "parallel.expert=2"),
@@ -45,7 +43,6 @@ LAYOUTS = {
     "interleaved x DP2": ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.chunks=2"),
     "TP2 x EP2, by heads": ("parallel.tensor=2", "parallel.expert=2", *HEADS),
     "DualPipe x DP2, by heads": (*DUAL, *HEADS),
-    "CP2 x DP2, by heads": ("parallel.context=2", *HEADS),
 }
 IN_FAST_LANE = ("DP4", "TP2 x expert-TP2", "CP2 x EP2", "DualPipe x EP2", "TP2 x EP2, by heads")
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from dsv3_megatron.recipe import Recipe
 from launcher.command_line.compose import compose
-from launcher.slurm.mounts import PATH_KEYS, mounts_of, paths_of
+from launcher.slurm.mounts import MEMORY, PATH_KEYS, mounts_of, paths_of
 from launcher.submit import main
 from parallel.errors import ClusterError
 
@@ -16,7 +16,7 @@ HERE = Path("/home/me/work")
 NO_PATHS = {
     "recipe", "run.name", "run.directory", "data.source", "cluster.name", "cluster.device", "cluster.partition",
     "logging.wandb_project", "logging.wandb_group", "model.freeze", "parallel.recompute", "cluster.time_limit",
-    "precision.name",
+    "precision.name", "cluster.racks",
 }  # fmt: skip
 
 
@@ -52,7 +52,12 @@ def test_every_key_that_names_a_place_is_known():
     """A key that is added says here, or in PATH_KEYS, whether it names one."""
     found = {key for key in text_keys(Recipe) if not key.startswith("cluster.slurm.")}
     assert set(PATH_KEYS) <= found
-    assert not found - set(PATH_KEYS) - NO_PATHS
+    assert not found - {*PATH_KEYS, MEMORY} - NO_PATHS
+
+
+def test_memory_that_outlives_a_container_is_the_hosts():
+    assert "/dev/shm:/dev/shm" in mounts(["checkpoint.memory_every_steps=5"])[0]
+    assert "/dev/shm:/dev/shm" not in mounts()[0]
 
 
 def test_places_of_the_recipe_are_mounted_by_their_own_names(tmp_path):

@@ -85,9 +85,10 @@ def test_a_clock_is_compared_with_most_others(seconds, text):
     assert host == "node0" and "5.0 s ahead" in found
 
 
-def test_one_rank_alone_is_compared_with_nothing():
-    (alone,) = facts()[:1]
-    assert judge([dataclasses.replace(alone, within=None, between=None)]) == []
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_few_ranks_are_compared_with_nothing(ranks):
+    few = [dataclasses.replace(each, tflops=1.0 + each.rank, within=1.0 + each.rank) for each in facts()[:ranks]]
+    assert judge(few) == []
 
 
 @given(st.permutations(range(NODES * LOCAL)), st.floats(-CLOCK_SECONDS / 3, CLOCK_SECONDS / 3))

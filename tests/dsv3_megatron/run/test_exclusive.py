@@ -105,8 +105,8 @@ def test_last_words_are_said_without_flock(tmp_path, no_flock, monkeypatch, capf
     error_file.parent.mkdir(parents=True)
     monkeypatch.setenv(ERROR_FILE, str(error_file))
     monkeypatch.setenv("RANK", "0")
-    assert _Host(error_file).enter(Failure("data: a mistake", "", 2)) == (True, True)
-    assert _Host(error_file).enter(Failure("data: a mistake", "", 2)) == (False, False)
+    assert _Host(error_file, None).enter(Failure("data: a mistake", "", 2)) == (True, True)
+    assert _Host(error_file, None).enter(Failure("data: a mistake", "", 2)) == (False, False)
     assert capfd.readouterr().err.count("data: a mistake") == 1
 
 
