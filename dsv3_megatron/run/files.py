@@ -18,6 +18,7 @@ T = TypeVar("T")
 WAITS = (0.5, 2.0)  # seconds before a read is tried again
 LINE_BYTES = 1 << 24  # of a line that is read; the load of every expert of a large model takes some 2 ** 18
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, NOT_REGULAR)
+_BEFORE_OBJECT = b" \t\r\n\xef\xbb\xbf"  # JSON's white space, and the mark that some editors put in front of a text
 _BLOCK_BYTES = 1 << 16  # read at a time from the end of a file
 _SKIPPED_BYTES = 1 << 20  # read at a time of a line that is too long
 
@@ -151,6 +152,8 @@ def _lines_from_the_end(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
+    if line.lstrip(_BEFORE_OBJECT)[:1] != b"{":  # a parser takes microseconds to say so: minutes for a damaged file
+        return None
     try:
         content = parse_json(line)
     except ValueError:

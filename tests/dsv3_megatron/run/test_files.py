@@ -99,6 +99,15 @@ def test_a_line_too_long_to_be_read_is_passed_over_from_the_end_too(tmp_path, sh
     assert last_json_line(path) is None
 
 
+def test_millions_of_lines_that_cannot_be_objects_are_not_parsed(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(files, "parse_json", lambda line: parsed.append(line) or json.loads(line))
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"   0,\n\n" * 1000 + b' \t{"a": 1}\n' + "\ufeff".encode() + b'{"b": 2}\n[{"c": 3}]\n')
+    assert files.read_json_lines(path)[0] == {"a": 1} and len(parsed) == 2
+    assert files.last_json_line(path) is not None and len(parsed) == 3
+
+
 @pytest.mark.parametrize("read", [read_json_lines, last_json_line, lambda path: cut_json_lines(path, bool)])
 def test_a_pipe_in_the_place_of_a_file_does_not_wait(tmp_path, read):
     os.mkfifo(tmp_path / "events.jsonl")
