@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsv3_megatron.health.stop_signals import StopSignals
 
@@ -32,6 +33,9 @@ from launcher.command_line.last_words import Failure, arrived, last_words, note_
 from launcher.command_line.refusal import Vote, refusal_file, write_refusal
 from parallel.errors import UserError
 from parallel.world import World
+
+if TYPE_CHECKING:
+    import torch
 
 _noting: dict[str, Path | None] = {"in": None}  # where this start notes who failed, once a recipe says where it runs
 
@@ -73,16 +77,19 @@ def _of_interval(recipe: Recipe, world: World) -> str:
     return f"checkpoint.every_minutes = auto: {minutes:g} minutes between saves, planned for {gpus}"
 
 
-def prepare_process(recipe: Recipe, world: World) -> None:
-    """Do what must be done before anything imports megatron-core: threads, what TE reads at import, the device."""
+def prepare_process(recipe: Recipe, world: World) -> torch.device:
+    """Do what must be done before anything imports megatron-core: threads, what TE reads at import, the device, which
+    is returned."""
     prepare_threads(world.size)
     # torch, once threads are set
     from dsv3_megatron.megatron.host import choose_device
     from dsv3_megatron.precision.transformer_engine import prepare_environment
 
     prepare_environment(recipe.precision)
-    if choose_device(recipe.run.device, world).type == "cuda":
+    device = choose_device(recipe.run.device, world)
+    if device.type == "cuda":
         check_queues(recipe, os.environ)
+    return device
 
 
 def prepare_threads(world_size: int) -> None:

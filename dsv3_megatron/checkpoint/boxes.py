@@ -7,6 +7,7 @@ Checkpoints know boxes: a first corner and an extent along every axis.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -18,6 +19,18 @@ class Box(NamedTuple):
 
     start: tuple[int, ...]
     extent: tuple[int, ...]
+
+
+def even_runs(sizes: Sequence[int], ranks: int) -> list[list[tuple[int, int]]]:
+    """Return, of every parameter of so many numbers, the run that each rank has where all of them, one after the other,
+    are cut evenly: [parameter][rank] -> (start, end)."""
+    total, first, found = sum(sizes), 0, []
+    cuts = [total * rank // ranks for rank in range(ranks + 1)]
+    for size in sizes:
+        ends = [min(max(cut - first, 0), size) for cut in cuts]
+        found.append(list(pairwise(ends)))
+        first += size
+    return found
 
 
 def boxes_of_run(shape: Sequence[int], start: int, end: int, limit: int) -> Iterator[Box]:

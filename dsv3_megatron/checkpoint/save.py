@@ -44,6 +44,7 @@ from dsv3_megatron.checkpoint.state import states_to_save
 from dsv3_megatron.checkpoint.write import Staging, Written, write_description, write_share
 from dsv3_megatron.pipeline.parts import Parts
 from dsv3_megatron.run.files import write_atomically
+from parallel.agree import gathered
 from parallel.errors import CheckpointError
 from parallel.units import show_bytes
 
@@ -232,7 +233,7 @@ class Saver:
         if save.phase == "writing":
             start = time.perf_counter()
             written: Written = save.result or Written()
-            shares = self._gather((self._new_places(written.places), written.files, save.failure))
+            shares = gathered((self._new_places(written.places), written.files, save.failure))
             for places, _, _ in shares:
                 self._index.place(places)
             save.stall_seconds += time.perf_counter() - start
@@ -273,7 +274,7 @@ class Saver:
         states = states_to_save(self._parts, self._shares)
         files = self._staging.files(states, dist.get_rank(), copy=copy)
         if not self._is_described:
-            described = self._gather({file.name: file.described for file in files})
+            described = gathered({file.name: file.described for file in files})
             if self._is_first:
                 self._index.describe({name: boxes for each in described for name, boxes in each.items()})
             self._is_described = True
@@ -281,12 +282,6 @@ class Saver:
         task = Task(lambda: write_share(files, partial, stop))
         self._save = _Save(step, partial, dict(progress), updates_of(self._parts.optimizer), task, stop, started=start)
         self._save.stall_seconds = time.perf_counter() - start
-
-    def _gather(self, mine: Any) -> list[Any]:
-        """Return what all ranks say, on rank 0; nothing elsewhere."""
-        found: list[Any] = [None] * dist.get_world_size() if self._is_first else []
-        dist.gather_object(mine, found if self._is_first else None)
-        return found
 
     def _new_places(self, places: Places) -> Places:
         """Return where this rank's pieces lie, as far as rank 0 does not know it."""

@@ -10,9 +10,8 @@ Names, whole shapes and places of parameters are megatron-core's (``sharded_stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from dsv3_megatron.checkpoint.boxes import Box, boxes_of_run, common_box, strides_of
+from dsv3_megatron.checkpoint.boxes import Box, boxes_of_run, common_box, even_runs, strides_of
 from dsv3_megatron.optim.optimizer import parts_of
 from dsv3_megatron.pipeline.saved import Entry
 
@@ -184,18 +183,6 @@ def _frozen(
         experts = [p for p in frozen if not getattr(p, "allreduce", True)]  # megatron-core's mark of them
         yield [p for p in frozen if getattr(p, "allreduce", True)], groups.dp_cp
         yield experts, groups.expt_dp
-
-
-def even_runs(sizes: Sequence[int], ranks: int) -> list[list[tuple[int, int]]]:
-    """Return, of every parameter of so many numbers, the run that each rank has where all of them, one after the other,
-    are cut evenly: [parameter][rank] -> (start, end)."""
-    total, first, found = sum(sizes), 0, []
-    cuts = [total * rank // ranks for rank in range(ranks + 1)]
-    for size in sizes:
-        ends = [min(max(cut - first, 0), size) for cut in cuts]
-        found.append(list(pairwise(ends)))
-        first += size
-    return found
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def _slow_devices(facts: Sequence[RankFacts]) -> Iterable[Finding]:
 
 
 def _slow_links(facts: Sequence[RankFacts]) -> Iterable[Finding]:
-    """A message has two ends: the host is named at which two slow messages meet, else the one that has sent it."""
+    """Name the host that has sent slow messages, once for each kind, with the slowest. Its receiver may be at fault."""
     for kind, name in _NAMES.items():
         speeds = {each.rank: speed for each in facts if (speed := getattr(each, kind)) is not None}
         if len(speeds) < FEWEST:

@@ -6,6 +6,7 @@ Needs the default process group, and nothing of a model. All ranks call these fu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class Place:
         """Return (the rank before, the rank after) on a ring: of the node, or of this local rank on all nodes."""
         if within:
             first = self.node * self.local_size
-            return tuple(first + (self.local_rank + step) % self.local_size for step in (-1, 1))  # type: ignore[return-value]
+            return first + (self.local_rank - 1) % self.local_size, first + (self.local_rank + 1) % self.local_size
         return (self.rank - self.local_size) % self.size, (self.rank + self.local_size) % self.size
 
 
@@ -110,9 +111,8 @@ def _ask() -> tuple[float, float]:
     return answered - asked, (asked + answered) / 2 - answer.item()
 
 
-def _timed(work: object, device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that a call takes, to the end of what it asks of the device."""
-    assert callable(work)
     if has_streams(device):
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
+import json
 from pathlib import Path
 
 from dsv3_megatron.data.source.shards import MANIFEST
 from dsv3_megatron.recipe import Recipe
-from dsv3_megatron.run.directory import PACKAGES
+from dsv3_megatron.run.directory import package_versions
 from dsv3_megatron.run.handed import read_bytes
 from dsv3_megatron.run.reasons import reason_of
 
@@ -21,11 +21,7 @@ def code_digest(root: Path) -> str:
     for package in _CODE:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    for package in PACKAGES:
-        try:
-            digest.update(f"{package} {metadata.version(package)}\0".encode())
-        except metadata.PackageNotFoundError:
-            digest.update(f"{package} none\0".encode())
+    digest.update(json.dumps(package_versions()).encode())
     return digest.hexdigest()
 
 

@@ -160,19 +160,24 @@ class RunDirectory:
         return read_json_lines(self.metrics)
 
 
-def environment(world: dict[str, Any]) -> dict[str, Any]:
-    """Return versions, git commit, host and world: what one needs to repeat a run."""
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of what this project stands on; None of what is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    return versions
+
+
+def environment(world: dict[str, Any]) -> dict[str, Any]:
+    """Return versions, git commit, host and world: what one needs to repeat a run."""
     # Installed into an environment that lies in a repository of the user's, this is no file of that repository.
     ours = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": package_versions(),
         "git_commit": _git("rev-parse", "HEAD") if ours else None,
         "git_changed": bool(ours and _git("status", "--porcelain", "--untracked-files=no")),
         "platform": platform.platform(),

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.failures.blame import Blame, first_to_fail
-from dsv3_megatron.run.failures.records import failed_starts, forget, note_hosts, start_folder
+from dsv3_megatron.run.failures.blame import Blame, take_blames
+from dsv3_megatron.run.failures.records import forget, note_hosts, start_folder
 from dsv3_megatron.run.lock import run_lock
 from parallel.agree import agreed, gathered
 from parallel.world import World, host_name
@@ -56,12 +56,10 @@ def create_for_all_hosts(directory: RunDirectory) -> None:
 def tell_failed_starts(directory: RunDirectory, tell: Callable[[Blame], None]) -> None:
     """Tell, on rank 0, who failed first in each start that has failed before this one, and forget it. All ranks
     together."""
-    is_first, this_one = dist.get_rank() == 0, start_folder(directory.path)
+    is_first = dist.get_rank() == 0
     with agreed(looked=is_first):
-        for folder, start in failed_starts(directory.path) if is_first else ():
-            if folder != this_one:
-                tell(first_to_fail(start))
-                forget(folder)
+        for blame in take_blames(directory.path, but=start_folder(directory.path)) if is_first else ():
+            tell(blame)
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from pydantic import Field, NonNegativeInt
 
 from dsv3_megatron.metrics.step_metrics import append_event
 from dsv3_megatron.run.directory import RunDirectory
-from dsv3_megatron.run.failures.blame import EVENT, first_to_fail, hosts_to_exclude
-from dsv3_megatron.run.failures.records import failed_starts, forget
+from dsv3_megatron.run.failures.blame import EVENT, hosts_to_exclude, take_blames
 from dsv3_megatron.run.files import iterate_json_lines
 from dsv3_megatron.run.resilient import ResilientFiles
 from launcher.command_line.arguments import Arguments, takes
@@ -37,11 +36,9 @@ def main(given: AfterArguments) -> int:
     """Note who failed, and name the hosts to keep away from; return the exit code."""
     directory = RunDirectory(given.run)
     files = ResilientFiles(lambda name, values, text: print(text, file=sys.stderr))
-    for folder, start in failed_starts(directory.path):
-        blame = first_to_fail(start)
+    for blame in take_blames(directory.path):
         append_event(files, directory, EVENT, asdict(blame))
         print(f"the start failed: {blame}", file=sys.stderr)
-        forget(folder)
     files.close()
     excluded = hosts_to_exclude(iterate_json_lines(directory.events), failures=given.failures, slow=given.slow)
     for host, why in excluded.items():

@@ -44,16 +44,15 @@ def check(recipe: Recipe) -> int:
     """Look and measure on this rank of the world that torchrun started; return the exit code, on all ranks alike."""
     for_owner(recipe.run.readable_by)
     world = World.from_environment()
-    prepare_process(recipe, world)
+    device = prepare_process(recipe, world)
     # torch, and what reads how the process was prepared
-    from dsv3_megatron.megatron.host import choose_device
     from dsv3_megatron.nodes.judge import judge
     from dsv3_megatron.nodes.look import gather_facts
     from dsv3_megatron.nodes.measure import Place
     from parallel.agree import from_first
     from parallel.groups import start_processes, stop_processes
 
-    device, start = choose_device(recipe.run.device, world), time.perf_counter()
+    start = time.perf_counter()
     place = Place(world.rank, world.size, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     start_processes(world, device, MEETING_SECONDS)
     facts = gather_facts(recipe, resolved_yaml(recipe), PACKAGE.parent, place, device)

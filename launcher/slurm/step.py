@@ -105,7 +105,6 @@ def training(job: Job) -> list[str]:
     binding = slurm.numa_binding if job.recipe.cluster.device == "cuda" else None
     # In apptainer's image there is another numactl, which torchrun looks for itself.
     looks = _NUMACTL[1:] if binding and slurm.container != "apptainer" else ""
-    check = "ranks" if slurm.check_nodes else ""
     return [
         "# One agent a node; ranks meet at the first node, anew at every start. A static rendezvous: with one",
         "# of torch's c10d kind, agents unpickle what whoever reaches their port has written there (docs/security.md).",
@@ -125,8 +124,8 @@ def training(job: Job) -> list[str]:
         "# found here: torchrun would wait for it in silence.",
         f"on_each_node='{_ON_EACH_NODE.replace('@NUMA@', looks)}'",
         *_functions(job),
-        *(_CHECK if check else ()),
-        f'{"checked && " if check else ""}ranks {PRETRAIN} "${{overrides[@]}}"',
+        *(_CHECK if slurm.check_nodes else ()),
+        f'{"checked && " if slurm.check_nodes else ""}ranks {PRETRAIN} "${{overrides[@]}}"',
         "rc=$?",
     ]
 

@@ -50,7 +50,7 @@ class Transfer(NamedTuple):
 
 @dataclass
 class _Survey:
-    """What rank 0 knows: hosts of every state's shares, by rank, and which ranks each host has."""
+    """What rank 0 knows: hosts of every state's shares, by rank, and why other states are not taken."""
 
     holders: dict[State, dict[int, list[str]]]
     notes: list[str]

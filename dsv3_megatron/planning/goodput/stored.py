@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dsv3_megatron.checkpoint.boxes import even_runs
 from dsv3_megatron.planning.update.holdings import by_muon, group_of, table_of
 from dsv3_megatron.planning.update.parameters import EMBEDDING, Parameter, stage_parameters
 from dsv3_megatron.planning.update.runs import Run
@@ -96,15 +97,10 @@ def _frozen_runs(
     found: list[list[Run]] = [[] for _ in range(ranks)]
     for parameters in _by_stage(recipe, layers, pipeline_rank, frozen=True):
         mine = [parameter for parameter in parameters if parameter.of_experts == experts]
-        total, first = sum(parameter.numbers(layout) for parameter in mine), 0
-        cuts = [total * rank // ranks for rank in range(ranks + 1)]
-        for parameter in mine:
-            size = parameter.numbers(layout)
-            ends = [min(max(cut - first, 0), size) for cut in cuts]
-            for rank in range(ranks):
-                if ends[rank] < ends[rank + 1]:
-                    found[rank].append(Run(parameter, ends[rank], ends[rank + 1]))
-            first += size
+        for parameter, runs in zip(mine, even_runs([parameter.numbers(layout) for parameter in mine], ranks)):
+            for each, (start, end) in zip(found, runs):
+                if start < end:
+                    each.append(Run(parameter, start, end))
     return found
 
 

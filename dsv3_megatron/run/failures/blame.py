@@ -9,12 +9,13 @@ than ranks take to notice a loss, or the check of nodes says so (nodes/judge.py)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from dsv3_megatron.run.failures.records import FailedStart
+from dsv3_megatron.run.failures.records import FailedStart, failed_starts, forget
 
 EVENT, UNFIT = "failed", "unfit"  # in events.jsonl: the second of a host that a check before a start has found
 _REMEMBERED = timedelta(days=7)  # for so long a failure counts against a host: it may have been repaired
@@ -59,6 +60,17 @@ def first_to_fail(start: FailedStart) -> Blame:
         return Blame(start.name, None, None, said, False, len(start.ranks))
     said = "every rank lost another one; which failed first is not known" if heard else "it ended without a word"
     return Blame(start.name, None, None, said, False, len(start.ranks))
+
+
+def take_blames(directory: str | Path, but: Path | None = None) -> Iterator[Blame]:
+    """Yield who failed first in each start that has failed, oldest first, and forget it once the caller has gone on.
+
+    ``but``: the folder of a start that is left alone. Nobody else may train in the directory meanwhile.
+    """
+    for folder, start in failed_starts(directory):
+        if folder != but:
+            yield first_to_fail(start)
+            forget(folder)
 
 
 def hosts_to_exclude(

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dsv3_megatron.checkpoint.boxes import even_runs
 from dsv3_megatron.checkpoint.find import Found
 from dsv3_megatron.checkpoint.hugging_face.names import our_shapes
 from dsv3_megatron.checkpoint.load import _changed_freeze
 from dsv3_megatron.checkpoint.manifest import WEIGHTS, read_content
-from dsv3_megatron.checkpoint.shares import even_runs
 from dsv3_megatron.inference.trained_model import trained_model
 from dsv3_megatron.model.freeze import is_frozen
 from launcher.command_line.compose import load_resolved
